@@ -1,0 +1,59 @@
+"""The public kernels. Array in, the same kind of array out; see each function's docstring for formula and shapes.
+
+Names are resolved on first use (PEP 562), so that importing this package loads neither NumPy nor Numba.
+"""
+
+from importlib import import_module
+
+# module -> the public functions it defines; one line for each op family
+_EXPORTS = {
+    "gemm": ("matmul", "matmul_backward", "linear", "linear_backward"),
+    "conv": ("conv2d", "conv2d_backward", "conv_transpose2d", "conv_transpose2d_backward"),
+    "pool": (
+        "max_pool2d",
+        "max_pool2d_backward",
+        "avg_pool2d",
+        "avg_pool2d_backward",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool2d_backward",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool2d_backward",
+        "max_unpool2d",
+        "max_unpool2d_backward",
+    ),
+    "batchnorm": ("batch_norm", "batch_norm_backward"),
+    "padding": ("pad", "pad_backward"),
+    "activation": (
+        "relu",
+        "relu_backward",
+        "leaky_relu",
+        "leaky_relu_backward",
+        "sigmoid",
+        "sigmoid_backward",
+        "tanh",
+        "tanh_backward",
+        "softmax",
+        "softmax_backward",
+        "log_softmax",
+        "log_softmax_backward",
+        "step",
+        "sign",
+    ),
+    "dispatch": ("using", "explain", "devices"),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = list(_MODULE_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'tilewise.kernels' has no attribute {name!r}")
+    value = getattr(import_module(f"tilewise.kernels.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))

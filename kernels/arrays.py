@@ -1,0 +1,87 @@
+"""What counts as an array, the way in (a NumPy view of the caller's memory) and the way back (the caller's kind)."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def identity(array):
+    return array
+
+
+def host_view(function: str, name: str, value) -> tuple[np.ndarray, Callable]:
+    """A NumPy array over `value`'s memory, and what turns a result into `value`'s kind.
+
+    Accepts NumPy arrays (subclasses lose their class, masked arrays are refused) and CPU torch tensors.
+
+    Raises:
+        TypeError: not an array; a masked array; a tensor that requires grad; a sparse or GPU array.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{function}: {name} is a masked array; pass .filled(value) or .data")
+    if isinstance(value, np.ndarray):
+        return np.asarray(value), identity
+    if hasattr(value, "__cuda_array_interface__"):
+        raise TypeError(f"{function}: {name} lies on the GPU, where this version has no kernels; copy it to the host")
+    if type(value).__module__.partition(".")[0] == "torch":
+        return _torch_view(function, name, value)
+    raise TypeError(f"{function}: {name} must be a NumPy array or a CPU torch tensor, got {type(value).__name__}")
+
+
+def _torch_view(function: str, name: str, tensor) -> tuple[np.ndarray, Callable]:
+    if tensor.device.type != "cpu":
+        raise TypeError(f"{function}: {name} is on {tensor.device}, where this version has no kernels; use .cpu()")
+    if tensor.requires_grad:
+        raise TypeError(f"{function}: {name} requires grad, which these kernels do not record; pass {name}.detach()")
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        raise NotImplementedError(f"{function}: {name} is bfloat16, which the CPU kernels do not have; use float32")
+    return tensor.numpy(), torch.from_numpy
+
+
+def canonical(array: np.ndarray) -> np.ndarray:
+    """The array as C-contiguous, aligned and writeable: the one type per dtype that a Numba kernel is compiled for.
+
+    A read-only array is viewed, not copied: kernels write to nothing but their outputs.
+    """
+    if not (array.flags.c_contiguous and array.flags.aligned):
+        return np.array(array, order="C", copy=True)
+    if array.flags.writeable:
+        return array
+    return np.asarray(_WriteableView(array))
+
+
+class _WriteableView:
+    """Hands out the memory of a read-only array under NumPy's array interface, without the read-only flag.
+
+    Numba types a read-only array differently, so passing it on would compile every kernel twice.
+    """
+
+    def __init__(self, array: np.ndarray):
+        self.array = array  # keeps the memory alive
+        interface = array.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def common_dtype(function: str, operands: dict[str, np.ndarray | None], allowed: tuple = FLOATS) -> np.dtype:
+    """The one dtype of the operands that are there.
+
+    Raises:
+        TypeError: dtypes differ, or are not among `allowed`.
+        NotImplementedError: float16, which the CPU kernels of this version do not have.
+    """
+    present = {name: array.dtype for name, array in operands.items() if array is not None}
+    first, dtype = next(iter(present.items()))
+    for name, other in present.items():
+        if other != dtype:
+            raise TypeError(f"{function}: {name} is {other} but {first} is {dtype}; the dtypes must match")
+    if dtype in allowed:
+        return dtype
+    if dtype == np.float16:
+        raise NotImplementedError(f"{function}: {first} is float16, which this version does not have; use float32")
+    names = ", ".join(str(d) for d in allowed)
+    raise TypeError(f"{function}: {first} is {dtype}, which is not supported; use one of {names}")

@@ -1,0 +1,1 @@
+"""The kernels in Numba for the CPU: hand-written, vectorised, parallel."""

@@ -1,0 +1,192 @@
+"""How the CPU kernels are compiled and cached.
+
+`@kernel` makes a function that runs serially or in parallel from one source; `@device` one that kernels inline.
+Nothing is compiled at import: a variant is compiled, or loaded from the cache, at its first call.
+
+The cache. Numba stamps a cached kernel with its own file only, so a changed helper in another file would run stale
+machine code, also after an upgrade of this package. Here the stamp is a hash of *all* the kernels' sources, the folder
+is the user's cache folder (or NUMBA_CACHE_DIR), and where that cannot be written the kernels are compiled for the
+process alone.
+"""
+
+import functools
+import hashlib
+import os
+import sys
+import types
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+
+from tilewise.kernels.cpu import threads
+
+# contract: fused multiply-add; reassoc: vectorised sums; nsz: -0 is 0. NaN and Inf keep their meaning.
+FASTMATH = frozenset({"contract", "reassoc", "nsz"})
+# For compensated or shifted sums, whose corrections a reassociating compiler would cancel.
+EXACT_ORDER = frozenset({"contract", "nsz"})
+
+# Only the loops we mark run in parallel: Numba is not to parallelise array expressions behind our backs.
+_PARALLEL = {
+    "prange": True,
+    "comprehension": False,
+    "reduction": False,
+    "inplace_binop": False,
+    "setitem": False,
+    "numpy": False,
+    "stencil": False,
+    "fusion": False,
+}
+
+KERNELS: list["Kernel"] = []  # every kernel of the loaded modules, for `python -m tilewise warmup` and the tests
+
+
+class Kernel:
+    """One source, two compiled forms: `serial`, and `parallel`, in which `prange` loops are split over threads.
+
+    Call it as kernel(work, *args), where work is the estimated serial time in nanoseconds; it decides the form. Both
+    forms compute the same bits, because the chunks of a prange are fixed by the problem, never by the thread count.
+    """
+
+    def __init__(self, function: Callable, fastmath: frozenset, parallel: bool):
+        self.function = function
+        self.fastmath = fastmath
+        self.has_parallel = parallel
+        functools.update_wrapper(self, function)
+        KERNELS.append(self)
+
+    @functools.cached_property
+    def serial(self):
+        return compiled(self.function, self.fastmath, parallel=False)
+
+    @functools.cached_property
+    def parallel(self):
+        return compiled(self.function, self.fastmath, parallel=True)
+
+    def __call__(self, work: float, *args):
+        if work < threads.SERIAL_BELOW or not self.has_parallel or not threads.may_split():
+            return self.serial(*args)
+        return threads.launch(self.parallel, args)
+
+
+def kernel(*, fastmath: frozenset = FASTMATH, parallel: bool = True) -> Callable[[Callable], Kernel]:
+    """Decorator for an entry point; without prange loops, say parallel=False."""
+    return lambda function: Kernel(function, fastmath, parallel)
+
+
+def device(*, fastmath: frozenset = FASTMATH, inline: str = "never") -> Callable:
+    """Decorator for a function that only kernels call; compiled with, and cached inside, each kernel that uses it."""
+    return numba.njit(fastmath=set(fastmath), nogil=True, inline=inline, error_model="numpy")
+
+
+def compiled(function: Callable, fastmath: frozenset, parallel: bool):
+    """The Numba dispatcher of one form, cached on disk where possible."""
+    if parallel:
+        # Numba's cache files are named after the function alone, so the two forms need two names.
+        twin = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        twin.__qualname__ = f"{function.__qualname__}_parallel"
+        twin.__module__ = function.__module__
+        function = twin
+    dispatcher = numba.njit(
+        fastmath=set(fastmath), nogil=True, error_model="numpy", parallel=_PARALLEL if parallel else False
+    )(function)
+    cache = _open_cache(function)
+    if cache is not None:
+        dispatcher._cache = cache
+    return dispatcher
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept, or None where no folder can be written.
+
+    One folder for each installation, so that two environments of one user do not overwrite each other's kernels.
+    """
+    base = os.environ.get("NUMBA_CACHE_DIR")
+    if not base:
+        base = os.environ.get("XDG_CACHE_HOME") or _user_cache_folder()
+    place = hashlib.sha256(str(_package_folder()).encode()).hexdigest()[:12]
+    folder = Path(base) / "tilewise" / place
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _user_cache_folder() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path.home() / ".cache"
+
+
+def _package_folder() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+@lru_cache(maxsize=1)
+def source_stamp() -> str:
+    """A hash over every kernel source: when any of them changes, no cached kernel is used."""
+    digest = hashlib.sha256()
+    for path in sorted(_package_folder().glob("**/*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class _Locator:
+    """Tells Numba where a function's cache lies and what makes it stale."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def ensure_cache_path(self):
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def get_cache_path(self) -> str:
+        return str(self._folder)
+
+    def get_source_stamp(self) -> str:
+        return source_stamp()
+
+    def get_disambiguator(self) -> str:
+        return ""
+
+    @classmethod
+    def from_function(cls, py_func, py_file):
+        folder = cache_folder()
+        return None if folder is None else cls(folder)
+
+
+class _CacheImpl(CompileResultCacheImpl):
+    _locator_classes = [_Locator]  # noqa: RUF012
+
+
+class _Cache(FunctionCache):
+    """A function's cache that gives up quietly: a full disk or a lost permission costs time, not the call."""
+
+    _impl_class = _CacheImpl  # pyright: ignore[reportAssignmentType]
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except (OSError, EOFError, ValueError):
+            return None
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError:
+            self.disable()
+
+
+def _open_cache(function: Callable) -> _Cache | None:
+    try:
+        return _Cache(function)
+    except (OSError, RuntimeError):  # no writeable folder, or the sources cannot be found or read
+        return None

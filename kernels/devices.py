@@ -1,0 +1,78 @@
+"""What this machine has: the CPU, CUDA GPUs, and why a backend cannot be used. Probing makes no CUDA context."""
+
+import ctypes
+import os
+import platform
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device and its backends: backend name -> None where usable, else the reason."""
+
+    name: str
+    kind: str  # "cpu" or "gpu"
+    backends: dict[str, str | None] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=1)
+def cuda_devices() -> tuple[tuple[str, ...], str | None]:
+    """The names of the CUDA devices, and, where there are none, the reason. Asks the driver without a context."""
+    library = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return (), f"no NVIDIA driver ({library} was not found)"
+    status = driver.cuInit(0)
+    if status != 0:
+        return (), f"the NVIDIA driver did not start (cuInit returned {status})"
+    count = ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    names = []
+    for ordinal in range(count.value):
+        device, text = ctypes.c_int(), ctypes.create_string_buffer(256)
+        driver.cuDeviceGet(ctypes.byref(device), ordinal)
+        driver.cuDeviceGetName(text, len(text), device)
+        names.append(text.value.decode(errors="replace"))
+    return (tuple(names), None) if names else ((), "the NVIDIA driver lists no device")
+
+
+@lru_cache(maxsize=1)
+def unavailable_backends() -> dict[str, str]:
+    """Backend -> why it cannot be used here; a usable backend is not in it."""
+    _, no_device = cuda_devices()
+    reason = "this version has kernels for the CPU only"
+    if no_device:
+        reason = f"{no_device}; and {reason}"
+    return {"cuda": reason, "cupy": reason}
+
+
+def thread_limit() -> int:
+    """How many threads a kernel can use at most: NUMBA_NUM_THREADS, or the number of usable cores."""
+    import numba
+
+    return numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def cpu_name() -> str:
+    """The processor's own name, or its architecture where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+            for line in cpuinfo:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def list_devices() -> list[Device]:
+    missing = unavailable_backends()
+    gpu_backends: dict[str, str | None] = {name: missing.get(name) for name in ("cuda", "cupy")}
+    found = [Device(cpu_name(), "cpu", {"cpu": None, "reference": None})]
+    names, reason = cuda_devices()
+    found += [Device(name, "gpu", dict(gpu_backends)) for name in names]
+    if reason:
+        found.append(Device(f"no GPU: {reason}", "gpu", dict(gpu_backends)))
+    return found

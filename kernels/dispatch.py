@@ -1,0 +1,342 @@
+"""From a call to the code that runs it: array -> device -> backend -> implementation.
+
+Every public function is thin: it hands its operands and options to an `Operation`. The first call with a new signature
+(settings, options, shapes and dtypes) is checked in full and becomes a `Plan`; later calls with that signature find the
+plan in a dictionary and go straight to the backend. `using` pins the choice, `explain` shows it, `devices` lists what
+there is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from tilewise.kernels import arrays as arrays_module
+from tilewise.kernels import devices as devices_module
+from tilewise.kernels import settings as settings_module
+
+MAX_PLANS = 4096  # an operation forgets its plans beyond this many signatures: a program with ever new shapes stays small
+
+
+@dataclass(slots=True)
+class Problem:
+    """What an operation's check found: the call in normal form.
+
+    options: the backend's keyword arguments, every pair spelled out.
+    flops, bytes: nominal work (padded taps included; each operand and result moved once).
+    unbatched: which operands lack their batch axis; if any does, every result with a batch axis loses it again.
+    out: (shape, dtype) that an `out=` array must have.
+    """
+
+    options: dict[str, Any]
+    flops: int = 0
+    bytes: int = 0
+    unbatched: tuple[int, ...] = ()
+    unbatched_results: tuple[int, ...] = (0,)
+    out: tuple[tuple[int, ...], np.dtype] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the dispatcher would do with a call, and why; see `explain`."""
+
+    operation: str
+    device: str
+    backend: str
+    algorithm: str
+    flops: int
+    bytes: int
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self):
+        lines = [
+            f"{self.operation} -> device {self.device}, backend {self.backend}, algorithm {self.algorithm}",
+            f"  {self.flops:,} FLOPs, {self.bytes:,} bytes",
+        ]
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+class _Explained(BaseException):
+    """Carries a decision out of a call that `explain` makes; never escapes it."""
+
+    def __init__(self, decision: Decision):
+        self.decision = decision
+
+
+@dataclass(slots=True)
+class Plan:
+    """One signature's way through a backend."""
+
+    run: Callable
+    canonical: bool
+    problem: Problem
+
+
+class Operation:
+    """A public function's way to its backends.
+
+    family: the file name that holds it in every backend.
+    name: the function's name there.
+    operands: the names of the array arguments, for messages; a None operand is an absent optional one.
+    check: check(*operands, *options) -> Problem; raises for a wrong call. Sees NumPy arrays, allocates nothing.
+    mutates: operands (by position) that the function updates in place when `mutates_when(problem)`.
+    any_strides: the CPU kernel takes strided operands itself, so they are not made contiguous here.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        name: str,
+        operands: tuple[str, ...],
+        check: Callable[..., Problem],
+        mutates: tuple[int, ...] = (),
+        mutates_when: Callable[[Problem], bool] = lambda problem: True,
+        any_strides: bool = False,
+    ):
+        self.family = family
+        self.name = name
+        self.operands = operands
+        self.check = check
+        self.mutates = mutates
+        self.mutates_when = mutates_when
+        self.any_strides = any_strides
+        self.plans: dict[tuple, Plan] = {}
+
+    def __call__(self, operands: tuple, options: tuple = (), out=None):
+        settings = settings_module.current.get() or settings_module.from_environment()
+        # 1, 1.0 and True are equal as dictionary keys, so the options' types are part of the signature.
+        kinds = tuple(map(type, options))
+        if tuple in kinds:
+            kinds = (kinds, _leaf_types(options))
+        signature = [settings, options, kinds]
+        contiguous = True
+        for operand in operands:
+            if operand is None:
+                signature.append(None)
+            elif type(operand) is np.ndarray:
+                signature.append(operand.shape)
+                signature.append(operand.dtype)
+                contiguous = contiguous and operand.flags.carray
+            else:
+                return self._call_foreign(operands, options, out)
+        try:
+            key = tuple(signature)
+            plan = self.plans.get(key)
+        except TypeError:  # an unhashable option, such as a list for a pair
+            key = plan = None
+        if plan is None:
+            plan = self._plan(settings, operands, options)
+            if key is not None:
+                if len(self.plans) >= MAX_PLANS:
+                    self.plans.clear()
+                self.plans[key] = plan
+        problem = plan.problem
+        if not contiguous and plan.canonical:
+            return self._call_strided(plan, operands, out)
+        if problem.unbatched:
+            return self._call_unbatched(plan, operands, out)
+        if out is None:
+            return plan.run(*operands)
+        return self._call_into(plan, operands, out)
+
+    def _plan(self, settings, operands: tuple, options: tuple) -> Plan:
+        problem = self.check(*operands, *options)
+        backend, rejected = choose_backend(settings)
+        module = implementation_module(backend, self.family)
+        function = getattr(module, self.name, None)
+        if function is None:
+            raise NotImplementedError(f"{self.name}: backend {backend!r} does not have it")
+        choose = getattr(module, f"choose_{self.name}", None)
+        algorithm = problem.options.get("algorithm", self.name)
+        if choose is not None:
+            algorithm, others = choose([None if a is None else a.shape for a in operands], problem.options)
+            rejected = rejected | others
+            if "algorithm" in problem.options:
+                problem.options["algorithm"] = algorithm
+        elif "algorithm" in problem.options:
+            algorithm = backend
+        if settings.explaining:
+            device = settings_module.DEVICE_OF[backend]
+            raise _Explained(
+                Decision(self.name, device, backend, algorithm, problem.flops, problem.bytes, rejected)
+            )
+        return Plan(partial(function, **problem.options), backend == "cpu" and not self.any_strides, problem)
+
+    def _call_foreign(self, operands: tuple, options: tuple, out):
+        """The way for what is not exactly a NumPy array: torch tensors, subclasses, and everything that is an error."""
+        views, wraps = [], []
+        for name, operand in zip(self.operands, operands, strict=True):
+            if operand is None:
+                views.append(None)
+                continue
+            view, wrap = arrays_module.host_view(self.name, name, operand)
+            views.append(view)
+            wraps.append((name, wrap))
+        if any(wrap is not wraps[0][1] for _, wrap in wraps):
+            kinds = ", ".join(f"{n} {type(o).__name__}" for n, o in zip(self.operands, operands, strict=True))
+            raise TypeError(f"{self.name}: the arrays must be of one kind, got {kinds}")
+        wrap = wraps[0][1] if wraps else arrays_module.identity
+        if not wraps:
+            raise TypeError(f"{self.name}: {self.operands[0]} must be an array, got None")
+        if out is None:
+            result = self(tuple(views), options)
+            return tuple(r if r is None else wrap(r) for r in result) if isinstance(result, tuple) else wrap(result)
+        target, out_wrap = arrays_module.host_view(self.name, "out", out)
+        if out_wrap is not wrap:
+            raise TypeError(f"{self.name}: out must be of the operands' kind, got {type(out).__name__}")
+        self(tuple(views), options, target)
+        return out
+
+    def _call_strided(self, plan: Plan, operands: tuple, out):
+        canonical = tuple(a if a is None or a.flags.carray else arrays_module.canonical(a) for a in operands)
+        changed = ()
+        if self.mutates and self.mutates_when(plan.problem):
+            changed = tuple(i for i in self.mutates if canonical[i] is not operands[i])
+        if plan.problem.unbatched:
+            result = self._call_unbatched(plan, canonical, out, operands)
+        else:
+            result = plan.run(*canonical) if out is None else self._call_into(plan, canonical, out, operands)
+        for i in changed:
+            operands[i][...] = canonical[i]
+        return result
+
+    def _call_unbatched(self, plan: Plan, operands: tuple, out, originals: tuple | None = None):
+        lifted = tuple(a[None] if i in plan.problem.unbatched else a for i, a in enumerate(operands))
+        if out is not None:
+            self._check_out(plan.problem, originals or operands, out)
+            self._write(plan, lifted, out[None])
+            return out
+        result = plan.run(*lifted)
+        if isinstance(result, tuple):
+            squeezed = plan.problem.unbatched_results
+            return tuple(r[0] if i in squeezed and r is not None else r for i, r in enumerate(result))
+        return result[0]
+
+    def _call_into(self, plan: Plan, operands: tuple, out, originals: tuple | None = None):
+        if type(out) is not np.ndarray:
+            out, wrap = arrays_module.host_view(self.name, "out", out)
+            if wrap is not arrays_module.identity:
+                raise TypeError(f"{self.name}: out must be a NumPy array, as the operands are")
+        self._check_out(plan.problem, originals or operands, out)
+        self._write(plan, operands, out)
+        return out
+
+    def _write(self, plan: Plan, operands: tuple, out: np.ndarray):
+        if out.flags.carray:
+            plan.run(*operands, out=out)
+        else:
+            out[...] = plan.run(*operands)
+
+    def _check_out(self, problem: Problem, operands: tuple, out: np.ndarray):
+        assert problem.out is not None
+        shape, dtype = problem.out
+        if out.shape != shape or out.dtype != dtype:
+            raise ValueError(
+                f"{self.name}: out must have shape {shape} and dtype {dtype}, got shape {out.shape} and dtype {out.dtype}"
+            )
+        if not out.flags.writeable:
+            raise ValueError(f"{self.name}: out is read-only")
+        for name, operand in zip(self.operands, operands, strict=True):
+            if operand is not None and np.shares_memory(out, operand):
+                raise ValueError(f"{self.name}: out overlaps {name}")
+
+
+def _leaf_types(options: tuple) -> tuple:
+    return tuple(_leaf_types(o) if type(o) is tuple else type(o) for o in options)
+
+
+@lru_cache(maxsize=64)
+def implementation_module(backend: str, family: str):
+    return import_module(f"tilewise.kernels.{backend}.{family}")
+
+
+@lru_cache(maxsize=64)
+def choose_backend(settings) -> tuple[str, dict[str, str]]:
+    """The backend for host arrays under these settings, and why not the others.
+
+    An explicit choice that cannot be met raises RuntimeError with the reason; only "auto" falls back.
+    """
+    missing = devices_module.unavailable_backends()
+    if settings.backend is not None:
+        if settings.backend in missing:
+            raise RuntimeError(f"backend {settings.backend!r} is not available: {missing[settings.backend]}")
+        return settings.backend, {}
+    if settings.device == "gpu":
+        usable = [name for name, device in settings_module.DEVICE_OF.items() if device == "gpu" and name not in missing]
+        if not usable:
+            raise RuntimeError(f"device 'gpu' is not available: {missing['cuda']}")
+        return usable[0], {}
+    return "cpu", missing | {"reference": "slower by construction; ask for it with using(backend='reference')"}
+
+
+class using:
+    """`with using(device=..., backend=..., threads=...)` pins the dispatcher's choice inside the block.
+
+    Args:
+        device: "auto", "cpu" or "gpu".
+        backend: "cpu", "reference", "cuda" or "cupy".
+        threads: how many threads a CPU kernel may use, from 1 to Numba's limit (NUMBA_NUM_THREADS).
+
+    What is not given stays as the enclosing `using`, the environment (TILEWISE_DEVICE, TILEWISE_BACKEND,
+    TILEWISE_THREADS) or the default has it. Safe with threads and asyncio; may be entered more than once.
+
+    Raises:
+        TypeError, ValueError: not a device, backend or thread count.
+        RuntimeError: on entering, when the choice cannot be met, with the reason.
+    """
+
+    def __init__(self, *, device: str | None = None, backend: str | None = None, threads: int | None = None):
+        settings_module.checked(device or "auto", backend, threads)
+        if threads is not None:
+            limit = devices_module.thread_limit()
+            if threads > limit:
+                raise ValueError(f"using: threads must be at most {limit} (NUMBA_NUM_THREADS), got {threads}")
+        self._choice = (device, backend, threads)
+        self._tokens: list = []
+
+    def __enter__(self):
+        outer = settings_module.active()
+        device, backend, threads = self._choice
+        if device is not None and backend is None and outer.backend is not None:
+            # A device pinned inside a pinned backend: the inner one wins where the two do not agree.
+            backend = outer.backend if device in ("auto", settings_module.DEVICE_OF[outer.backend]) else None
+        elif backend is None:
+            backend = outer.backend
+        if device is None:
+            device = outer.device
+            if backend is not None and device not in ("auto", settings_module.DEVICE_OF[backend]):
+                device = "auto"
+        settings = settings_module.intern(device, backend, outer.threads if threads is None else threads)
+        choose_backend(settings)
+        self._tokens.append(settings_module.current.set(settings))
+        return self
+
+    def __exit__(self, *error):
+        settings_module.current.reset(self._tokens.pop())
+        return False
+
+
+def explain(function: Callable, *args, **kwargs) -> Decision:
+    """What `function(*args, **kwargs)` would do, without doing it: device, backend, algorithm, work, and for each
+    candidate not taken, why.
+
+    Raises whatever the call itself would raise for wrong arguments; TypeError for a function that is not tilewise's.
+    """
+    here = settings_module.active()
+    token = settings_module.current.set(settings_module.intern(here.device, here.backend, here.threads, True))
+    try:
+        function(*args, **kwargs)
+    except _Explained as explained:
+        return explained.decision
+    finally:
+        settings_module.current.reset(token)
+    raise TypeError(f"explain: {function!r} is not one of tilewise's dispatched functions")
+
+
+def devices() -> list[devices_module.Device]:
+    """The devices of this machine, each with its backends: None where usable, else why it is not."""
+    return devices_module.list_devices()

@@ -1,0 +1,63 @@
+"""The choice of device, backend and thread count: `using(...)`, the environment, the default.
+
+The innermost `using` wins over the environment, that over the default, field by field. The current choice is a
+context variable: safe with threads and asyncio. Equal choices are one object, so that a plan cache may key on identity.
+"""
+
+import os
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+DEVICES = ("auto", "cpu", "gpu")
+DEVICE_OF = {"cpu": "cpu", "reference": "cpu", "cuda": "gpu", "cupy": "gpu"}  # backend -> device
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Settings:
+    device: str = "auto"
+    backend: str | None = None  # None: chosen by the dispatcher
+    threads: int | None = None  # None: Numba's current count
+    explaining: bool = False  # the dispatcher plans, and hands out the decision instead of running it
+
+
+@lru_cache(maxsize=256)
+def intern(device: str, backend: str | None, threads: int | None, explaining: bool = False) -> Settings:
+    return Settings(device, backend, threads, explaining)
+
+
+current: ContextVar[Settings | None] = ContextVar("tilewise_settings", default=None)
+
+
+def checked(device, backend, threads, source: str = "using") -> Settings:
+    """The settings for these three, or an error that names what was wrong and where it came from."""
+    if device not in DEVICES:
+        raise ValueError(f"{source}: device must be one of {', '.join(DEVICES)}, got {device!r}")
+    if backend is not None and backend not in DEVICE_OF:
+        raise ValueError(f"{source}: backend must be one of {', '.join(DEVICE_OF)}, got {backend!r}")
+    if backend is not None and device not in ("auto", DEVICE_OF[backend]):
+        raise ValueError(f"{source}: backend {backend!r} runs on the {DEVICE_OF[backend]}, but device is {device!r}")
+    if threads is not None:
+        if not isinstance(threads, int) or isinstance(threads, bool):
+            raise TypeError(f"{source}: threads must be an int, got {type(threads).__name__}")
+        if threads < 1:
+            raise ValueError(f"{source}: threads must be at least 1, got {threads}")
+    return intern(device, backend, threads)
+
+
+@lru_cache(maxsize=1)
+def from_environment() -> Settings:
+    """What TILEWISE_DEVICE, TILEWISE_BACKEND and TILEWISE_THREADS ask for; read once, at the first call."""
+    threads = os.environ.get("TILEWISE_THREADS") or None
+    if threads is not None:
+        try:
+            threads = int(threads)
+        except ValueError:
+            raise ValueError(f"TILEWISE_THREADS must be a whole number, got {threads!r}") from None
+    device = os.environ.get("TILEWISE_DEVICE") or "auto"
+    return checked(device, os.environ.get("TILEWISE_BACKEND") or None, threads, "environment TILEWISE_*")
+
+
+def active() -> Settings:
+    """The settings in force here and now."""
+    return current.get() or from_environment()

@@ -1,0 +1,32 @@
+"""The tests' own cache folder and thread limit, set before Numba is imported; the peers' fixtures."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "numba"))
+os.environ.setdefault("NUMBA_NUM_THREADS", "3")  # more than the cores of a small machine, to test 1, 2 and 3
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20261121)
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, on one thread; a visible skip where the `peers` extra is not installed."""
+    module = pytest.importorskip("torch", reason="PyTorch is not installed (extra: peers)")
+    module.set_num_threads(1)
+    return module
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Each backend in turn, pinned for the duration of the test."""
+    import tilewise
+
+    with tilewise.using(backend=request.param):
+        yield request.param
