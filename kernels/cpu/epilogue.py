@@ -1,0 +1,172 @@
+"""Elementary functions and activations that vectorise, for kernels to inline into their last pass over a result.
+
+libm's exp is an opaque call for LLVM: a loop around it stays scalar. Here exp is written in operations that exist for
+whole vectors (fused multiply-add, a shift, selections), so that every loop over it becomes vector code:
+
+    exp(x) = 2^n e^r,   n = round(x / ln 2),   r = x - n ln 2  in [-0.347, 0.347]
+
+- n comes from adding 1.5 * 2^23 (float64: 2^52), which leaves round(x / ln 2) in the low bits of the sum.
+- ln 2 is split into a short head, whose products with n are exact, and a tail (Cody and Waite 1980).
+- e^r - 1 is its Taylor polynomial, long enough that the remainder is below half a unit in the last place:
+  0.347^8 / 8! = 5e-9 for float32, 0.347^14 / 14! = 4e-18 for float64.
+- 2^n is built in the exponent's bits, in two factors, so that results below the normal range are right too.
+
+These functions are compiled without reassociation, which would cancel the additions above.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import float32
+from numba.extending import intrinsic, overload
+
+from tilewise.kernels.cpu.jit import EXACT_ORDER, device
+
+# The activations that conv2d, linear and batch_norm apply to their result, as their kernels know them.
+ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4}
+LEAKY_SLOPE = 0.01
+
+
+@intrinsic
+def _low_bits_as_exponent(typing_context, x):
+    """The float whose sign and exponent are x's lowest bits and whose mantissa is 0: a shift of the bits."""
+    integer, shift = (ir.IntType(32), 23) if x == float32 else (ir.IntType(64), 52)
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.bitcast(arguments[0], integer)
+        return builder.bitcast(builder.shl(bits, integer(shift)), arguments[0].type)
+
+    return x(x), generate
+
+
+def _expm1_parts(x):
+    """(e^r - 1, 2^(n // 2), 2^(n - n // 2)) of an x whose exponential is finite; a NaN stays in the first part."""
+    raise NotImplementedError("for compiled code only")
+
+
+def _single():
+    rounder, biased = np.float32(1.5 * 2**23), np.float32(1.5 * 2**23 + 127)
+    per_ln2, half = np.float32(1.4426950408889634), np.float32(0.5)
+    head, tail = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
+    c2, c3, c4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
+    c5, c6, c7 = np.float32(1 / 120), np.float32(1 / 720), np.float32(1 / 5040)
+
+    def parts(x):
+        n = (x * per_ln2 + rounder) - rounder
+        r = (x - n * head) - n * tail
+        q = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
+        first = n * half + biased
+        second = (n - (first - biased)) + biased
+        return q * r * r + r, _low_bits_as_exponent(first), _low_bits_as_exponent(second)
+
+    return parts
+
+
+def _double():
+    rounder, biased = 1.5 * 2.0**52, 1.5 * 2.0**52 + 1023
+    per_ln2 = 1.4426950408889634
+    head, tail = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+    c2, c3, c4, c5, c6, c7 = 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040
+    c8, c9, c10, c11, c12, c13 = 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 479001600, 1 / 6227020800
+
+    def parts(x):
+        n = (x * per_ln2 + rounder) - rounder
+        r = (x - n * head) - n * tail
+        q = (((((c13 * r + c12) * r + c11) * r + c10) * r + c9) * r + c8) * r + c7
+        q = ((((q * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
+        first = n * 0.5 + biased
+        second = (n - (first - biased)) + biased
+        return q * r * r + r, _low_bits_as_exponent(first), _low_bits_as_exponent(second)
+
+    return parts
+
+
+@overload(_expm1_parts, jit_options={"fastmath": set(EXACT_ORDER), "error_model": "numpy"})
+def _overload_expm1_parts(x):
+    return _single() if x == float32 else _double()
+
+
+@device(fastmath=EXACT_ORDER)
+def exp(x):
+    """e^x in float32 or float64 to about 1 unit in the last place; 0 and inf beyond the range, NaN stays NaN."""
+    lowest, highest = _exp_range(x)
+    x = lowest if x < lowest else x
+    x = highest if x > highest else x
+    q, scale1, scale2 = _expm1_parts(x)
+    return (q + type(x)(1)) * scale1 * scale2
+
+
+def _exp_range(x):
+    """Arguments at which the exponential is already 0 and already infinite."""
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(_exp_range)
+def _overload_exp_range(x):
+    limits = (np.float32(-104), np.float32(89)) if x == float32 else (-746.0, 710.0)
+    return lambda x: limits
+
+
+@device(fastmath=EXACT_ORDER)
+def sigmoid(x):
+    """1 / (1 + e^-x), from e^-|x|, which does not overflow."""
+    one = type(x)(1)
+    e = exp(-abs(x))
+    return (e if x < 0 else one) / (one + e)
+
+
+@device(fastmath=EXACT_ORDER)
+def tanh(x):
+    """(1 - e^-2|x|) / (1 + e^-2|x|) with x's sign; the numerator is computed without cancellation near 0."""
+    one, two = type(x)(1), type(x)(2)
+    z = -two * abs(x)
+    lowest = type(x)(-60)  # e^-60 is nothing beside 1
+    z = lowest if z < lowest else z
+    q, scale1, scale2 = _expm1_parts(z)
+    scale = scale1 * scale2
+    expm1 = q * scale + (scale - one)
+    y = -expm1 / (two + expm1)
+    return -y if x < 0 else y
+
+
+@device()
+def relu(x):
+    """max(x, 0); NaN stays NaN."""
+    return type(x)(0) if x < 0 else x
+
+
+@device()
+def leaky_relu(x, slope):
+    """x where positive, else slope * x."""
+    return x if x > 0 else x * type(x)(slope)
+
+
+@device()
+def apply_activation(value, code):
+    """The activation with this code of ACTIVATION_CODES, of one number; for a whole row, see `activate_row`."""
+    if code == 1:
+        return relu(value)
+    if code == 2:
+        return leaky_relu(value, LEAKY_SLOPE)
+    if code == 3:
+        return sigmoid(value)
+    if code == 4:
+        return tanh(value)
+    return value
+
+
+@device()
+def activate_row(flat, start, count, code):
+    """Apply an activation in place to flat[start : start + count] of a contiguous 1-D array; one vector loop each."""
+    row = flat[start : start + count]
+    if code == 1:
+        for i in range(count):
+            row[i] = relu(row[i])
+    elif code == 2:
+        for i in range(count):
+            row[i] = leaky_relu(row[i], LEAKY_SLOPE)
+    elif code == 3:
+        for i in range(count):
+            row[i] = sigmoid(row[i])
+    elif code == 4:
+        for i in range(count):
+            row[i] = tanh(row[i])
