@@ -64,6 +64,13 @@ class _WriteableView:
         self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
 
 
+def required(function: str, **operands):
+    """Refuse None for an operand that is not optional."""
+    for name, operand in operands.items():
+        if operand is None:
+            raise TypeError(f"{function}: {name} must be an array, got None")
+
+
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 

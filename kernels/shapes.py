@@ -3,7 +3,7 @@
 Everything is computed on plain integers, before anything is allocated or compiled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from operator import index
 
 Pair = tuple[int, int]
@@ -100,3 +100,32 @@ def image_shape(function: str, name: str, shape: tuple[int, ...], layout: str) -
 def layout_shape(n: int, c: int, h: int, w: int, layout: str) -> tuple[int, int, int, int]:
     """The shape of an (n, c, h, w) tensor as it lies in memory in this layout."""
     return (n, c, h, w) if layout == "NCHW" else (n, h, w, c)
+
+
+EPILOGUES = (None, "relu", "leaky_relu", "sigmoid", "tanh")  # what an op can apply to its result in the same pass
+
+
+def activation(function: str, value):
+    """`value` if it is None or the name of an activation that linear, conv2d and batch_norm can apply."""
+    if value not in EPILOGUES:
+        names = ", ".join(f'"{name}"' for name in EPILOGUES if name)
+        raise ValueError(f"{function}: activation must be None or one of {names}, got {value!r}")
+    return value
+
+
+def needs(function: str, value, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The gradients that a backward function is to compute, in the order of `names`."""
+    if isinstance(value, str) or not isinstance(value, Sequence | Set):
+        raise TypeError(f"{function}: needs must be a tuple of names out of {names}, got {value!r}")
+    for name in value:
+        if name not in names:
+            raise ValueError(f"{function}: needs may hold {', '.join(map(repr, names))}, got {name!r}")
+    return tuple(name for name in names if name in value)
+
+
+def check_bias(function: str, bias, channels: int):
+    """One value per output channel, or none at all."""
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(
+            f"{function}: bias must have shape ({channels},), one value per output channel, got {bias.shape}"
+        )
