@@ -14,6 +14,8 @@ whole vectors (fused multiply-add, a shift, selections), so that every loop over
 These functions are compiled without reassociation, which would cancel the additions above.
 """
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import float32
@@ -26,8 +28,7 @@ ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4
 LEAKY_SLOPE = 0.01
 
 
-@intrinsic
-def _low_bits_as_exponent(typing_context, x):
+def _shift_into_exponent(typing_context, x):
     """The float whose sign and exponent are x's lowest bits and whose mantissa is 0: a shift of the bits."""
     integer, shift = (ir.IntType(32), 23) if x == float32 else (ir.IntType(64), 52)
 
@@ -38,7 +39,10 @@ def _low_bits_as_exponent(typing_context, x):
     return x(x), generate
 
 
-def _expm1_parts(x):
+_low_bits_as_exponent: Any = intrinsic(_shift_into_exponent)
+
+
+def _expm1_parts(x) -> Any:
     """(e^r - 1, 2^(n // 2), 2^(n - n // 2)) of an x whose exponential is finite; a NaN stays in the first part."""
     raise NotImplementedError("for compiled code only")
 
@@ -95,7 +99,7 @@ def exp(x):
     return (q + type(x)(1)) * scale1 * scale2
 
 
-def _exp_range(x):
+def _exp_range(x) -> Any:
     """Arguments at which the exponential is already 0 and already infinite."""
     raise NotImplementedError("for compiled code only")
 

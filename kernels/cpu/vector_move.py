@@ -1,0 +1,144 @@
+"""Moving data into the order the micro-kernel reads: masked vector copies, strided and transposed in registers.
+
+A packed panel stores, for every step k of the sum, the elements that the register tile needs side by side. Where the
+source has them side by side, `copy_lanes` moves a vector; where the source runs along k instead, `transpose_block`
+turns a square of vectors in registers, which costs a quarter of a shuffle per element and no scalar access.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
+
+
+@intrinsic(prefer_literal=True)
+def copy_lanes(typingctx, stride, merge, target, source, low, high, source_stride):
+    """One vector: target[i] = source[i * source_stride] for low <= i < high.
+
+    stride: a literal; 1 (contiguous), 2 (two loads and a shuffle), or 0 (any: a gather by source_stride).
+    merge: a literal; 0 sets the lanes outside [low, high) to zero, 1 leaves them as they are.
+    Nothing outside source[low * stride .. (high - 1) * stride] is read.
+    """
+    kind, keep = _literal(stride), _literal(merge)
+    signature = types.void(stride, merge, target, source, types.intp, types.intp, types.intp)
+
+    def codegen(context, builder, signature, args):
+        _, _, target, source, low, high, source_stride = args
+        emit = _Emitter(builder, signature.args[2].dtype)
+        mask = emit.mask(low, high)
+        if kind == 1:
+            value = emit.masked_load(source, _I64(0), mask)
+        elif kind == 2:
+            value = _load_every_second(emit, source, low, high)
+        else:
+            value = _gather(emit, source, source_stride, mask)
+        if keep:
+            emit.masked_store(value, target, _I64(0), mask)
+        else:
+            emit.store(value, target, _I64(0))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _load_every_second(emit, source, low, high):
+    """Lanes source[0], source[2], source[4], ... from two vectors; the element after the last is never touched."""
+    builder = emit.builder
+    first = builder.mul(low, _I64(2))
+    last = builder.sub(builder.mul(high, _I64(2)), _I64(1))
+    parts = []
+    for offset in (0, emit.lanes):
+        mask = emit.mask(builder.sub(first, _I64(offset)), builder.sub(last, _I64(offset)))
+        parts.append(emit.masked_load(source, _I64(offset), mask))
+    even = ir.Constant(ir.VectorType(_I32, emit.lanes), [2 * i for i in range(emit.lanes)])
+    return builder.shuffle_vector(parts[0], parts[1], even)
+
+
+def _gather(emit, source, stride, mask):
+    builder = emit.builder
+    lane = ir.Constant(ir.VectorType(_I64, emit.lanes), [emit.itemsize * i for i in range(emit.lanes)])
+    base = emit.splat(builder.ptrtoint(source, _I64), scalar=_I64)
+    addresses = builder.add(base, builder.mul(lane, emit.splat(stride, scalar=_I64)))
+    pointers = builder.inttoptr(addresses, ir.VectorType(source.type, emit.lanes))
+    kind = "f" if isinstance(emit.element, types.Float) else "i"
+    bits = emit.itemsize * 8
+    name = f"llvm.masked.gather.v{emit.lanes}{kind}{bits}.v{emit.lanes}p0"
+    function_type = ir.FunctionType(
+        emit.vector, [pointers.type, _I32, ir.VectorType(_I1, emit.lanes), emit.vector]
+    )
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
+    return builder.call(function, [pointers, _I32(emit.itemsize), mask, emit.zero])
+
+
+@intrinsic(prefer_literal=True)
+def transpose_block(typingctx, rows, target, source, offsets, lows, highs, column, used_columns):
+    """Pack up to one vector's length of steps k for `rows` rows whose elements run along k.
+
+    target[k * rows + r] = source[offsets[r] + column + k] for r < rows, k < used_columns (at most one vector), where
+    lows[r] <= column + k < highs[r], and zero elsewhere: padding costs nothing, and nothing outside the bounds is read.
+    offsets, lows, highs: pointers to `rows` int64 each. rows: a literal.
+
+        source, contiguous along k          target, contiguous along r
+        row 0: a0 a1 a2 a3 ...              k 0: a0 b0 c0 d0
+        row 1: b0 b1 b2 b3 ...     ->       k 1: a1 b1 c1 d1
+        row 2: c0 c1 c2 c3 ...              k 2: a2 b2 c2 d2
+    """
+    count = _literal(rows)
+    signature = types.void(rows, target, source, offsets, lows, highs, types.intp, types.intp)
+
+    def codegen(context, builder, signature, args):
+        _, target, source, offsets, lows, highs, column, used = args
+        emit = _Emitter(builder, signature.args[1].dtype)
+        for first in range(0, count, emit.lanes):
+            height = min(emit.lanes, count - first)
+            values = _load_rows(emit, source, offsets, lows, highs, column, first, height)
+            _store_columns(emit, _transposed(emit, values), target, first, height, count, used)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _load_rows(emit, source, offsets, lows, highs, column, first, height):
+    builder = emit.builder
+    values = []
+    for r in range(emit.lanes):
+        if r >= height:
+            values.append(emit.zero)
+            continue
+        at = _I64(first + r)
+        low, high = (builder.sub(builder.load(builder.gep(b, [at])), column) for b in (lows, highs))
+        offset = builder.add(builder.load(builder.gep(offsets, [at])), column)
+        values.append(emit.masked_load(source, offset, emit.mask(low, high)))
+    return values
+
+
+def _transposed(emit, values):
+    """The transpose of a square of vectors.
+
+    With element (r, c) numbered by the bits r, then c, interleaving vector i with vector i + half rotates the number by
+    one bit; after log2(lanes) rounds the bits of r and c have changed places.
+    """
+    count, half = emit.lanes, emit.lanes // 2
+    numbers = ir.VectorType(_I32, count)
+    lower = ir.Constant(numbers, [i // 2 + (count if i % 2 else 0) for i in range(count)])
+    upper = ir.Constant(numbers, [half + i // 2 + (count if i % 2 else 0) for i in range(count)])
+    for _ in range(count.bit_length() - 1):
+        pairs = [(values[i], values[i + half]) for i in range(half)]
+        values = [emit.builder.shuffle_vector(a, b, order) for a, b in pairs for order in (lower, upper)]
+    return values
+
+
+def _store_columns(emit, columns, target, first, height, step, used):
+    builder = emit.builder
+    numbers = ir.VectorType(_I1, emit.lanes)
+    within = ir.Constant(numbers, [int(i < height) for i in range(emit.lanes)])
+    end = builder.append_basic_block("packed")
+    for k, value in enumerate(columns):
+        block = builder.append_basic_block("step")
+        builder.cbranch(builder.icmp_signed("<", _I64(k), used), block, end)
+        builder.position_at_end(block)
+        emit.masked_store(value, target, _I64(k * step + first), within)
+    builder.branch(end)
+    builder.position_at_end(end)
