@@ -93,11 +93,12 @@ def linear_backward(grad, x, weight, *, needs=("x", "weight", "bias")):
 
 def _product_shape(function: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a @ b by np.matmul's rules."""
-    if not a or not b:
+    if 0 in (len(a), len(b)):
         raise ValueError(f"{function}: a and b must have at least 1 dimension, got shapes {a} and {b}")
-    axis, inner = ("second to last", b[-2]) if len(b) > 1 else ("only", b[0])
-    if a[-1] != inner:
-        raise ValueError(f"{function}: a's last axis is {a[-1]} but b's {axis} is {inner} (a {a}, b {b})")
+    axis = -2 if len(b) > 1 else -1
+    if a[-1] != b[axis]:
+        name = "last" if axis == -1 else "second to last"
+        raise ValueError(f"{function}: a's last axis is {a[-1]} but b's {name} is {b[axis]} (a {a}, b {b})")
     try:
         batch = np.broadcast_shapes(a[:-2], b[:-2])
     except ValueError:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 # Columns are T times the size of x: so many images are taken at once that they stay within this many bytes.
-_COLUMN_BYTES = 1 << 25
+_COLUMN_BYTES = 1 << 23
 
 _ACTIVATIONS = {
     "relu": lambda y: np.maximum(y, 0),
