@@ -1,0 +1,44 @@
+"""Layers, losses, optimisers and a training loop over `tilewise.kernels`.
+
+Thin: a layer is state plus one kernel call.
+Names, arguments and state_dict keys are PyTorch's, so that trained weights
+load. Arrays are NumPy's. There is no tape: `module.backward(grad)` follows `module.forward(x)`.
+
+Names are resolved on first use (PEP 562), so that importing this package loads neither NumPy nor Numba.
+"""
+
+from importlib import import_module
+
+# module -> the public names it defines
+_EXPORTS = {
+    "module": ("Module", "Parameter", "Sequential"),
+    "linear": ("Linear",),
+    "conv": ("Conv2d",),
+    "pool": ("MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d"),
+    "batchnorm": ("BatchNorm1d", "BatchNorm2d"),
+    "activation": ("ReLU", "LeakyReLU", "Sigmoid", "Tanh", "Softmax"),
+    "dropout": ("Dropout",),
+    "shape": ("Flatten",),
+    "losses": ("Loss", "CrossEntropyLoss", "MSELoss"),
+    "optim": ("Optimizer", "SGD", "Adam"),
+    "train": ("fit", "evaluate", "predict", "History", "Evaluation"),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+_SUBMODULES = ("init", "models", "optim")  # used by name: nn.init.he_normal, nn.models.lenet5
+
+__all__ = [*_MODULE_OF, *_SUBMODULES]
+
+
+def __getattr__(name: str):
+    if name in _SUBMODULES:
+        return import_module(f"tilewise.nn.{name}")
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'tilewise.nn' has no attribute {name!r}")
+    value = getattr(import_module(f"tilewise.nn.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,88 @@
+"""The convolution layer."""
+
+import numpy as np
+
+from ..kernels import conv2d, conv2d_backward
+from ..kernels.shapes import explicit_padding, integer, pair
+from .init import Rng
+from .linear import Affine
+
+
+class Conv2d(Affine):
+    """y = x * weight + bias, a cross-correlation, for x (N, C, H, W), weight (out_channels, C / groups, KH, KW).
+
+    Args:
+        in_channels, out_channels: C of x and of y; both divisible by groups.
+        kernel_size, stride, dilation: an int or a pair (height, width).
+        padding: an int, a pair, two pairs ((top, bottom), (left, right)), "valid", "same" or "same_lower".
+        groups: how many independent slices the channels are cut into.
+        bias: whether there is one.
+        layout: "NCHW", or "NHWC" for x and y (N, H, W, C); the weight has one shape in both.
+        init: "default" (PyTorch's: uniform in +-1 / sqrt(fan_in)), "he_normal", "he_uniform", "xavier_normal",
+            "xavier_uniform", "zeros", or a callable init(shape, rng, dtype); see `tilewise.nn.init`.
+        rng: a numpy.random.Generator or a seed, for the initial values.
+        dtype: of the parameters; x must have it too.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        layout: str = "NCHW",
+        init="default",
+        rng: Rng = None,
+        dtype=np.float32,
+    ):
+        self.in_channels = integer("Conv2d", "in_channels", in_channels)
+        self.out_channels = integer("Conv2d", "out_channels", out_channels)
+        self.kernel_size = pair("Conv2d", "kernel_size", kernel_size)
+        self.stride = pair("Conv2d", "stride", stride)
+        self.padding = layer_padding("Conv2d", padding)
+        self.dilation = pair("Conv2d", "dilation", dilation)
+        self.groups = integer("Conv2d", "groups", groups)
+        self.layout = layer_layout("Conv2d", layout)
+        for name, channels in (("in_channels", self.in_channels), ("out_channels", self.out_channels)):
+            if channels % self.groups:
+                raise ValueError(f"Conv2d: {name} must be divisible by groups, got {channels} and {self.groups}")
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        super().__init__(shape, bias, init, rng, dtype)
+
+    def _options(self) -> tuple:
+        return (self.stride, self.padding, self.dilation, self.groups)
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        bias = None if self.bias is None else self.bias.data
+        y = conv2d(x, self.weight.data, bias, *self._options(), layout=self.layout)
+        self.keep(x)
+        return y
+
+    def gradients(self, grad, x, needs):
+        return conv2d_backward(grad, x, self.weight.data, *self._options(), layout=self.layout, needs=needs)
+
+    def describe(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        plain = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1, "layout": "NCHW"}
+        parts += [f"{name}={getattr(self, name)!r}" for name, usual in plain.items() if getattr(self, name) != usual]
+        return ", ".join(parts) + ("" if self.bias else ", bias=False")
+
+
+def layer_padding(function: str, value):
+    """A padding argument in a form that can be kept: a known name, or two pairs."""
+    if not isinstance(value, str):
+        return explicit_padding(function, value)
+    if value not in ("valid", "same", "same_lower"):
+        raise ValueError(f'{function}: padding must be numbers, "valid", "same" or "same_lower", got {value!r}')
+    return value
+
+
+def layer_layout(function: str, value: str) -> str:
+    if value not in ("NCHW", "NHWC"):
+        raise ValueError(f'{function}: layout must be "NCHW" or "NHWC", got {value!r}')
+    return value

@@ -1,0 +1,245 @@
+"""Parameter, Module and Sequential: what every layer is made of."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Parameter:
+    """An array that is trained, and its gradient.
+
+    data: the values; an optimiser changes them in place.
+    grad: the gradient of the loss, of data's shape and dtype, added up over calls of backward; None before the first.
+    requires_grad: False freezes it: backward leaves grad alone, so that optimisers pass it over.
+    """
+
+    def __init__(self, data: np.ndarray, requires_grad: bool = True):
+        self.data = data
+        self.grad: np.ndarray | None = None
+        self.requires_grad = requires_grad
+
+    def accumulate(self, grad: np.ndarray | None):
+        """Add to the gradient. The array is kept, so the caller must not use it again."""
+        if grad is None or not self.requires_grad:
+            return
+        if self.grad is None:
+            self.grad = grad
+        else:
+            self.grad += grad
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.data.dtype
+
+    @property
+    def size(self) -> int:
+        return self.data.size
+
+    def __repr__(self):
+        return f"Parameter({self.shape}, {self.dtype}{'' if self.requires_grad else ', frozen'})"
+
+
+class Unmatched(NamedTuple):
+    """The names that load_state_dict(strict=False) passed over."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Module:
+    """A layer, or a network of layers: `forward(x)`, then `backward(grad)`.
+
+    In training mode forward keeps what backward needs; one backward uses it up. In evaluation mode nothing is kept, and
+    several threads may call forward at once. Parameters and child modules are found among the instance's attributes, in
+    the order in which they were set; a list of modules is not searched (use Sequential).
+
+    A subclass defines `forward` and `backward`; `self.keep(...)` and `self.kept()` carry values between them.
+    """
+
+    training: bool = True
+    buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained, such as running means
+    _kept: tuple | None = None
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        """Add to the parameters' gradients, and return the gradient of the last forward's input.
+
+        Args:
+            grad: the gradient of the loss with respect to forward's result, of its shape and dtype.
+
+        Raises:
+            RuntimeError: no forward in training mode went before.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define backward")
+
+    def backward_parameters(self, grad: np.ndarray):
+        """Backward for a network's first layer: adds to the parameters' gradients only, which saves work."""
+        self.backward(grad)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.forward(x)
+
+    def keep(self, *values):
+        """Called by forward: what backward will need. Does nothing in evaluation mode."""
+        if self.training:
+            self._kept = values
+
+    def kept(self) -> tuple:
+        """Called by backward: what forward kept, once. Twice for one forward would be a layer used at two places."""
+        if self._kept is None:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name}.backward: nothing to go back from; call forward in training mode first (each backward uses up "
+                f"one forward; a network that needs the layer twice needs two of them)"
+            )
+        values, self._kept = self._kept, None
+        return values
+
+    def children(self) -> Iterator[tuple[str, "Module"]]:
+        """(name, module) of the modules directly inside this one."""
+        return ((name, value) for name, value in vars(self).items() if isinstance(value, Module))
+
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
+        """(dotted name, module) of this module, named "", and of all inside it, depth first."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.modules(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self) -> list[tuple[str, Parameter]]:
+        """(dotted name, parameter), each parameter once, in PyTorch's order."""
+        found: dict[int, tuple[str, Parameter]] = {}
+        for prefix, module in self.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter):
+                    found.setdefault(id(value), (f"{prefix}.{name}" if prefix else name, value))
+        return list(found.values())
+
+    def parameters(self) -> list[Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def zero_grad(self):
+        """Forget all gradients."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def train(self, mode: bool = True):
+        """Training mode (or, with False, evaluation mode) for this module and all inside it; returns the module."""
+        for _, module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self):
+        """Evaluation mode: dropout is off, batch norm uses its running statistics, nothing is kept for backward."""
+        return self.train(False)
+
+    def _state(self) -> dict[str, np.ndarray]:
+        """The arrays themselves by dotted name, in PyTorch's order: a module's parameters, buffers, then children."""
+        state = {}
+        for prefix, module in self.modules():
+            own = {name: value.data for name, value in vars(module).items() if isinstance(value, Parameter)}
+            own |= {name: getattr(module, name) for name in module.buffers}
+            state |= {f"{prefix}.{name}" if prefix else name: array for name, array in own.items()}
+        return state
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """A copy of every parameter and buffer by its dotted name, as in PyTorch ("0.weight", "1.running_mean")."""
+        return {name: array.copy() for name, array in self._state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Unmatched:
+        """Set parameters and buffers, in place, from arrays or detached CPU torch tensors; converted to this dtype.
+
+        Args:
+            state: name -> array, as state_dict gives it here or in PyTorch.
+            strict: whether every name must be on both sides.
+
+        Returns:
+            (missing_keys, unexpected_keys); both empty where strict.
+
+        Raises:
+            ValueError: a name is missing or unexpected and `strict`; a shape differs. Nothing is changed then.
+            TypeError: an array's kind of number does not fit.
+        """
+        own = self._state()
+        unmatched = Unmatched([n for n in own if n not in state], [n for n in state if n not in own])
+        if strict and any(unmatched):
+            raise ValueError(
+                f"load_state_dict: names do not match {type(self).__name__}'s: missing {unmatched.missing_keys}, "
+                f"unexpected {unmatched.unexpected_keys}; strict=False passes them over"
+            )
+        values = {name: np.asarray(state[name]) for name in own if name in state}
+        for name, value in values.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"load_state_dict: {name} has shape {value.shape}, expected {own[name].shape}")
+            if not np.can_cast(value.dtype, own[name].dtype, "same_kind"):
+                raise TypeError(f"load_state_dict: {name} is {value.dtype}, which does not fit {own[name].dtype}")
+        for name, value in values.items():
+            own[name][...] = value
+        return unmatched
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without what the last forward kept, which may be large."""
+        return {name: value for name, value in vars(self).items() if name != "_kept"}
+
+    def describe(self) -> str:
+        """The constructor's arguments, as the repr shows them."""
+        return ""
+
+    def __repr__(self):
+        lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self.children()]
+        inside = "\n".join(["", *lines, ""]) if lines else self.describe()
+        return f"{type(self).__name__}({inside})"
+
+
+class Sequential(Module):
+    """Modules one after the other: Sequential(a, b) is b(a(x)). Names are "0", "1", ..., or a dict's keys."""
+
+    def __init__(self, *modules: Module | Mapping[str, Module]):
+        if len(modules) == 1 and isinstance(modules[0], Mapping):
+            named = dict(modules[0])
+        else:
+            named = {str(i): module for i, module in enumerate(modules)}
+        for name, module in named.items():
+            if not isinstance(module, Module):
+                raise TypeError(f"Sequential: {name!r} must be a Module, got {type(module).__name__}")
+        self._modules: dict[str, Module] = named  # pyright: ignore[reportAttributeAccessIssue]
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        return iter(self._modules.items())
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        for module in self._modules.values():
+            x = module(x)
+        return x
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        for module in reversed(self._modules.values()):
+            grad = module.backward(grad)
+        return grad
+
+    def backward_parameters(self, grad: np.ndarray):
+        """Goes back no further than to the first layer that learns: layers frozen before it cost nothing."""
+        layers = list(self._modules.values())
+        learning = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+        if not learning:
+            return
+        for layer in reversed(layers[learning[0] + 1 :]):
+            grad = layer.backward(grad)
+        layers[learning[0]].backward_parameters(grad)
+
+    def __len__(self):
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self._modules.values())
+
+    def __getitem__(self, index):
+        """A module by position, or a Sequential of a slice, whose modules keep their names."""
+        items = list(self._modules.items())
+        return Sequential(dict(items[index])) if isinstance(index, slice) else items[index][1]

@@ -1,0 +1,108 @@
+"""Pooling layers. The arguments are those of the kernels of the same names."""
+
+import numpy as np
+
+from ..kernels import (
+    adaptive_avg_pool2d,
+    adaptive_avg_pool2d_backward,
+    avg_pool2d,
+    avg_pool2d_backward,
+    max_pool2d,
+    max_pool2d_backward,
+)
+from ..kernels.shapes import pair
+from .conv import layer_layout, layer_padding
+from .module import Module
+
+
+class _Window(Module):
+    """A window that moves over the image: kernel_size, stride (None: kernel_size), padding."""
+
+    def __init__(self, kernel_size, stride, padding, layout: str):
+        name = type(self).__name__
+        self.kernel_size = pair(name, "kernel_size", kernel_size)
+        self.stride = self.kernel_size if stride is None else pair(name, "stride", stride)
+        self.padding = layer_padding(name, padding)
+        self.layout = layer_layout(name, layout)
+
+    def describe(self) -> str:
+        padding = "" if self.padding == ((0, 0), (0, 0)) else f", padding={self.padding!r}"
+        return f"kernel_size={self.kernel_size}, stride={self.stride}{padding}"
+
+
+class MaxPool2d(_Window):
+    """The maximum of each window; the gradient goes to the element that won."""
+
+    def __init__(
+        self, kernel_size, stride=None, padding=0, dilation=1, *, ceil_mode: bool = False, layout: str = "NCHW"
+    ):
+        super().__init__(kernel_size, stride, padding, layout)
+        self.dilation = pair("MaxPool2d", "dilation", dilation)
+        self.ceil_mode = ceil_mode
+
+    def _options(self) -> tuple:
+        return (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        if not self.training:
+            return max_pool2d(x, *self._options(), layout=self.layout)
+        y, indices = max_pool2d(x, *self._options(), True, layout=self.layout)
+        self.keep(indices, x.shape)
+        return y
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        indices, shape = self.kept()
+        return max_pool2d_backward(grad, indices, shape, *self._options(), layout=self.layout)
+
+
+class AvgPool2d(_Window):
+    """The mean of each window; the gradient is spread evenly over it."""
+
+    def __init__(
+        self,
+        kernel_size,
+        stride=None,
+        padding=0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+        *,
+        layout: str = "NCHW",
+    ):
+        super().__init__(kernel_size, stride, padding, layout)
+        self.ceil_mode = ceil_mode
+        self.count_include_pad = count_include_pad
+        self.divisor_override = divisor_override
+
+    def _options(self) -> tuple:
+        window = (self.kernel_size, self.stride, self.padding)
+        return (*window, self.ceil_mode, self.count_include_pad, self.divisor_override)
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        y = avg_pool2d(x, *self._options(), layout=self.layout)
+        self.keep(x.shape)
+        return y
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        (shape,) = self.kept()
+        return avg_pool2d_backward(grad, shape, *self._options(), layout=self.layout)
+
+
+class AdaptiveAvgPool2d(Module):
+    """The mean of each of output_size cells, however large the image; output_size 1 is global average pooling."""
+
+    def __init__(self, output_size, *, layout: str = "NCHW"):
+        self.output_size = pair("AdaptiveAvgPool2d", "output_size", output_size)
+        self.layout = layer_layout("AdaptiveAvgPool2d", layout)
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        y = adaptive_avg_pool2d(x, self.output_size, layout=self.layout)
+        self.keep(x.shape)
+        return y
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        (shape,) = self.kept()
+        return adaptive_avg_pool2d_backward(grad, shape, self.output_size, layout=self.layout)
+
+    def describe(self) -> str:
+        return f"output_size={self.output_size}"

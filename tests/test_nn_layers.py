@@ -1,0 +1,223 @@
+"""Every layer against PyTorch's of the same name: forward, gradients of input and parameters, buffers, both modes."""
+
+import numpy as np
+import pytest
+from gradcheck import assert_gradient, numerical_gradient
+from tolerances import assert_close
+
+from tilewise import nn
+
+IMAGE = (4, 6, 9, 8)
+
+# id -> (our layer, PyTorch's expression, input shape, length of the longest sum)
+SAME_ARGUMENTS = {
+    "linear": ("Linear(6, 5)", (7, 6), 7),
+    "linear without bias": ("Linear(6, 5, bias=False)", (7, 6), 7),
+    "linear on three axes": ("Linear(6, 5)", (3, 4, 6), 12),
+    "conv": ("Conv2d(6, 4, 3)", IMAGE, 4 * 72),
+    "conv with everything": ("Conv2d(6, 4, (3, 2), (2, 1), (1, 2), (2, 1), 2, False)", IMAGE, 4 * 90),
+    "conv same": ("Conv2d(6, 4, 3, padding='same')", IMAGE, 4 * 72),
+    "max pool": ("MaxPool2d(2)", IMAGE, 1),
+    "max pool overlapping": ("MaxPool2d((3, 2), 2, 1, (1, 2), ceil_mode=True)", IMAGE, 4),
+    "average pool": ("AvgPool2d(3)", IMAGE, 9),
+    "average pool with everything": ("AvgPool2d((3, 2), 2, 1, True, False)", IMAGE, 6),
+    "average pool with divisor": ("AvgPool2d(2, divisor_override=3)", IMAGE, 4),
+    "adaptive average pool": ("AdaptiveAvgPool2d((3, 2))", IMAGE, 24),
+    "global average pool": ("AdaptiveAvgPool2d(1)", IMAGE, 72),
+    "batch norm of features": ("BatchNorm1d(6)", (16, 6), 64),
+    "batch norm of sequences": ("BatchNorm1d(6, eps=1e-3, momentum=0.3)", (4, 6, 5), 80),
+    "batch norm of images": ("BatchNorm2d(6)", IMAGE, 4 * 288),
+    "batch norm without affine": ("BatchNorm2d(6, affine=False)", IMAGE, 4 * 288),
+    "flatten": ("Flatten()", IMAGE, 1),
+    "flatten the middle": ("Flatten(1, 2)", IMAGE, 1),
+    "relu": ("ReLU()", (5, 7), 1),
+    "leaky relu": ("LeakyReLU(0.2)", (5, 7), 1),
+    "sigmoid": ("Sigmoid()", (5, 7), 2),
+    "tanh": ("Tanh()", (5, 7), 2),
+    "softmax": ("Softmax(1)", (5, 7), 14),
+}
+
+
+def build(expression: str, dtype, rng):
+    """The layer in our library, in this dtype, with parameters that are not the neutral ones."""
+    layer = eval(f"nn.{expression}", {"nn": nn})
+    for parameter in layer.parameters():
+        parameter.data = rng.uniform(0.2, 0.8, parameter.shape).astype(dtype)
+    for name in layer.buffers[:2]:
+        setattr(layer, name, rng.uniform(0.5, 1.5, getattr(layer, name).shape).astype(dtype))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("expression", "shape", "terms"), SAME_ARGUMENTS.values(), ids=SAME_ARGUMENTS)
+def test_layer_equals_pytorchs(torch, rng, expression, shape, terms, dtype):
+    ours = build(expression, dtype, rng)
+    theirs = eval(f"torch.nn.{expression}", {"torch": torch}).to(getattr(torch, np.dtype(dtype).name))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in ours.state_dict().items()})
+
+    x = rng.standard_normal(shape).astype(dtype)
+    x_torch = torch.tensor(x, requires_grad=True)
+    y, y_torch = ours(x), theirs(x_torch)
+    assert_close(y, y_torch.detach().numpy(), terms)
+    assert y.dtype == dtype
+
+    cotangent = rng.standard_normal(y.shape).astype(dtype)
+    y_torch.backward(torch.tensor(cotangent))
+    assert_close(ours.backward(cotangent), x_torch.grad.numpy(), terms)
+    for (name, parameter), (_, expected) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert parameter.grad is not None, name
+        assert_close(parameter.grad, expected.grad.numpy(), terms)
+
+    for name, expected in theirs.state_dict().items():  # the running statistics have moved alike
+        assert_close(ours.state_dict()[name], expected.numpy(), terms)
+    with torch.no_grad():
+        assert_close(ours.eval()(x), theirs.eval()(x_torch).numpy(), terms)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["Conv2d(6, 4, 3, padding=1)", "MaxPool2d(3, 2)", "AvgPool2d(3, 2)", "AdaptiveAvgPool2d(2)", "BatchNorm2d(6)"],
+)
+def test_nhwc_is_nchw_with_the_axes_moved(rng, expression):
+    usual = build(expression, np.float64, rng)
+    other = eval(f"nn.{expression[:-1]}, layout='NHWC')", {"nn": nn})
+    for (_, target), (_, source) in zip(other.named_parameters(), usual.named_parameters(), strict=True):
+        target.data = source.data.copy()
+    for name in usual.buffers:
+        setattr(other, name, getattr(usual, name).copy())
+    x = rng.standard_normal(IMAGE)
+    y = usual(x)
+    cotangent = rng.standard_normal(y.shape)
+    to_nhwc = (0, 2, 3, 1)
+    assert_close(other(x.transpose(to_nhwc)), y.transpose(to_nhwc), 1000)
+    grad = other.backward(cotangent.transpose(to_nhwc))
+    assert_close(grad, usual.backward(cotangent).transpose(to_nhwc), 1000)
+    for mine, expected in zip(other.parameters(), usual.parameters(), strict=True):
+        assert mine.grad is not None
+        assert expected.grad is not None
+        assert_close(mine.grad, expected.grad, 1000)
+
+
+def small_network(rng) -> nn.Sequential:
+    options = {"rng": rng, "dtype": np.float64}
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, **options),
+        nn.BatchNorm2d(3, dtype=np.float64),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, 2, stride=2, bias=False, **options),
+        nn.Tanh(),
+        nn.AvgPool2d(2, 1, ((0, 1), (1, 0))),
+        nn.Flatten(),
+        nn.Linear(4 * 2 * 2, 5, **options),
+        nn.BatchNorm1d(5, dtype=np.float64),
+        nn.Sigmoid(),
+        nn.Linear(5, 3, **options),
+        nn.Softmax(),
+    )
+
+
+def test_gradients_of_a_whole_network_are_the_numerical_ones(rng):
+    network = small_network(rng)
+    x, cotangent = rng.standard_normal((3, 2, 8, 8)), rng.standard_normal((3, 3))
+    network(x)
+    grad_x = network.backward(cotangent)
+    assert_gradient(grad_x, numerical_gradient(network.forward, x, cotangent))
+    for _, parameter in network.named_parameters():
+        values = parameter.data
+
+        def output(changed, parameter=parameter):
+            parameter.data = changed
+            return network.forward(x)
+
+        expected = numerical_gradient(output, values, cotangent)
+        parameter.data = values
+        assert parameter.grad is not None
+        assert_gradient(parameter.grad, expected)
+
+
+def test_frozen_batch_norm_uses_and_keeps_its_statistics(rng):
+    norm = build("BatchNorm2d(6)", np.float64, rng)
+    x, cotangent = rng.standard_normal(IMAGE), rng.standard_normal(IMAGE)
+    expected, before = norm.eval()(x), norm.state_dict()
+    norm.train().frozen = True
+    assert_close(norm(x), expected, 2)
+    assert_gradient(norm.backward(cotangent), numerical_gradient(norm.eval().forward, x, cotangent))
+    for name, value in norm.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+class TestDropout:
+    def test_drops_a_share_p_and_rescales_the_rest(self):
+        x = np.full((200, 500), 3.0)
+        y = nn.Dropout(0.3, rng=0)(x)
+        dropped = (y == 0).mean()
+        assert abs(dropped - 0.3) < 5 * (0.3 * 0.7 / x.size) ** 0.5  # five standard deviations
+        np.testing.assert_allclose(y[y != 0], 3 / 0.7)
+        assert abs(y.mean() - 3) < 0.05
+
+    def test_backward_drops_the_same_elements(self, rng):
+        dropout = nn.Dropout(0.5, rng=1)
+        x, grad = rng.standard_normal((20, 30)), rng.standard_normal((20, 30))
+        y = dropout(x)
+        np.testing.assert_allclose(dropout.backward(grad), np.where(y == 0, 0, 2 * grad))
+
+    def test_evaluation_is_the_identity(self, rng):
+        x = rng.standard_normal((4, 5)).astype(np.float32)
+        np.testing.assert_array_equal(nn.Dropout(0.9, rng=0).eval()(x), x)
+
+    def test_same_seed_same_choice(self, rng):
+        x = rng.standard_normal((50, 50)).astype(np.float32)
+        first, second, other = (nn.Dropout(0.5, rng=seed)(x) for seed in (7, 7, 8))
+        np.testing.assert_array_equal(first, second)
+        assert (first != other).any()
+        assert first.dtype == np.float32
+
+    @pytest.mark.parametrize(("p", "expected"), [(0, 1.0), (1, 0.0)])
+    def test_extremes(self, p, expected):
+        np.testing.assert_array_equal(nn.Dropout(p)(np.ones((3, 3))), np.full((3, 3), expected))
+
+
+WRONG = {
+    "channels": (lambda: nn.Conv2d(0, 4, 3), ValueError, "Conv2d: in_channels must be at least 1, got 0"),
+    "kernel": (lambda: nn.Conv2d(1, 4, 0), ValueError, "Conv2d: kernel_size must be at least 1"),
+    "float kernel": (lambda: nn.Conv2d(1, 4, 2.5), TypeError, r"Conv2d: kernel_size must be an int, got 2\.5"),
+    "groups": (
+        lambda: nn.Conv2d(3, 4, 1, groups=2),
+        ValueError,
+        "in_channels must be divisible by groups, got 3 and 2",
+    ),
+    "groups of outputs": (lambda: nn.Conv2d(4, 3, 1, groups=2), ValueError, "out_channels must be divisible by groups"),
+    "padding": (lambda: nn.Conv2d(3, 4, 1, padding="full"), ValueError, "Conv2d: padding must be .* got 'full'"),
+    "negative padding": (lambda: nn.MaxPool2d(2, padding=-1), ValueError, "MaxPool2d: padding must be at least 0"),
+    "layout": (lambda: nn.AvgPool2d(2, layout="CHWN"), ValueError, 'AvgPool2d: layout must be "NCHW" or "NHWC"'),
+    "features": (lambda: nn.Linear(2, 0), ValueError, "Linear: out_features must be at least 1"),
+    "init": (lambda: nn.Linear(2, 2, init="glorot"), ValueError, "Linear: init must be .* got 'glorot'"),
+    "init's shape": (lambda: nn.Linear(2, 3, init=lambda *a: np.zeros((3, 3))), ValueError, r"gave shape \(3, 3\)"),
+    "rng": (lambda: nn.Linear(2, 2, rng="0"), TypeError, "rng must be a numpy.random.Generator, an int or None"),
+    "p": (lambda: nn.Dropout(1.5), ValueError, r"Dropout: p must be from 0 to 1, got 1\.5"),
+    "BatchNorm1d of images": (
+        lambda: nn.BatchNorm1d(2)(np.ones((1, 2, 3, 3))),
+        ValueError,
+        r"BatchNorm1d: x must have",
+    ),
+    "BatchNorm2d of rows": (
+        lambda: nn.BatchNorm2d(2)(np.ones((4, 2))),
+        ValueError,
+        r"must have 4 dimensions \(N, C, H, W",
+    ),
+    "flatten": (
+        lambda: nn.Flatten(2)(np.ones((3, 4))),
+        ValueError,
+        r"Flatten: axes 2 to -1 are not in an array of shape",
+    ),
+    "wrong x": (lambda: nn.Linear(3, 2)(np.ones((4, 5), np.float32)), ValueError, "linear: "),
+    "other dtype": (lambda: nn.Linear(3, 2)(np.ones((4, 3))), TypeError, "the dtypes must match"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_calls(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
