@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tilewise.kernels import arrays as arrays_module
-from tilewise.kernels import devices as devices_module
+from tilewise.kernels import machine as machine_module
 from tilewise.kernels import settings as settings_module
 
 MAX_PLANS = 4096  # an operation forgets its plans beyond this many signatures: a program with ever new shapes stays small
@@ -260,7 +260,7 @@ def choose_backend(settings) -> tuple[str, dict[str, str]]:
 
     An explicit choice that cannot be met raises RuntimeError with the reason; only "auto" falls back.
     """
-    missing = devices_module.unavailable_backends()
+    missing = machine_module.unavailable_backends()
     if settings.backend is not None:
         if settings.backend in missing:
             raise RuntimeError(f"backend {settings.backend!r} is not available: {missing[settings.backend]}")
@@ -292,7 +292,7 @@ class using:
     def __init__(self, *, device: str | None = None, backend: str | None = None, threads: int | None = None):
         settings_module.checked(device or "auto", backend, threads)
         if threads is not None:
-            limit = devices_module.thread_limit()
+            limit = machine_module.thread_limit()
             if threads > limit:
                 raise ValueError(f"using: threads must be at most {limit} (NUMBA_NUM_THREADS), got {threads}")
         self._choice = (device, backend, threads)
@@ -337,6 +337,6 @@ def explain(function: Callable, *args, **kwargs) -> Decision:
     raise TypeError(f"explain: {function!r} is not one of tilewise's dispatched functions")
 
 
-def devices() -> list[devices_module.Device]:
+def devices() -> list[machine_module.Device]:
     """The devices of this machine, each with its backends: None where usable, else why it is not."""
-    return devices_module.list_devices()
+    return machine_module.list_devices()
