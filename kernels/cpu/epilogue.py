@@ -5,11 +5,11 @@ whole vectors (fused multiply-add, a shift, selections), so that every loop over
 
     exp(x) = 2^n e^r,   n = round(x / ln 2),   r = x - n ln 2  in [-0.347, 0.347]
 
-- n comes from adding 1.5 * 2^23 (float64: 2^52), which leaves round(x / ln 2) in the low bits of the sum.
+- n comes from adding 1.5 * 2^23 (float64: 2^52), which leaves round(x / ln 2) in the low bits of the sum; with the
+  exponent's bias added to the constant, a shift of the sum's bits gives 2^n.
 - ln 2 is split into a short head, whose products with n are exact, and a tail (Cody and Waite 1980).
 - e^r - 1 is its Taylor polynomial, long enough that the remainder is below half a unit in the last place:
   0.347^8 / 8! = 5e-9 for float32, 0.347^14 / 14! = 4e-18 for float64.
-- 2^n is built in the exponent's bits, in two factors, so that results below the normal range are right too.
 
 These functions are compiled without reassociation, which would cancel the additions above.
 """
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32
+from numba import float32, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device
@@ -26,6 +27,25 @@ from tilewise.kernels.cpu.jit import EXACT_ORDER, device
 # The activations that conv2d, linear and batch_norm apply to their result, as their kernels know them.
 ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4}
 LEAKY_SLOPE = 0.01
+
+
+def _prefer_widest_vectors(typing_context):
+    """Let the loops of the function that calls this use 512-bit vectors where the processor has them.
+
+    LLVM keeps to 256 bits otherwise, because the first AVX-512 processors lowered their clock for more. That is right
+    for loops that wait for memory; a loop over exp gains a fifth to a half from the full width. The attribute has to
+    be on the function that contains the loop: Numba optimises each function before it inlines it.
+    """
+
+    def generate(context, builder, signature, arguments):
+        # llvmlite refuses attributes that it does not know; its own set prints any.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+prefer_widest_vectors: Any = intrinsic(_prefer_widest_vectors)
 
 
 def _shift_into_exponent(typing_context, x):
@@ -42,44 +62,54 @@ def _shift_into_exponent(typing_context, x):
 _low_bits_as_exponent: Any = intrinsic(_shift_into_exponent)
 
 
+def _emit_maximum(typing_context, a, b):
+    """The larger of two floats of one type, NaN if either is: the form of which LLVM vectorises a running maximum."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(arguments[0].type, [arguments[0].type] * 2)
+        name = f"llvm.maximum.f{signature.return_type.bitwidth}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+    return a(a, a), generate
+
+
+maximum: Any = intrinsic(_emit_maximum)
+
+
 def _expm1_parts(x) -> Any:
-    """(e^r - 1, 2^(n // 2), 2^(n - n // 2)) of an x whose exponential is finite; a NaN stays in the first part."""
+    """(e^r - 1, 2^n) of an x whose exponential is a normal number; a NaN stays in the first part."""
     raise NotImplementedError("for compiled code only")
 
 
 def _single():
-    rounder, biased = np.float32(1.5 * 2**23), np.float32(1.5 * 2**23 + 127)
-    per_ln2, half = np.float32(1.4426950408889634), np.float32(0.5)
+    biased, per_ln2 = np.float32(1.5 * 2**23 + 127), np.float32(1.4426950408889634)
     head, tail = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
     c2, c3, c4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
     c5, c6, c7 = np.float32(1 / 120), np.float32(1 / 720), np.float32(1 / 5040)
 
     def parts(x):
-        n = (x * per_ln2 + rounder) - rounder
+        shifted = x * per_ln2 + biased
+        n = shifted - biased
         r = (x - n * head) - n * tail
         q = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
-        first = n * half + biased
-        second = (n - (first - biased)) + biased
-        return q * r * r + r, _low_bits_as_exponent(first), _low_bits_as_exponent(second)
+        return q * r * r + r, _low_bits_as_exponent(shifted)
 
     return parts
 
 
 def _double():
-    rounder, biased = 1.5 * 2.0**52, 1.5 * 2.0**52 + 1023
-    per_ln2 = 1.4426950408889634
+    biased, per_ln2 = 1.5 * 2.0**52 + 1023, 1.4426950408889634
     head, tail = 6.93147180369123816490e-01, 1.90821492927058770002e-10
     c2, c3, c4, c5, c6, c7 = 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040
     c8, c9, c10, c11, c12, c13 = 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 479001600, 1 / 6227020800
 
     def parts(x):
-        n = (x * per_ln2 + rounder) - rounder
+        shifted = x * per_ln2 + biased
+        n = shifted - biased
         r = (x - n * head) - n * tail
         q = (((((c13 * r + c12) * r + c11) * r + c10) * r + c9) * r + c8) * r + c7
         q = ((((q * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
-        first = n * 0.5 + biased
-        second = (n - (first - biased)) + biased
-        return q * r * r + r, _low_bits_as_exponent(first), _low_bits_as_exponent(second)
+        return q * r * r + r, _low_bits_as_exponent(shifted)
 
     return parts
 
@@ -91,12 +121,15 @@ def _overload_expm1_parts(x):
 
 @device(fastmath=EXACT_ORDER)
 def exp(x):
-    """e^x in float32 or float64 to about 1 unit in the last place; 0 and inf beyond the range, NaN stays NaN."""
+    """e^x in float32 or float64 to about 1 unit in the last place; NaN stays NaN.
+
+    0 where the result would lie below the normal range, inf from 2^127.5 (float64: 2^1023.5) on.
+    """
     lowest, highest = _exp_range(x)
     x = lowest if x < lowest else x
     x = highest if x > highest else x
-    q, scale1, scale2 = _expm1_parts(x)
-    return (q + type(x)(1)) * scale1 * scale2
+    q, scale = _expm1_parts(x)
+    return (q + type(x)(1)) * scale
 
 
 def _exp_range(x) -> Any:
@@ -106,7 +139,7 @@ def _exp_range(x) -> Any:
 
 @overload(_exp_range)
 def _overload_exp_range(x):
-    limits = (np.float32(-104), np.float32(89)) if x == float32 else (-746.0, 710.0)
+    limits = (np.float32(-88), np.float32(89)) if x == float32 else (-709.0, 710.0)
     return lambda x: limits
 
 
@@ -125,8 +158,7 @@ def tanh(x):
     z = -two * abs(x)
     lowest = type(x)(-60)  # e^-60 is nothing beside 1
     z = lowest if z < lowest else z
-    q, scale1, scale2 = _expm1_parts(z)
-    scale = scale1 * scale2
+    q, scale = _expm1_parts(z)
     expm1 = q * scale + (scale - one)
     y = -expm1 / (two + expm1)
     return -y if x < 0 else y
@@ -161,6 +193,7 @@ def apply_activation(value, code):
 @device()
 def activate_row(flat, start, count, code):
     """Apply an activation in place to flat[start : start + count] of a contiguous 1-D array; one vector loop each."""
+    prefer_widest_vectors()
     row = flat[start : start + count]
     if code == 1:
         for i in range(count):

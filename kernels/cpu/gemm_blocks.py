@@ -31,10 +31,10 @@ NC = 4096
 
 
 @device()
-def pack_left(a, start, row_step, column_step, rows, depth, panels):
+def pack_left(a, start, row_step, column_step, rows, depth, panels, panels_start):
     """Pack a rows x depth block of A, element (i, k) at a[start + i * row_step + k * column_step], into panels.
 
-    panels[(i // MR) * MR * depth + k * MR + i % MR]; missing rows of the last panel are zero.
+    panels[panels_start + (i // MR) * MR * depth + k * MR + i % MR]; missing rows of the last panel are zero.
     """
     width = lanes(a)
     offsets = np.empty(MR, np.int64)
@@ -42,7 +42,7 @@ def pack_left(a, start, row_step, column_step, rows, depth, panels):
     highs = np.empty(MR, np.int64)
     for first in range(0, rows, MR):
         used = min(MR, rows - first)
-        target = first * depth
+        target = panels_start + first * depth
         source = start + first * row_step
         if column_step == 1:
             for r in range(MR):
@@ -184,7 +184,7 @@ def _row_chunk(
 ):
     """One chunk of rows against a packed block of B: pack its part of A, multiply, and finish after the last block."""
     panels_a = np.empty((rows + MR) * depth + 16, a.dtype)
-    pack_left(a, a_start + k0 * a_column, a_row, a_column, rows, depth, panels_a)
+    pack_left(a, a_start + k0 * a_column, a_row, a_column, rows, depth, panels_a, 0)
     multiply_rows(panels_a, rows, panels_b, columns, depth, c, c_start + j0, c_step, 1 if k0 > 0 else 0)
     if k0 + depth == whole:
         finish_rows(c, c_start + j0, c_step, rows, columns, bias, j0, activation)
