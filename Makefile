@@ -1,0 +1,71 @@
+# Two commands on a fresh machine (python3 with venv and pip, make, git):
+#   make bench    time every kernel against its NumPy reference and print the table
+#   make test     run the tests
+# Others: lint, typecheck, targets, report, bench-full, clean. Settings: PYTHON=python3.12, VENV=folder,
+# EXTRAS=peers (compare with PyTorch and ONNX Runtime in the tests), JOBS=n (test processes), ARGS="..." (for pytest).
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?=
+JOBS ?= 2
+ARGS ?=
+# A release with CPU builds: an open requirement would bring gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+RECORDS := .asv/records.jsonl
+# The figures belong to a commit where there is one (a source archive has none).
+ASV_COMMIT = $(shell git rev-parse --verify --quiet HEAD >/dev/null 2>&1 && echo --set-commit-hash=HEAD)
+
+.PHONY: bench bench-full test lint typecheck targets report clean
+.DELETE_ON_ERROR:
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras; "test" is what the tests need, peers what they compare with.
+$(INSTALLED)-bench: EXTRA := bench
+$(INSTALLED)-lint: EXTRA := lint
+$(INSTALLED)-test: EXTRA := test,bench,train,plot
+$(INSTALLED)-test-peers: EXTRA := test,bench,train,plot,peers
+$(INSTALLED)-test-peers: MORE := "$(TORCH)"
+$(INSTALLED)-%: pyproject.toml | $(PY)
+	@echo "installing tilewise[$(EXTRA)] into $(VENV) ..."
+	@$(INSTALL) --editable ".[$(EXTRA)]" $(MORE)
+	@touch $@
+
+bench: $(INSTALLED)-bench
+	@$(PY) -m tilewise.benchmarks.report --devices
+	@mkdir -p .asv && rm -f $(RECORDS)
+	@$(VENV)/bin/asv machine --yes >/dev/null
+	@# asv's exit code is not ours: the report names the cases without a result, and fails for them.
+	@-TILEWISE_BENCH_RECORDS="$(CURDIR)/$(RECORDS)" $(VENV)/bin/asv run --python=same --show-stderr $(ASV_COMMIT)
+	@$(PY) -m tilewise.benchmarks.report --records $(RECORDS)
+
+bench-full: export TILEWISE_BENCH_SUITE = full
+bench-full: bench
+
+test: $(INSTALLED)-test$(EXTRAS:%=-%)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+lint: $(INSTALLED)-lint
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+# Against a plain, not editable installation: there a module that the wheel forgets is missing for the type checker too.
+typecheck: $(INSTALLED)-lint $(INSTALLED)-test$(EXTRAS:%=-%)
+	@rm -rf build
+	@$(INSTALL) --no-deps --no-build-isolation --target build/typecheck .
+	$(VENV)/bin/basedpyright --pythonpath $(PY)
+
+targets: $(INSTALLED)-test-peers
+	@$(PY) -m tilewise.benchmarks.targets
+
+report: $(INSTALLED)-bench
+	@$(PY) -m tilewise.benchmarks.report --readme README.md
+
+clean:
+	rm -rf build dist .asv .benchmarks .cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,139 @@
+"""How it is measured: results are compared with the reference first, then each engine is timed in blocks.
+
+A thread pool that has just worked may spin and slow down whoever runs next (OpenMP's several times), so engines
+take turns in blocks, with a pause before each block, and never call by call.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from .layers import Case
+
+SEED = 20261121
+PAUSE = 0.02  # seconds; an idle OpenMP pool spins for a few milliseconds
+BLOCKS = 3
+SAMPLE = 100e-6  # seconds; shorter calls are timed several at a time, so that the clock's own cost disappears
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the best, the median, and the spread: half the samples lie within it, relative to the median."""
+
+    best: float
+    median: float
+    spread: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One case, ours against the NumPy reference, measured in one process."""
+
+    op: str
+    layer: str
+    shape: str
+    dtype: str
+    flops: int
+    bytes: int
+    rate_unit: str
+    ours: Timing
+    numpy: Timing
+
+    @property
+    def ratio(self) -> float:
+        """Our time over NumPy's: lower is better."""
+        return self.ours.best / self.numpy.best
+
+    @property
+    def rate(self) -> float:
+        """GFLOP/s or GB/s, as rate_unit says."""
+        work = self.flops if self.rate_unit == "GFLOP/s" else self.bytes
+        return work / self.ours.best / 1e9
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict) -> "Comparison":
+        return cls(**record | {"ours": Timing(**record["ours"]), "numpy": Timing(**record["numpy"])})
+
+
+def measure(engines: dict[str, Callable[[], object]], seconds: float = 0.3) -> dict[str, Timing]:
+    """Time each engine for about `seconds`, in blocks that take turns; each block has at least one sample."""
+    samples: dict[str, list[float]] = {name: [] for name in engines}
+    calls = {name: _calls_per_sample(call) for name, call in engines.items()}
+    for _ in range(BLOCKS):
+        for name, call in engines.items():
+            time.sleep(PAUSE)
+            samples[name] += _block(call, calls[name], seconds / BLOCKS)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _calls_per_sample(call: Callable[[], object]) -> int:
+    call()  # the very first call compiles, loads libraries and starts threads
+    start = time.perf_counter()
+    call()
+    return max(1, int(SAMPLE / max(time.perf_counter() - start, 1e-9)))
+
+
+def _block(call: Callable[[], object], calls: int, seconds: float) -> list[float]:
+    samples = []
+    end = time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        now = time.perf_counter()
+        samples.append((now - start) / calls)
+        if now >= end:
+            return samples
+
+
+def _summary(samples: list[float]) -> Timing:
+    low, median, high = (float(q) for q in np.quantile(samples, (0.25, 0.5, 0.75)))
+    return Timing(min(samples), median, (high - low) / median, len(samples))
+
+
+def prepared(case: Case, dtype, backend: str | None = None) -> Callable[[], object]:
+    """The case as a call without arguments, on operands that are the same in every process.
+
+    Raises NotImplementedError where the backend does not have the function for this dtype.
+    """
+    import tilewise
+
+    function = getattr(tilewise, case.op)
+    args, options = case.arguments(np.random.default_rng(SEED), np.dtype(dtype))
+    if backend is None:
+        return lambda: function(*args, **options)
+
+    def pinned():
+        with tilewise.using(backend=backend):
+            return function(*args, **options)
+
+    return pinned
+
+
+def check(case: Case, dtype) -> None:
+    """AssertionError where our result is further from the reference's than rounding explains.
+
+    Errors of a sum of n random products grow like sqrt(n); 8 covers the spread over all elements.
+    """
+    ours, reference = prepared(case, dtype)(), prepared(case, dtype, "reference")()
+    if not isinstance(ours, tuple) or not isinstance(reference, tuple):
+        ours, reference = (ours,), (reference,)
+    bound = 8 * float(np.finfo(dtype).eps) * (1 + case.reduction) ** 0.5
+    for actual, expected in zip(ours, reference, strict=True):
+        worst = float(np.abs(actual - expected).max() / np.abs(expected).max())
+        assert worst <= bound, f"{case.key} {dtype}: off by {worst:.3g} of the largest result, allowed {bound:.3g}"
+
+
+def compare(case: Case, dtype="float32", seconds: float = 0.3) -> Comparison:
+    """Check the case's result, then time it against the reference."""
+    check(case, dtype)
+    timings = measure({"ours": prepared(case, dtype), "numpy": prepared(case, dtype, "reference")}, seconds)
+    itemsize = np.dtype(dtype).itemsize
+    sizes = {"flops": case.flops, "bytes": case.bytes(itemsize), "rate_unit": case.rate_unit}
+    return Comparison(case.op, case.layer, case.shape, str(dtype), **sizes, **timings)
