@@ -1,0 +1,139 @@
+"""The benchmarks' measuring, checking and reporting."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from installation import ROOT
+
+import tilewise
+from tilewise.benchmarks import report, suite, table, timing
+from tilewise.benchmarks.cases import ALL
+from tilewise.benchmarks.timing import Comparison, Timing
+
+
+def comparison(op="relu", layer="resnet50.relu1", ours=1e-3, numpy=4e-3) -> Comparison:
+    case = ALL[f"{op} {layer}"]
+    times = Timing(ours, ours * 1.1, 0.05, 9), Timing(numpy, numpy * 1.2, 0.1, 3)
+    return Comparison(op, layer, case.shape, "float32", case.flops, case.bytes(4), case.rate_unit, *times)
+
+
+def test_measure_times_each_engine_in_blocks():
+    order = []
+    engines = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    timings = timing.measure(engines, seconds=0.01)
+    turns = re.sub(r"(a+|b+)", lambda run: run[0][0], "".join(order))
+    assert turns == "ab" * (1 + timing.BLOCKS)  # the calls that set the number of calls, then the blocks
+    for of in timings.values():
+        assert 0 < of.best <= of.median
+        assert of.samples >= timing.BLOCKS
+
+
+def test_measure_tells_a_slow_engine_from_a_fast_one():
+    array = np.ones(200_000)
+    timings = timing.measure({"once": array.sum, "ten times": lambda: [array.sum() for _ in range(10)]}, seconds=0.1)
+    assert 5 < timings["ten times"].best / timings["once"].best < 20
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y + 1e-3, lambda y: y * np.nan, lambda y: y[:, ::-1]])
+def test_a_wrong_result_is_not_timed(wrong, monkeypatch):
+    right = tilewise.softmax
+
+    def softmax(x, axis):
+        from tilewise.kernels import settings
+
+        y = right(x, axis)
+        return y if settings.active().backend == "reference" else wrong(y)
+
+    monkeypatch.setattr(tilewise, "softmax", softmax)
+    case = ALL["softmax resnet50.classes"].with_batch(3)
+    with pytest.raises(AssertionError, match=r"softmax resnet50.classes float32: off by"):
+        timing.compare(case, "float32")
+    monkeypatch.setattr(tilewise, "softmax", right)
+    timing.check(case, "float32")
+
+
+def test_operands_are_the_same_each_time():
+    case = ALL["batch_norm resnet50.conv5.bn3.train"].with_batch(2)
+    first, second = timing.prepared(case, "float32"), timing.prepared(case, "float32")
+    np.testing.assert_array_equal(first(), second())
+
+
+def test_row_of_the_table():
+    cells = table.row(comparison())
+    assert cells[:4] == ("relu", "resnet50.relu1", "8x64x112x112", "float32")
+    assert cells[4:] == ("1.00 ms", "51.4 GB/s", "4.00 ms", "4.0x", "5%, 10%")
+    assert table.row(comparison(ours=8e-3))[7] == "0.50x"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2.5, "2.50 s"), (0.1234, "123 ms"), (1.5e-3, "1.50 ms"), (42e-6, "42.0 us"), (3e-7, "0.300 us")],
+)
+def test_duration(seconds, text):
+    assert table.duration(seconds) == text
+
+
+def test_tables_without_rich():
+    lines = table.text([("a", "1"), ("bb", "22")], ("name", "n"), left=1).splitlines()
+    assert lines == ["name   n", "----  --", "a      1", "bb    22"]
+    assert table.markdown([("a", "1")], ("name", "n"), left=1).splitlines() == [
+        "| name | n |",
+        "| :-- | --: |",
+        "| a | 1 |",
+    ]
+
+
+def test_records_come_back_in_order_and_the_latest_wins(tmp_path, monkeypatch):
+    file = tmp_path / "records.jsonl"
+    monkeypatch.setenv("TILEWISE_BENCH_RECORDS", str(file))
+    later = comparison("matmul", "square.128", ours=2e-3)
+    for one in (comparison(), comparison("matmul", "square.128"), later):
+        suite.keep(one)
+    assert report.read_records(file) == [later, comparison()]
+    assert report.read_records(tmp_path / "none") == []
+
+
+def test_report_saves_under_the_device_s_name_and_fills_the_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report.cases, "suite", lambda: {"relu resnet50.relu1": ALL["relu resnet50.relu1"]})
+    records, readme = tmp_path / "records.jsonl", tmp_path / "README.md"
+    records.write_text(json.dumps(comparison().as_dict()) + "\n")
+    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\ntail\n")
+    results = ["--results", str(tmp_path)]
+    assert report.main(["--records", str(records), *results]) == 0
+    (saved,) = tmp_path.glob("*.json")
+    device = tilewise.devices()[0].name
+    assert saved.name.startswith(re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-"))
+    assert json.loads(saved.read_text())["device"] == device
+    assert report.main(["--readme", str(readme), *results]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n\n" + report.BEGIN)
+    assert text.endswith(f"{report.END}\n\ntail\n")
+    assert "old" not in text
+    assert "| relu | resnet50.relu1 | 8x64x112x112 | float32 | 1.00 ms | 51.4 GB/s | 4.00 ms | 4.0x |" in text
+    assert device in text
+    capsys.readouterr()
+
+
+def test_report_fails_for_a_case_without_a_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report.cases, "suite", lambda: {"relu resnet50.relu1": None})
+    assert report.main(["--records", str(tmp_path / "none"), "--results", str(tmp_path)]) == 1
+    assert "1 cases have no result (see asv's output above): relu resnet50.relu1" in capsys.readouterr().err
+
+
+def test_report_says_what_is_not_measured_and_why(capsys):
+    report.print_devices()
+    printed = capsys.readouterr().out
+    for device in tilewise.devices():
+        assert device.name in printed
+        assert all(why in printed for why in device.backends.values() if why)
+
+
+def test_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="the README must have the markers"):
+        report.fill("no markers", [])
+
+
+def test_readme_has_the_markers():
+    assert report.BEGIN in report.fill((ROOT / "README.md").read_text(encoding="utf-8"), [])

@@ -1,0 +1,103 @@
+"""Compiled kernels on disk: found by the next process, never stale, the two forms of a kernel apart."""
+
+from pathlib import Path
+
+import pytest
+from installation import install_copy, run_python
+
+HELPER = """
+from tilewise.kernels.cpu.jit import device
+
+@device()
+def scale(x):
+    return x * {factor}
+"""
+PROBE = """
+from numba import prange
+from tilewise.kernels.cpu.helper_of_probe import scale
+from tilewise.kernels.cpu.jit import kernel
+
+@kernel()
+def fill(out):
+    for i in prange(out.size):
+        out[i] = scale(1.0)
+"""
+# Prints the result of each form, then hits and misses of each form's cache.
+RUN_PROBE = """
+    import numpy as np
+    from tilewise.kernels.cpu.probe import fill
+    from tilewise.kernels.cpu import jit
+    results = []
+    for work in (0, 1e9):
+        out = np.zeros(4)
+        fill(work, out)
+        results.append(out[3])
+    counts = []
+    for form in (fill.serial, fill.parallel):
+        stats = form.stats
+        counts.append((sum(stats.cache_hits.values()), sum(stats.cache_misses.values())))
+    print(results, counts)
+"""
+# Every op family, serial and parallel, then hits and misses over all kernels.
+RUN_ALL = """
+    import numpy as np, tilewise as t
+    from tilewise.kernels.cpu import jit, threads
+    rng = np.random.default_rng(0)
+    a = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+    x, w, c = a(2, 8, 9, 9), a(8, 8, 3, 3), a(8)
+    for below in (float("inf"), 0):
+        threads.SERIAL_BELOW = below
+        t.matmul(a(40, 40), a(40, 40))
+        t.conv2d(x, w, c)
+        t.max_pool2d(x, 3, 2)
+        t.batch_norm(x, c.copy(), abs(c), c, c, training=True)
+        t.relu(x)
+        t.pad(x, 1)
+    forms = [getattr(k, form) for k in jit.KERNELS for form in ("serial", "parallel") if form in vars(k)]
+    print(sum(sum(f.stats.cache_hits.values()) for f in forms), sum(sum(f.stats.cache_misses.values()) for f in forms))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path) -> Path:
+    """A copy of the package with a kernel of the test's own, and its helper in another file."""
+    folder = install_copy(tmp_path / "installed")
+    cpu = folder / "tilewise" / "kernels" / "cpu"
+    (cpu / "probe.py").write_text(PROBE)
+    (cpu / "helper_of_probe.py").write_text(HELPER.format(factor=2))
+    return folder
+
+
+def run_probe(installed: Path, tmp_path: Path) -> str:
+    return run_python(RUN_PROBE, tmp_path, installed, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+
+
+def test_second_process_loads_what_the_first_compiled(installed, tmp_path):
+    assert run_probe(installed, tmp_path) == "[np.float64(2.0), np.float64(2.0)] [(0, 1), (0, 1)]"
+    assert run_probe(installed, tmp_path) == "[np.float64(2.0), np.float64(2.0)] [(1, 0), (1, 0)]"
+
+
+def test_a_changed_helper_in_another_file_changes_the_result(installed, tmp_path):
+    run_probe(installed, tmp_path)
+    (installed / "tilewise" / "kernels" / "cpu" / "helper_of_probe.py").write_text(HELPER.format(factor=3))
+    assert run_probe(installed, tmp_path) == "[np.float64(3.0), np.float64(3.0)] [(0, 1), (0, 1)]"
+
+
+def test_two_installations_do_not_share_kernels(installed, tmp_path):
+    run_probe(installed, tmp_path)
+    other = install_copy(tmp_path / "other")
+    for name in ("probe.py", "helper_of_probe.py"):
+        text = (installed / "tilewise" / "kernels" / "cpu" / name).read_text()
+        (other / "tilewise" / "kernels" / "cpu" / name).write_text(text.replace("* 2", "* 5"))
+    assert run_probe(other, tmp_path).startswith("[np.float64(5.0), np.float64(5.0)]")
+    assert run_probe(installed, tmp_path) == "[np.float64(2.0), np.float64(2.0)] [(1, 0), (1, 0)]"
+
+
+def test_no_kernel_misses_the_cache_in_the_second_process(tmp_path):
+    """An intrinsic made in a closure, or a dynamic global, would make every process compile anew."""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first_hits, first_misses = map(int, run_python(RUN_ALL, tmp_path, **cache).split())
+    assert first_hits == 0
+    assert first_misses >= 12, "six ops in two forms"
+    hits, misses = map(int, run_python(RUN_ALL, tmp_path, **cache).split())
+    assert (hits, misses) == (first_misses, 0)
