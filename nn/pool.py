@@ -102,7 +102,7 @@ class AdaptiveAvgPool2d(Module):
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
         (shape,) = self.kept()
-        return adaptive_avg_pool2d_backward(grad, shape, self.output_size, layout=self.layout)
+        return adaptive_avg_pool2d_backward(grad, shape, layout=self.layout)
 
     def describe(self) -> str:
         return f"output_size={self.output_size}"

@@ -4,6 +4,7 @@ import numpy as np
 
 from ..activation import ReLU, Tanh
 from ..conv import Conv2d
+from ..dropout import Dropout
 from ..init import Rng, generator
 from ..linear import Linear
 from ..module import Sequential
@@ -20,6 +21,7 @@ def lenet5(
     *,
     activation: str = "relu",
     pool: str = "max",
+    dropout: float = 0.0,
     init="default",
     rng: Rng = None,
     dtype=np.float32,
@@ -34,8 +36,9 @@ def lenet5(
     Args:
         activation: "relu", or "tanh" as in 1998.
         pool: "max", or "avg" as in 1998.
+        dropout: the probability of a Dropout before the first dense layer; 0 for none.
         init: of every layer; see `Linear`.
-        rng: a numpy.random.Generator or a seed, for the initial values.
+        rng: a numpy.random.Generator or a seed, for the initial values and the dropout.
 
     Raises:
         ValueError: an unknown activation or pool.
@@ -53,6 +56,7 @@ def lenet5(
         act(),
         window(2),
         Flatten(),
+        *((Dropout(dropout, rng=rng),) if dropout else ()),
         Linear(16 * 5 * 5, 120, init=init, rng=rng, dtype=dtype),
         act(),
         Linear(120, 84, init=init, rng=rng, dtype=dtype),
