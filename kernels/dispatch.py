@@ -18,7 +18,8 @@ from tilewise.kernels import arrays as arrays_module
 from tilewise.kernels import machine as machine_module
 from tilewise.kernels import settings as settings_module
 
-MAX_PLANS = 4096  # an operation forgets its plans beyond this many signatures: a program with ever new shapes stays small
+# Beyond this many signatures an operation forgets its plans, so that a program with ever new shapes stays small.
+MAX_PLANS = 4096
 
 
 @dataclass(slots=True)
@@ -144,6 +145,8 @@ class Operation:
         return self._call_into(plan, operands, out)
 
     def _plan(self, settings, operands: tuple, options: tuple) -> Plan:
+        if operands[0] is None:  # never optional
+            raise TypeError(f"{self.name}: {self.operands[0]} must be an array, got None")
         problem = self.check(*operands, *options)
         backend, rejected = choose_backend(settings)
         module = implementation_module(backend, self.family)
@@ -153,7 +156,7 @@ class Operation:
         choose = getattr(module, f"choose_{self.name}", None)
         algorithm = problem.options.get("algorithm", self.name)
         if choose is not None:
-            algorithm, others = choose([None if a is None else a.shape for a in operands], problem.options)
+            algorithm, others = choose(_batched_shapes(operands, problem.unbatched), problem.options)
             rejected = rejected | others
             if "algorithm" in problem.options:
                 problem.options["algorithm"] = algorithm
@@ -161,9 +164,7 @@ class Operation:
             algorithm = backend
         if settings.explaining:
             device = settings_module.DEVICE_OF[backend]
-            raise _Explained(
-                Decision(self.name, device, backend, algorithm, problem.flops, problem.bytes, rejected)
-            )
+            raise _Explained(Decision(self.name, device, backend, algorithm, problem.flops, problem.bytes, rejected))
         return Plan(partial(function, **problem.options), backend == "cpu" and not self.any_strides, problem)
 
     def _call_foreign(self, operands: tuple, options: tuple, out):
@@ -207,8 +208,9 @@ class Operation:
     def _call_unbatched(self, plan: Plan, operands: tuple, out, originals: tuple | None = None):
         lifted = tuple(a[None] if i in plan.problem.unbatched else a for i, a in enumerate(operands))
         if out is not None:
-            self._check_out(plan.problem, originals or operands, out)
-            self._write(plan, lifted, out[None])
+            target = self._host_out(out)
+            self._check_out(plan.problem, originals or operands, target)
+            self._write(plan, lifted, target[None])
             return out
         result = plan.run(*lifted)
         if isinstance(result, tuple):
@@ -217,13 +219,18 @@ class Operation:
         return result[0]
 
     def _call_into(self, plan: Plan, operands: tuple, out, originals: tuple | None = None):
-        if type(out) is not np.ndarray:
-            out, wrap = arrays_module.host_view(self.name, "out", out)
-            if wrap is not arrays_module.identity:
-                raise TypeError(f"{self.name}: out must be a NumPy array, as the operands are")
-        self._check_out(plan.problem, originals or operands, out)
-        self._write(plan, operands, out)
+        target = self._host_out(out)
+        self._check_out(plan.problem, originals or operands, target)
+        self._write(plan, operands, target)
         return out
+
+    def _host_out(self, out) -> np.ndarray:
+        if type(out) is np.ndarray:
+            return out
+        target, wrap = arrays_module.host_view(self.name, "out", out)
+        if wrap is not arrays_module.identity:
+            raise TypeError(f"{self.name}: out must be a NumPy array, as the operands are")
+        return target
 
     def _write(self, plan: Plan, operands: tuple, out: np.ndarray):
         if out.flags.carray:
@@ -236,13 +243,20 @@ class Operation:
         shape, dtype = problem.out
         if out.shape != shape or out.dtype != dtype:
             raise ValueError(
-                f"{self.name}: out must have shape {shape} and dtype {dtype}, got shape {out.shape} and dtype {out.dtype}"
+                f"{self.name}: out must have shape {shape} and dtype {dtype}, "
+                f"got shape {out.shape} and dtype {out.dtype}"
             )
         if not out.flags.writeable:
             raise ValueError(f"{self.name}: out is read-only")
         for name, operand in zip(self.operands, operands, strict=True):
             if operand is not None and np.shares_memory(out, operand):
                 raise ValueError(f"{self.name}: out overlaps {name}")
+
+
+def _batched_shapes(operands: tuple, unbatched: tuple[int, ...]) -> list[tuple[int, ...] | None]:
+    """The operands' shapes in normal form."""
+    shapes = [None if a is None else a.shape for a in operands]
+    return [(1, *shape) if i in unbatched and shape is not None else shape for i, shape in enumerate(shapes)]
 
 
 def _leaf_types(options: tuple) -> tuple:
