@@ -123,7 +123,7 @@ def used(case, x, weight, layout, algorithm="auto"):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("algorithm", ["direct", "gemm", "winograd", "depthwise"])
+@pytest.mark.parametrize("algorithm", ["direct", "gemm", "depthwise"])  # there is no Winograd yet
 def test_every_algorithm_gives_the_same(rng, algorithm, layout):
     taken = 0
     for case in [case for cases in EDGES.values() for case in cases[::3]]:
