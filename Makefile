@@ -41,7 +41,7 @@ bench: $(INSTALLED)-bench
 	@mkdir -p .asv && rm -f $(RECORDS)
 	@$(VENV)/bin/asv machine --yes >/dev/null
 	@# asv's exit code is not ours: the report names the cases without a result, and fails for them.
-	@-TILEWISE_BENCH_RECORDS="$(CURDIR)/$(RECORDS)" $(VENV)/bin/asv run --python=same --show-stderr $(ASV_COMMIT)
+	@-TILEWISE_BENCH_RECORDS="$(CURDIR)/$(RECORDS)" $(VENV)/bin/asv run --python=same $(ASV_COMMIT)
 	@$(PY) -m tilewise.benchmarks.report --records $(RECORDS)
 
 bench-full: export TILEWISE_BENCH_SUITE = full

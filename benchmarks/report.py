@@ -23,8 +23,6 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 def machine() -> dict:
     """What the figures depend on besides the code."""
-    import numba
-
     from tilewise.kernels import machine as hardware
     from tilewise.kernels import settings
 
@@ -33,7 +31,7 @@ def machine() -> dict:
     return {
         "device": hardware.cpu_name(),
         "cores": cores,
-        "threads": wanted or numba.config.NUMBA_NUM_THREADS,  # pyright: ignore[reportAttributeAccessIssue]
+        "threads": wanted or hardware.thread_limit(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | _versions("tilewise", "numpy", "numba"),
         "date": date.today().isoformat(),
@@ -105,7 +103,9 @@ def fill(readme: str, results: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tilewise.benchmarks.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tilewise.benchmarks.report", description="Print, save and publish measurements."
+    )
     parser.add_argument("--devices", action="store_true", help="print what can be measured here, and what cannot")
     parser.add_argument("--records", type=Path, metavar="FILE", help="print and save the measurements of an asv run")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put the saved tables between the README's markers")

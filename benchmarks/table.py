@@ -55,12 +55,13 @@ def show(rows: Sequence[Sequence[str]], title: str, header: Sequence[str] = HEAD
     except ImportError:
         print(f"{title}\n{text(rows, header, left)}")
         return
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
     for line in rows:
         table.add_row(*line)
-    console = Console()
-    # In a file or a narrow window a row stays one line: a wrapped or cut table cannot be searched.
-    console.width = max(console.width, console.measure(table).maximum)
+    console = Console(highlight=False)
+    print(title)
+    # A row stays one line also in a file or a narrow window: a cut one cannot be read, a wrapped one not be searched.
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)

@@ -24,7 +24,9 @@ DIGITS = Path("examples/digits.py")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tilewise.benchmarks.targets", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tilewise.benchmarks.targets", description="Print the figures this project set out to reach."
+    )
     parser.add_argument("--no-digits", action="store_true", help="leave out the training of the digits")
     args = parser.parse_args(argv)
     torch = _torch()

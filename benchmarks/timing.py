@@ -7,6 +7,7 @@ take turns in blocks, with a pause before each block, and never call by call.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,8 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, record: dict) -> "Comparison":
-        return cls(**record | {"ours": Timing(**record["ours"]), "numpy": Timing(**record["numpy"])})
+        fields: dict = record | {"ours": Timing(**record["ours"]), "numpy": Timing(**record["numpy"])}
+        return cls(**fields)
 
 
 def measure(engines: dict[str, Callable[[], object]], seconds: float = 0.3) -> dict[str, Timing]:
@@ -97,7 +99,7 @@ def _summary(samples: list[float]) -> Timing:
     return Timing(min(samples), median, (high - low) / median, len(samples))
 
 
-def prepared(case: Case, dtype, backend: str | None = None) -> Callable[[], object]:
+def prepared(case: Case, dtype, backend: str | None = None) -> Callable[[], Any]:
     """The case as a call without arguments, on operands that are the same in every process.
 
     Raises NotImplementedError where the backend does not have the function for this dtype.
@@ -134,6 +136,5 @@ def compare(case: Case, dtype="float32", seconds: float = 0.3) -> Comparison:
     """Check the case's result, then time it against the reference."""
     check(case, dtype)
     timings = measure({"ours": prepared(case, dtype), "numpy": prepared(case, dtype, "reference")}, seconds)
-    itemsize = np.dtype(dtype).itemsize
-    sizes = {"flops": case.flops, "bytes": case.bytes(itemsize), "rate_unit": case.rate_unit}
-    return Comparison(case.op, case.layer, case.shape, str(dtype), **sizes, **timings)
+    work = case.flops, case.bytes(np.dtype(dtype).itemsize), case.rate_unit
+    return Comparison(case.op, case.layer, case.shape, str(dtype), *work, timings["ours"], timings["numpy"])

@@ -4,6 +4,16 @@ Names are resolved on first use (PEP 562), so that importing this package loads 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
+    from tilewise.kernels.activation import *
+    from tilewise.kernels.batchnorm import *
+    from tilewise.kernels.conv import *
+    from tilewise.kernels.dispatch import *
+    from tilewise.kernels.gemm import *
+    from tilewise.kernels.padding import *
+    from tilewise.kernels.pool import *
 
 # module -> the public functions it defines; one line for each op family
 _EXPORTS = {
@@ -43,7 +53,7 @@ _EXPORTS = {
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = list(_MODULE_OF)  # noqa: PLE0605
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str):

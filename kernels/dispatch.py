@@ -107,7 +107,7 @@ class Operation:
         self.any_strides = any_strides
         self.plans: dict[tuple, Plan] = {}
 
-    def __call__(self, operands: tuple, options: tuple = (), out=None):
+    def __call__(self, operands: tuple, options: tuple = (), out=None) -> Any:
         settings = settings_module.current.get() or settings_module.from_environment()
         # 1, 1.0 and True are equal as dictionary keys, so the options' types are part of the signature.
         kinds = tuple(map(type, options))
@@ -165,7 +165,13 @@ class Operation:
         if settings.explaining:
             device = settings_module.DEVICE_OF[backend]
             raise _Explained(Decision(self.name, device, backend, algorithm, problem.flops, problem.bytes, rejected))
-        return Plan(partial(function, **problem.options), backend == "cpu" and not self.any_strides, problem)
+        prepare = getattr(module, f"prepare_{self.name}", None)
+        if prepare is None:
+            run = partial(function, **problem.options)
+        else:
+            dtype = next(a.dtype for a in operands if a is not None)
+            run = prepare(_batched_shapes(problem, operands), dtype, **problem.options)
+        return Plan(run, backend == "cpu" and not self.any_strides, problem)
 
     def _call_foreign(self, operands: tuple, options: tuple, out):
         """The way for what is not exactly a NumPy array: torch tensors, subclasses, and everything that is an error."""
@@ -257,6 +263,12 @@ def _batched_shapes(operands: tuple, unbatched: tuple[int, ...]) -> list[tuple[i
     """The operands' shapes in normal form."""
     shapes = [None if a is None else a.shape for a in operands]
     return [(1, *shape) if i in unbatched and shape is not None else shape for i, shape in enumerate(shapes)]
+
+
+def _batched_shapes(problem: Problem, operands: tuple) -> list[tuple[int, ...] | None]:
+    """The operands' shapes as the backend will see them: with a batch axis."""
+    lifted = problem.unbatched
+    return [None if a is None else (1, *a.shape) if i in lifted else a.shape for i, a in enumerate(operands)]
 
 
 def _leaf_types(options: tuple) -> tuple:

@@ -8,6 +8,21 @@ Names are resolved on first use (PEP 562), so that importing this package loads 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
+    from . import init, models, optim
+    from .activation import *
+    from .batchnorm import *
+    from .conv import *
+    from .dropout import *
+    from .linear import *
+    from .losses import *
+    from .module import *
+    from .optim import *
+    from .pool import *
+    from .shape import *
+    from .train import *
 
 # module -> the public names it defines
 _EXPORTS = {

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from tilewise.kernels import __all__ as _kernel_names
 
 if TYPE_CHECKING:
-    from tilewise.kernels import *  # noqa: F403
+    from tilewise.kernels import *
 
 __version__ = "0.1.0"
 
-__all__ = [*_kernel_names, "__version__", "kernels", "nn"]  # noqa: PLE0604
+__all__ = [*_kernel_names, "__version__", "kernels", "nn"]
 
 
 def __getattr__(name: str):

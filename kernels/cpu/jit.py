@@ -17,11 +17,14 @@ import types
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 from tilewise.kernels.cpu import threads
+
+_njit: Any = numba.njit  # its annotations know neither a dictionary for `parallel` nor our cache
 
 # contract: fused multiply-add; reassoc: vectorised sums; nsz: -0 is 0. NaN and Inf keep their meaning.
 FASTMATH = frozenset({"contract", "reassoc", "nsz"})
@@ -78,7 +81,7 @@ def kernel(*, fastmath: frozenset = FASTMATH, parallel: bool = True) -> Callable
 
 def device(*, fastmath: frozenset = FASTMATH, inline: str = "never") -> Callable:
     """Decorator for a function that only kernels call; compiled with, and cached inside, each kernel that uses it."""
-    return numba.njit(fastmath=set(fastmath), nogil=True, inline=inline, error_model="numpy")
+    return _njit(fastmath=set(fastmath), nogil=True, inline=inline, error_model="numpy")
 
 
 def compiled(function: Callable, fastmath: frozenset, parallel: bool):
@@ -91,7 +94,7 @@ def compiled(function: Callable, fastmath: frozenset, parallel: bool):
         twin.__qualname__ = f"{function.__qualname__}_parallel"
         twin.__module__ = function.__module__
         function = twin
-    dispatcher = numba.njit(
+    dispatcher = _njit(
         fastmath=set(fastmath), nogil=True, error_model="numpy", parallel=_PARALLEL if parallel else False
     )(function)
     cache = _open_cache(function)
