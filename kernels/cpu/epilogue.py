@@ -68,7 +68,8 @@ def _emit_maximum(typing_context, a, b):
     def generate(context, builder, signature, arguments):
         kind = ir.FunctionType(arguments[0].type, [arguments[0].type] * 2)
         name = f"llvm.maximum.f{signature.return_type.bitwidth}"
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(function, arguments, fastmath=("nsz",))
 
     return a(a, a), generate
 
