@@ -170,7 +170,7 @@ class Operation:
             run = partial(function, **problem.options)
         else:
             dtype = next(a.dtype for a in operands if a is not None)
-            run = prepare(_batched_shapes(problem, operands), dtype, **problem.options)
+            run = prepare(_batched_shapes(operands, problem.unbatched), dtype, **problem.options)
         return Plan(run, backend == "cpu" and not self.any_strides, problem)
 
     def _call_foreign(self, operands: tuple, options: tuple, out):
@@ -263,12 +263,6 @@ def _batched_shapes(operands: tuple, unbatched: tuple[int, ...]) -> list[tuple[i
     """The operands' shapes in normal form."""
     shapes = [None if a is None else a.shape for a in operands]
     return [(1, *shape) if i in unbatched and shape is not None else shape for i, shape in enumerate(shapes)]
-
-
-def _batched_shapes(problem: Problem, operands: tuple) -> list[tuple[int, ...] | None]:
-    """The operands' shapes as the backend will see them: with a batch axis."""
-    lifted = problem.unbatched
-    return [None if a is None else (1, *a.shape) if i in lifted else a.shape for i, a in enumerate(operands)]
 
 
 def _leaf_types(options: tuple) -> tuple:

@@ -6,8 +6,8 @@ For one group, with k running over (tap row, tap column, channel):
 
 A pixel's channels are contiguous in x, and where the groups do not come between, so are the taps of one tap row: a
 segment. Panels of MR pixels are packed segment by segment by transposing squares of vectors in registers; the part of a
-segment that lies in the padding is masked off. Pixels are numbered through the whole batch, so small images waste nothing.
-Each chunk owns a block of pixels with all outputs of one group.
+segment that lies in the padding is masked off. Pixels are numbered through the whole batch, so small images waste
+nothing. Each chunk owns a block of pixels with all outputs of one group.
 """
 
 import numpy as np
@@ -16,6 +16,7 @@ from numba import prange
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.gemm_blocks import multiply_rows
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 from tilewise.kernels.cpu.vector_move import transpose_block
 
@@ -70,7 +71,8 @@ def _segment_bounds(where, row_offset, column_offset, taps, step, h, w, channels
 
 @device()
 def gather_rows(
-    x, first_channel, h, w, all_channels, channels, tap_rows, tap_columns, joined, where, k0, depth, offsets, lows, highs,
+    x, first_channel, h, w, all_channels, channels, tap_rows, tap_columns, joined, where, k0, depth, offsets, lows,
+    highs,
     panel, target,
 ):  # fmt: skip
     """panel[target + (k - k0) * MR + r] for MR pixels and k0 <= k < k0 + depth.
@@ -128,26 +130,28 @@ def _scatter(block, first, pixels, oh, ow, outputs, y, y_start, image_step, row_
 
 @device()
 def _pixel_block(
-    x, first_channel, h, w, all_channels, channels, panels_b, outputs, tap_rows, tap_columns, joined, stride_h, stride_w,
+    x, first_channel, h, w, all_channels, channels, panels_b, outputs, tap_rows, tap_columns, joined, stride_h,
+    stride_w,
     first, pixels, total, oh, ow, y, y_start, image_step, row_step, column_step, bias, bias_start, activation,
 ):  # fmt: skip
     width = NV * lanes(x)
     padded = ((outputs + width - 1) // width) * width
     whole = channels * tap_rows.size * tap_columns.size
     count = (pixels + MR - 1) // MR
-    panels_a = np.empty(count * MR * min(DEPTH, whole) + 16, x.dtype)
+    panels_a = scratch(count * MR * min(DEPTH, whole), x)
     where = np.empty((count * MR, 3), np.int64)
     offsets, lows, highs = np.empty(MR, np.int64), np.empty(MR, np.int64), np.empty(MR, np.int64)
     locate_pixels(first, count * MR, total, oh, ow, stride_h, stride_w, where)
     in_order = row_step == ow * column_step and image_step == oh * row_step
-    block = y if in_order else np.empty(pixels * outputs, y.dtype)
+    block = y if in_order else scratch(pixels * outputs, y)
     c_start = y_start + first * column_step if in_order else 0
     c_step = column_step if in_order else outputs
     for k0 in range(0, whole, DEPTH):
         depth = min(DEPTH, whole - k0)
         for i in range(count):
             gather_rows(
-                x, first_channel, h, w, all_channels, channels, tap_rows, tap_columns, joined, where[i * MR : (i + 1) * MR],
+                x, first_channel, h, w, all_channels, channels, tap_rows, tap_columns, joined,
+                where[i * MR : (i + 1) * MR],
                 k0, depth, offsets, lows, highs, panels_a, i * MR * depth,
             )  # fmt: skip
         multiply_rows(
@@ -165,19 +169,21 @@ def convolve(
 ):  # fmt: skip
     """y = activation(convolution(x, weight) + bias) for n images.
 
-    channels, outputs: per group. weight: (groups * outputs, channels, taps), flat, as in NCHW. oh, ow: the grid of output
-    pixels; output o of group g at pixel (i, j) of image b is
-    y[b * image_step + y_start + i * row_step + j * column_step + g * outputs + o].
-    tap_rows, tap_columns: tap (r, s) of pixel (i, j) is x[i * stride_h + tap_rows[r], j * stride_w + tap_columns[s]].
+    channels, outputs: per group. weight: (groups * outputs, channels, taps), flat, as in NCHW. oh, ow: the grid of
+    output pixels; output o of group g at pixel (i, j) of image b is y[b * image_step + y_start + i * row_step + j *
+    column_step + g * outputs + o]. tap_rows, tap_columns: tap (r, s) of pixel (i, j) is x[i * stride_h + tap_rows[r],
+    j * stride_w + tap_columns[s]].
     """
     width = NV * lanes(x)
     taps = tap_rows.size * tap_columns.size
     whole = channels * taps
     padded = ((outputs + width - 1) // width) * width
-    joined = groups == 1 and tap_columns.size > 1 and tap_columns[tap_columns.size - 1] - tap_columns[0] == (
-        tap_columns.size - 1
+    joined = (
+        groups == 1
+        and tap_columns.size > 1
+        and tap_columns[tap_columns.size - 1] - tap_columns[0] == (tap_columns.size - 1)
     )
-    panels_b = np.empty(groups * padded * whole, x.dtype)
+    panels_b = scratch(groups * padded * whole, x)
     blocks = (whole + DEPTH - 1) // DEPTH
     for i in prange(groups * blocks):
         g = i // blocks

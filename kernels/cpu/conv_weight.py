@@ -4,8 +4,8 @@
 
 The columns are gathered from x in blocks as in the forward pass (conv_nchw.py, conv_nhwc.py), never as a whole matrix.
 A chunk owns a block of k for all outputs of a group, so no two chunks add to the same weight; where that gives too few
-chunks for several threads, the images are split as well, each part adds up on its own, and the parts are added in order.
-The split follows from the problem's shape, so the bits do not depend on the number of threads.
+chunks for several threads, the images are split as well, each part adds up on its own, and the parts are added in
+order. The split follows from the problem's shape, so the bits do not depend on the number of threads.
 """
 
 import numpy as np
@@ -15,6 +15,7 @@ from tilewise.kernels.cpu.conv_nchw import find_runs, gather_columns
 from tilewise.kernels.cpu.conv_nhwc import _segment_bounds, locate_pixels
 from tilewise.kernels.cpu.gemm_blocks import multiply_rows, pack_left, pack_right_panel
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 from tilewise.kernels.cpu.vector_move import copy_lanes
 
@@ -59,9 +60,9 @@ def _nchw_chunk(
     taps = tap_rows.size * tap_columns.size
     depth = some * taps
     across = ((depth + width - 1) // width) * width
-    columns = np.empty((depth + width) * width, x.dtype)
-    panels_b = np.empty(across * PIXELS, x.dtype)
-    panels_a = np.empty((outputs + MR) * PIXELS + 16, x.dtype)
+    columns = scratch((depth + width) * width, x)
+    panels_b = scratch(across * PIXELS, x)
+    panels_a = scratch((outputs + MR) * PIXELS, x)
     runs = np.empty((width + NV, 5), np.int64)
     accumulate = 0
     for image in range(first_image, last_image):
@@ -95,7 +96,8 @@ def weight_gradient_nchw(
         c0 = chunk // parts % blocks * block
         g = chunk // (parts * blocks)
         _nchw_chunk(
-            x, grad, n * part // parts, n * (part + 1) // parts, g, groups, channels, c0, min(block, channels - c0), h, w,
+            x, grad, n * part // parts, n * (part + 1) // parts, g, groups, channels, c0, min(block, channels - c0),
+            h, w,
             outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow, sums,
             part * size + g * outputs * channels * taps,
         )  # fmt: skip
@@ -117,7 +119,9 @@ def _rows_of_pixels(
     x, first_channel, h, w, all_channels, channels, tap_rows, tap_columns, joined, where, pixels, k0, depth,
     offsets, lows, highs, panels_b,
 ):  # fmt: skip
-    """panels_b: pixels down, k0 .. k0 + depth of the k of (tap, channel) across, in panels of NR; MR pixels at a time."""
+    """panels_b: pixels down, k0 .. k0 + depth of the k of (tap, channel) across, in panels of NR; MR pixels at a
+    time.
+    """
     width = lanes(x)
     panel_width = NV * width
     for i in range(((depth + panel_width - 1) // panel_width) * panel_width * pixels):
@@ -131,7 +135,8 @@ def _rows_of_pixels(
             row = segment // per_row
             column_offset = tap_columns[(segment - row * per_row) * segment_taps]
             _segment_bounds(
-                where[p : p + MR], tap_rows[row], column_offset, segment_taps, channels, h, w, all_channels, offsets, lows,
+                where[p : p + MR], tap_rows[row], column_offset, segment_taps, channels, h, w, all_channels, offsets,
+                lows,
                 highs,
             )  # fmt: skip
             shift = segment * length - k0  # the segment's first k within the block; may be negative
@@ -156,8 +161,8 @@ def _nhwc_chunk(
 ):  # fmt: skip
     width = NV * lanes(x)
     across = ((depth + width - 1) // width) * width
-    panels_b = np.empty(across * PIXELS, x.dtype)
-    panels_a = np.empty((outputs + MR) * PIXELS + 16, x.dtype)
+    panels_b = scratch(across * PIXELS, x)
+    panels_a = scratch((outputs + MR) * PIXELS, x)
     where = np.empty((PIXELS + MR, 3), np.int64)
     offsets, lows, highs = np.empty(MR, np.int64), np.empty(MR, np.int64), np.empty(MR, np.int64)
     whole = channels * tap_rows.size * tap_columns.size
@@ -182,8 +187,10 @@ def weight_gradient_nhwc(
     """result: (groups * outputs, taps, channels), flat, for x and grad in NHWC; arguments as `conv_nhwc.convolve`."""
     taps = tap_rows.size * tap_columns.size
     whole = channels * taps
-    joined = groups == 1 and tap_columns.size > 1 and tap_columns[tap_columns.size - 1] - tap_columns[0] == (
-        tap_columns.size - 1
+    joined = (
+        groups == 1
+        and tap_columns.size > 1
+        and tap_columns[tap_columns.size - 1] - tap_columns[0] == (tap_columns.size - 1)
     )
     blocks = (whole + WEIGHTS - 1) // WEIGHTS
     parts = count_parts(n, groups * blocks)

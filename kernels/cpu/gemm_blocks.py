@@ -18,6 +18,7 @@ from numba import prange
 
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes, micro_kernel
 from tilewise.kernels.cpu.vector_move import copy_lanes, transpose_block
 
@@ -31,54 +32,70 @@ NC = 4096
 
 
 @device()
-def pack_left(a, start, row_step, column_step, rows, depth, panels, panels_start):
-    """Pack a rows x depth block of A, element (i, k) at a[start + i * row_step + k * column_step], into panels.
-
-    panels[panels_start + (i // MR) * MR * depth + k * MR + i % MR]; missing rows of the last panel are zero.
-    """
-    width = lanes(a)
-    offsets = np.empty(MR, np.int64)
-    lows = np.zeros(MR, np.int64)
-    highs = np.empty(MR, np.int64)
-    for first in range(0, rows, MR):
-        used = min(MR, rows - first)
-        target = panels_start + first * depth
-        source = start + first * row_step
-        if column_step == 1:
-            for r in range(MR):
-                offsets[r] = r * row_step
-                highs[r] = depth if r < used else 0
-            for k in range(0, depth, width):
-                transpose_block(
-                    MR,
-                    address(panels, target + k * MR),
-                    address(a, source),
-                    address(offsets, 0),
-                    address(lows, 0),
-                    address(highs, 0),
-                    k,
-                    depth - k,
-                )
-        elif row_step == 1:
-            for k in range(depth):
-                for r in range(0, MR, width):
-                    # the lanes beyond MR belong to the next step: clear what is missing, then merge what is there
-                    clear_lanes(panels, target + k * MR + r, min(width, MR - r))
-                    part = min(used - r, width)
-                    copy_lanes(
-                        1, 1, address(panels, target + k * MR + r), address(a, source + k * column_step + r), 0, part, 1
-                    )
-        else:
-            for k in range(depth):
-                for r in range(MR):
-                    value = a[source + r * row_step + k * column_step] if r < used else a.dtype.type(0)
-                    panels[target + k * MR + r] = value
-
-
-@device()
 def clear_lanes(array, start, count):
     for i in range(start, start + count):
         array[i] = 0
+
+
+def make_pack_left(height):
+    """The packing of A for register tiles of `height` rows."""
+
+    @device()
+    def pack_left(a, start, row_step, column_step, rows, depth, panels, panels_start):
+        """Pack a rows x depth block of A, element (i, k) at a[start + i * row_step + k * column_step], into panels.
+
+        panels[panels_start + (i // height) * height * depth + k * height + i % height]; missing rows of the last
+        panel are zero.
+        """
+        width = lanes(a)
+        offsets = np.empty(height, np.int64)
+        lows = np.zeros(height, np.int64)
+        highs = np.empty(height, np.int64)
+        for first in range(0, rows, height):
+            used = min(height, rows - first)
+            target = panels_start + first * depth
+            source = start + first * row_step
+            if column_step == 1:
+                for r in range(height):
+                    offsets[r] = r * row_step
+                    highs[r] = depth if r < used else 0
+                for k in range(0, depth, width):
+                    transpose_block(
+                        height,
+                        address(panels, target + k * height),
+                        address(a, source),
+                        address(offsets, 0),
+                        address(lows, 0),
+                        address(highs, 0),
+                        k,
+                        depth - k,
+                    )
+            elif row_step == 1:
+                for k in range(depth):
+                    for r in range(0, height, width):
+                        # the lanes beyond height belong to the next step: clear what is missing, then merge what is
+                        # there
+                        clear_lanes(panels, target + k * height + r, min(width, height - r))
+                        part = min(used - r, width)
+                        copy_lanes(
+                            1,
+                            1,
+                            address(panels, target + k * height + r),
+                            address(a, source + k * column_step + r),
+                            0,
+                            part,
+                            1,
+                        )
+            else:
+                for k in range(depth):
+                    for r in range(height):
+                        value = a[source + r * row_step + k * column_step] if r < used else a.dtype.type(0)
+                        panels[target + k * height + r] = value
+
+    return pack_left
+
+
+pack_left = make_pack_left(MR)
 
 
 @device()
@@ -93,7 +110,13 @@ def pack_right_panel(b, start, row_step, column_step, depth, columns, panel, tar
         for k in range(depth):
             for j in range(0, count, width):
                 copy_lanes(
-                    1, 0, address(panel, target + k * count + j), address(b, start + k * row_step + j), 0, columns - j, 1
+                    1,
+                    0,
+                    address(panel, target + k * count + j),
+                    address(b, start + k * row_step + j),
+                    0,
+                    columns - j,
+                    1,
                 )
     elif row_step == 1:
         _pack_right_transposed(b, start, column_step, depth, columns, panel, target)
@@ -108,7 +131,7 @@ def pack_right_panel(b, start, row_step, column_step, depth, columns, panel, tar
 def _pack_right_transposed(b, start, column_step, depth, columns, panel, target):
     width = lanes(b)
     count = NV * width
-    stage = np.empty(width * width, b.dtype)
+    stage = scratch(width * width, b)
     offsets = np.empty(width, np.int64)
     lows = np.zeros(width, np.int64)
     highs = np.empty(width, np.int64)
@@ -128,7 +151,14 @@ def transpose_square(stage, source, start, offsets, lows, highs, k):
     """A lanes x lanes square: stage[i * lanes + r] = source[start + offsets[r] + k + i] within the rows' bounds."""
     if lanes(source) == 16:
         transpose_block(
-            16, address(stage, 0), address(source, start), address(offsets, 0), address(lows, 0), address(highs, 0), k, 16
+            16,
+            address(stage, 0),
+            address(source, start),
+            address(offsets, 0),
+            address(lows, 0),
+            address(highs, 0),
+            k,
+            16,
         )
     elif lanes(source) == 8:
         transpose_block(
@@ -183,7 +213,7 @@ def _row_chunk(
     a, a_start, a_row, a_column, panels_b, c, c_start, c_step, rows, columns, k0, depth, whole, bias, j0, activation
 ):
     """One chunk of rows against a packed block of B: pack its part of A, multiply, and finish after the last block."""
-    panels_a = np.empty((rows + MR) * depth + 16, a.dtype)
+    panels_a = scratch((rows + MR) * depth, a)
     pack_left(a, a_start + k0 * a_column, a_row, a_column, rows, depth, panels_a, 0)
     multiply_rows(panels_a, rows, panels_b, columns, depth, c, c_start + j0, c_step, 1 if k0 > 0 else 0)
     if k0 + depth == whole:
@@ -196,7 +226,7 @@ def _multiply(a, a_start, a_row, a_column, b, b_start, b_row, b_column, c, c_sta
     # equal chunks of whole register tiles, so that no thread is left with a sliver
     chunk_rows = (((m + chunks - 1) // chunks + MR - 1) // MR) * MR
     block = min(NC, ((n + width - 1) // width) * width)
-    panels_b = np.empty(min(KC, whole) * block + width, a.dtype)
+    panels_b = scratch(min(KC, whole) * block + width, a)
     for j0 in range(0, n, NC):
         columns = min(NC, n - j0)
         for k0 in range(0, max(whole, 1), KC):
@@ -240,5 +270,19 @@ def multiply_batch(a, a_starts, a_row, a_column, b, b_starts, b_row, b_column, c
     """The same for many matrices, a matrix at a time on each thread; matrix i of A begins at a[a_starts[i]]."""
     for i in prange(a_starts.size):
         _multiply_one(
-            a, a_starts[i], a_row, a_column, b, b_starts[i], b_row, b_column, c, i * m * n, m, n, whole, bias, activation
+            a,
+            a_starts[i],
+            a_row,
+            a_column,
+            b,
+            b_starts[i],
+            b_row,
+            b_column,
+            c,
+            i * m * n,
+            m,
+            n,
+            whole,
+            bias,
+            activation,
         )

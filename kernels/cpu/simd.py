@@ -36,6 +36,8 @@ VECTOR_BYTES = _vector_bytes()
 # The register tile MR rows x NV vectors: MR * NV accumulators, NV vectors of B and one broadcast of A must fit in the
 # vector registers. AVX-512 has 32 of them (14 * 2 + 2 + 1 = 31), AVX2 16 (6 * 2 + 2 + 1 = 15), NEON 32 (8 * 3 + 3 + 1).
 MR, NV = {64: (14, 2), 32: (6, 2), 16: (8, 3)}[VECTOR_BYTES]
+# The tile where the rows are output channels, which come in multiples of 8: 14 rows would waste 9 % of 64 channels.
+CHANNEL_MR, CHANNEL_NV = {64: (8, 3), 32: (4, 3), 16: (8, 3)}[VECTOR_BYTES]
 
 
 def lane_count(itemsize: int) -> int:
@@ -120,9 +122,7 @@ class _Emitter:
         if not isinstance(self.element, types.Float):
             return self.builder.add(self.builder.mul(a, b), c)
         name = f"llvm.fma.{_suffix(self.element, self.lanes)}"
-        fma = cgutils.get_or_insert_function(
-            self.builder.module, ir.FunctionType(self.vector, [self.vector] * 3), name
-        )
+        fma = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.vector, [self.vector] * 3), name)
         return self.builder.call(fma, [a, b, c])
 
     def add(self, a, b):
@@ -241,9 +241,7 @@ def _emit_tile_store(emit, tile, c, c_step, used_rows, used_columns, accumulate)
         builder.branch(end)
 
     builder.position_at_end(edge)
-    masks = [
-        emit.mask(_I64(0), builder.sub(used_columns, _I64(j * emit.lanes))) for j in range(vectors)
-    ]
+    masks = [emit.mask(_I64(0), builder.sub(used_columns, _I64(j * emit.lanes))) for j in range(vectors)]
     adding_mask = emit.splat(builder.icmp_signed("!=", accumulate, _I64(0)), scalar=_I1)
     for i in range(rows):
         row = builder.append_basic_block("edge_row")

@@ -65,11 +65,55 @@ def _gather(emit, source, stride, mask):
     kind = "f" if isinstance(emit.element, types.Float) else "i"
     bits = emit.itemsize * 8
     name = f"llvm.masked.gather.v{emit.lanes}{kind}{bits}.v{emit.lanes}p0"
-    function_type = ir.FunctionType(
-        emit.vector, [pointers.type, _I32, ir.VectorType(_I1, emit.lanes), emit.vector]
-    )
+    function_type = ir.FunctionType(emit.vector, [pointers.type, _I32, ir.VectorType(_I1, emit.lanes), emit.vector])
     function = cgutils.get_or_insert_function(builder.module, function_type, name)
     return builder.call(function, [pointers, _I32(emit.itemsize), mask, emit.zero])
+
+
+@intrinsic
+def add_scaled(typingctx, target, source, factor, count):
+    """target[i] += factor * source[i] for i < count, in vectors, the last one masked.
+
+    On pointers, because slices of arrays are counted references: two atomic operations each, more than a short row
+    costs.
+    """
+    signature = types.void(target, source, factor, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, source, factor, count = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        scale = emit.splat(factor)
+        entry = builder.block
+        body, end = builder.append_basic_block("add_scaled"), builder.append_basic_block("added")
+        builder.cbranch(builder.icmp_signed(">", count, _I64(0)), body, end)
+        builder.position_at_end(body)
+        i = builder.phi(_I64)
+        mask = emit.mask(_I64(0), builder.sub(count, i))
+        total = emit.multiply_add(scale, emit.masked_load(source, i, mask), emit.masked_load(target, i, mask))
+        emit.masked_store(total, target, i, mask)
+        following = builder.add(i, _I64(emit.lanes))
+        i.add_incoming(_I64(0), entry)
+        i.add_incoming(following, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, count), body, end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def prefetch(typingctx, pointer):
+    """Ask for the cache line at an address that will be read soon; an address that is not ours does no harm."""
+    signature = types.void(pointer)
+
+    def codegen(context, builder, signature, args):
+        place = builder.bitcast(args[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, _I32(0), _I32(3), _I32(1)])  # read, keep in all levels, data
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 @intrinsic(prefer_literal=True)
