@@ -30,9 +30,9 @@ pack_weight = make_pack_left(MR)
 
 # Steps k per block: whole channels up to this many. A panel of pixels is 288 * 48 * 4 = 55 KB, one of weights 9 KB.
 DEPTH = 288
-# Pixel panels per block: 8 * 55 KB of columns in L2,
-used by every panel of weights before the next are gathered. Of 1, 2,
-# 4, 8 and 12, 8 was the fastest or within 3 % of it; with few panels a visit to a channel's page moves too little.
+# Pixel panels per block: 8 * 55 KB of columns in L2, used by every panel of weights before the next are gathered. Of
+# 1, 2, 4, 8 and 12, 8 was the fastest or within 3 % of it; with few panels a visit to a channel's page moves too
+# little.
 PANELS = 8
 
 
