@@ -38,6 +38,7 @@ $(INSTALLED)-%: pyproject.toml | $(PY)
 
 bench: $(INSTALLED)-bench
 	@$(PY) -m tilewise.benchmarks.report --devices
+	@$(PY) -m tilewise warmup --bench
 	@mkdir -p .asv && rm -f $(RECORDS)
 	@$(VENV)/bin/asv machine --yes >/dev/null
 	@# asv's exit code is not ours: the report names the cases without a result, and fails for them.

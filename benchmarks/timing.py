@@ -7,6 +7,7 @@ take turns in blocks, with a pause before each block, and never call by call.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,10 @@ class Comparison:
 
 
 def measure(engines: dict[str, Callable[[], object]], seconds: float = 0.3) -> dict[str, Timing]:
-    """Time each engine for about `seconds`, in blocks that take turns; each block has at least one sample."""
+    """Time each engine for about `seconds`, in blocks that take turns; each block has at least one sample.
+
+    Every engine must have run before: the first call compiles, loads libraries and starts threads.
+    """
     samples: dict[str, list[float]] = {name: [] for name in engines}
     calls = {name: _calls_per_sample(call) for name, call in engines.items()}
     for _ in range(BLOCKS):
@@ -75,7 +79,6 @@ def measure(engines: dict[str, Callable[[], object]], seconds: float = 0.3) -> d
 
 
 def _calls_per_sample(call: Callable[[], object]) -> int:
-    call()  # the very first call compiles, loads libraries and starts threads
     start = time.perf_counter()
     call()
     return max(1, int(SAMPLE / max(time.perf_counter() - start, 1e-9)))
@@ -99,32 +102,36 @@ def _summary(samples: list[float]) -> Timing:
     return Timing(min(samples), median, (high - low) / median, len(samples))
 
 
-def prepared(case: Case, dtype, backend: str | None = None) -> Callable[[], Any]:
+def prepared(case: Case, dtype) -> Callable[[], Any]:
     """The case as a call without arguments, on operands that are the same in every process.
 
-    Raises NotImplementedError where the backend does not have the function for this dtype.
+    Raises NotImplementedError where there is no kernel for this function or dtype.
     """
     import tilewise
 
-    function = getattr(tilewise, case.op)
     args, options = case.arguments(np.random.default_rng(SEED), np.dtype(dtype))
-    if backend is None:
-        return lambda: function(*args, **options)
+    return partial(getattr(tilewise, case.op), *args, **options)
+
+
+def _reference(call: partial) -> Callable[[], Any]:
+    """The same call on copies of its operands (a call may change them), by the NumPy reference."""
+    import tilewise
+
+    args = [np.copy(a) if isinstance(a, np.ndarray) else a for a in call.args]
 
     def pinned():
-        with tilewise.using(backend=backend):
-            return function(*args, **options)
+        with tilewise.using(backend="reference"):
+            return call.func(*args, **call.keywords)
 
     return pinned
 
 
-def check(case: Case, dtype) -> None:
-    """AssertionError where our result is further from the reference's than rounding explains.
+def check(case: Case, dtype, ours: Any, reference: Any) -> None:
+    """AssertionError where a result is further from the reference's than rounding explains.
 
     Errors of a sum of n random products grow like sqrt(n); 8 covers the spread over all elements.
     """
-    ours, reference = prepared(case, dtype)(), prepared(case, dtype, "reference")()
-    if not isinstance(ours, tuple) or not isinstance(reference, tuple):
+    if not isinstance(reference, tuple):
         ours, reference = (ours,), (reference,)
     bound = 8 * float(np.finfo(dtype).eps) * (1 + case.reduction) ** 0.5
     for actual, expected in zip(ours, reference, strict=True):
@@ -132,9 +139,17 @@ def check(case: Case, dtype) -> None:
         assert worst <= bound, f"{case.key} {dtype}: off by {worst:.3g} of the largest result, allowed {bound:.3g}"
 
 
+def checked(case: Case, dtype) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Our call and the reference's, after the results of both were compared."""
+    ours = prepared(case, dtype)
+    reference = _reference(ours)
+    check(case, dtype, ours(), reference())
+    return ours, reference
+
+
 def compare(case: Case, dtype="float32", seconds: float = 0.3) -> Comparison:
     """Check the case's result, then time it against the reference."""
-    check(case, dtype)
-    timings = measure({"ours": prepared(case, dtype), "numpy": prepared(case, dtype, "reference")}, seconds)
+    ours, reference = checked(case, dtype)
+    timings = measure({"ours": ours, "numpy": reference}, seconds)
     work = case.flops, case.bytes(np.dtype(dtype).itemsize), case.rate_unit
     return Comparison(case.op, case.layer, case.shape, str(dtype), *work, timings["ours"], timings["numpy"])

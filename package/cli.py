@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import tilewise
-from tilewise.progress import steps
+from tilewise.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Compile every kernel into the cache, so that no later process waits for it.",
     )
     warmup.add_argument("--dtype", choices=["float32", "float64", "all"], default="float32", help="default: float32")
+    warmup.add_argument("--bench", action="store_true", help="only what `python -m tilewise bench` runs")
+    warmup.add_argument("--jobs", type=_positive, metavar="N", help="processes at a time (default: one a core)")
     warmup.set_defaults(run=_warmup)
 
     bench = commands.add_parser(
@@ -94,6 +96,7 @@ def _version(distribution: str) -> str:
 
 def _warmup(args) -> int:
     from tilewise import warmup
+    from tilewise.kernels import machine
     from tilewise.kernels.cpu import jit
 
     folder = jit.cache_folder()
@@ -101,18 +104,17 @@ def _warmup(args) -> int:
         print("tilewise warmup: no cache folder can be written; set NUMBA_CACHE_DIR to one that can", file=sys.stderr)
         return 1
     start = time.perf_counter()
-    missing = {}
-    for dtype in warmup.DTYPES if args.dtype == "all" else [args.dtype]:
-        named = [(name, (name, call)) for name, call in warmup.calls(dtype)]
-        for name, call in steps(named, f"compiling {dtype}"):
-            try:
-                call()
-            except NotImplementedError as error:
-                missing[name] = error
-    compiled, total = warmup.forms()
-    print(f"{compiled} of {total} kernels are in {folder}, {time.perf_counter() - start:.1f} s")
-    for name, error in missing.items():
-        print(f"  not there: {name}: {error}")
+    todo = warmup.jobs(warmup.DTYPES if args.dtype == "all" else (args.dtype,), args.bench)
+    outcomes = []
+    print(f"compiling into {folder}", file=sys.stderr)
+    with Progress("compiling", len(todo)) as progress:
+        for job, outcome in warmup.run(todo, args.jobs or min(machine.thread_limit(), len(todo))):
+            outcomes.append(outcome)
+            progress.step(str(job))
+    compiled = frozenset().union(*(outcome.compiled for outcome in outcomes))
+    print(f"{len(compiled)} kernels are ready in {folder}, {time.perf_counter() - start:.0f} s")
+    for name, reason in {name: why for outcome in outcomes for name, why in outcome.missing.items()}.items():
+        print(f"  not there: {name}: {reason}")
     return 0
 
 
@@ -126,14 +128,15 @@ def _bench(args) -> int:
         return 2
     report.print_devices()
     comparisons, failed = [], {}
-    with tilewise.using(threads=args.threads):
+    with tilewise.using(threads=args.threads), Progress("timing", len(chosen)) as progress:
         machine = report.machine()
-        for case in steps(((case.key, case) for case in chosen.values()), "timing"):
+        for case in chosen.values():
             case = case if args.batch is None else case.with_batch(args.batch)
             try:
                 comparisons.append(timing.compare(case, args.dtype))
             except (AssertionError, NotImplementedError) as error:
                 failed[case.key] = error
+            progress.step(case.key)
     table.show([table.row(c) for c in comparisons], report.title(machine))
     print(table.NOTE)
     if args.json:

@@ -1,44 +1,50 @@
-"""Progress of long work on the terminal: a bar where rich is installed, else one line a step."""
+"""Progress of long work, on standard error: a bar on a terminal where rich is installed, else one line a step."""
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
-def steps(named: Iterable[tuple[str, T]], title: str) -> Iterator[T]:
-    """Yield the second of each pair, showing the first (what is being worked on), on standard error."""
-    todo = list(named)
+class Progress:
+    """`with Progress("compiling", 12) as progress:` and then `progress.step("conv")` after each of the 12 steps."""
+
+    def __init__(self, title: str, total: int):
+        self.title = title
+        self.total = total
+        self.done = 0
+        self.began = time.perf_counter()
+        self.bar = _bar(title)
+        self.task = None if self.bar is None else self.bar.add_task(title, total=total, last="")
+
+    def __enter__(self):
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def step(self, name: str):
+        """The step called `name` is done."""
+        self.done += 1
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, advance=1, last=name)
+            return
+        elapsed = time.perf_counter() - self.began
+        count = f"{self.done:{len(str(self.total))}d}/{self.total}"
+        print(f"{self.title} [{count}] {name}  ({elapsed:.0f} s)", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.stop()
+        return False
+
+
+def _bar(title: str):
     try:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
-        yield from _lines(todo, title)
-        return
+        return None
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield from _lines(todo, title)
-        return
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[now]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=len(todo), now="")
-        for name, item in todo:
-            progress.update(task, now=name)
-            yield item
-            progress.advance(task)
-
-
-def _lines(todo: list[tuple[str, T]], title: str) -> Iterator[T]:
-    for number, (name, item) in enumerate(todo, 1):
-        print(f"{title} [{number:{len(str(len(todo)))}d}/{len(todo)}] {name}", file=sys.stderr, end=" ", flush=True)
-        start = time.perf_counter()
-        yield item
-        print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        return None
+    columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
+    text = progress.TextColumn(title), progress.TextColumn("{task.fields[last]}")
+    return progress.Progress(text[0], *columns, text[1], console=console, transient=True)

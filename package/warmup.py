@@ -3,54 +3,100 @@
 A kernel is compiled for the types of its arguments and, where an op has several algorithms, for the one that the shape
 asks for. So this calls the functions: on the benchmark's layers at batch 1, which reach the algorithms that real
 networks reach, and on tiny inputs for what no layer there uses.
+
+The work is split into jobs, one for each op family and form, which no two processes share: two that compiled the same
+kernel would each do the whole of it, and the cache would keep one.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 
 import tilewise
+from tilewise.benchmarks import cases, timing
 from tilewise.kernels.cpu import jit, threads
 
 DTYPES = ("float32", "float64")
 EPILOGUES = ("relu", "leaky_relu", "sigmoid", "tanh")
 ACTIVATIONS = (*EPILOGUES, "softmax", "log_softmax")
+# The estimated work below which a call stays serial, to force one form; None: as the work is.
+FORMS: dict[str, float | None] = {"serial": float("inf"), "parallel": 0, "as needed": None}
 Calls = Iterator[tuple[str, Callable[[], object]]]
 
 
-def calls(dtype: str) -> Calls:
-    """(what, a call that compiles it), for every public function."""
-    for form, serial_below in (("serial", float("inf")), ("parallel", 0)):
-        for name, call in (*_layers(dtype), *_gemm(dtype), *_images(dtype), *_elementwise(dtype)):
-            yield f"{name}, {form}", _forced(call, serial_below)
+@dataclass(frozen=True)
+class Job:
+    """What one process compiles."""
+
+    family: str
+    form: str
+    dtypes: tuple[str, ...]
+
+    def __str__(self):
+        return f"{self.family} {'+'.join(self.dtypes)} {self.form}"
 
 
-def forms() -> tuple[int, int]:
-    """(compiled, all) forms of the kernels of the modules loaded so far."""
-    existing = [form for kernel in jit.KERNELS for form in ("serial", "parallel")[: 1 + kernel.has_parallel]]
-    compiled = [
-        kernel
-        for kernel in jit.KERNELS
-        for form in ("serial", "parallel")
-        if form in kernel.__dict__ and getattr(kernel, form).signatures
-    ]
-    return len(compiled), len(existing)
+@dataclass(frozen=True)
+class Outcome:
+    """The kernel forms that a job compiled or loaded, as "name form", and the calls that have no implementation."""
+
+    compiled: frozenset[str]
+    missing: dict[str, str]
 
 
-def _forced(call: Callable[[], object], serial_below: float) -> Callable[[], object]:
-    def forced():
-        with _serial_below(serial_below):
-            return call()
+def jobs(dtypes: tuple[str, ...], for_bench: bool = False) -> list[Job]:
+    """All jobs, or those for what `python -m tilewise bench` runs; the longest first."""
+    if for_bench:
+        return [Job(family, "as needed", dtypes) for family in FAMILIES if family != "padding"]
+    return [Job(family, form, dtypes) for family in FAMILIES for form in ("parallel", "serial")]
 
-    return forced
+
+def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, Outcome]]:
+    """Run the jobs, each outcome as it comes."""
+    if processes == 1:
+        yield from ((job, run_job(job)) for job in todo)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(run_job, job): job for job in todo}
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def run_job(job: Job) -> Outcome:
+    missing = {}
+    with _serial_below(FORMS[job.form]):
+        for name, call in calls(job):
+            try:
+                call()
+            except NotImplementedError as error:
+                missing[name] = str(error)
+    forms = [(kernel, form) for kernel in jit.KERNELS for form in ("serial", "parallel") if form in vars(kernel)]
+    return Outcome(frozenset(f"{k.__name__} {form}" for k, form in forms if getattr(k, form).signatures), missing)
+
+
+def calls(job: Job) -> Calls:
+    for dtype in job.dtypes:
+        for key, case in cases.QUICK.items():
+            if case.family == job.family:
+                case = case if job.form == "as needed" else case.with_batch(1)
+                yield key, partial(_call_case, case, dtype)
+        if job.form != "as needed":
+            yield from FAMILIES[job.family](dtype)
+
+
+def _call_case(case: cases.Case, dtype: str):
+    return timing.prepared(case, dtype)()
 
 
 @contextmanager
-def _serial_below(nanoseconds: float):
+def _serial_below(nanoseconds: float | None):
     before = threads.SERIAL_BELOW
-    threads.SERIAL_BELOW = nanoseconds
+    threads.SERIAL_BELOW = before if nanoseconds is None else nanoseconds
     try:
         yield
     finally:
@@ -60,13 +106,6 @@ def _serial_below(nanoseconds: float):
 def _operands(dtype: str) -> Callable[..., np.ndarray]:
     rng = np.random.default_rng(0)
     return lambda *shape: rng.standard_normal(shape, dtype=np.dtype(dtype))
-
-
-def _layers(dtype: str) -> Calls:
-    from tilewise.benchmarks import cases, timing
-
-    for key, case in cases.QUICK.items():
-        yield key, lambda case=case: timing.prepared(case.with_batch(1), dtype)()
 
 
 def _gemm(dtype: str) -> Calls:
@@ -80,12 +119,15 @@ def _gemm(dtype: str) -> Calls:
     yield "linear_backward", lambda: t.linear_backward(a(4, 5), a(4, 9), a(5, 9))
 
 
-def _images(dtype: str) -> Calls:
-    """Convolution, pooling and batch norm on 2 images of 8 channels and 9x9 pixels, in both layouts; padding."""
-    a, t = _operands(dtype), tilewise
+def _in_both_layouts(part: Callable[..., Calls], dtype: str) -> Calls:
+    """On 2 images of 8 channels and 9x9 pixels."""
+    a = _operands(dtype)
     for layout in ("NCHW", "NHWC"):
-        for part in (_convolutions, _pools, _batch_norms):
-            yield from ((f"{name}, {layout}", call) for name, call in part(a, layout))
+        yield from ((f"{name}, {layout}", call) for name, call in part(a, layout))
+
+
+def _pads(dtype: str) -> Calls:
+    a, t = _operands(dtype), tilewise
     for mode in ("constant", "reflect", "replicate", "circular"):
         yield f"pad {mode}", lambda mode=mode: t.pad(a(2, 3, 5, 5), 2, mode)
         yield f"pad_backward {mode}", lambda mode=mode: t.pad_backward(a(2, 3, 9, 9), (2, 3, 5, 5), 2, mode)
@@ -152,3 +194,13 @@ def _elementwise(dtype: str) -> Calls:
         yield name, lambda name=name: getattr(t, name)(a(4, 9))
     for name in ACTIVATIONS:
         yield f"{name}_backward", lambda name=name: getattr(t, f"{name}_backward")(a(4, 9), a(4, 9))
+
+
+FAMILIES: dict[str, Callable[[str], Calls]] = {
+    "conv": partial(_in_both_layouts, _convolutions),
+    "gemm": _gemm,
+    "pool": partial(_in_both_layouts, _pools),
+    "batchnorm": partial(_in_both_layouts, _batch_norms),
+    "activation": _elementwise,
+    "padding": _pads,
+}

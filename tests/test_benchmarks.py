@@ -51,7 +51,7 @@ def test_a_wrong_result_is_not_timed(wrong, monkeypatch):
     with pytest.raises(AssertionError, match=r"softmax resnet50.classes float32: off by"):
         timing.compare(case, "float32")
     monkeypatch.setattr(tilewise, "softmax", right)
-    timing.check(case, "float32")
+    timing.checked(case, "float32")
 
 
 def test_operands_are_the_same_each_time():

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from installation import run_python
 
 import tilewise
 from tilewise.benchmarks import cases
@@ -73,14 +74,17 @@ def test_every_network_and_every_kind_of_operation_is_there():
     assert {case.family for case in QUICK.values() if case.is_backward} == families
 
 
-def test_the_asv_classes_measure_every_case(monkeypatch):
-    monkeypatch.setenv("TILEWISE_BENCH_SUITE", "full")
-    from tilewise.benchmarks import bench_activation, bench_batchnorm, bench_conv, bench_gemm, bench_pool, suite
-
-    modules = (bench_activation, bench_batchnorm, bench_conv, bench_gemm, bench_pool)
-    classes = [c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, suite._Suite)]
-    measured = Counter(key for c in classes if c is not suite._Suite for key in c.params[0])
-    assert measured == Counter(cases.suite()) or measured == Counter(QUICK)
+@pytest.mark.parametrize("name", cases.SUITES)
+def test_the_asv_classes_measure_every_case_once(name, tmp_path):
+    code = """
+        from tilewise.benchmarks import bench_activation, bench_batchnorm, bench_conv, bench_gemm, bench_pool, suite
+        for module in bench_activation, bench_batchnorm, bench_conv, bench_gemm, bench_pool:
+            for name, found in vars(module).items():
+                if not name.startswith("_") and isinstance(found, type) and issubclass(found, suite._Suite):
+                    print(*found.params[0], sep="\\n")
+    """
+    measured = run_python(code, tmp_path, TILEWISE_BENCH_SUITE=name).splitlines()
+    assert sorted(measured) == sorted(cases.SUITES[name])
 
 
 def test_suite_of_another_name_is_refused(monkeypatch):

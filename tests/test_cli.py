@@ -9,8 +9,10 @@ from installation import run_python
 
 import tilewise
 from tilewise import cli, warmup
+from tilewise.benchmarks import cases, timing
 from tilewise.kernels import dispatch
 from tilewise.kernels.cpu import jit, simd
+from tilewise.progress import Progress
 
 
 def test_module_runs_as_a_program():
@@ -72,25 +74,39 @@ def test_warmup_without_a_cache_folder(tmp_path):
 
 
 def test_warmup_calls_every_public_function():
-    called = {name.split()[0].rstrip(",") for name, _ in warmup.calls("float32")}
+    called = {name.split()[0].rstrip(",") for job in warmup.jobs(("float32",)) for name, _ in warmup.calls(job)}
     functions = {name for name in tilewise.kernels.__all__ if getattr(tilewise, name).__module__ != dispatch.__name__}
     assert called == functions
+
+
+def test_warmup_for_the_benchmark_calls_its_cases():
+    called = [name for job in warmup.jobs(("float32",), for_bench=True) for name, _ in warmup.calls(job)]
+    assert sorted(called) == sorted(cases.QUICK)
 
 
 def test_warmup_compiles_every_kernel_in_both_forms(tmp_path):
     """In a process of its own, with the tests' cache: what other tests have compiled is only loaded."""
     code = """
-        import sys
-        from tilewise import cli, warmup
-        status = cli.main(["warmup"])
+        from tilewise import cli
+        status = cli.main(["warmup", "--jobs", "1"])
         from tilewise.kernels.cpu import jit
         cold = [f"{k.__name__} {form}" for k in jit.KERNELS for form in ("serial", "parallel")[:1 + k.has_parallel]
                 if form not in vars(k) or not getattr(k, form).signatures]
         print(status, cold)
     """
-    *_, summary, last = run_python(code, tmp_path).splitlines()
+    summary, last = run_python(code, tmp_path).splitlines()
     assert last == "0 []"
-    assert " kernels are in " in summary
+    assert " kernels are ready in " in summary
+
+
+def test_warmup_in_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(warmup, "FAMILIES", {"padding": warmup.FAMILIES["padding"]})
+    outcomes = dict(warmup.run(warmup.jobs(("float32",)), processes=2))
+    assert {job.form for job in outcomes} == {"serial", "parallel"}
+    for job, outcome in outcomes.items():
+        assert outcome.compiled
+        assert all(name.endswith(job.form) for name in outcome.compiled)
+        assert outcome.missing == {}
 
 
 def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
@@ -116,9 +132,12 @@ def test_bench_of_nothing_names_what_there_is(capsys):
 
 
 def test_bench_reports_a_case_that_fails(monkeypatch, capsys):
-    monkeypatch.setattr(tilewise, "softmax", lambda x, axis: x, raising=False)
+    def wrong(case, dtype, ours, reference):
+        raise AssertionError("off by 0.5")
+
+    monkeypatch.setattr(timing, "check", wrong)
     assert cli.main(["bench", "--match", "softmax resnet50"]) == 1
-    assert "softmax resnet50.classes: AssertionError: " in capsys.readouterr().err
+    assert "softmax resnet50.classes: AssertionError: off by 0.5" in capsys.readouterr().err
 
 
 def test_a_backend_that_is_not_there_is_an_error_with_its_reason(tmp_path):
@@ -127,8 +146,18 @@ def test_a_backend_that_is_not_there_is_an_error_with_its_reason(tmp_path):
 
 
 def test_progress_without_a_terminal_is_one_line_a_step(capsys):
-    from tilewise.progress import steps
+    with Progress("working", 10) as progress:
+        progress.step("first")
+        progress.step("second")
+    assert capsys.readouterr().err.splitlines() == ["working [ 1/10] first  (0 s)", "working [ 2/10] second  (0 s)"]
 
-    assert list(steps([("first", 1), ("second", 2)], "working")) == [1, 2]
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.rsplit(" ", 2)[0] for line in lines] == ["working [1/2] first", "working [2/2] second"]
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path):
+    pytest.importorskip("rich", reason="rich is not installed (extra: bench)")
+    code = """
+        from tilewise.progress import Progress
+        with Progress("working", 2) as progress:
+            progress.step("first")
+        print(progress.bar is not None, progress.bar.tasks[0].completed)
+    """
+    assert run_python(code, tmp_path, FORCE_COLOR="1") == "True 1"
