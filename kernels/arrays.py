@@ -35,6 +35,8 @@ def _torch_view(function: str, name: str, tensor) -> tuple[np.ndarray, Callable]
         raise TypeError(f"{function}: {name} requires grad, which these kernels do not record; pass {name}.detach()")
     import torch
 
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{function}: {name} must be dense, got a tensor of layout {tensor.layout}")
     if tensor.dtype == torch.bfloat16:
         raise NotImplementedError(f"{function}: {name} is bfloat16, which the CPU kernels do not have; use float32")
     return tensor.numpy(), torch.from_numpy

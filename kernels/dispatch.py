@@ -310,13 +310,8 @@ class using:
     """
 
     def __init__(self, *, device: str | None = None, backend: str | None = None, threads: int | None = None):
-        settings_module.checked(device or "auto", backend, threads)
-        if threads is not None:
-            limit = machine_module.thread_limit()
-            if threads > limit:
-                raise ValueError(f"using: threads must be at most {limit} (NUMBA_NUM_THREADS), got {threads}")
+        settings_module.checked("auto" if device is None else device, backend, threads)
         self._choice = (device, backend, threads)
-        self._tokens: list = []
 
     def __enter__(self):
         outer = settings_module.active()
@@ -332,11 +327,14 @@ class using:
                 device = "auto"
         settings = settings_module.intern(device, backend, outer.threads if threads is None else threads)
         choose_backend(settings)
-        self._tokens.append(settings_module.current.set(settings))
+        settings_module.outer.set((*settings_module.outer.get(), settings_module.current.get()))
+        settings_module.current.set(settings)
         return self
 
     def __exit__(self, *error):
-        settings_module.current.reset(self._tokens.pop())
+        *rest, before = settings_module.outer.get()
+        settings_module.outer.set(tuple(rest))
+        settings_module.current.set(before)
         return False
 
 

@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tilewise.kernels import machine
+
 DEVICES = ("auto", "cpu", "gpu")
 DEVICE_OF = {"cpu": "cpu", "reference": "cpu", "cuda": "gpu", "cupy": "gpu"}  # backend -> device
 
@@ -27,6 +29,8 @@ def intern(device: str, backend: str | None, threads: int | None, explaining: bo
 
 
 current: ContextVar[Settings | None] = ContextVar("tilewise_settings", default=None)
+# What each `using` entered in this context is to put back. Kept here and not in the `using`, which threads may share.
+outer: ContextVar[tuple[Settings | None, ...]] = ContextVar("tilewise_outer_settings", default=())
 
 
 def checked(device, backend, threads, source: str = "using") -> Settings:
@@ -42,6 +46,9 @@ def checked(device, backend, threads, source: str = "using") -> Settings:
             raise TypeError(f"{source}: threads must be an int, got {type(threads).__name__}")
         if threads < 1:
             raise ValueError(f"{source}: threads must be at least 1, got {threads}")
+        limit = machine.thread_limit()
+        if threads > limit:
+            raise ValueError(f"{source}: threads must be at most {limit} (NUMBA_NUM_THREADS), got {threads}")
     return intern(device, backend, threads)
 
 
