@@ -19,6 +19,8 @@ from tilewise.kernels import machine as machine_module
 from tilewise.kernels import settings as settings_module
 
 # Beyond this many signatures an operation forgets its plans, so that a program with ever new shapes stays small.
+_current_settings = settings_module.current.get
+
 MAX_PLANS = 4096
 
 
@@ -108,41 +110,55 @@ class Operation:
         self.plans: dict[tuple, Plan] = {}
 
     def __call__(self, operands: tuple, options: tuple = (), out=None) -> Any:
-        settings = settings_module.current.get() or settings_module.from_environment()
-        # 1, 1.0 and True are equal as dictionary keys, so the options' types are part of the signature.
-        kinds = tuple(map(type, options))
-        if tuple in kinds:
-            kinds = (kinds, _leaf_types(options))
-        signature = [settings, options, kinds]
+        # This is the hot path of every call, about a microsecond: no loop where one operand needs none, no helper
+        # calls.
+        settings = _current_settings()  # None stands for the environment's
+        kinds = ()
+        if options:
+            # 1, 1.0 and True are equal as dictionary keys, so the options' types are part of the signature.
+            kinds = tuple(map(type, options))
+            if tuple in kinds:
+                kinds = (kinds, _leaf_types(options))
         contiguous = True
-        for operand in operands:
-            if operand is None:
-                signature.append(None)
-            elif type(operand) is np.ndarray:
-                signature.append(operand.shape)
-                signature.append(operand.dtype)
-                contiguous = contiguous and operand.flags.carray
-            else:
+        if len(operands) == 1:
+            operand = operands[0]
+            if type(operand) is not np.ndarray:
                 return self._call_foreign(operands, options, out)
-        try:
+            contiguous = operand.flags.carray
+            key = (settings, options, kinds, operand.shape, operand.dtype)
+        else:
+            signature = [settings, options, kinds]
+            for operand in operands:
+                if type(operand) is np.ndarray:
+                    signature.append(operand.shape)
+                    signature.append(operand.dtype)
+                    contiguous = contiguous and operand.flags.carray
+                elif operand is None:
+                    signature.append(None)
+                else:
+                    return self._call_foreign(operands, options, out)
             key = tuple(signature)
+        try:
             plan = self.plans.get(key)
         except TypeError:  # an unhashable option, such as a list for a pair
             key = plan = None
         if plan is None:
-            plan = self._plan(settings, operands, options)
-            if key is not None:
-                if len(self.plans) >= MAX_PLANS:
-                    self.plans.clear()
-                self.plans[key] = plan
-        problem = plan.problem
+            plan = self._new_plan(key, operands, options)
         if not contiguous and plan.canonical:
             return self._call_strided(plan, operands, out)
-        if problem.unbatched:
+        if plan.problem.unbatched:
             return self._call_unbatched(plan, operands, out)
         if out is None:
             return plan.run(*operands)
         return self._call_into(plan, operands, out)
+
+    def _new_plan(self, key, operands: tuple, options: tuple) -> Plan:
+        plan = self._plan(settings_module.active(), operands, options)
+        if key is not None:
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            self.plans[key] = plan
+        return plan
 
     def _plan(self, settings, operands: tuple, options: tuple) -> Plan:
         if operands[0] is None:  # never optional
@@ -167,7 +183,7 @@ class Operation:
             raise _Explained(Decision(self.name, device, backend, algorithm, problem.flops, problem.bytes, rejected))
         prepare = getattr(module, f"prepare_{self.name}", None)
         if prepare is None:
-            run = partial(function, **problem.options)
+            run = partial(function, **problem.options) if problem.options else function
         else:
             dtype = next(a.dtype for a in operands if a is not None)
             run = prepare(_batched_shapes(operands, problem.unbatched), dtype, **problem.options)

@@ -88,7 +88,7 @@ class _Pass:
     columns) of the pixels of y to compute.
     """
 
-    __slots__ = ("activation", "by_tap", "head", "kernel", "middle", "tail", "work")
+    __slots__ = ("activation", "by_tap", "head", "kernel", "middle", "tail")
 
     def __init__(self, x, weight, y, taps, stride, grid, groups, layout, algorithm, activation=0):
         n, channels = x[0], weight[1]
@@ -97,8 +97,7 @@ class _Pass:
         height, width = _image_size(y, layout)
         first_row, first_column, row_step, column_step, oh, ow = grid
         outer, pixel = (height * width * weight[0], weight[0]) if layout == "NHWC" else (height * width, 1)
-        self.kernel = _KERNELS[layout, algorithm]
-        self.work = 2 * n * prod(weight) * oh * ow * _COST[algorithm]
+        self.kernel = _KERNELS[layout, algorithm].sized(2 * n * prod(weight) * oh * ow * _COST[algorithm])
         self.head = (n, groups, channels, h, w)
         self.middle = (outputs, *taps, *stride, oh, ow)
         start = (first_row * width + first_column) * pixel
@@ -110,7 +109,7 @@ class _Pass:
         if self.by_tap:  # a tap's factors side by side
             weight = np.ascontiguousarray(weight.reshape(weight.shape[0], -1).T)
         self.kernel(
-            self.work, x.reshape(-1), *self.head, weight.reshape(-1), *self.middle, y.reshape(-1), *self.tail, bias,
+            x.reshape(-1), *self.head, weight.reshape(-1), *self.middle, y.reshape(-1), *self.tail, bias,
             self.activation,
         )  # fmt: skip
 
@@ -175,7 +174,8 @@ class _TransposedConvolution:
         size = _image_size(result, layout)
         self.sizes = (groups, outputs, channels, kh, kw)
         self.channels_last = layout == "NHWC"
-        algorithm = "depthwise" if groups > 1 and outputs == channels == 1 else "gemm"
+        few = 2 * prod(grad) * channels * kh * kw < DIRECT_BELOW
+        algorithm = "depthwise" if groups > 1 and outputs == channels == 1 else "direct" if few else "gemm"
         self.phases = []
         if prod(grad) and prod(result):
             axes = [
@@ -201,7 +201,7 @@ class _TransposedConvolution:
                 result += bias if self.channels_last else bias[:, None, None]
         for shape, rows, columns, move in self.phases:
             phase = np.empty(shape, weight.dtype)
-            exchange_channels(0, weight.reshape(-1), *self.sizes, rows, columns, phase.reshape(-1))
+            exchange_channels.serial(weight.reshape(-1), *self.sizes, rows, columns, phase.reshape(-1))
             move(grad, phase, result, bias)
 
 

@@ -1,12 +1,15 @@
 """Matrix multiplication and the dense layer on the CPU: shapes and strides here, the kernels in gemm_blocks.py (packed,
 register-tiled) and gemm_skinny.py (a few rows or columns)."""
 
+from functools import partial
+
 import numpy as np
 from numba import prange
 
+from tilewise.kernels.arrays import canonical
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.gemm_blocks import multiply, multiply_batch
-from tilewise.kernels.cpu.gemm_skinny import FEW, add_rows, dot_rows
+from tilewise.kernels.cpu.gemm_skinny import FEW, TINY, add_rows, dot_rows, tiny_linear, tiny_product
 from tilewise.kernels.cpu.jit import kernel
 
 # Integers are multiplied in a type at least as wide as theirs: sums that wrap there wrap to the same bits in the narrow
@@ -23,6 +26,22 @@ _RESULT_DTYPE = {np.dtype(np.int8): np.dtype(np.int32), np.dtype(np.uint8): np.d
 _NO_BIAS = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64, np.int32, np.int64)}
 _ZERO_START = np.zeros(1, np.int64)
 NANOSECONDS_PER_FLOP = 0.01  # a core at 100 GFLOP/s, float32
+
+
+def prepare_matmul(shapes, dtype):
+    """The function for these shapes: `matmul`, or for tiny matrices one without its detours."""
+    a, b = shapes
+    if dtype in _COMPUTED_AS or len(a) != 2 or len(b) != 2 or a[0] * a[1] * b[1] > TINY:
+        return matmul
+    shape, product = (a[0], b[1]), tiny_product.serial
+
+    def run(a, b, *, out=None):
+        if out is None:
+            out = np.empty(shape, dtype)
+        product(a if a.flags.carray else canonical(a), b if b.flags.carray else canonical(b), out)
+        return out
+
+    return run
 
 
 def matmul(a, b, *, out=None):
@@ -68,13 +87,14 @@ def _matmul_stacked(a, b, out):
 
 
 def _flat(matrix):
-    """(memory in order, row step, column step) of a matrix; a copy unless it or its transpose is contiguous."""
+    """(memory in order, row step, column step) of a matrix; a copy if neither it nor its transpose is contiguous."""
     if matrix.flags.carray:
         return matrix.reshape(-1), matrix.shape[1], 1
     if matrix.T.flags.carray:
         return matrix.T.reshape(-1), 1, matrix.shape[0]
-    # a read-only or misaligned operand costs a copy; products read each element many times
-    return np.array(matrix, order="C").reshape(-1), matrix.shape[1], 1
+    if matrix.T.flags.c_contiguous:
+        return canonical(matrix.T).reshape(-1), 1, matrix.shape[0]
+    return canonical(matrix).reshape(-1), matrix.shape[1], 1
 
 
 def _product(a, b, out, bias, activation):
@@ -127,8 +147,7 @@ def _flat_stack(stack, lead):
         memory, row, column = swapped, 1, rows
     else:
         memory, row, column = np.ascontiguousarray(stack), columns, 1
-    if not memory.flags.carray:
-        memory = np.array(memory, order="C")
+    memory = canonical(memory)
     count = int(np.prod(stack.shape[:-2]))
     starts = (np.arange(count, dtype=np.int64) * (rows * columns)).reshape(stack.shape[:-2])
     return memory.reshape(-1), row, column, np.ascontiguousarray(np.broadcast_to(starts, lead)).reshape(-1)
@@ -158,11 +177,31 @@ def _sum_to(array, shape):
     return array.sum(axis=(*range(added), *stretched), keepdims=True).reshape(shape)
 
 
+def prepare_linear(shapes, dtype, *, activation):
+    """As `prepare_matmul`."""
+    x, weight, _ = shapes
+    if len(x) != 2 or x[0] * weight[0] * weight[1] > TINY:
+        return partial(linear, activation=activation)
+    shape, code, product, no_bias = (x[0], weight[0]), ACTIVATION_CODES[activation], tiny_linear.serial, _NO_BIAS[dtype]
+
+    def run(x, weight, bias, *, out=None):
+        if out is None:
+            out = np.empty(shape, dtype)
+        x = x if x.flags.carray else canonical(x)
+        weight = weight if weight.flags.carray else canonical(weight)
+        bias = no_bias if bias is None else bias if bias.flags.carray else canonical(bias)
+        product(x, weight, bias, out, code)
+        return out
+
+    return run
+
+
 def linear(x, weight, bias, *, activation, out=None):
     if out is None:
         out = np.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
     rows, flat = (x, out) if x.ndim == 2 else (_matrix(x), _matrix(out))
-    _product(rows, weight.T, flat, _NO_BIAS[x.dtype] if bias is None else bias, ACTIVATION_CODES[activation])
+    bias = _NO_BIAS[x.dtype] if bias is None else canonical(bias)
+    _product(rows, weight.T, flat, bias, ACTIVATION_CODES[activation])
     return out
 
 

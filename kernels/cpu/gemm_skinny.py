@@ -1,17 +1,51 @@
-"""Products in which one side has only a few rows or columns: matrix-vector and its neighbours.
+"""Products too small or too thin to be worth packing: tiny ones, and those with only a few rows or columns on one side
+(matrix-vector and its neighbours).
 
-They are bound by reading the large operand once, so nothing is packed: it is read in the order it lies in memory.
+The thin ones are bound by reading the large operand once: it is read in the order it lies in memory.
 """
 
 import numpy as np
 from numba import prange
 
+from tilewise.kernels.cpu.epilogue import apply_activation
 from tilewise.kernels.cpu.jit import device, kernel
 
 # Up to this many rows, reading the large operand once per row from the cache beats packing it for the register tile.
 FEW = 4
 CHUNK = 128  # results a chunk: enough work to hide the loop over chunks, and the partition does not know the threads
 COLUMN_CHUNK = 1024  # 4 KB of sums stay in L1 while the rows of the large operand pass by
+
+
+# Up to this many multiplications, the plain loops are done before a panel would be packed.
+TINY = 4096
+
+
+@kernel(parallel=False)
+def tiny_product(a, b, c):
+    """c = a b, matrices; the textbook loops in the order that runs along the rows of b and c."""
+    m, n = c.shape
+    for i in range(m):
+        for j in range(n):
+            c[i, j] = 0
+        for k in range(a.shape[1]):
+            factor = a[i, k]
+            for j in range(n):
+                c[i, j] += factor * b[k, j]
+
+
+@kernel(parallel=False)
+def tiny_linear(x, weight, bias, y, activation):
+    """y = activation(x weight^T + bias), matrices; bias may be empty."""
+    m, n = y.shape
+    for i in range(m):
+        for j in range(n):
+            total = bias[j] if bias.size > 0 else y.dtype.type(0)
+            for k in range(x.shape[1]):
+                total += x[i, k] * weight[j, k]
+            y[i, j] = total
+        if activation != 0:
+            for j in range(n):
+                y[i, j] = apply_activation(y[i, j], activation)
 
 
 @device()

@@ -68,6 +68,12 @@ class Kernel:
     def parallel(self):
         return compiled(self.function, self.fastmath, parallel=True)
 
+    def sized(self, work: float) -> Callable:
+        """A callable for repeated calls of this much work: where it is small, the serial form without any detour."""
+        if work < threads.SERIAL_BELOW or not self.has_parallel:
+            return self.serial
+        return functools.partial(self, work)
+
     def __call__(self, work: float, *args):
         if work < threads.SERIAL_BELOW or not self.has_parallel or not threads.may_split():
             return self.serial(*args)
