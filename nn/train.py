@@ -94,8 +94,8 @@ def fit(
         validation: (x, y) on which the model is measured after each epoch.
         shuffle: whether each epoch goes through the samples in a new order.
         accuracy: whether to record it; None: where the loss is one of classes.
-        after_epoch: called with the history after each epoch; training ends when it returns True (early stopping). It
-            may change optimizer.lr (a schedule).
+        after_epoch: called with the history after each epoch; training ends when it returns a true value (early
+            stopping). It may change optimizer.lr (a schedule).
         rng: a numpy.random.Generator or a seed, for the order. With it, with seeded initial values and seeded dropout,
             the same call gives the same bits on one machine.
         progress: whether to show it on stderr: a bar where tqdm is installed, else a line for each epoch.
@@ -136,7 +136,7 @@ def fit(
                 _record(history, "val_", _totals(model, loss, *validation, batch_size, accuracy), accuracy)
             history.seconds.append(time.perf_counter() - begin)
             shown.epoch(history)
-            if after_epoch is not None and after_epoch(history) is True:
+            if after_epoch is not None and after_epoch(history):
                 break
     return history
 

@@ -73,6 +73,8 @@ def test_layer_equals_pytorchs(torch, rng, expression, shape, terms, dtype):
         assert_close(ours.state_dict()[name], expected.numpy(), terms)
     with torch.no_grad():
         assert_close(ours.eval()(x), theirs.eval()(x_torch).numpy(), terms)
+    with pytest.raises(RuntimeError, match="call forward in training mode first"):  # evaluation kept nothing
+        ours.backward(cotangent)
 
 
 @pytest.mark.parametrize(

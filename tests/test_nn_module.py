@@ -132,11 +132,13 @@ class TestBackward:
         with pytest.raises(RuntimeError, match=rf"{name}\.backward: nothing to go back from; call forward in training"):
             layer.backward(np.ones((2, 2), np.float32))
 
-    def test_evaluation_keeps_nothing(self):
-        model = network().eval()
-        model(np.ones((4, 2), np.float32))
-        with pytest.raises(RuntimeError, match="call forward in training mode first"):
-            model.backward(np.ones((4, 3), np.float32))
+    def test_after_evaluation_goes_back_from_the_last_training_forward(self, rng):
+        layer = nn.Linear(2, 3, rng=0)
+        x, grad = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 2), (4, 3)))
+        layer(x)
+        layer.eval()(np.zeros((9, 2), np.float32))  # a validation in between
+        layer.train().backward(grad)
+        np.testing.assert_allclose(layer.weight.grad, grad.T @ x, rtol=1e-5)
 
     def test_one_backward_for_one_forward(self):
         shared = nn.ReLU()
@@ -163,6 +165,43 @@ class TestBackward:
             backward(grad)
         for one, other in zip(whole.parameters(), part.parameters(), strict=True):
             np.testing.assert_array_equal(one.grad, other.grad)
+
+    def test_asks_only_for_what_is_needed(self, rng):
+        asked = []
+
+        class Watched(nn.Linear):
+            def gradients(self, grad, x, needs):
+                asked.append(needs)
+                return super().gradients(grad, x, needs)
+
+        layer = Watched(2, 3)
+        x, grad = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 2), (5, 3)))
+        for backward in (layer.backward, layer.backward_parameters):
+            layer(x)
+            backward(grad)
+        layer.weight.requires_grad = False
+        layer(x)
+        layer.backward(grad)
+        layer.bias.requires_grad = False
+        layer(x)
+        layer.backward_parameters(grad)
+        assert asked == [("x", "weight", "bias"), ("weight", "bias"), ("x", "bias")]
+        assert [gradient is None for gradient in layer.gradients(grad, x, ("x",))] == [False, True, True]
+        image = np.ones((2, 1, 4, 4), np.float32)
+        assert [gradient is None for gradient in nn.Conv2d(1, 1, 1).gradients(image, image, ("weight",))] == [
+            True,
+            False,
+            True,
+        ]
+
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    def test_frozen_parameters_get_no_gradient(self, rng, name):
+        x = rng.standard_normal((5, 3)).astype(np.float32)
+        for layer in (nn.Linear(3, 3), nn.BatchNorm1d(3)):
+            getattr(layer, name).requires_grad = False
+            layer(x)
+            layer.backward(x)
+            assert {n for n, parameter in layer.named_parameters() if parameter.grad is None} == {name}
 
     def test_frozen_layers_get_no_gradient_and_are_not_gone_through(self, rng):
         x, grad = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 2), (5, 3)))

@@ -185,8 +185,9 @@ class TestReproducibility:
 
 
 class TestAfterEpoch:
-    def test_stops_when_it_returns_true(self):
-        assert len(train(small_model(), epochs=9, after_epoch=lambda history: len(history) == 2)) == 2
+    @pytest.mark.parametrize("kind", [bool, np.bool_])
+    def test_stops_when_it_returns_true(self, kind):
+        assert len(train(small_model(), epochs=9, after_epoch=lambda history: kind(len(history) == 2))) == 2
 
     def test_may_change_the_learning_rate(self):
         model, (x, y) = nn.Linear(2, 3, rng=0), blobs()
