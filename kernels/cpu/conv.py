@@ -21,6 +21,7 @@ from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_weight
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.gemm import column_sums
 from tilewise.kernels.cpu.jit import kernel
+from tilewise.kernels.cpu.scratch import empty
 
 _NO_BIAS = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)}
 _KERNELS = {
@@ -128,7 +129,7 @@ def prepare_conv2d(shapes, dtype, *, stride, padding, dilation, groups, layout, 
 
     def run(x, weight, bias, *, out=None):
         if out is None:
-            out = np.empty(shape, dtype)
+            out = empty(shape, dtype)
         forward(x, weight, out, no_bias if bias is None else bias)
         return out
 
@@ -216,7 +217,7 @@ def prepare_conv2d_backward(shapes, dtype, *, stride, padding, dilation, groups,
     def run(grad, x, weight):
         grad_x = None
         if to_x:
-            grad_x = np.empty(x.shape, dtype)
+            grad_x = empty(x.shape, dtype)
             to_x(grad, weight, grad_x, no_bias)
         return grad_x, to_weight(grad, x) if to_weight else None, to_bias(grad, layout) if to_bias else None
 
@@ -279,7 +280,7 @@ def prepare_conv_transpose2d(shapes, dtype, *, stride, padding, output_padding, 
     no_bias = _NO_BIAS[dtype]
 
     def run(x, weight, bias):
-        result = np.empty(shape, dtype)
+        result = empty(shape, dtype)
         transposed(x, weight, result, no_bias if bias is None else bias)
         return result
 

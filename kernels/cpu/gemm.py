@@ -11,6 +11,7 @@ from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.gemm_blocks import multiply, multiply_batch
 from tilewise.kernels.cpu.gemm_skinny import FEW, TINY, add_rows, dot_rows, tiny_linear, tiny_product
 from tilewise.kernels.cpu.jit import kernel
+from tilewise.kernels.cpu.scratch import empty
 
 # Integers are multiplied in a type at least as wide as theirs: sums that wrap there wrap to the same bits in the narrow
 # one, signed or not. int8 and uint8 keep the wide type.
@@ -49,7 +50,7 @@ def matmul(a, b, *, out=None):
         return _matmul_narrow(a, b, out)
     if a.ndim == 2 and b.ndim == 2:
         if out is None:
-            out = np.empty((a.shape[0], b.shape[1]), a.dtype)
+            out = empty((a.shape[0], b.shape[1]), a.dtype)
         _product(a, b, out, _NO_BIAS[a.dtype], 0)
         return out
     return _matmul_stacked(a, b, out)
@@ -198,7 +199,7 @@ def prepare_linear(shapes, dtype, *, activation):
 
 def linear(x, weight, bias, *, activation, out=None):
     if out is None:
-        out = np.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
+        out = empty((*x.shape[:-1], weight.shape[0]), x.dtype)
     rows, flat = (x, out) if x.ndim == 2 else (_matrix(x), _matrix(out))
     bias = _NO_BIAS[x.dtype] if bias is None else canonical(bias)
     _product(rows, weight.T, flat, bias, ACTIVATION_CODES[activation])
@@ -214,7 +215,7 @@ def linear_backward(grad, x, weight, *, needs):
     flat_grad, rows = _matrix(grad), _matrix(x)
     grad_x = grad_weight = grad_bias = None
     if "x" in needs:
-        grad_x = np.empty(x.shape, x.dtype)
+        grad_x = empty(x.shape, x.dtype)
         _product(flat_grad, weight, _matrix(grad_x), _NO_BIAS[x.dtype], 0)
     if "weight" in needs:
         grad_weight = np.empty(weight.shape, x.dtype)
