@@ -265,7 +265,7 @@ def test_both_backends_have_the_same_signatures():
         assert str(inspect.signature(getattr(cpu, name))) == str(inspect.signature(getattr(reference, name)))
 
 
-# ------------------------------------------------------------------------------------------------ what other kernels use
+# ----------------------------------------------------------------------------------------------- what other kernels use
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
