@@ -38,7 +38,7 @@ def _rows_of_windows(operation):
         # one element of slack: taking every second element reads pairs
         scratch = np.empty(((min(block, ow_n) - 1) * sw + reach) * c + 1, x.dtype)
         part = address(scratch, 0)
-        itemsize = x.itemsize
+        cache_line, ahead = 64 // x.itemsize, AHEAD // x.itemsize
         p = first // oh_n
         o = first - p * oh_n
         for r in range(first, last):
@@ -49,8 +49,8 @@ def _rows_of_windows(operation):
             while h + (taps - 1) * dh >= h_n:
                 taps -= 1
             line = (p * h_n + h) * w_n * c
-            following = line + taps * dh * w_n * c + AHEAD // itemsize
-            for i in range(0, sh * w_n * c, 64 // itemsize):
+            following = line + taps * dh * w_n * c + ahead
+            for i in range(0, sh * w_n * c, cache_line):
                 prefetch(address(x, following + i))
             for start in range(0, ow_n, block):
                 count = min(block, ow_n - start)
