@@ -169,10 +169,12 @@ class Operation:
         function = getattr(module, self.name, None)
         if function is None:
             raise NotImplementedError(f"{self.name}: backend {backend!r} does not have it")
+        shapes = _batched_shapes(operands, problem.unbatched)
+        dtype = operands[0].dtype
         choose = getattr(module, f"choose_{self.name}", None)
         algorithm = problem.options.get("algorithm", self.name)
         if choose is not None:
-            algorithm, others = choose(_batched_shapes(operands, problem.unbatched), problem.options)
+            algorithm, others = choose(shapes, dtype, problem.options)
             rejected = rejected | others
             if "algorithm" in problem.options:
                 problem.options["algorithm"] = algorithm
@@ -185,8 +187,7 @@ class Operation:
         if prepare is None:
             run = partial(function, **problem.options) if problem.options else function
         else:
-            dtype = next(a.dtype for a in operands if a is not None)
-            run = prepare(_batched_shapes(operands, problem.unbatched), dtype, **problem.options)
+            run = prepare(shapes, dtype, **problem.options)
         return Plan(run, backend == "cpu" and not self.any_strides, problem)
 
     def _call_foreign(self, operands: tuple, options: tuple, out):
