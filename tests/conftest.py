@@ -30,3 +30,11 @@ def backend(request):
 
     with tilewise.using(backend=request.param):
         yield request.param
+
+
+@pytest.fixture
+def split_everything(monkeypatch):
+    """Every kernel is split over threads, however little it has to do."""
+    from tilewise.kernels.cpu import threads
+
+    monkeypatch.setattr(threads, "SERIAL_BELOW", 0)

@@ -199,7 +199,7 @@ SMALL = [
     Case(2, 3, 3, 4, 2, (1, 1)),
     Case(1, 2, 6, 6, 2, (3, 2), 1, 2, 2),
 ]
-# big enough to be split over threads
+# split over threads: layers of networks, and odd sizes, whose tails are summed by other instructions
 BUSY = [
     Case(4, 32, 28, 28, 32, (3, 3), 1, 1),
     Case(1, 64, 28, 28, 64, (3, 3), 1, 1),
@@ -207,5 +207,8 @@ BUSY = [
     Case(2, 3, 64, 64, 32, (7, 7), 2, 3),
     Case(64, 1, 28, 28, 6, (5, 5), 1, 2),
     Case(8, 96, 28, 28, 96, (3, 3), 1, 1, 1, 96),
+    Case(7, 13, 27, 29, 13, (3, 3), 2, 1, 1, 13),
     Case(2, 48, 30, 30, 32, (3, 3), 2, 1, 1, 2),
+    Case(3, 17, 31, 33, 19, (3, 3), 1, 1),
+    Case(5, 3, 7, 11, 5, (2, 3), 1, 1),
 ]

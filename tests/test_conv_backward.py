@@ -220,7 +220,7 @@ def test_nan_and_inf_in_the_cotangent(backend, rng, layout):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", BUSY, ids=str)
-def test_any_number_of_threads_gives_the_same_bits(rng, case, layout, dtype):
+def test_any_number_of_threads_gives_the_same_bits(rng, split_everything, case, layout, dtype):
     grad, x, weight = backward_arrays(rng, case, dtype, layout)
     options = case.options | {"layout": layout}
     results = []

@@ -347,11 +347,15 @@ def test_activations_keep_nan_and_inf(backend, activation):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_any_number_of_threads_gives_the_same_bits(rng, dtype):
+def test_any_number_of_threads_gives_the_same_bits(rng, split_everything, dtype):
     a, b = rng.standard_normal((400, 300)).astype(dtype), rng.standard_normal((300, 350)).astype(dtype)
     stacked = rng.standard_normal((6, 60, 70)).astype(dtype), rng.standard_normal((6, 70, 80)).astype(dtype)
     row, matrix = rng.standard_normal((1, 1500)).astype(dtype), rng.standard_normal((1500, 1400)).astype(dtype)
     grad, bias = rng.standard_normal((400, 350)).astype(dtype), rng.standard_normal(350).astype(dtype)
+    odd = [
+        (rng.standard_normal((m, depth)).astype(dtype), rng.standard_normal((depth, n)).astype(dtype))
+        for m, n, depth in ((37, 41, 53), (1, 333, 777), (3, 501, 99), (333, 1, 777), (777, 3, 131), (61, 59, 701))
+    ]
     results = []
     for threads in (1, 2, 3):
         with tilewise.using(backend="cpu", threads=threads):
@@ -359,6 +363,7 @@ def test_any_number_of_threads_gives_the_same_bits(rng, dtype):
                 kernels.matmul(a, b), kernels.matmul(*stacked), kernels.matmul(row, matrix),
                 kernels.matmul(matrix.T, row[0]), kernels.linear(a, b.T, bias, activation="relu"),
                 *kernels.linear_backward(grad, a, b.T), *kernels.matmul_backward(grad, a, b),
+                *(kernels.matmul(p, q) for p, q in odd), *(kernels.matmul(q.T, p.T) for p, q in odd),
             ])  # fmt: skip
     for other in results[1:]:
         for index, (one, more) in enumerate(zip(results[0], other, strict=True)):
