@@ -1,6 +1,6 @@
 """Batch normalisation and its gradient (Ioffe and Szegedy 2015)."""
 
-from math import isfinite, prod
+from math import isfinite
 
 import numpy as np
 
@@ -156,10 +156,8 @@ def _check_batch_norm(
         "return_stats": return_stats,
     }
     unbatched = (0,) if x.ndim == 3 else ()
-    passes = 3 if training else 2
-    return Problem(
-        options, flops=(7 if training else 2) * x.size, bytes=passes * x.size * dtype.itemsize, unbatched=unbatched
-    )
+    moved = 2 * x.size + sum(v.size for v in vectors.values() if v is not None)
+    return Problem(options, flops=(7 if training else 2) * x.size, bytes=moved * dtype.itemsize, unbatched=unbatched)
 
 
 def _check_batch_norm_backward(grad, x, mean, invstd, weight, training, layout) -> Problem:
@@ -173,8 +171,8 @@ def _check_batch_norm_backward(grad, x, mean, invstd, weight, training, layout) 
     dtype = common_dtype("batch_norm_backward", {"grad": grad, "x": x, **vectors})
     unbatched = (0, 1) if x.ndim == 3 else ()
     options = {"training": training, "layout": layout}
-    passes = 5 if training else 3
-    return Problem(options, flops=9 * prod(x.shape), bytes=passes * x.size * dtype.itemsize, unbatched=unbatched)
+    moved = 3 * x.size + sum(v.size for v in vectors.values() if v is not None) + 2 * mean.size
+    return Problem(options, flops=9 * x.size, bytes=moved * dtype.itemsize, unbatched=unbatched)
 
 
 _BATCH_NORM = Operation(
