@@ -14,10 +14,10 @@ from numba import prange
 from tilewise.kernels.cpu.conv_nchw import find_runs, gather_columns
 from tilewise.kernels.cpu.conv_nhwc import _segment_bounds, locate_pixels
 from tilewise.kernels.cpu.gemm_blocks import multiply_rows, pack_left, pack_right_panel
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
-from tilewise.kernels.cpu.vector_move import copy_lanes
+from tilewise.kernels.cpu.vector_move import add_scaled, copy_lanes
 
 # Steps k a chunk: 9 panels of 32, for 256 pixels 295 KB of columns, which L2 holds beside a panel of grad.
 WEIGHTS = 288
@@ -209,15 +209,24 @@ def weight_gradient_nhwc(
         add_parts(sums, parts, size, result)
 
 
-@kernel()
+# Partial sums of a channel, added to in explicit vectors: a plain loop is vectorised as the compiler likes, differently
+# in the serial and the parallel form, and the bits differ. 128 floats are 8 of the widest vectors.
+SUM_LANES = 128
+
+
+@kernel(fastmath=EXACT_ORDER)
 def channel_sums(grad, n, outputs, pixels, sums):
     """sums[o] = sum of grad[:, o, :] for a flat (n, outputs, pixels) array: the gradient of the bias in NCHW."""
+    one = grad.dtype.type(1)
     for o in prange(outputs):
-        total = grad.dtype.type(0)
+        partial = np.zeros(SUM_LANES, grad.dtype)
         for image in range(n):
             start = (image * outputs + o) * pixels
-            part = grad.dtype.type(0)
-            for p in range(pixels):
-                part += grad[start + p]
-            total += part
-        sums[o] = total
+            for p in range(0, pixels, SUM_LANES):
+                add_scaled(address(partial, 0), address(grad, start + p), one, min(SUM_LANES, pixels - p))
+        width = SUM_LANES // 2
+        while width > 0:
+            for i in range(width):
+                partial[i] += partial[i + width]
+            width //= 2
+        sums[o] = partial[0]
