@@ -96,6 +96,27 @@ def test_reference_conv_transpose2d_is_pytorchs(torch, rng, case, extra, dtype, 
         )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_reference_takes_a_batch_in_parts(monkeypatch, rng, at_once, layout):
+    """So many images at a time that their columns stay small: the result is that of all at once."""
+    from tilewise.kernels.reference import conv
+
+    case = Case(3, 4, 6, 5, 6, (3, 2), 1, 1, 1, 2)
+    grad, x, weight = backward_arrays(rng, case, np.float64, layout)
+    options = case.options | {"layout": layout}
+
+    def results():
+        back = reference(kernels.conv_transpose2d, grad, weight, **options)
+        forward = reference(kernels.conv2d, x, weight, **options)
+        return forward, back, *reference(kernels.conv2d_backward, grad, x, weight, **options)
+
+    whole = results()
+    monkeypatch.setattr(conv, "_COLUMN_BYTES", at_once * grad[0].size // case.o * case.c * 6 * 8)
+    for part, expected in zip(results(), whole, strict=True):
+        assert_close(part, expected, reduction=100)
+
+
 # ------------------------------------------------------------------------------ the CPU kernels against the references
 
 
