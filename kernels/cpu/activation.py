@@ -12,6 +12,7 @@ from numba import prange
 from tilewise.kernels.cpu import epilogue
 from tilewise.kernels.cpu.epilogue import exp, maximum, prefer_widest_vectors
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
+from tilewise.kernels.cpu.scratch import empty
 
 # Elements in one unit of parallel work: 64 kB of float32, a few microseconds, so that a launch is worth it and a
 # chunk's input is still in the second-level cache when softmax comes back to it.
@@ -93,56 +94,83 @@ def _backward_kernel(grad, y, result, code, slope):
         _backward_run(grad[start:stop], y[start:stop], result[start:stop], code, slope)
 
 
-def _forward(x, code: int, slope: float = 0.0):
-    y = np.empty_like(x)
-    _forward_kernel(x.size * _NANOSECONDS[code], x.ravel(), y.ravel(), code, slope)
-    return y
+def _prepare_forward(code: int):
+    """`prepare_` for an activation: what follows from the shape is worked out once, and a call does little else."""
+
+    def prepare(shapes, dtype, *, negative_slope=0.0):
+        (shape,) = shapes
+        kernel = _forward_kernel.sized(math.prod(shape) * _NANOSECONDS[code])
+
+        def run(x):
+            y = empty(shape, dtype)
+            kernel(x.ravel(), y.ravel(), code, negative_slope)
+            return y
+
+        return run
+
+    return prepare
 
 
-def _backward(grad, y, code: int, slope: float = 0.0):
-    result = np.empty_like(y)
-    _backward_kernel(y.size * 0.3, grad.ravel(), y.ravel(), result.ravel(), code, slope)
-    return result
+def _prepare_backward(code: int):
+    def prepare(shapes, dtype, *, negative_slope=0.0):
+        shape = shapes[1]
+        kernel = _backward_kernel.sized(math.prod(shape) * 0.3)
+
+        def run(grad, y):
+            result = empty(shape, dtype)
+            kernel(grad.ravel(), y.ravel(), result.ravel(), code, negative_slope)
+            return result
+
+        return run
+
+    return prepare
+
+
+prepare_relu, prepare_relu_backward = _prepare_forward(RELU), _prepare_backward(RELU)
+prepare_leaky_relu, prepare_leaky_relu_backward = _prepare_forward(LEAKY_RELU), _prepare_backward(LEAKY_RELU)
+prepare_sigmoid, prepare_sigmoid_backward = _prepare_forward(SIGMOID), _prepare_backward(SIGMOID)
+prepare_tanh, prepare_tanh_backward = _prepare_forward(TANH), _prepare_backward(TANH)
+prepare_step, prepare_sign = _prepare_forward(STEP), _prepare_forward(SIGN)
 
 
 def relu(x):
-    return _forward(x, RELU)
+    return prepare_relu((x.shape,), x.dtype)(x)
 
 
 def relu_backward(grad, y):
-    return _backward(grad, y, RELU)
+    return prepare_relu_backward((grad.shape, y.shape), y.dtype)(grad, y)
 
 
 def leaky_relu(x, *, negative_slope):
-    return _forward(x, LEAKY_RELU, negative_slope)
+    return prepare_leaky_relu((x.shape,), x.dtype, negative_slope=negative_slope)(x)
 
 
 def leaky_relu_backward(grad, y, *, negative_slope):
-    return _backward(grad, y, LEAKY_RELU, negative_slope)
+    return prepare_leaky_relu_backward((grad.shape, y.shape), y.dtype, negative_slope=negative_slope)(grad, y)
 
 
 def sigmoid(x):
-    return _forward(x, SIGMOID)
+    return prepare_sigmoid((x.shape,), x.dtype)(x)
 
 
 def sigmoid_backward(grad, y):
-    return _backward(grad, y, SIGMOID)
+    return prepare_sigmoid_backward((grad.shape, y.shape), y.dtype)(grad, y)
 
 
 def tanh(x):
-    return _forward(x, TANH)
+    return prepare_tanh((x.shape,), x.dtype)(x)
 
 
 def tanh_backward(grad, y):
-    return _backward(grad, y, TANH)
+    return prepare_tanh_backward((grad.shape, y.shape), y.dtype)(grad, y)
 
 
 def step(x):
-    return _forward(x, STEP)
+    return prepare_step((x.shape,), x.dtype)(x)
 
 
 def sign(x):
-    return _forward(x, SIGN)
+    return prepare_sign((x.shape,), x.dtype)(x)
 
 
 @device()
@@ -321,47 +349,49 @@ def _softmax_backward_columns(grad, y, result, log):
         _softmax_backward_columns_run(grad[image], y[image], result[image], start, stop, log)
 
 
-def _softmax(x, axis: int, log: bool):
-    y = np.empty_like(x)
-    shape = x.shape
-    if y.size == 0:
-        return y
-    n = shape[axis]
-    work = x.size * _SOFTMAX_NANOSECONDS
-    if axis == len(shape) - 1:
-        _softmax_rows(work, x.reshape(-1, n), y.reshape(-1, n), log)
-    else:
-        lines = (math.prod(shape[:axis]), n, math.prod(shape[axis + 1 :]))
-        _softmax_columns(work, x.reshape(lines), y.reshape(lines), log)
-    return y
+def _prepare_softmax(rows, columns, log: bool):
+    """`prepare_` for softmax (log: log_softmax) or its gradient: rows where the axis is the last, columns elsewhere."""
+
+    def prepare(shapes, dtype, *, axis):
+        shape = shapes[0]
+        if math.prod(shape) == 0:
+            return lambda *operands: empty(shape, dtype)
+        last = axis == len(shape) - 1
+        lines = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))[: 2 if last else 3]
+        kernel = (rows if last else columns).sized(math.prod(shape) * _SOFTMAX_NANOSECONDS)
+
+        def run(*operands):
+            result = empty(lines, dtype)
+            kernel(*[operand.reshape(lines) for operand in operands], result, log)
+            return result.reshape(shape)
+
+        def run_matrix(*operands):
+            result = empty(shape, dtype)
+            kernel(*operands, result, log)
+            return result
+
+        return run_matrix if lines == shape else run
+
+    return prepare
 
 
-def _softmax_gradient(grad, y, axis: int, log: bool):
-    result = np.empty_like(y)
-    shape = y.shape
-    if y.size == 0:
-        return result
-    n = shape[axis]
-    work = y.size * _SOFTMAX_NANOSECONDS
-    if axis == len(shape) - 1:
-        _softmax_backward_rows(work, grad.reshape(-1, n), y.reshape(-1, n), result.reshape(-1, n), log)
-    else:
-        lines = (math.prod(shape[:axis]), n, math.prod(shape[axis + 1 :]))
-        _softmax_backward_columns(work, grad.reshape(lines), y.reshape(lines), result.reshape(lines), log)
-    return result
+prepare_softmax = _prepare_softmax(_softmax_rows, _softmax_columns, False)
+prepare_log_softmax = _prepare_softmax(_softmax_rows, _softmax_columns, True)
+prepare_softmax_backward = _prepare_softmax(_softmax_backward_rows, _softmax_backward_columns, False)
+prepare_log_softmax_backward = _prepare_softmax(_softmax_backward_rows, _softmax_backward_columns, True)
 
 
 def softmax(x, *, axis):
-    return _softmax(x, axis, False)
+    return prepare_softmax((x.shape,), x.dtype, axis=axis)(x)
 
 
 def softmax_backward(grad, y, *, axis):
-    return _softmax_gradient(grad, y, axis, False)
+    return prepare_softmax_backward((grad.shape, y.shape), y.dtype, axis=axis)(grad, y)
 
 
 def log_softmax(x, *, axis):
-    return _softmax(x, axis, True)
+    return prepare_log_softmax((x.shape,), x.dtype, axis=axis)(x)
 
 
 def log_softmax_backward(grad, y, *, axis):
-    return _softmax_gradient(grad, y, axis, True)
+    return prepare_log_softmax_backward((grad.shape, y.shape), y.dtype, axis=axis)(grad, y)

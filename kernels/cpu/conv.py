@@ -153,7 +153,7 @@ class _Pass:
         if self.by_tap:  # a tap's factors side by side
             weight = np.ascontiguousarray(weight.reshape(weight.shape[0], -1).T)
         self.kernel(
-            x.reshape(-1), *self.head, weight.reshape(-1), *self.middle, y.reshape(-1), *self.tail, bias,
+            x.ravel(), *self.head, weight.ravel(), *self.middle, y.ravel(), *self.tail, bias,
             self.activation,
         )  # fmt: skip
 
@@ -257,7 +257,7 @@ class _TransposedConvolution:
                 result += bias if self.channels_last else bias[:, None, None]
         for shape, rows, columns, move in self.phases:
             phase = np.empty(shape, weight.dtype)
-            exchange_channels.serial(weight.reshape(-1), *self.sizes, rows, columns, phase.reshape(-1))
+            exchange_channels.serial(weight.ravel(), *self.sizes, rows, columns, phase.ravel())
             move(grad, phase, result, bias)
 
 
@@ -297,8 +297,8 @@ def _prepare_weight_gradient(grad, x, weight, *, stride, padding, dilation, grou
 
         def run(grad, x):
             by_tap = np.empty((all_outputs, kh * kw, channels), x.dtype)
-            arrays = (x.reshape(-1), grad.reshape(-1))
-            conv_weight.weight_gradient_nhwc(flops * _COST["gemm"], *arrays, *head, by_tap.reshape(-1))
+            arrays = (x.ravel(), grad.ravel())
+            conv_weight.weight_gradient_nhwc(flops * _COST["gemm"], *arrays, *head, by_tap.ravel())
             return np.ascontiguousarray(by_tap.swapaxes(1, 2)).reshape(weight)
 
         return run
@@ -308,7 +308,7 @@ def _prepare_weight_gradient(grad, x, weight, *, stride, padding, dilation, grou
 
     def run(grad, x):
         result = np.empty(weight, x.dtype)
-        function(work, x.reshape(-1), grad.reshape(-1), *head, result.reshape(-1))
+        function(work, x.ravel(), grad.ravel(), *head, result.ravel())
         return result
 
     return run
@@ -321,7 +321,7 @@ def _bias_gradient(grad, layout):
         return sums
     n, outputs, h, w = grad.shape
     sums = np.empty(outputs, grad.dtype)
-    conv_weight.channel_sums(0.3 * grad.size, grad.reshape(-1), n, outputs, h * w, sums)
+    conv_weight.channel_sums(0.3 * grad.size, grad.ravel(), n, outputs, h * w, sums)
     return sums
 
 
