@@ -79,6 +79,9 @@ class Plan:
     problem: Problem
 
 
+_operations: list["Operation"] = []
+
+
 class Operation:
     """A public function's way to its backends.
 
@@ -108,6 +111,7 @@ class Operation:
         self.mutates_when = mutates_when
         self.any_strides = any_strides
         self.plans: dict[tuple, Plan] = {}
+        _operations.append(self)
 
     def __call__(self, operands: tuple, options: tuple = (), out=None) -> Any:
         # This is the hot path of every call, about a microsecond: no loop where one operand needs none, no helper
@@ -280,6 +284,12 @@ def _batched_shapes(operands: tuple, unbatched: tuple[int, ...]) -> list[tuple[i
     """The operands' shapes in normal form."""
     shapes = [None if a is None else a.shape for a in operands]
     return [(1, *shape) if i in unbatched and shape is not None else shape for i, shape in enumerate(shapes)]
+
+
+def forget_plans():
+    """Plan every call anew: for whoever changes what plans are made from, such as the threshold for splitting work."""
+    for operation in _operations:
+        operation.plans.clear()
 
 
 def _leaf_types(options: tuple) -> tuple:
