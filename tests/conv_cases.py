@@ -181,6 +181,19 @@ WINOGRAD = [
         (64, (56, 6), 8, 1), (256, (7, 7), 40, 1),
     ])
 ]  # fmt: skip
+# more pixels, outputs or taps than a block holds
+BLOCKS = [
+    Case(1, 5, 15, 17, 9, (1, 1)),
+    Case(2, 3, 16, 16, 6, (3, 3), 1, 1),
+    Case(1, 4, 257, 1, 7, (1, 1)),
+    Case(2, 3, 33, 34, 5, (3, 3), 2, 1),
+    Case(1, 2, 40, 41, 3, (3, 3), 1, 1),
+    Case(9, 4, 8, 9, 6, (3, 3)),
+    Case(3, 2, 20, 21, 3, (17, 18)),
+    Case(1, 3, 9, 9, 130, (3, 3), 1, 1),
+    Case(1, 70, 5, 5, 260, (1, 1)),
+    Case(1, 12, 23, 23, 16, (5, 5), 1, 2, 1, 2),
+]
 EDGES = {
     "1x1": POINTWISE,
     "3x3": SQUARE,
@@ -189,6 +202,7 @@ EDGES = {
     "options": OPTIONS,
     "depthwise": DEPTHWISE,
     "winograd": WINOGRAD,
+    "blocks": BLOCKS,
 }
 # few enough for element-by-element numerical gradients
 SMALL = [

@@ -122,8 +122,10 @@ def used(case, x, weight, layout, algorithm="auto"):
         return tilewise.explain(kernels.conv2d, x, weight, **options).algorithm
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("algorithm", ["direct", "gemm", "depthwise"])  # there is no Winograd yet
+ALGORITHMS = [(name, layout) for name in ("direct", "gemm", "depthwise") for layout in LAYOUTS] + [("winograd", "NCHW")]
+
+
+@pytest.mark.parametrize(("algorithm", "layout"), ALGORITHMS)
 def test_every_algorithm_gives_the_same(rng, algorithm, layout):
     taken = 0
     for case in [case for cases in EDGES.values() for case in cases[::3]]:

@@ -338,6 +338,25 @@ def test_the_same_shapes_with_another_dtype_or_setting_are_another_plan(backend,
     assert (nhwc.shape, nchw.shape) == ((1, 4, 4, 2), (1, 2, 4, 4))
 
 
+@pytest.mark.parametrize(("name", "operands"), [("relu", (a32,)), ("matmul", (a32, a32.T))])
+def test_a_plan_belongs_to_its_settings(monkeypatch, name, operands):
+    family = next(family for family, names in FAMILIES.items() if name in names)
+    operation = next(
+        o for o in vars(import_module(f"tilewise.kernels.{family}")).values()
+        if isinstance(o, dispatch.Operation) and o.name == name
+    )  # fmt: skip
+    marker = np.full((1, 1), 7.0)
+    monkeypatch.setattr(operation, "plans", {})
+    monkeypatch.setattr(import_module(f"tilewise.kernels.reference.{family}"), name, lambda *a, **o: marker)
+    function = getattr(kernels, name)
+    for backend in ("reference", "cpu", "reference"):
+        with tilewise.using(backend=backend):
+            assert (function(*operands) is marker) == (backend == "reference")
+            assert tilewise.explain(function, *operands).backend == backend  # and is no call
+            with tilewise.using(threads=1):
+                assert (function(*operands) is marker) == (backend == "reference")
+
+
 def test_plans_are_forgotten_beyond_a_limit(monkeypatch):
     from tilewise.kernels import gemm
 
