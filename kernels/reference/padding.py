@@ -1,8 +1,10 @@
 """Padding in NumPy, and its gradient."""
 
+from typing import Any
+
 import numpy as np
 
-_NUMPY_MODE = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+_NUMPY_MODE: dict[str, Any] = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def pad(x, *, padding, mode, value):
@@ -21,7 +23,9 @@ def pad_backward(grad, *, input_shape, padding, mode):
     rows = np.pad(np.arange(h), (top, bottom), mode=_NUMPY_MODE[mode])
     columns = np.pad(np.arange(w), (left, right), mode=_NUMPY_MODE[mode])
     from_rows = np.zeros((*grad.shape[:-2], h, grad.shape[-1]), grad.dtype)
-    np.add.at(from_rows, (..., rows, slice(None)), grad)
+    for padded, row in enumerate(rows):
+        from_rows[..., row, :] += grad[..., padded, :]
     result = np.zeros(input_shape, grad.dtype)
-    np.add.at(result, (..., columns), from_rows)
+    for padded, column in enumerate(columns):
+        result[..., column] += from_rows[..., padded]
     return result
