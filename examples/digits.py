@@ -29,6 +29,7 @@ class Result(NamedTuple):
     accuracy: float  # on the test digits
     tested: int
     seconds: float  # of training, with validation after each epoch
+    compile_seconds: float  # before that, for the kernels; short where they were in the cache
     history: nn.History
     model: nn.Sequential
 
@@ -59,12 +60,12 @@ def load_data(rng: np.random.Generator):
     """
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    x = enlarged(digits.images)[:, None]
+    scans, y = (np.asarray(array) for array in load_digits(return_X_y=True))
+    x = enlarged(scans.reshape(-1, 8, 8))[:, None]
     order = rng.permutation(len(x))
     test, train = np.split(order, [len(x) // 5 + 1])
     x = (x - x[train].mean()) / x[train].std()
-    x, y = x.astype(np.float32), digits.target
+    x = x.astype(np.float32)
     augmented = np.concatenate([shifted(x[train], *shift) for shift in SHIFTS])
     return (augmented, np.tile(y[train], len(SHIFTS))), (x[test], y[test])
 
@@ -79,15 +80,33 @@ def train(epochs: int, seed: int, progress: bool) -> Result:
         """eta0 * 10**(-t/n): large steps first, fine ones in the end."""
         optimizer.lr = LEARNING_RATE * 10 ** (-len(history) / epochs)
 
+    # The test digits are looked at after each epoch, for the plot; nothing is chosen by them.
     begin = time.perf_counter()
+    compile_kernels(training, test, progress)
+    compiled = time.perf_counter()
     history = nn.fit(
         model, loss, optimizer, *training,
         epochs=epochs, batch_size=BATCH_SIZE, validation=test, after_epoch=lower_rate, rng=rng, progress=progress,
     )  # fmt: skip
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - compiled
     accuracy = nn.evaluate(model, loss, *test).accuracy
     assert accuracy is not None
-    return Result(accuracy, len(test[0]), seconds, history, model)
+    return Result(accuracy, len(test[0]), seconds, compiled - begin, history, model)
+
+
+def compile_kernels(training: tuple, test: tuple, progress: bool):
+    """An epoch over two batches, with a network that is thrown away, so that no compilation is in the times.
+
+    The second batch is as small as the last one of an epoch: small problems take kernels of their own.
+    """
+    if progress:
+        print("compiling the kernels; the second run finds them in the cache", file=sys.stderr)
+    x, y = (array[: BATCH_SIZE + len(array) % BATCH_SIZE] for array in training)
+    model = nn.models.lenet5(rng=0)
+    optimizer = nn.Adam(model.parameters())
+    nn.fit(
+        model, nn.CrossEntropyLoss(), optimizer, x, y, epochs=1, batch_size=BATCH_SIZE, validation=test, progress=False
+    )  # fmt: skip
 
 
 def missing_extras() -> str | None:
@@ -123,7 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     result = train(options.epochs, options.seed, not options.quiet)
     result.history.plot(options.out)
     print(f"test accuracy {result.accuracy:.2%} on {result.tested} digits that were not trained on")
-    print(f"{options.epochs} epochs in {result.seconds:.1f} s; the history is drawn in {options.out}")
+    print(f"{options.epochs} epochs in {result.seconds:.1f} s, after {result.compile_seconds:.1f} s for the kernels")
+    print(f"the history is drawn in {options.out}")
     return 0
 
 

@@ -1,8 +1,7 @@
 """Layers, losses, optimisers and a training loop over `tilewise.kernels`.
 
-Thin: a layer is state plus one kernel call.
-Names, arguments and state_dict keys are PyTorch's, so that trained weights
-load. Arrays are NumPy's. There is no tape: `module.backward(grad)` follows `module.forward(x)`.
+A layer is state plus one kernel call. Names, arguments and state_dict keys are PyTorch's, so that trained weights load.
+Arrays are NumPy's. There is no tape: `module.backward(grad)` follows `module.forward(x)`.
 
 Names are resolved on first use (PEP 562), so that importing this package loads neither NumPy nor Numba.
 """

@@ -26,7 +26,8 @@ class ReLU(Module):
         return y
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
-        return relu_backward(grad, *self.kept())
+        (y,) = self.kept()
+        return relu_backward(grad, y)
 
 
 class LeakyReLU(Module):
@@ -41,7 +42,8 @@ class LeakyReLU(Module):
         return y
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
-        return leaky_relu_backward(grad, *self.kept(), self.negative_slope)
+        (y,) = self.kept()
+        return leaky_relu_backward(grad, y, self.negative_slope)
 
     def describe(self) -> str:
         return f"negative_slope={self.negative_slope}"
@@ -56,7 +58,8 @@ class Sigmoid(Module):
         return y
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
-        return sigmoid_backward(grad, *self.kept())
+        (y,) = self.kept()
+        return sigmoid_backward(grad, y)
 
 
 class Tanh(Module):
@@ -68,7 +71,8 @@ class Tanh(Module):
         return y
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
-        return tanh_backward(grad, *self.kept())
+        (y,) = self.kept()
+        return tanh_backward(grad, y)
 
 
 class Softmax(Module):
@@ -83,7 +87,8 @@ class Softmax(Module):
         return y
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
-        return softmax_backward(grad, *self.kept(), self.axis)
+        (y,) = self.kept()
+        return softmax_backward(grad, y, self.axis)
 
     def describe(self) -> str:
         return f"axis={self.axis}"

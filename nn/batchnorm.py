@@ -1,10 +1,14 @@
 """Batch normalisation layers."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..kernels import batch_norm, batch_norm_backward
 from ..kernels.shapes import integer
 from .conv import layer_layout
+from .init import layer_dtype
 from .module import Module, Parameter
 
 
@@ -26,16 +30,23 @@ class _BatchNorm(Module):
     buffers = ("running_mean", "running_var", "num_batches_tracked")
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True, *, dtype=np.float32
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        *,
+        dtype: DTypeLike = np.float32,
     ):
         self.num_features = integer(type(self).__name__, "num_features", num_features)
+        dtype = layer_dtype(type(self).__name__, dtype)
         self.eps = eps
         self.momentum = momentum
         self.frozen = False
-        self.weight = Parameter(np.ones(num_features, dtype)) if affine else None
-        self.bias = Parameter(np.zeros(num_features, dtype)) if affine else None
-        self.running_mean = np.zeros(num_features, dtype)
-        self.running_var = np.ones(num_features, dtype)
+        self.weight = Parameter(np.ones(self.num_features, dtype)) if affine else None
+        self.bias = Parameter(np.zeros(self.num_features, dtype)) if affine else None
+        self.running_mean = np.zeros(self.num_features, dtype)
+        self.running_var = np.ones(self.num_features, dtype)
         self.num_batches_tracked = np.zeros((), np.int64)
 
     def _forward(self, x: np.ndarray, layout: str) -> np.ndarray:
@@ -43,9 +54,10 @@ class _BatchNorm(Module):
         bias = None if self.bias is None else self.bias.data
         batch = self.training and not self.frozen
         state = (self.running_mean, self.running_var, weight, bias, batch, self.momentum, self.eps)
+        result: Any = batch_norm(x, *state, layout=layout, return_stats=self.training)
         if not self.training:
-            return batch_norm(x, *state, layout=layout)
-        y, mean, invstd = batch_norm(x, *state, layout=layout, return_stats=True)
+            return result
+        y, mean, invstd = result
         self.num_batches_tracked += batch
         self.keep(x, mean, invstd, batch)
         return y
@@ -88,7 +100,7 @@ class BatchNorm2d(_BatchNorm):
         affine: bool = True,
         *,
         layout: str = "NCHW",
-        dtype=np.float32,
+        dtype: DTypeLike = np.float32,
     ):
         super().__init__(num_features, eps, momentum, affine, dtype=dtype)
         self.layout = layer_layout("BatchNorm2d", layout)

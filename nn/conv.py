@@ -1,11 +1,17 @@
 """The convolution layer."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..kernels import conv2d, conv2d_backward
 from ..kernels.shapes import explicit_padding, integer, pair
 from .init import Rng
 from .linear import Affine
+
+Size = int | Sequence[int]  # one number for both, or a pair (height, width)
+PaddingLike = int | str | Sequence[int] | Sequence[Sequence[int]]
 
 
 class Conv2d(Affine):
@@ -28,17 +34,17 @@ class Conv2d(Affine):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: PaddingLike = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
         *,
         layout: str = "NCHW",
         init="default",
         rng: Rng = None,
-        dtype=np.float32,
+        dtype: DTypeLike = np.float32,
     ):
         self.in_channels = integer("Conv2d", "in_channels", in_channels)
         self.out_channels = integer("Conv2d", "out_channels", out_channels)
@@ -73,7 +79,7 @@ class Conv2d(Affine):
         return ", ".join(parts) + ("" if self.bias else ", bias=False")
 
 
-def layer_padding(function: str, value):
+def layer_padding(function: str, value: PaddingLike):
     """A padding argument in a form that can be kept: a known name, or two pairs."""
     if not isinstance(value, str):
         return explicit_padding(function, value)

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from math import prod, sqrt
 
 import numpy as np
+from numpy.typing import DTypeLike
+
+from ..kernels.arrays import FLOATS
 
 Rng = np.random.Generator | int | None
 FAN_MODES = ("fan_in", "fan_out", "fan_avg")
@@ -22,6 +25,13 @@ def generator(rng: Rng) -> np.random.Generator:
     if isinstance(rng, np.random.Generator):
         return rng
     raise TypeError(f"rng must be a numpy.random.Generator, an int or None, got {type(rng).__name__}")
+
+
+def layer_dtype(function: str, dtype: DTypeLike) -> np.dtype:
+    """The dtype of a layer's parameters: float32 or float64."""
+    if np.dtype(dtype) not in FLOATS:
+        raise TypeError(f"{function}: dtype must be float32 or float64, got {np.dtype(dtype)}")
+    return np.dtype(dtype)
 
 
 def fans(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -39,37 +49,41 @@ def _fan(shape: tuple[int, ...], mode: str) -> float:
     return {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
 
 
-def normal(shape: tuple[int, ...], rng: Rng = None, dtype=np.float32, std: float = 1.0) -> np.ndarray:
+def normal(shape: tuple[int, ...], rng: Rng = None, dtype: DTypeLike = np.float32, std: float = 1.0) -> np.ndarray:
     """Normal with mean 0 and variance std**2."""
     return (std * generator(rng).standard_normal(shape)).astype(dtype)
 
 
-def uniform(shape: tuple[int, ...], rng: Rng = None, dtype=np.float32, bound: float = 1.0) -> np.ndarray:
+def uniform(shape: tuple[int, ...], rng: Rng = None, dtype: DTypeLike = np.float32, bound: float = 1.0) -> np.ndarray:
     """Uniform in [-bound, bound): variance bound**2 / 3."""
     return generator(rng).uniform(-bound, bound, shape).astype(dtype)
 
 
-def zeros(shape: tuple[int, ...], rng: Rng = None, dtype=np.float32) -> np.ndarray:
+def zeros(shape: tuple[int, ...], rng: Rng = None, dtype: DTypeLike = np.float32) -> np.ndarray:
     """All zero. A network of such weights does not learn: its hidden units stay equal."""
     return np.zeros(shape, dtype)
 
 
-def he_normal(shape: tuple[int, ...], rng: Rng = None, dtype=np.float32, mode: str = "fan_in") -> np.ndarray:
+def he_normal(
+    shape: tuple[int, ...], rng: Rng = None, dtype: DTypeLike = np.float32, mode: str = "fan_in"
+) -> np.ndarray:
     """Normal with variance 2 / fan, for ReLU. mode "fan_avg" is 4 / (fan_in + fan_out)."""
     return normal(shape, rng, dtype, sqrt(2 / _fan(shape, mode)))
 
 
-def he_uniform(shape: tuple[int, ...], rng: Rng = None, dtype=np.float32, mode: str = "fan_in") -> np.ndarray:
+def he_uniform(
+    shape: tuple[int, ...], rng: Rng = None, dtype: DTypeLike = np.float32, mode: str = "fan_in"
+) -> np.ndarray:
     """Uniform with variance 2 / fan, for ReLU. mode "fan_avg" is 4 / (fan_in + fan_out)."""
     return uniform(shape, rng, dtype, sqrt(6 / _fan(shape, mode)))
 
 
-def xavier_normal(shape: tuple[int, ...], rng: Rng = None, dtype=np.float32) -> np.ndarray:
+def xavier_normal(shape: tuple[int, ...], rng: Rng = None, dtype: DTypeLike = np.float32) -> np.ndarray:
     """Normal with variance 2 / (fan_in + fan_out), for sigmoid and tanh."""
     return normal(shape, rng, dtype, sqrt(1 / _fan(shape, "fan_avg")))
 
 
-def xavier_uniform(shape: tuple[int, ...], rng: Rng = None, dtype=np.float32) -> np.ndarray:
+def xavier_uniform(shape: tuple[int, ...], rng: Rng = None, dtype: DTypeLike = np.float32) -> np.ndarray:
     """Uniform with variance 2 / (fan_in + fan_out), for sigmoid and tanh."""
     return uniform(shape, rng, dtype, sqrt(3 / _fan(shape, "fan_avg")))
 
@@ -84,14 +98,14 @@ SCHEMES: dict[str, Callable[..., np.ndarray]] = {
 
 
 def layer_values(
-    function: str, init, shape: tuple[int, ...], bias: bool, rng: Rng, dtype
+    function: str, init, shape: tuple[int, ...], bias: bool, rng: Rng, dtype: DTypeLike
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The (weight, bias) that a layer starts with.
 
     init "default" is PyTorch's: both uniform in +-1 / sqrt(fan_in). Otherwise a name of SCHEMES, or a callable
     init(shape, rng, dtype); the bias is zero then.
     """
-    rng = generator(rng)
+    rng, dtype = generator(rng), layer_dtype(function, dtype)
     if init == "default":
         bound = 1 / sqrt(fans(shape)[0])
         weight = uniform(shape, rng, dtype, bound)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..kernels import linear, linear_backward
 from ..kernels.shapes import integer
@@ -13,7 +14,7 @@ from .module import Module, Parameter
 class Affine(Module):
     """weight and bias, and a backward that asks its kernel only for the gradients somebody needs."""
 
-    def __init__(self, shape: tuple[int, ...], bias: bool, init, rng: Rng, dtype):
+    def __init__(self, shape: tuple[int, ...], bias: bool, init, rng: Rng, dtype: DTypeLike):
         weight, offset = layer_values(type(self).__name__, init, shape, bias, rng, dtype)
         self.weight = Parameter(weight)
         self.bias = None if offset is None else Parameter(offset)
@@ -63,7 +64,7 @@ class Linear(Affine):
         *,
         init="default",
         rng: Rng = None,
-        dtype=np.float32,
+        dtype: DTypeLike = np.float32,
     ):
         self.in_features = integer("Linear", "in_features", in_features)
         self.out_features = integer("Linear", "out_features", out_features)

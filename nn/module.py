@@ -239,7 +239,7 @@ class Sequential(Module):
     def __iter__(self) -> Iterator[Module]:
         return iter(self._modules.values())
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Any:
         """A module by position, or a Sequential of a slice, whose modules keep their names."""
         items = list(self._modules.items())
         return Sequential(dict(items[index])) if isinstance(index, slice) else items[index][1]

@@ -11,14 +11,14 @@ from ..kernels import (
     max_pool2d_backward,
 )
 from ..kernels.shapes import pair
-from .conv import layer_layout, layer_padding
+from .conv import PaddingLike, Size, layer_layout, layer_padding
 from .module import Module
 
 
 class _Window(Module):
     """A window that moves over the image: kernel_size, stride (None: kernel_size), padding."""
 
-    def __init__(self, kernel_size, stride, padding, layout: str):
+    def __init__(self, kernel_size: Size, stride: Size | None, padding: PaddingLike, layout: str):
         name = type(self).__name__
         self.kernel_size = pair(name, "kernel_size", kernel_size)
         self.stride = self.kernel_size if stride is None else pair(name, "stride", stride)
@@ -34,7 +34,14 @@ class MaxPool2d(_Window):
     """The maximum of each window; the gradient goes to the element that won."""
 
     def __init__(
-        self, kernel_size, stride=None, padding=0, dilation=1, *, ceil_mode: bool = False, layout: str = "NCHW"
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: PaddingLike = 0,
+        dilation: Size = 1,
+        *,
+        ceil_mode: bool = False,
+        layout: str = "NCHW",
     ):
         super().__init__(kernel_size, stride, padding, layout)
         self.dilation = pair("MaxPool2d", "dilation", dilation)
@@ -46,7 +53,7 @@ class MaxPool2d(_Window):
     def forward(self, x: np.ndarray) -> np.ndarray:
         if not self.training:
             return max_pool2d(x, *self._options(), layout=self.layout)
-        y, indices = max_pool2d(x, *self._options(), True, layout=self.layout)
+        y, indices = max_pool2d(x, *self._options(), return_indices=True, layout=self.layout)
         self.keep(indices, x.shape)
         return y
 
@@ -60,9 +67,9 @@ class AvgPool2d(_Window):
 
     def __init__(
         self,
-        kernel_size,
-        stride=None,
-        padding=0,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: PaddingLike = 0,
         ceil_mode: bool = False,
         count_include_pad: bool = True,
         divisor_override: int | None = None,
@@ -91,7 +98,7 @@ class AvgPool2d(_Window):
 class AdaptiveAvgPool2d(Module):
     """The mean of each of output_size cells, however large the image; output_size 1 is global average pooling."""
 
-    def __init__(self, output_size, *, layout: str = "NCHW"):
+    def __init__(self, output_size: Size, *, layout: str = "NCHW"):
         self.output_size = pair("AdaptiveAvgPool2d", "output_size", output_size)
         self.layout = layer_layout("AdaptiveAvgPool2d", layout)
 

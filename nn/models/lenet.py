@@ -1,6 +1,7 @@
 """LeNet-5 (LeCun et al. 1998, "Gradient-based learning applied to document recognition", figure 2)."""
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..activation import ReLU, Tanh
 from ..conv import Conv2d
@@ -24,7 +25,7 @@ def lenet5(
     dropout: float = 0.0,
     init="default",
     rng: Rng = None,
-    dtype=np.float32,
+    dtype: DTypeLike = np.float32,
 ) -> Sequential:
     """LeNet-5 for images (N, channels, 32, 32); the result is (N, classes) logits.
 
