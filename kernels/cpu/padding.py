@@ -32,76 +32,87 @@ def _source(position, n, before, mode):
 
 
 @device()
-def _pad_row(row, result, left, mode, value):
-    w = row.size
-    for j in range(left):
-        source = _source(j, w, left, mode)
-        result[j] = value if source < 0 else row[source]
-    middle = result[left : left + w]
-    for j in range(w):
-        middle[j] = row[j]
-    for j in range(left + w, result.size):
-        source = _source(j, w, left, mode)
-        result[j] = value if source < 0 else row[source]
+def _pad_band(x, y, first, last, top, left, mode, value):
+    """Rows first to last of one padded plane: the middles as whole rows, then the padded columns from them."""
+    h, w = x.shape
+    for i in range(first, last):
+        result, source = y[i], _source(i, h, top, mode)
+        if source < 0:
+            for j in range(result.size):
+                result[j] = value
+        else:
+            row, middle = x[source], result[left : left + w]
+            for j in range(w):
+                middle[j] = row[j]
+    for j in range(y.shape[1] - w):
+        column = j if j < left else j + w
+        source = _source(column, w, left, mode)
+        if source < 0:
+            for i in range(first, last):
+                y[i, column] = value
+        else:
+            for i in range(first, last):
+                y[i, column] = y[i, left + source]
 
 
 @kernel()
-def _pad(x, y, top, left, mode, value):
-    """Each chunk owns some rows of the result."""
-    h = x.shape[1]
+def _pad(x, y, band, top, left, mode, value):
+    """Each chunk owns some bands, of `band` rows of one padded plane."""
     planes, height, width = y.shape
-    rows = planes * height
-    step = CHUNK // width + 1
-    for chunk in prange((rows + step - 1) // step):
-        for r in range(chunk * step, min(chunk * step + step, rows)):
-            plane, i = r // height, r % height
-            source = _source(i, h, top, mode)
-            result = y[plane, i]
-            if source < 0:
-                for j in range(width):
-                    result[j] = value
-            else:
-                _pad_row(x[plane, source], result, left, mode, value)
+    bands = (height + band - 1) // band
+    step = CHUNK // (band * width) + 1
+    for chunk in prange((planes * bands + step - 1) // step):
+        for unit in range(chunk * step, min(chunk * step + step, planes * bands)):
+            plane, first = unit // bands, unit % bands * band
+            _pad_band(x[plane], y[plane], first, min(first + band, height), top, left, mode, value)
 
 
 @device()
-def _add_row(row, result, left, mode):
-    """Add a padded row's gradients to those of the columns that they copy."""
+def _add_columns(row, result, left, mode):
+    """Add what lies in a padded row's own padding to the columns that it copies."""
     w = result.size
-    middle = row[left : left + w]
-    for j in range(w):
-        result[j] += middle[j]
-    for j in range(left):
-        result[_source(j, w, left, mode)] += row[j]
-    for j in range(left + w, row.size):
-        result[_source(j, w, left, mode)] += row[j]
+    for j in range(row.size - w):
+        column = j if j < left else j + w
+        result[_source(column, w, left, mode)] += row[column]
+
+
+@device()
+def _gather_band(grad, result, first, last, top, left, mode):
+    """Rows first to last of one plane's gradient: their own, what is beside them, then the padded rows in order."""
+    h, w = result.shape
+    for i in range(first, last):
+        own, middle = result[i], grad[top + i, left : left + w]
+        for j in range(w):
+            own[j] = middle[j]
+    if mode == CONSTANT:
+        return
+    for i in range(first, last):
+        _add_columns(grad[top + i], result[i], left, mode)
+    for r in range(grad.shape[0] - h):
+        padded = r if r < top else r + h
+        i = _source(padded, h, top, mode)
+        if first <= i < last:
+            own, middle = result[i], grad[padded, left : left + w]
+            for j in range(w):
+                own[j] += middle[j]
+            _add_columns(grad[padded], own, left, mode)
 
 
 @kernel()
-def _gather(grad, result, top, left, mode):
-    """Each chunk owns some rows of the result."""
+def _gather(grad, result, band, top, left, mode):
+    """Each chunk owns some bands, of `band` rows of one plane of the result."""
     planes, h, w = result.shape
-    height = grad.shape[1]
-    rows = planes * h
-    step = CHUNK // (w + 1) + 1
-    for chunk in prange((rows + step - 1) // step):
-        for r in range(chunk * step, min(chunk * step + step, rows)):
-            plane, i = r // h, r % h
-            own = result[plane, i]
-            if mode == CONSTANT:
-                middle = grad[plane, top + i, left : left + w]
-                for j in range(w):
-                    own[j] = middle[j]
-            else:
-                for j in range(w):
-                    own[j] = 0
-                _add_row(grad[plane, top + i], own, left, mode)
-                for above in range(top):
-                    if _source(above, h, top, mode) == i:
-                        _add_row(grad[plane, above], own, left, mode)
-                for below in range(top + h, height):
-                    if _source(below, h, top, mode) == i:
-                        _add_row(grad[plane, below], own, left, mode)
+    bands = (h + band - 1) // band
+    step = CHUNK // (band * w) + 1
+    for chunk in prange((planes * bands + step - 1) // step):
+        for unit in range(chunk * step, min(chunk * step + step, planes * bands)):
+            plane, first = unit // bands, unit % bands * band
+            _gather_band(grad[plane], result[plane], first, min(first + band, h), top, left, mode)
+
+
+def _band(h: int, w: int) -> int:
+    """Rows in a band: about CHUNK elements."""
+    return min(h, CHUNK // w + 1)
 
 
 def pad(x, *, padding, mode, value):
@@ -110,8 +121,10 @@ def pad(x, *, padding, mode, value):
     y = np.empty((*leading, top + h + bottom, left + w + right), x.dtype)
     if y.size:
         planes = prod(leading)
-        result = y.reshape(planes, *y.shape[-2:])
-        _pad(y.size * 0.3, x.reshape(planes, h, w), result, top, left, _MODES[mode], x.dtype.type(value))
+        height, width = y.shape[-2:]
+        result = y.reshape(planes, height, width)
+        band = _band(height, width)
+        _pad(y.size * 0.3, x.reshape(planes, h, w), result, band, top, left, _MODES[mode], x.dtype.type(value))
     return y
 
 
@@ -120,6 +133,7 @@ def pad_backward(grad, *, input_shape, padding, mode):
     result = np.empty(input_shape, grad.dtype)
     if result.size:
         planes = prod(input_shape[:-2])
-        target = result.reshape(planes, *input_shape[-2:])
-        _gather(grad.size * 0.4, grad.reshape(planes, *grad.shape[-2:]), target, top, left, _MODES[mode])
+        h, w = input_shape[-2:]
+        target = result.reshape(planes, h, w)
+        _gather(grad.size * 0.4, grad.reshape(planes, *grad.shape[-2:]), target, _band(h, w), top, left, _MODES[mode])
     return result
