@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +26,12 @@ def extras():
         pytest.importorskip(module, reason=f"{distribution} is not installed (extra: {extra})")
 
 
-def test_reaches_98_percent_within_a_minute(digits, extras, monkeypatch):
-    with monkeypatch.context() as patch:  # the kernels are compiled once, and that is not what is timed
-        patch.setattr(digits, "SHIFTS", ((0, 0),))
-        digits.train(epochs=1, seed=0, progress=False)
-    begin = time.process_time()  # of all threads: an upper bound of the time on an idle machine
+def test_reaches_98_percent(digits, extras):
+    """How long it takes is for `make targets` to measure."""
     result = digits.train(epochs=5, seed=0, progress=False)
-    seconds = time.process_time() - begin
     assert result.tested == 360
     assert result.accuracy >= 0.98
     assert len(result.history) == 5
-    assert seconds < 60
 
 
 @pytest.fixture
