@@ -1,6 +1,8 @@
 """Pooling: the CPU kernels against the reference, memory layouts, specialisations, threads."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -251,3 +253,32 @@ def test_any_number_of_threads_gives_the_same_bits(rng, layout):
         with tilewise.using(backend="cpu", threads=threads):
             for ours, theirs in zip(run(), expected, strict=True):
                 assert ours.tobytes() == theirs.tobytes()
+
+
+BEFORE_A_FENCE = """
+import ctypes, mmap
+import numpy as np
+from tilewise import kernels
+
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 4 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + 3 * page), page, 0) == 0
+for width in (8, 16, 17, 34, 35):
+    x = np.frombuffer(memory, np.float32, 6 * width, 3 * page - 24 * width).reshape(1, 1, 6, width)
+    for options in ((2, 2), (3, 2, 1), (3, 2), (2, 1), (3, 1, 1)):
+        y, indices = kernels.max_pool2d(x, *options, return_indices=True)
+        assert (kernels.max_pool2d(x, *options) == y).all()
+        kernels.avg_pool2d(x, *options)
+        kernels.adaptive_max_pool2d(x, 2, True)
+        kernels.adaptive_avg_pool2d(x, 2)
+        kernels.adaptive_avg_pool2d(x, 1)
+print("unharmed")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page with mprotect, as Linux has it")
+def test_nothing_after_the_image_is_read():
+    """The image ends where the process may not read on: vector loads that overrun it would kill the process."""
+    done = subprocess.run([sys.executable, "-c", BEFORE_A_FENCE], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "unharmed", f"exit status {done.returncode}: {done.stderr}"

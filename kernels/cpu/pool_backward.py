@@ -9,27 +9,27 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.pool_fold import SUM, fold, move
-from tilewise.kernels.cpu.pool_forward import bin_end, bin_start, extents
+from tilewise.kernels.cpu.pool_fold import move, sum_contiguous
+from tilewise.kernels.cpu.pool_forward import bin_sizes, bins, chunk_rows, extents, sizes
 from tilewise.kernels.cpu.simd import address
+
+# Channels of an NHWC plane that one chunk scatters to, where the batch alone makes too few chunks: two cache lines of
+# float32. Fewer would occupy more threads, but each pixel's line is then fetched for little work.
+CHANNELS = 32
+# A batch of this many images makes chunks enough.
+IMAGES = 8
 
 
 @kernel()
-def averages_backward(
-    g, gx, h_n, w_n, oh_n, ow_n, c, kh, kw, sh, sw, top, bottom, left, right, pad, override, rows, per_chunk
-):
-    """Gradient of averages of windows; arguments as the forward's, but rows and chunks are those of gx."""
-    heights, widths = np.empty(oh_n, g.dtype), np.empty(ow_n, g.dtype)
-    extents(heights, h_n, kh, sh, top, bottom, pad, override)
-    extents(widths, w_n, kw, sw, left, right, pad, min(override, 1))
-    starts_h, ends_h = np.empty(oh_n, np.int64), np.empty(oh_n, np.int64)
-    starts_w, ends_w = np.empty(ow_n, np.int64), np.empty(ow_n, np.int64)
-    _window_bounds(starts_h, ends_h, h_n, kh, sh, top)
-    _window_bounds(starts_w, ends_w, w_n, kw, sw, left)
-    for i in range(oh_n):
-        heights[i] = 1 / heights[i]
-    for i in range(ow_n):
-        widths[i] = 1 / widths[i]
+def averages_backward(g, gx, nhwc, kh, kw, sh, sw, top, bottom, left, right, pad, override):
+    """Gradient of averages of windows; arguments as the forward's."""
+    planes, h_n, w_n, c = sizes(gx, nhwc)
+    _, oh_n, ow_n, _ = sizes(g, nhwc)
+    rows, per_chunk = planes * h_n, chunk_rows(w_n * c)
+    heights = _inverse(extents(g, oh_n, h_n, kh, sh, top, bottom, pad, override))
+    widths = _inverse(extents(g, ow_n, w_n, kw, sw, left, right, pad, min(override, 1)))
+    starts_h, ends_h = _window_bounds(oh_n, h_n, kh, sh, top)
+    starts_w, ends_w = _window_bounds(ow_n, w_n, kw, sw, left)
     stride = sw if c == 1 else 0
     for chunk in prange((rows + per_chunk - 1) // per_chunk):
         first = chunk * per_chunk
@@ -40,16 +40,15 @@ def averages_backward(
 
 
 @kernel()
-def adaptive_averages_backward(g, gx, h_n, w_n, oh_n, ow_n, c, rows, per_chunk):
-    heights, widths = np.empty(oh_n, g.dtype), np.empty(ow_n, g.dtype)
-    starts_h, ends_h = np.empty(oh_n, np.int64), np.empty(oh_n, np.int64)
-    starts_w, ends_w = np.empty(ow_n, np.int64), np.empty(ow_n, np.int64)
-    for i in range(oh_n):
-        starts_h[i], ends_h[i] = bin_start(i, h_n, oh_n), bin_end(i, h_n, oh_n)
-        heights[i] = 1 / g.dtype.type(ends_h[i] - starts_h[i])
-    for i in range(ow_n):
-        starts_w[i], ends_w[i] = bin_start(i, w_n, ow_n), bin_end(i, w_n, ow_n)
-        widths[i] = 1 / g.dtype.type(ends_w[i] - starts_w[i])
+def adaptive_averages_backward(g, gx, nhwc):
+    planes, h_n, w_n, c = sizes(gx, nhwc)
+    _, oh_n, ow_n, _ = sizes(g, nhwc)
+    if oh_n * ow_n * c == 1:
+        h_n, w_n = 1, h_n * w_n  # a plane is one bin, so it may as well be one row
+    rows, per_chunk = planes * h_n, chunk_rows(w_n * c)
+    starts_h, ends_h = bins(h_n, oh_n)
+    starts_w, ends_w = bins(w_n, ow_n)
+    heights, widths = _inverse(bin_sizes(g, starts_h, ends_h)), _inverse(bin_sizes(g, starts_w, ends_w))
     for chunk in prange((rows + per_chunk - 1) // per_chunk):
         first = chunk * per_chunk
         last = min(first + per_chunk, rows)
@@ -57,11 +56,20 @@ def adaptive_averages_backward(g, gx, h_n, w_n, oh_n, ow_n, c, rows, per_chunk):
 
 
 @device()
-def _window_bounds(starts, ends, n, k, s, low):
-    for o in range(starts.size):
+def _inverse(sizes):
+    for i in range(sizes.size):
+        sizes[i] = 1 / sizes[i]
+    return sizes
+
+
+@device()
+def _window_bounds(count, n, k, s, low):
+    starts, ends = np.empty(count, np.int64), np.empty(count, np.int64)
+    for o in range(count):
         start = o * s - low
         starts[o] = max(start, 0)
         ends[o] = min(start + k, n)
+    return starts, ends
 
 
 @device()
@@ -91,7 +99,7 @@ def _gather_rows(
         _weighted_sum(part, g, p * oh_n + top, bottom - top, heights, top, widths, ow_n, c)
         out = address(gx, r * w_n * c)
         if stride == 1:
-            fold(SUM, 1, out, move(part, left - kw + 1), 1, kw, w_n)
+            sum_contiguous(out, move(part, left - kw + 1), 1, kw, w_n)
         elif stride == 2:
             _spread_two(out, part, even, odd, kw, left, w_n)
         elif c == 1:
@@ -108,7 +116,7 @@ def _gather_rows(
                 while near < far and ends_w[near] <= w:
                     near += 1
                 if near < far:
-                    fold(SUM, 1, move(out, w * c), move(part, near * c), c, far - near, c)
+                    sum_contiguous(move(out, w * c), move(part, near * c), c, far - near, c)
                 else:
                     for i in range(c):
                         out[w * c + i] = 0
@@ -147,7 +155,7 @@ def _spread_two(out, part, even, odd, kw, left, w_n):
         values = odd if side else even
         taps = (kw - phase + 1) // 2
         if taps > 0:
-            fold(SUM, 1, values, move(part, q - taps + 1), 1, taps, half)
+            sum_contiguous(values, move(part, q - taps + 1), 1, taps, half)
         else:
             for i in range(half):
                 values[i] = 0
@@ -163,12 +171,18 @@ def _spread_two(out, part, even, odd, kw, left, w_n):
 
 
 @kernel()
-def scatter(values, indices, result, outside, planes, count, size, c, channels, blocks, add):
-    """result[p, indices[p, o]] += values[p, o], or = with add = 0, over o < count, in `planes` planes of `size` pixels.
+def scatter(values, indices, result, outside, nhwc, add):
+    """result[p, indices[p, o]] += values[p, o], or = with add = 0, for all o of each plane p; zero elsewhere.
 
-    c: channels side by side in a pixel (NHWC; NCHW: 1). A chunk owns `channels` of them in one plane, or, in NCHW,
-    `channels` planes. blocks: chunks per plane. An index outside the plane is not written; outside[0] becomes 1.
+    A chunk owns whole planes, or some channels of an NHWC one. An index outside the plane is not written; outside[0]
+    becomes 1.
     """
+    planes, h_n, w_n, c = sizes(result, nhwc)
+    _, oh_n, ow_n, _ = sizes(values, nhwc)
+    size, count = h_n * w_n, oh_n * ow_n
+    # `channels` of one plane to a chunk (all of them where the batch alone makes enough chunks), or, in NCHW, planes
+    channels = chunk_rows(size) if c == 1 else c if planes >= IMAGES else CHANNELS
+    blocks = (c + channels - 1) // channels
     chunks = planes * blocks if c > 1 else (planes + channels - 1) // channels
     for chunk in prange(chunks):
         if c > 1:
@@ -187,6 +201,10 @@ def _scatter_plane(values, indices, result, outside, p, count, size, c, low, hig
     if high - low == c:
         for i in range(size * c):
             target[i] = 0
+    elif high - low == CHANNELS:
+        for i in range(size):
+            for k in range(CHANNELS):  # a constant: one or two vector stores, not a call of memset
+                target[i * c + low + k] = 0
     else:
         for i in range(size):
             for k in range(low, high):
@@ -205,26 +223,33 @@ def _scatter_plane(values, indices, result, outside, p, count, size, c, low, hig
 
 
 @kernel()
-def gather(values, indices, result, outside, planes, count, size, c, per_chunk):
-    """result[p, o] = values[p, indices[p, o]] over o < count, in `planes` planes of `size` pixels of c channels."""
-    rows = planes * count
+def gather(values, indices, result, outside, nhwc):
+    """result[p, o] = values[p, indices[p, o]] for all o of each plane p."""
+    _, h_n, w_n, _ = sizes(values, nhwc)
+    planes, oh_n, ow_n, c = sizes(indices, nhwc)
+    size, count = h_n * w_n, oh_n * ow_n
+    rows, per_chunk = planes * count, chunk_rows(c)
     for chunk in prange((rows + per_chunk - 1) // per_chunk):
         first = chunk * per_chunk
-        last = min(first + per_chunk, rows)
-        wrong = 0
-        target, where = address(result, 0), address(indices, 0)
-        p = first // count
-        end = (p + 1) * count
-        source = address(values, p * size * c)
-        for r in range(first, last):
-            if r == end:
-                source = move(source, size * c)
-                end += count
-            for k in range(c):
-                index = where[r * c + k]
-                if 0 <= index < size:
-                    target[r * c + k] = source[index * c + k]
-                else:
-                    wrong = 1
-        if wrong:
-            outside[0] = 1
+        _gather_pixels(values, indices, result, outside, count, size, c, first, min(first + per_chunk, rows))
+
+
+@device()
+def _gather_pixels(values, indices, result, outside, count, size, c, first, last):
+    target, where = address(result, 0), address(indices, 0)
+    p = first // count
+    end = (p + 1) * count
+    source = address(values, p * size * c)
+    wrong = 0
+    for r in range(first, last):
+        if r == end:
+            source = move(source, size * c)
+            end += count
+        for k in range(c):
+            index = where[r * c + k]
+            if 0 <= index < size:
+                target[r * c + k] = source[index * c + k]
+            else:
+                wrong = 1
+    if wrong:
+        outside[0] = 1

@@ -9,6 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tilewise.kernels.cpu.jit import device
 from tilewise.kernels.cpu.simd import _I32, _I64, _literal, lane_count
 
 MAXIMUM, SUM = 0, 1
@@ -201,3 +202,27 @@ def _combine(builder, element, kind, v, total):
         return builder.add(total, v)
     compare = builder.icmp_signed if element.signed else builder.icmp_unsigned
     return builder.select(compare(">", v, total), v, total)
+
+
+def folds(operation):
+    """`fold` for one operation as functions: (contiguous windows, every second window).
+
+    Functions, because a kernel folds in several places, and the vector loops are to be compiled once.
+    """
+
+    @device()
+    def contiguous(out, source, step, taps, count):
+        if taps == 3:  # a constant number of taps is unrolled
+            fold(operation, 1, out, source, step, 3, count)
+        else:
+            fold(operation, 1, out, source, step, taps, count)
+
+    @device()
+    def every_second(out, source, step, taps, count):
+        fold(operation, 2, out, source, step, taps, count)
+
+    return contiguous, every_second
+
+
+max_contiguous, max_every_second = folds(MAXIMUM)
+sum_contiguous, sum_every_second = folds(SUM)
