@@ -116,7 +116,8 @@ def _gemm(dtype: str) -> Calls:
     for m, k, n in ((1, 9, 1), (1, 9, 40), (40, 9, 1), (3, 3, 3), (40, 40, 40)):
         yield f"matmul {m}x{k}x{n}", lambda m=m, k=k, n=n: t.matmul(a(m, k), a(k, n))
         yield f"matmul_backward {m}x{k}x{n}", lambda m=m, k=k, n=n: t.matmul_backward(a(m, n), a(m, k), a(k, n))
-    yield "matmul, batched", lambda: t.matmul(a(2, 8, 8), a(8, 8))
+    yield "matmul of stacks", lambda: t.matmul(a(2, 40, 40), a(2, 40, 40))
+    yield "matmul_backward of stacks", lambda: t.matmul_backward(a(2, 9, 9), a(2, 9, 9), a(2, 9, 9))
     for activation in (None, *EPILOGUES):
         yield f"linear, {activation}", lambda f=activation: t.linear(a(4, 9), a(5, 9), a(5), activation=f)
     yield "linear_backward", lambda: t.linear_backward(a(4, 5), a(4, 9), a(5, 9))
@@ -153,6 +154,9 @@ def _convolutions(a, layout: str) -> Calls:
         yield f"conv_transpose2d_backward {of}", lambda w=w, o=o: t.conv_transpose2d_backward(x(11), x(), w, **o)
     for algorithm in ("gemm", "direct", *(("winograd",) if layout == "NCHW" and a(1).dtype == np.float32 else ())):
         yield f"conv2d {algorithm}", lambda f=algorithm: t.conv2d(x(), a(8, 8, 3, 3), algorithm=f, **at)
+    square = a(8, 8, 3, 3)
+    for algorithm in ("gemm", "direct"):
+        yield f"conv2d {algorithm}", lambda f=algorithm: t.conv2d(x(), square, a(8), algorithm=f, **at)
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
     for activation in (None, *EPILOGUES):
         yield f"conv2d 1x1 {activation}", lambda f=activation: t.conv2d(x(), pointwise, a(8), activation=f, **at)
@@ -188,6 +192,12 @@ def _batch_norms(a, layout: str) -> Calls:
         of = "training" if training else "inference"
         yield f"batch_norm {of}", lambda o=o: t.batch_norm(x(), a(8), abs(a(8)), a(8), a(8), **o)
         yield f"batch_norm_backward {of}", lambda o=o: t.batch_norm_backward(x(), x(), a(8), abs(a(8)), a(8), **o)
+        # Few channels in large planes are cut into blocks.
+        yield f"batch_norm {of} in blocks", lambda o=o: t.batch_norm(x(72), a(8), abs(a(8)), a(8), a(8), **o)
+        yield (
+            f"batch_norm_backward {of} in blocks",
+            lambda o=o: t.batch_norm_backward(x(72), x(72), a(8), abs(a(8)), a(8), **o),
+        )
     for activation in EPILOGUES:
         o = at | {"activation": activation}
         yield f"batch_norm {activation}", lambda o=o: t.batch_norm(x(), a(8), abs(a(8)), **o)
@@ -196,9 +206,12 @@ def _batch_norms(a, layout: str) -> Calls:
 def _elementwise(dtype: str) -> Calls:
     a, t = _operands(dtype), tilewise
     for name in (*ACTIVATIONS, "step", "sign"):
-        yield name, lambda name=name: getattr(t, name)(a(4, 9))
+        yield name, partial(getattr(t, name), a(4, 9))
     for name in ACTIVATIONS:
-        yield f"{name}_backward", lambda name=name: getattr(t, f"{name}_backward")(a(4, 9), a(4, 9))
+        yield f"{name}_backward", partial(getattr(t, f"{name}_backward"), a(4, 9), a(4, 9))
+    for name in ("softmax", "log_softmax"):
+        yield f"{name} of columns", partial(getattr(t, name), a(2, 9, 4), axis=1)
+        yield f"{name}_backward of columns", partial(getattr(t, f"{name}_backward"), a(2, 9, 4), a(2, 9, 4), axis=1)
 
 
 FAMILIES: dict[str, Callable[[str], Calls]] = {
