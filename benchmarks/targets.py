@@ -115,7 +115,8 @@ def _max_pool() -> Iterator[tuple[str, ...]]:
 
 def _call_costs(torch) -> Iterator[tuple[str, ...]]:
     for what, ours, theirs in peers.tiny_calls(torch):
-        ours(), theirs()
+        ours()
+        theirs()
         times = measure({"ours": ours, "theirs": theirs}, seconds=0.1)
         mine, other = times["ours"].best * 1e6, times["theirs"].best * 1e6
         verdict = _verdict(mine <= 1.5 * other)

@@ -102,7 +102,7 @@ def _summary(samples: list[float]) -> Timing:
     return Timing(min(samples), median, (high - low) / median, len(samples))
 
 
-def prepared(case: Case, dtype) -> Callable[[], Any]:
+def prepared(case: Case, dtype) -> partial[Any]:
     """The case as a call without arguments, on operands that are the same in every process.
 
     Raises NotImplementedError where there is no kernel for this function or dtype.

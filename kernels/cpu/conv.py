@@ -295,13 +295,13 @@ def _prepare_weight_gradient(grad, x, weight, *, stride, padding, dilation, grou
     flops = 2 * prod(grad) * channels * kh * kw
     if layout == "NHWC":
 
-        def run(grad, x):
+        def run_nhwc(grad, x):
             by_tap = np.empty((all_outputs, kh * kw, channels), x.dtype)
             arrays = (x.ravel(), grad.ravel())
             conv_weight.weight_gradient_nhwc(flops * _COST["gemm"], *arrays, *head, by_tap.ravel())
             return np.ascontiguousarray(by_tap.swapaxes(1, 2)).reshape(weight)
 
-        return run
+        return run_nhwc
     depthwise = groups > 1 and channels == 1
     function = conv_direct.depthwise_weight_gradient_nchw if depthwise else conv_weight.weight_gradient_nchw
     work = flops * _COST["depthwise" if depthwise else "gemm"]

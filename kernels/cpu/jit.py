@@ -53,6 +53,8 @@ class Kernel:
     forms compute the same bits, because the chunks of a prange are fixed by the problem, never by the thread count.
     """
 
+    __name__: str
+
     def __init__(self, function: Callable, fastmath: frozenset, parallel: bool):
         self.function = function
         self.fastmath = fastmath
