@@ -18,9 +18,9 @@ from tilewise.kernels import arrays as arrays_module
 from tilewise.kernels import machine as machine_module
 from tilewise.kernels import settings as settings_module
 
-# Beyond this many signatures an operation forgets its plans, so that a program with ever new shapes stays small.
 _current_settings = settings_module.current.get
 
+# Beyond this many signatures an operation forgets its plans, so that a program with ever new shapes stays small.
 MAX_PLANS = 4096
 
 
