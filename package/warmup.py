@@ -154,9 +154,6 @@ def _convolutions(a, layout: str) -> Calls:
         yield f"conv_transpose2d_backward {of}", lambda w=w, o=o: t.conv_transpose2d_backward(x(11), x(), w, **o)
     for algorithm in ("gemm", "direct", *(("winograd",) if layout == "NCHW" and a(1).dtype == np.float32 else ())):
         yield f"conv2d {algorithm}", lambda f=algorithm: t.conv2d(x(), a(8, 8, 3, 3), algorithm=f, **at)
-    square = a(8, 8, 3, 3)
-    for algorithm in ("gemm", "direct"):
-        yield f"conv2d {algorithm}", lambda f=algorithm: t.conv2d(x(), square, a(8), algorithm=f, **at)
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
     for activation in (None, *EPILOGUES):
         yield f"conv2d 1x1 {activation}", lambda f=activation: t.conv2d(x(), pointwise, a(8), activation=f, **at)
