@@ -18,7 +18,9 @@ WINDOWS = [
     {"kernel_size": 2, "stride": 3, "ceil_mode": True},
     {"kernel_size": (1, 5), "stride": (3, 1), "padding": (0, 2)},
     {"kernel_size": 5, "stride": 3, "padding": 2, "ceil_mode": True},
-    {"kernel_size": 1, "stride": 2},
+    # here the last window would start beyond the image and the padding before it, and is dropped
+    {"kernel_size": 1, "stride": 2, "ceil_mode": True},
+    {"kernel_size": 2, "stride": 2, "padding": 1, "ceil_mode": True},
 ]
 DILATED = [
     {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 2},

@@ -1,6 +1,8 @@
 """Pooling on the CPU: the results' sizes, and the estimate of the work; the kernels are in pool_forward and
 pool_backward."""
 
+from math import prod
+
 import numpy as np
 
 from tilewise.kernels.cpu import pool_backward, pool_forward
@@ -28,29 +30,62 @@ def _resized(shape, layout, height, width):
     return (shape[0], shape[1], height, width) if layout == "NCHW" else (shape[0], height, width, shape[3])
 
 
-def max_pool2d(x, *, kernel_size, stride, padding, dilation, ceil_mode, return_indices, layout):
-    shape = _pooled(x.shape, layout, kernel_size, stride, padding, dilation, ceil_mode)
-    y = np.empty(shape, x.dtype)
+def prepare_max_pool2d(shapes, dtype, *, kernel_size, stride, padding, dilation, ceil_mode, return_indices, layout):
+    """max_pool2d for one shape, with everything but the work itself done beforehand."""
+    shape = _pooled(shapes[0], layout, kernel_size, stride, padding, dilation, ceil_mode)
     (top, _), (left, _) = padding
     window = (layout == "NHWC", *kernel_size, *stride, top, left, *dilation)
+    work = prod(shapes[0]) * dtype.itemsize * _BYTE
+    lowest = _LOWEST[dtype]
     if not return_indices:
-        pool_forward.max_values(x.nbytes * _BYTE, x, y, _LOWEST[x.dtype], *window)
-        return y
-    indices = np.empty(shape, np.int64)
-    work = x.nbytes * _BYTE + y.size * kernel_size[0] * kernel_size[1] * _TAP
-    pool_forward.max_with_indices(work, x, y, indices, *window)
-    return y, indices
+
+        def run(x):
+            y = np.empty(shape, dtype)
+            pool_forward.max_values(work, x, y, lowest, *window)
+            return y
+
+        return run
+    work += prod(shape) * prod(kernel_size) * _TAP
+
+    def run_with_indices(x):
+        y, indices = np.empty(shape, dtype), np.empty(shape, np.int64)
+        pool_forward.max_with_indices(work, x, y, indices, *window)
+        return y, indices
+
+    return run_with_indices
+
+
+def max_pool2d(x, *, kernel_size, stride, padding, dilation, ceil_mode, return_indices, layout):
+    window = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    options = {"ceil_mode": ceil_mode, "return_indices": return_indices, "layout": layout}
+    return prepare_max_pool2d((x.shape,), x.dtype, **window, **options)(x)
 
 
 def max_pool2d_backward(grad, indices, *, input_shape, kernel_size, stride, padding, dilation, ceil_mode, layout):
     return _scattered("max_pool2d_backward", grad, indices, input_shape, layout, True)
 
 
-def avg_pool2d(x, *, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout):
-    y = np.empty(_pooled(x.shape, layout, kernel_size, stride, padding, (1, 1), ceil_mode), x.dtype)
+def prepare_avg_pool2d(
+    shapes, dtype, *, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout
+):
+    """avg_pool2d for one shape, with everything but the work itself done beforehand."""
+    shape = _pooled(shapes[0], layout, kernel_size, stride, padding, (1, 1), ceil_mode)
     window = (layout == "NHWC", *kernel_size, *stride, *padding[0], *padding[1])
-    pool_forward.averages(x.nbytes * _BYTE, x, y, *window, count_include_pad, divisor_override or 0)
-    return y
+    divisor = (count_include_pad, divisor_override or 0)
+    work = prod(shapes[0]) * dtype.itemsize * _BYTE
+
+    def run(x):
+        y = np.empty(shape, dtype)
+        pool_forward.averages(work, x, y, *window, *divisor)
+        return y
+
+    return run
+
+
+def avg_pool2d(x, *, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout):
+    window = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "ceil_mode": ceil_mode}
+    divisor = {"count_include_pad": count_include_pad, "divisor_override": divisor_override}
+    return prepare_avg_pool2d((x.shape,), x.dtype, **window, **divisor, layout=layout)(x)
 
 
 def avg_pool2d_backward(
