@@ -84,8 +84,6 @@ def common_dtype(function: str, operands: dict[str, np.ndarray | None], allowed:
         NotImplementedError: float16, which the CPU kernels of this version do not have.
     """
     present = {name: array.dtype for name, array in operands.items() if array is not None}
-    if not present:
-        raise TypeError(f"{function}: {next(iter(operands))} must be an array, got None")
     first, dtype = next(iter(present.items()))
     for name, other in present.items():
         if other != dtype:

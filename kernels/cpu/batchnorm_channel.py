@@ -21,7 +21,7 @@ def minus(x, centre):
     return x - centre
 
 
-@device()
+@device(inline="always")
 def run_moments(x):
     """(mean, sum of squared deviations from it) of a run of numbers, in float64."""
     pivot = x.dtype.type(0)
@@ -47,14 +47,15 @@ def merged(count, mean, squares, other_count, other_mean, other_squares):
 
 @device()
 def coefficients(c, mean, invstd, weight, bias, saved_mean, saved_invstd):
-    """(centre, scale, offset) of channel c: y = (x - centre) * scale + offset. Notes the statistics for backward.
+    """(centre, scale, offset) of channel c: y = (x - centre) * scale + offset. Notes the statistics where wanted.
 
     centre is the mean rounded to x's dtype; what the rounding left over goes into the offset.
     """
     scale = invstd * weight[c] if weight.size else invstd
     centre = saved_mean.dtype.type(mean)
-    saved_mean[c] = centre
-    saved_invstd[c] = invstd
+    if saved_mean.size:
+        saved_mean[c] = centre
+        saved_invstd[c] = invstd
     offset = minus(np.float64(centre), mean) * scale
     if bias.size:
         offset += bias[c]

@@ -25,11 +25,10 @@ from tilewise.kernels.cpu.jit import device, kernel
 SPLIT = 32768  # elements in a chunk of blocks: a few microseconds of work
 
 
-@device()
-def _normalise(x, y, centre, scale, offset, code):
+@device(inline="always")
+def _normalise(x, y, centre, scale, offset):
     for i in range(x.size):
         y[i] = minus(x[i], centre) * scale + offset
-    activate_row(y, 0, y.size, code)
 
 
 @device()
@@ -37,7 +36,7 @@ def _forward_channels(
     x, y, first, last, running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps, code
 ):
     """Everything for the channels from first to last, image by image, so that small planes are read in order."""
-    images, _, plane = x.shape
+    images, channels, plane = x.shape
     means, squares = np.zeros(last - first), np.zeros(last - first)
     for image in range(images):
         for c in range(last - first):
@@ -59,7 +58,9 @@ def _forward_channels(
             row, result = x[image, first + c], y[image, first + c]
             for start in range(0, plane, BLOCK):
                 stop = min(start + BLOCK, plane)
-                _normalise(row[start:stop], result[start:stop], centre[c], scale[c], offset[c], code)
+                _normalise(row[start:stop], result[start:stop], centre[c], scale[c], offset[c])
+        if code:
+            activate_row(y.reshape(y.size), (image * channels + first) * plane, own * plane, code)
 
 
 @kernel()
@@ -77,15 +78,33 @@ def forward_by_channel(
 
 
 @device()
+def _position(unit, channels, blocks):
+    """(image, channel, block of the plane) of a block counted through all of them."""
+    return unit // (channels * blocks), unit // blocks % channels, unit % blocks
+
+
+@device()
+def _next(image, c, block, channels, blocks):
+    """The position after this one; divisions would cost more than a small plane."""
+    block += 1
+    if block == blocks:
+        block, c = 0, c + 1
+    if c == channels:
+        c, image = 0, image + 1
+    return image, c, block
+
+
+@device()
 def _moments_of_blocks(x, blocks, begin, end, part_mean, part_squares):
     """The moments of the blocks from begin to end, counted through images, channels and the blocks of a plane."""
     _, channels, plane = x.shape
-    for unit in range(begin, end):
-        image, c, block = unit // (channels * blocks), unit // blocks % channels, unit % blocks
+    image, c, block = _position(begin, channels, blocks)
+    for _ in range(begin, end):
         start = block * BLOCK
         part = image * blocks + block
         row = x[image, c, start : min(start + BLOCK, plane)]
         part_mean[part, c], part_squares[part, c] = run_moments(row)
+        image, c, block = _next(image, c, block, channels, blocks)
 
 
 @device()
@@ -101,11 +120,16 @@ def _merge_blocks(images, plane, blocks, c, part_mean, part_squares):
 @device()
 def _normalise_blocks(x, y, blocks, begin, end, centre, scale, offset, code):
     _, channels, plane = x.shape
-    for unit in range(begin, end):
-        image, c, block = unit // (channels * blocks), unit // blocks % channels, unit % blocks
+    image, c, block = _position(begin, channels, blocks)
+    first = (image * channels + c) * plane + block * BLOCK
+    for _ in range(begin, end):
         start = block * BLOCK
         stop = min(start + BLOCK, plane)
-        _normalise(x[image, c, start:stop], y[image, c, start:stop], centre[c], scale[c], offset[c], code)
+        _normalise(x[image, c, start:stop], y[image, c, start:stop], centre[c], scale[c], offset[c])
+        image, c, block = _next(image, c, block, channels, blocks)
+    if code:
+        last = (image * channels + c) * plane + block * BLOCK
+        activate_row(y.reshape(y.size), first, last - first, code)
 
 
 @kernel()
@@ -140,7 +164,7 @@ def forward_by_block(
         _normalise_blocks(x, y, blocks, chunk * step, min(chunk * step + step, units), centre, scale, offset, code)
 
 
-@device()
+@device(inline="always")
 def _run_sums(grad, x, centre):
     """The sums of grad and of grad * (x - centre) over a run, in float64."""
     total, product = x.dtype.type(0), x.dtype.type(0)
@@ -150,7 +174,7 @@ def _run_sums(grad, x, centre):
     return np.float64(total), np.float64(product)
 
 
-@device()
+@device(inline="always")
 def _run_gradient(grad, x, result, centre, a, b, offset, training):
     if training:
         for i in range(x.size):
@@ -199,25 +223,27 @@ def backward_by_channel(grad, x, result, group, mean, invstd, weight, grad_weigh
 @device()
 def _sums_of_blocks(grad, x, blocks, begin, end, mean, totals, products):
     _, channels, plane = x.shape
-    for unit in range(begin, end):
-        image, c, block = unit // (channels * blocks), unit // blocks % channels, unit % blocks
+    image, c, block = _position(begin, channels, blocks)
+    for _ in range(begin, end):
         start = block * BLOCK
         part = image * blocks + block
         stop = min(start + BLOCK, plane)
         totals[part, c], products[part, c] = _run_sums(grad[image, c, start:stop], x[image, c, start:stop], mean[c])
+        image, c, block = _next(image, c, block, channels, blocks)
 
 
 @device()
 def _gradients_of_blocks(grad, x, result, blocks, begin, end, mean, a, b, offset, training):
     _, channels, plane = x.shape
-    for unit in range(begin, end):
-        image, c, block = unit // (channels * blocks), unit // blocks % channels, unit % blocks
+    image, c, block = _position(begin, channels, blocks)
+    for _ in range(begin, end):
         start = block * BLOCK
         stop = min(start + BLOCK, plane)
         _run_gradient(
             grad[image, c, start:stop], x[image, c, start:stop], result[image, c, start:stop],
             mean[c], a[c], b[c], offset[c], training,
         )  # fmt: skip
+        image, c, block = _next(image, c, block, channels, blocks)
 
 
 @kernel()

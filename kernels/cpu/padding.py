@@ -6,10 +6,10 @@ gathered: each chunk owns rows of the result and adds up their copies in a fixed
 
 from math import prod
 
-import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.scratch import empty
 
 CONSTANT, REFLECT, REPLICATE, CIRCULAR = range(4)
 _MODES = {"constant": CONSTANT, "reflect": REFLECT, "replicate": REPLICATE, "circular": CIRCULAR}
@@ -110,30 +110,44 @@ def _gather(grad, result, band, top, left, mode):
             _gather_band(grad[plane], result[plane], first, min(first + band, h), top, left, mode)
 
 
-def _band(h: int, w: int) -> int:
-    """Rows in a band: about CHUNK elements."""
-    return min(h, CHUNK // w + 1)
+def prepare_pad(shapes, dtype, *, padding, mode, value):
+    """What follows from the shape is worked out once; a call allocates its result and runs one kernel."""
+    (top, bottom), (left, right) = padding
+    *leading, h, w = shapes[0]
+    planes, height, width = prod(leading), top + h + bottom, left + w + right
+    size = planes * height * width
+    constants = (min(height, CHUNK // max(width, 1) + 1), top, left, _MODES[mode], dtype.type(value))
+    kernel = _pad.sized(size * 0.3)
+
+    def run(x):
+        y = empty((planes, height, width), dtype)
+        if size:
+            kernel(x.reshape(planes, h, w), y, *constants)
+        return y.reshape(*leading, height, width)
+
+    return run
 
 
 def pad(x, *, padding, mode, value):
-    (top, bottom), (left, right) = padding
-    *leading, h, w = x.shape
-    y = np.empty((*leading, top + h + bottom, left + w + right), x.dtype)
-    if y.size:
-        planes = prod(leading)
-        height, width = y.shape[-2:]
-        result = y.reshape(planes, height, width)
-        band = _band(height, width)
-        _pad(y.size * 0.3, x.reshape(planes, h, w), result, band, top, left, _MODES[mode], x.dtype.type(value))
-    return y
+    return prepare_pad((x.shape,), x.dtype, padding=padding, mode=mode, value=value)(x)
+
+
+def prepare_pad_backward(shapes, dtype, *, input_shape, padding, mode):
+    planes, (h, w) = prod(input_shape[:-2]), input_shape[-2:]
+    height, width = shapes[0][-2:]
+    size = planes * h * w
+    constants = (min(h, CHUNK // max(w, 1) + 1), padding[0][0], padding[1][0], _MODES[mode])
+    kernel = _gather.sized(planes * height * width * 0.4)
+
+    def run(grad):
+        result = empty((planes, h, w), dtype)
+        if size:
+            kernel(grad.reshape(planes, height, width), result, *constants)
+        return result.reshape(input_shape)
+
+    return run
 
 
 def pad_backward(grad, *, input_shape, padding, mode):
-    top, left = padding[0][0], padding[1][0]
-    result = np.empty(input_shape, grad.dtype)
-    if result.size:
-        planes = prod(input_shape[:-2])
-        h, w = input_shape[-2:]
-        target = result.reshape(planes, h, w)
-        _gather(grad.size * 0.4, grad.reshape(planes, *grad.shape[-2:]), target, _band(h, w), top, left, _MODES[mode])
-    return result
+    run = prepare_pad_backward((grad.shape,), grad.dtype, input_shape=input_shape, padding=padding, mode=mode)
+    return run(grad)
