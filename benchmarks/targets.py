@@ -117,7 +117,7 @@ def _call_costs(torch) -> Iterator[tuple[str, ...]]:
     for what, ours, theirs in peers.tiny_calls(torch):
         ours()
         theirs()
-        times = measure({"ours": ours, "theirs": theirs}, seconds=0.1)
+        times = measure({"ours": ours, "theirs": theirs}, seconds=0.2)
         mine, other = times["ours"].best * 1e6, times["theirs"].best * 1e6
         verdict = _verdict(mine <= 1.5 * other)
         yield (what, f"{mine:.1f} us", "torch", f"{other:.1f} us", f"{mine / other:.2f}", "<= 1.5", verdict)

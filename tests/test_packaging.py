@@ -67,7 +67,8 @@ def test_wheel_works_from_another_folder(wheel, tmp_path):
     assert {entry.name for entry in target.iterdir() if entry.suffix != ".dist-info"} == {"tilewise"}
     printed = run_python(CALL, tmp_path, target)
     assert printed == f"{RESULT} {target / 'tilewise' / '__init__.py'}"
-    assert run_python("import tilewise.cli; tilewise.cli.main(['info'])", tmp_path, target).startswith("tilewise ")
+    command = "import tilewise.cli; tilewise.cli.main(['bench', '--all', '--match', 'relu lenet5'])"
+    assert "64x120" in run_python(command, tmp_path, target)
 
 
 @pytest.mark.parametrize("variable", ["NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
