@@ -50,7 +50,7 @@ def test_tensors_in_tensors_out(torch, rng):
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("mode", MODES)
 def test_cpu_is_the_reference(rng, mode, dtype):
-    tall = [(1, 1, 40, 3), (1, 1, 3, 20000), (700, 1, 5, 6), (2, 1, 200, 201)]
+    tall = [(1, 1, 40, 3), (1, 1, 3, 20000), (700, 1, 5, 6), (2, 1, 200, 201), (3, 30, 24), (3, 24, 32)]
     for shape, padding in product(SHAPES + tall, PADDINGS):
         if np.max(padding) > min(shape[-2:]) - (mode == "reflect"):
             continue
@@ -100,18 +100,22 @@ def test_any_memory_layout(rng, backend):
             np.testing.assert_array_equal(kernels.pad(same, 2, mode), y)
         np.testing.assert_array_equal(kernels.pad_backward(np.asfortranarray(y), x.shape, 2, mode), grad)
         np.testing.assert_array_equal(kernels.pad_backward(y, list(x.shape), 2, mode), grad)
+        large = kernels.pad(x.astype(dtype), 20, mode, 1) if mode in ("constant", "replicate") else None
+        assert large is None or kernels.pad_backward(large, x.shape, 20, mode).shape == x.shape
     if backend == "cpu":
-        assert len(cpu._pad.serial.signatures) == len(cpu._gather.serial.signatures) == 2
+        for kernel in (cpu._pad, cpu._gather, cpu._pad_by_table, cpu._gather_by_table):
+            assert len(kernel.serial.signatures) == 2
 
 
 def test_bits_do_not_depend_on_the_thread_count(rng):
-    for shape, mode in product([(3, 300, 301), (200, 30, 30)], ("replicate", "circular")):
+    for shape, mode in product([(3, 300, 301), (200, 30, 30), (5000, 5, 6)], ("replicate", "circular")):
         x = rng.standard_normal(shape).astype(np.float32)
+        padding = ((5, 3), (4, 6)) if shape[1] == 5 else ((9, 20), (13, 5))
         results = []
         for threads in (1, 2, 3):
             with tilewise.using(backend="cpu", threads=threads):
-                y = kernels.pad(x, ((9, 20), (13, 5)), mode)
-                results.append(y.tobytes() + kernels.pad_backward(y, shape, ((9, 20), (13, 5)), mode).tobytes())
+                y = kernels.pad(x, padding, mode)
+                results.append(y.tobytes() + kernels.pad_backward(y, shape, padding, mode).tobytes())
         assert results[0] == results[1] == results[2]
 
 

@@ -2,10 +2,14 @@
 
 Every padded row and column is a copy of an input row and column, or constant; `_source` says of which. The gradient is
 gathered: each chunk owns rows of the result and adds up their copies in a fixed order.
+
+Rows of a few elements are not worth a loop each. Such small planes go through a table, made once for a shape, that
+holds the source of every padded element; the constant is an element of its own behind the plane.
 """
 
 from math import prod
 
+import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.jit import device, kernel
@@ -14,6 +18,7 @@ from tilewise.kernels.cpu.scratch import empty
 CONSTANT, REFLECT, REPLICATE, CIRCULAR = range(4)
 _MODES = {"constant": CONSTANT, "reflect": REFLECT, "replicate": REPLICATE, "circular": CIRCULAR}
 CHUNK = 16384  # elements copied by one chunk: 64 kB of float32
+SHORT = 32  # padded rows up to this length go through the table
 
 
 @device()
@@ -110,19 +115,66 @@ def _gather(grad, result, band, top, left, mode):
             _gather_band(grad[plane], result[plane], first, min(first + band, h), top, left, mode)
 
 
+@kernel()
+def _pad_by_table(x, y, table, value):
+    """x: (planes, elements), y: (planes, padded elements); each chunk owns some planes."""
+    planes, size = x.shape
+    step = CHUNK // y.shape[1] + 1
+    for chunk in prange((planes + step - 1) // step):
+        plane = np.empty(size + 1, x.dtype)
+        plane[size] = value
+        for p in range(chunk * step, min(chunk * step + step, planes)):
+            for i in range(size):
+                plane[i] = x[p, i]
+            for k in range(table.size):
+                y[p, k] = plane[table[k]]
+
+
+@kernel()
+def _gather_by_table(grad, result, table):
+    """Each chunk owns some planes; a plane's gradients are added in the order of the padded elements."""
+    planes, size = result.shape
+    step = CHUNK // grad.shape[1] + 1
+    for chunk in prange((planes + step - 1) // step):
+        plane = np.empty(size + 1, grad.dtype)
+        for p in range(chunk * step, min(chunk * step + step, planes)):
+            plane[:] = 0
+            for k in range(table.size):
+                plane[table[k]] += grad[p, k]
+            for i in range(size):
+                result[p, i] = plane[i]
+
+
+def _table(h: int, w: int, padding, mode: int) -> np.ndarray:
+    """Which element of the flat input plane each padded element copies; h * w stands for the constant.
+
+    Unsigned, so that Numba does not look for negative indices.
+    """
+    (top, bottom), (left, right) = padding
+    source = _source.py_func  # pyright: ignore[reportFunctionMemberAccess]
+    rows = np.array([source(i, h, top, mode) for i in range(top + h + bottom)])[:, None]
+    columns = np.array([source(j, w, left, mode) for j in range(left + w + right)])
+    return np.where((rows < 0) | (columns < 0), h * w, rows * w + columns).ravel().astype(np.uint64)
+
+
 def prepare_pad(shapes, dtype, *, padding, mode, value):
     """What follows from the shape is worked out once; a call allocates its result and runs one kernel."""
     (top, bottom), (left, right) = padding
     *leading, h, w = shapes[0]
     planes, height, width = prod(leading), top + h + bottom, left + w + right
     size = planes * height * width
+    shape, flat = (planes, height, width), (planes, h, w)
     constants = (min(height, CHUNK // max(width, 1) + 1), top, left, _MODES[mode], dtype.type(value))
     kernel = _pad.sized(size * 0.3)
+    if width <= SHORT and height <= SHORT:
+        shape, flat = (planes, height * width), (planes, h * w)
+        constants = (_table(h, w, padding, _MODES[mode]), dtype.type(value))
+        kernel = _pad_by_table.sized(size * 0.6)
 
     def run(x):
-        y = empty((planes, height, width), dtype)
+        y = empty(shape, dtype)
         if size:
-            kernel(x.reshape(planes, h, w), y, *constants)
+            kernel(x.reshape(flat), y, *constants)
         return y.reshape(*leading, height, width)
 
     return run
@@ -136,13 +188,18 @@ def prepare_pad_backward(shapes, dtype, *, input_shape, padding, mode):
     planes, (h, w) = prod(input_shape[:-2]), input_shape[-2:]
     height, width = shapes[0][-2:]
     size = planes * h * w
+    shape, flat = (planes, h, w), (planes, height, width)
     constants = (min(h, CHUNK // max(w, 1) + 1), padding[0][0], padding[1][0], _MODES[mode])
     kernel = _gather.sized(planes * height * width * 0.4)
+    if mode != "constant" and width <= SHORT and height <= SHORT:
+        shape, flat = (planes, h * w), (planes, height * width)
+        constants = (_table(h, w, padding, _MODES[mode]),)
+        kernel = _gather_by_table.sized(planes * height * width)
 
     def run(grad):
-        result = empty((planes, h, w), dtype)
+        result = empty(shape, dtype)
         if size:
-            kernel(grad.reshape(planes, height, width), result, *constants)
+            kernel(grad.reshape(flat), result, *constants)
         return result.reshape(input_shape)
 
     return run
