@@ -18,7 +18,9 @@ from tilewise.kernels import arrays as arrays_module
 from tilewise.kernels import machine as machine_module
 from tilewise.kernels import settings as settings_module
 
+# bound once, for the hot path
 _current_settings = settings_module.current.get
+_ndarray = np.ndarray
 
 # Beyond this many signatures an operation forgets its plans, so that a program with ever new shapes stays small.
 MAX_PLANS = 4096
@@ -75,7 +77,8 @@ class Plan:
     """One signature's way through a backend."""
 
     run: Callable
-    canonical: bool
+    canonical: bool  # operands must be C-contiguous, aligned and writeable
+    direct: bool  # no batch axis to add
     problem: Problem
 
 
@@ -126,14 +129,14 @@ class Operation:
         contiguous = True
         if len(operands) == 1:
             operand = operands[0]
-            if type(operand) is not np.ndarray:
+            if type(operand) is not _ndarray:
                 return self._call_foreign(operands, options, out)
             contiguous = operand.flags.carray
             key = (settings, options, kinds, operand.shape, operand.dtype)
         else:
             signature = [settings, options, kinds]
             for operand in operands:
-                if type(operand) is np.ndarray:
+                if type(operand) is _ndarray:
                     signature.append(operand.shape)
                     signature.append(operand.dtype)
                     contiguous = contiguous and operand.flags.carray
@@ -148,13 +151,13 @@ class Operation:
             key = plan = None
         if plan is None:
             plan = self._new_plan(key, operands, options)
+        if out is None and plan.direct and (contiguous or not plan.canonical):
+            return plan.run(*operands)
         if not contiguous and plan.canonical:
             return self._call_strided(plan, operands, out)
         if plan.problem.unbatched:
             return self._call_unbatched(plan, operands, out)
-        if out is None:
-            return plan.run(*operands)
-        return self._call_into(plan, operands, out)
+        return self._call_into(plan, operands, out) if out is not None else plan.run(*operands)
 
     def _new_plan(self, key, operands: tuple, options: tuple) -> Plan:
         plan = self._plan(settings_module.active(), operands, options)
@@ -192,7 +195,7 @@ class Operation:
             run = partial(function, **problem.options) if problem.options else function
         else:
             run = prepare(shapes, dtype, **problem.options)
-        return Plan(run, backend == "cpu" and not self.any_strides, problem)
+        return Plan(run, backend == "cpu" and not self.any_strides, not problem.unbatched, problem)
 
     def _call_foreign(self, operands: tuple, options: tuple, out):
         """The way for what is not exactly a NumPy array: torch tensors, subclasses, and everything that is an error."""

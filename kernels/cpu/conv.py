@@ -348,18 +348,44 @@ def conv_transpose2d(x, weight, bias, *, stride, padding, output_padding, groups
     return prepare_conv_transpose2d(shapes, x.dtype, output_padding=output_padding, **options)(x, weight, bias)
 
 
+def prepare_conv_transpose2d_backward(
+    shapes, dtype, *, stride, padding, output_padding, groups, dilation, layout, needs
+):
+    grad, x, weight = shapes
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
+    to_x = _prepare_input_gradient(grad, x, weight, dtype, **options) if "x" in needs else None
+    to_weight = _prepare_weight_gradient(x, grad, weight, **options) if "weight" in needs else None
+    to_bias = _bias_gradient if "bias" in needs else None
+
+    def run(grad, x, weight):
+        return (
+            to_x(grad, weight) if to_x else None,
+            to_weight(x, grad) if to_weight else None,
+            to_bias(grad, layout) if to_bias else None,
+        )
+
+    return run
+
+
+def _prepare_input_gradient(grad, x, weight, dtype, *, stride, padding, dilation, groups, layout):
+    """grad_x of a transposed convolution: the convolution of grad, as large as x."""
+    if prod(x) == 0:
+        return lambda grad, weight: np.empty(x, dtype)
+    algorithm = "direct" if 2 * prod(x) * prod(weight[1:]) < DIRECT_BELOW else "gemm"
+    grid = (0, 0, 1, 1, *_image_size(x, layout))
+    taps = _tap_offsets(weight[2:], dilation, padding)
+    move, no_bias = _Pass(grad, weight, x, taps, stride, grid, groups, layout, algorithm), _NO_BIAS[dtype]
+
+    def run(grad, weight):
+        result = empty(x, dtype)
+        move(grad, weight, result, no_bias)
+        return result
+
+    return run
+
+
 def conv_transpose2d_backward(grad, x, weight, *, stride, padding, output_padding, groups, dilation, layout, needs):
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
-    grad_x = grad_weight = grad_bias = None
-    if "x" in needs:
-        grad_x = np.empty(x.shape, x.dtype)
-        if grad_x.size:
-            taps = _tap_offsets(weight.shape[2:], dilation, padding)
-            grid = (0, 0, 1, 1, *_image_size(x.shape, layout))
-            shapes = (grad.shape, weight.shape, x.shape)
-            _Pass(*shapes, taps, stride, grid, groups, layout, "gemm")(grad, weight, grad_x, _NO_BIAS[x.dtype])
-    if "weight" in needs:
-        grad_weight = _prepare_weight_gradient(x.shape, grad.shape, weight.shape, **options)(x, grad)
-    if "bias" in needs:
-        grad_bias = _bias_gradient(grad, layout)
-    return grad_x, grad_weight, grad_bias
+    shapes = (grad.shape, x.shape, weight.shape)
+    run = prepare_conv_transpose2d_backward(shapes, x.dtype, output_padding=output_padding, needs=needs, **options)
+    return run(grad, x, weight)

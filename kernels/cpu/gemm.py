@@ -9,7 +9,16 @@ from numba import prange
 from tilewise.kernels.arrays import canonical
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.gemm_blocks import multiply, multiply_batch
-from tilewise.kernels.cpu.gemm_skinny import FEW, TINY, add_rows, dot_rows, tiny_linear, tiny_product
+from tilewise.kernels.cpu.gemm_skinny import (
+    FEW,
+    TINY,
+    add_rows,
+    dot_rows,
+    tiny_linear,
+    tiny_linear_backward,
+    tiny_product,
+    tiny_product_backward,
+)
 from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.scratch import empty
 
@@ -154,6 +163,21 @@ def _flat_stack(stack, lead):
     return memory.reshape(-1), row, column, np.ascontiguousarray(np.broadcast_to(starts, lead)).reshape(-1)
 
 
+def prepare_matmul_backward(shapes, dtype, *, needs):
+    """As `prepare_matmul`."""
+    _, a, b = shapes
+    if len(a) != 2 or len(b) != 2 or a[0] * a[1] * b[1] > TINY:
+        return partial(matmul_backward, needs=needs)
+    products = tiny_product_backward.serial
+
+    def run(grad, of_a, of_b):
+        grad_a, grad_b = np.empty(a, dtype), np.empty(b, dtype)
+        products(grad, of_a, of_b, grad_a, grad_b)
+        return grad_a if "a" in needs else None, grad_b if "b" in needs else None
+
+    return run
+
+
 def matmul_backward(grad, a, b, *, needs):
     rows = a if a.ndim > 1 else a[None, :]
     columns = b if b.ndim > 1 else b[:, None]
@@ -209,6 +233,21 @@ def linear(x, weight, bias, *, activation, out=None):
 def _matrix(array):
     """All leading axes as one; reshape(-1, ...) cannot tell where an axis is 0."""
     return array.reshape(int(np.prod(array.shape[:-1])), array.shape[-1])
+
+
+def prepare_linear_backward(shapes, dtype, *, needs):
+    """As `prepare_matmul`."""
+    _, x, weight = shapes
+    if len(x) != 2 or x[0] * weight[0] * weight[1] > TINY:
+        return partial(linear_backward, needs=needs)
+    products = tiny_linear_backward.serial
+
+    def run(grad, of_x, of_weight):
+        results = np.empty(x, dtype), np.empty(weight, dtype), np.empty(weight[0], dtype)
+        products(grad, of_x, of_weight, *results)
+        return tuple(r if name in needs else None for name, r in zip(("x", "weight", "bias"), results, strict=True))
+
+    return run
 
 
 def linear_backward(grad, x, weight, *, needs):

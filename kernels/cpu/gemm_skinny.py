@@ -48,6 +48,37 @@ def tiny_linear(x, weight, bias, y, activation):
                 y[i, j] = apply_activation(y[i, j], activation)
 
 
+@kernel(parallel=False)
+def tiny_product_backward(grad, a, b, grad_a, grad_b):
+    """grad_a = grad b^T and grad_b = a^T grad, matrices."""
+    m, n = grad.shape
+    for k in range(a.shape[1]):
+        for j in range(n):
+            grad_b[k, j] = 0
+        for i in range(m):
+            total = grad.dtype.type(0)
+            for j in range(n):
+                total += grad[i, j] * b[k, j]
+                grad_b[k, j] += a[i, k] * grad[i, j]
+            grad_a[i, k] = total
+
+
+@kernel(parallel=False)
+def tiny_linear_backward(grad, x, weight, grad_x, grad_weight, grad_bias):
+    """grad_x = grad weight, grad_weight = grad^T x and grad_bias = the sum of grad's rows, matrices."""
+    m, n = grad.shape
+    grad_x[:, :] = 0
+    grad_weight[:, :] = 0
+    grad_bias[:] = 0
+    for i in range(m):
+        for j in range(n):
+            factor = grad[i, j]
+            grad_bias[j] += factor
+            for k in range(x.shape[1]):
+                grad_x[i, k] += factor * weight[j, k]
+                grad_weight[j, k] += factor * x[i, k]
+
+
 @device()
 def _dot(p, p_start, q, q_start, count):
     total = p.dtype.type(0)

@@ -6,6 +6,7 @@ from math import prod
 import numpy as np
 
 from tilewise.kernels.cpu import pool_backward, pool_forward
+from tilewise.kernels.cpu.scratch import empty
 from tilewise.kernels.shapes import output_size as window_count
 
 # What a tap in the padding counts as in a maximum.
@@ -38,10 +39,11 @@ def prepare_max_pool2d(shapes, dtype, *, kernel_size, stride, padding, dilation,
     work = prod(shapes[0]) * dtype.itemsize * _BYTE
     lowest = _LOWEST[dtype]
     if not return_indices:
+        kernel = pool_forward.max_values.sized(work)
 
         def run(x):
-            y = np.empty(shape, dtype)
-            pool_forward.max_values(work, x, y, lowest, *window)
+            y = empty(shape, dtype)
+            kernel(x, y, lowest, *window)
             return y
 
         return run
@@ -71,12 +73,12 @@ def prepare_avg_pool2d(
     """avg_pool2d for one shape, with everything but the work itself done beforehand."""
     shape = _pooled(shapes[0], layout, kernel_size, stride, padding, (1, 1), ceil_mode)
     window = (layout == "NHWC", *kernel_size, *stride, *padding[0], *padding[1])
-    divisor = (count_include_pad, divisor_override or 0)
-    work = prod(shapes[0]) * dtype.itemsize * _BYTE
+    window = (*window, count_include_pad, divisor_override or 0)
+    kernel = pool_forward.averages.sized(prod(shapes[0]) * dtype.itemsize * _BYTE)
 
     def run(x):
-        y = np.empty(shape, dtype)
-        pool_forward.averages(work, x, y, *window, *divisor)
+        y = empty(shape, dtype)
+        kernel(x, y, *window)
         return y
 
     return run
