@@ -120,6 +120,7 @@ def _gemm(dtype: str) -> Calls:
     yield "matmul_backward of stacks", lambda: t.matmul_backward(a(2, 9, 9), a(2, 9, 9), a(2, 9, 9))
     for activation in (None, *EPILOGUES):
         yield f"linear, {activation}", lambda f=activation: t.linear(a(4, 9), a(5, 9), a(5), activation=f)
+    yield "linear of a few rows", lambda: t.linear(a(2, 99), a(99, 99))
     yield "linear_backward", lambda: t.linear_backward(a(4, 5), a(4, 9), a(5, 9))
 
 
@@ -134,6 +135,7 @@ def _pads(dtype: str) -> Calls:
     a, t = _operands(dtype), tilewise
     for mode in ("constant", "reflect", "replicate", "circular"):
         yield f"pad {mode}", lambda mode=mode: t.pad(a(2, 3, 5, 5), 2, mode)
+        yield f"pad {mode}, long rows", lambda mode=mode: t.pad(a(2, 3, 5, 40), 2, mode)
         yield f"pad_backward {mode}", lambda mode=mode: t.pad_backward(a(2, 3, 9, 9), (2, 3, 5, 5), 2, mode)
 
 

@@ -3,22 +3,34 @@
 Moments are taken in blocks that stay in the first-level cache: a rough mean first, then the deviations from it and
 their squares, so that x is read from memory once, a mean of 1e4 costs no digits, and everything vectorises in x's
 dtype. Blocks are merged in float64 (Chan, Golub and LeVeque 1983).
+
+LLVM may reassociate and contract what is compiled with those flags, and does so differently in different surroundings,
+such as the serial and the parallel form of a kernel. So that both give the same bits, only what cannot be understood
+in two ways has them: the sums over a run, which are vectorised before anything else happens to them.
 """
 
 import math
 
 import numpy as np
 
-from tilewise.kernels.cpu.jit import EXACT_ORDER, device
+from tilewise.kernels.cpu.jit import device
 
 # Elements of one block: 16 kB of float32. With 32 or more accumulators, each adds up 128 numbers at most.
 BLOCK = 4096
 
+AS_WRITTEN = frozenset()  # no reassociation and no contraction
 
-@device(fastmath=EXACT_ORDER)
+
+@device(fastmath=AS_WRITTEN)
 def minus(x, centre):
     """x - centre, which no reassociation may merge with what surrounds it."""
     return x - centre
+
+
+@device(fastmath=AS_WRITTEN)
+def plus(a, b):
+    """a + b, in this order."""
+    return a + b
 
 
 @device(inline="always")
@@ -27,17 +39,29 @@ def run_moments(x):
     pivot = x.dtype.type(0)
     for i in range(x.size):
         pivot += x[i]
-    pivot /= x.dtype.type(x.size)
+    pivot = share(pivot, x.size)
     first, second = x.dtype.type(0), x.dtype.type(0)
     for i in range(x.size):
         deviation = minus(x[i], pivot)
         first += deviation
         second += deviation * deviation
-    excess = np.float64(first) / x.size  # of the mean over the rounded pivot
+    return centred(pivot, first, second, x.size)
+
+
+@device(fastmath=AS_WRITTEN)
+def share(total, count):
+    """total / count in total's type."""
+    return total / type(total)(count)
+
+
+@device(fastmath=AS_WRITTEN)
+def centred(pivot, first, second, count):
+    """(mean, squares) in float64, from the sums of the deviations from a pivot near the mean, and of their squares."""
+    excess = np.float64(first) / count
     return np.float64(pivot) + excess, np.float64(second) - np.float64(first) * excess
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def merged(count, mean, squares, other_count, other_mean, other_squares):
     """Mean and squares of two sets of numbers together."""
     share = other_count / (count + other_count)
@@ -45,7 +69,7 @@ def merged(count, mean, squares, other_count, other_mean, other_squares):
     return mean + distance * share, squares + other_squares + distance * distance * count * share
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def coefficients(c, mean, invstd, weight, bias, saved_mean, saved_invstd):
     """(centre, scale, offset) of channel c: y = (x - centre) * scale + offset. Notes the statistics where wanted.
 
@@ -62,7 +86,7 @@ def coefficients(c, mean, invstd, weight, bias, saved_mean, saved_invstd):
     return centre, saved_mean.dtype.type(scale), saved_mean.dtype.type(offset)
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def settle(c, count, mean, squares, running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps):
     """The coefficients of channel c in training, whose running statistics move."""
     if running_mean.size:
@@ -72,7 +96,7 @@ def settle(c, count, mean, squares, running_mean, running_var, weight, bias, sav
     return coefficients(c, mean, invstd, weight, bias, saved_mean, saved_invstd)
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def gradient_coefficients(c, values, grad_sum, product_sum, invstd, weight, grad_weight, grad_bias, training):
     """(a, b, offset) of channel c: grad_x = grad * a + (x - mean) * b + offset; b and offset are 0 if not training.
 

@@ -11,11 +11,13 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.batchnorm_channel import (
+    AS_WRITTEN,
     BLOCK,
     coefficients,
     gradient_coefficients,
     merged,
     minus,
+    plus,
     run_moments,
     settle,
 )
@@ -107,7 +109,7 @@ def _moments_of_blocks(x, blocks, begin, end, part_mean, part_squares):
         image, c, block = _next(image, c, block, channels, blocks)
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _merge_blocks(images, plane, blocks, c, part_mean, part_squares):
     mean, squares, count = 0.0, 0.0, 0.0
     for part in range(images * blocks):
@@ -178,7 +180,7 @@ def _run_sums(grad, x, centre):
 def _run_gradient(grad, x, result, centre, a, b, offset, training):
     if training:
         for i in range(x.size):
-            result[i] = grad[i] * a + (minus(x[i], centre) * b + offset)
+            result[i] = plus(grad[i] * a, minus(x[i], centre) * b + offset)
     else:
         for i in range(x.size):
             result[i] = grad[i] * a
@@ -194,8 +196,8 @@ def _backward_channels(grad, x, result, first, last, mean, invstd, weight, grad_
                 stop = min(start + BLOCK, plane)
                 slopes, row = grad[image, first + c, start:stop], x[image, first + c, start:stop]
                 sums = _run_sums(slopes, row, mean[first + c])
-                totals[c] += sums[0]
-                products[c] += sums[1]
+                totals[c] = plus(totals[c], sums[0])
+                products[c] = plus(products[c], sums[1])
     own = last - first
     a, b, offset = np.empty(own, x.dtype), np.empty(own, x.dtype), np.empty(own, x.dtype)
     for c in range(last - first):
@@ -246,6 +248,14 @@ def _gradients_of_blocks(grad, x, result, blocks, begin, end, mean, a, b, offset
         image, c, block = _next(image, c, block, channels, blocks)
 
 
+@device(fastmath=AS_WRITTEN)
+def _column_sum(parts, c):
+    total = 0.0
+    for part in range(parts.shape[0]):
+        total += parts[part, c]
+    return total
+
+
 @kernel()
 def backward_by_block(grad, x, result, mean, invstd, weight, grad_weight, grad_bias, training):
     """With few channels; each chunk owns some blocks of the planes."""
@@ -259,10 +269,7 @@ def backward_by_block(grad, x, result, mean, invstd, weight, grad_weight, grad_b
     for chunk in prange(chunks):
         _sums_of_blocks(grad, x, blocks, chunk * step, min(chunk * step + step, units), mean, totals, products)
     for c in range(channels):
-        total, product = 0.0, 0.0
-        for part in range(images * blocks):
-            total += totals[part, c]
-            product += products[part, c]
+        total, product = _column_sum(totals, c), _column_sum(products, c)
         a[c], b[c], offset[c] = gradient_coefficients(
             c, images * plane, total, product, invstd, weight, grad_weight, grad_bias, training
         )

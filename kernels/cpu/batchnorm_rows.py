@@ -10,14 +10,21 @@ import math
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.batchnorm_channel import coefficients, gradient_coefficients, minus, settle
+from tilewise.kernels.cpu.batchnorm_channel import (
+    AS_WRITTEN,
+    centred,
+    coefficients,
+    gradient_coefficients,
+    minus,
+    settle,
+)
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
 
 UNROLLED = 4  # rows taken together, so that sums in memory are touched once for four rows
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _add_rows(x, start, rows, width, total):
     """total[j] = the sum of column j over some rows."""
     for j in range(width):
@@ -35,7 +42,7 @@ def _add_rows(x, start, rows, width, total):
             total[j] += row[j]
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _add_deviations(x, start, rows, width, pivot, first, second):
     """The sums of the deviations from the pivot, and of their squares, down the columns."""
     for j in range(width):
@@ -59,7 +66,7 @@ def _add_deviations(x, start, rows, width, pivot, first, second):
             second[j] += deviation * deviation
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _block_moments(x, start, rows, width, mean, squares):
     """Mean and sum of squared deviations of each column of a block of rows, in float64; see batchnorm_channel.py."""
     pivot, first, second = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
@@ -69,12 +76,10 @@ def _block_moments(x, start, rows, width, mean, squares):
         pivot[j] *= share
     _add_deviations(x, start, rows, width, pivot, first, second)
     for j in range(width):
-        excess = np.float64(first[j]) / rows
-        mean[j] = np.float64(pivot[j]) + excess
-        squares[j] = np.float64(second[j]) - np.float64(first[j]) * excess
+        mean[j], squares[j] = centred(pivot[j], first[j], second[j], rows)
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _channel_moments(x, channels, width, block, part_mean, part_squares, mean, squares):
     """Merge the blocks' columns and the tail into each channel's mean and sum of squared deviations."""
     rows = x.size // width
@@ -107,7 +112,7 @@ def _channel_moments(x, channels, width, block, part_mean, part_squares, mean, s
         squares[(i - rows * width) % channels] += distance * distance
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _normalise(x, y, start, stop, width, centre, scale, offset, code):
     """start: where a row begins; the last row may be a tail."""
     for at in range(start, stop, width):
@@ -118,7 +123,7 @@ def _normalise(x, y, start, stop, width, centre, scale, offset, code):
     activate_row(y, start, stop - start, code)
 
 
-@kernel()
+@kernel(fastmath=AS_WRITTEN)
 def forward_by_row(
     x, y, channels, width, block,
     running_mean, running_var, weight, bias, saved_mean, saved_invstd, training, momentum, eps, code,
@@ -153,7 +158,7 @@ def forward_by_row(
         _normalise(x, y, start, min(start + step, x.size), width, centre, scale, offset, code)
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _block_sums(grad, x, start, rows, width, centre, totals, products):
     """The sums of grad and of grad * (x - centre) down the columns of a block of rows."""
     total, product = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
@@ -175,7 +180,7 @@ def _block_sums(grad, x, start, rows, width, centre, totals, products):
         products[j] = product[j]
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _gradient(grad, x, result, start, stop, width, centre, a, b, offset, training):
     for at in range(start, stop, width):
         used = min(width, stop - at)
@@ -188,7 +193,7 @@ def _gradient(grad, x, result, start, stop, width, centre, a, b, offset, trainin
                 target[j] = slopes[j] * a[j]
 
 
-@kernel()
+@kernel(fastmath=AS_WRITTEN)
 def backward_by_row(grad, x, result, channels, width, block, mean, invstd, weight, grad_weight, grad_bias, training):
     """Each chunk owns a block of `block` rows."""
     rows = x.size // width
