@@ -11,12 +11,24 @@ import os
 
 from .layers import Activation, BatchNorm, Case, Conv, Linear, Matmul, Pool
 
-_GEMM: tuple[Case, ...] = (
+_MATMUL: tuple[Case, ...] = (
     # batch, m, k, n
     Matmul("matmul", "square.128", 1, 128, 128, 128),
+    Matmul("matmul", "square.256", 1, 256, 256, 256),
     Matmul("matmul", "square.512", 1, 512, 512, 512),
     Matmul("matmul", "square.1024", 1, 1024, 1024, 1024),
+    Matmul("matmul", "square.2048", 1, 2048, 2048, 2048),
+    Matmul("matmul", "tall", 1, 16384, 64, 64),
+    Matmul("matmul", "wide", 1, 64, 576, 16384),
+    Matmul("matmul", "outer", 1, 2048, 16, 2048),
+    Matmul("matmul", "inner", 1, 64, 16384, 64),
+    Matmul("matmul", "matrix.vector", 1, 4096, 4096, 1),
+    Matmul("matmul", "vector.matrix", 1, 1, 4096, 4096),
     Matmul("matmul", "batched.64", 64, 64, 64, 64),
+    Matmul("matmul", "batched.16", 512, 16, 16, 16),
+)
+
+_LINEAR: tuple[Case, ...] = (
     # batch, inputs, outputs
     Linear("linear", "lenet5.fc1", 64, 400, 120),
     Linear("linear", "lenet5.fc3", 64, 84, 10),
@@ -106,8 +118,8 @@ def _with_backward(cases: tuple[Case, ...]) -> tuple[Case, ...]:
 ALL: dict[str, Case] = {
     case.key: case
     for case in (
-        *_GEMM[:4],
-        *_with_backward(_GEMM[4:]),
+        *_MATMUL,
+        *_with_backward(_LINEAR),
         *_with_backward(_CONV),
         *_with_backward(_POOL),
         *_with_backward(_BATCHNORM),

@@ -1,136 +1,195 @@
-"""The same call in tilewise and in PyTorch, for the comparisons of `make targets`."""
+"""Every kernel beside PyTorch (both layouts), ONNX Runtime and NumPy's BLAS, in one process. `make bench-peers`.
 
-from collections.abc import Callable, Iterator
+Per case: every engine's best time, our rate, its share of this machine's measured peak, and
 
-import numpy as np
+    ratio = time of the fastest peer in whatever layout it likes best / our time in NCHW        (more is better)
+
+then for each family the geometric mean of the ratios and the worst. Results are compared before anything is timed;
+engines take turns in blocks with a pause between (timing.py).
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
 
 import tilewise
 
-Pair = tuple[str, Callable[[], object], Callable[[], object]]  # what, ours on NumPy arrays, theirs on tensors
+from . import cases, engines, report, table
+from .layers import Case, Matmul
+from .peak import peaks
+from .timing import check, measure
+
+BATCHES = (1, 8, 64)
+# The whole case list takes its time; what would not fit is named, not hidden.
+MOST_BYTES, MOST_FLOPS = 2 << 30, 100e9
+HEADER = ("op, layer, shape", "ours", "NHWC", "torch", "ch.last", "ORT", "NumPy", "rate", "of peak", "ratio", "NHWC")
+WIDTHS = (76, 8, 8, 8, 8, 8, 8, 14, 8, 6, 6)
+SUMMARY_HEADER = ("family", "cases", "geometric mean", "worst", "which", "NHWC mean", "worst")
+COLUMNS = (engines.OURS, engines.OURS_LAST, engines.TORCH, engines.TORCH_LAST, engines.ONNX, engines.NUMPY)
+FLOPS, BYTES = "GFLOP/s", "GB/s"
 
 
-def tensors(torch, *arrays: np.ndarray) -> tuple:
-    return tuple(torch.from_numpy(array) for array in arrays)
+@dataclass(frozen=True)
+class Result:
+    """Best seconds of each engine for one case."""
+
+    case: Case
+    threads: int
+    seconds: dict[str, float]
+
+    @property
+    def peer(self) -> float:
+        """The fastest engine that is not ours."""
+        return min(t for name, t in self.seconds.items() if not name.startswith(engines.OURS))
+
+    @property
+    def ratio(self) -> float:
+        return self.peer / self.seconds[engines.OURS]
+
+    @property
+    def ratio_last(self) -> float | None:
+        """The same for our NHWC."""
+        return self.peer / self.seconds[engines.OURS_LAST] if engines.OURS_LAST in self.seconds else None
 
 
-def tiny_calls(torch) -> Iterator[Pair]:
-    """Every public function on a 1x1x8x8 image (8x8 matrices), where the call costs more than the work."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((1, 1, 8, 8), dtype=np.float32)
-    w = rng.standard_normal((1, 1, 3, 3), dtype=np.float32)
-    yield from _tiny_products(torch, x[0, 0].copy())
-    yield from _tiny_convolutions(torch, x, w)
-    yield from _tiny_pools(torch, x)
-    yield from _tiny_elementwise(torch, x)
+def family(case: Case) -> str:
+    """The rows of the goal's table."""
+    if case.family == "batchnorm":
+        return "batch norm " + ("backward" if case.is_backward else "training" if case.training else "evaluation")  # pyright: ignore
+    if case.family == "gemm":
+        return "matmul"
+    return f"{case.family} {'backward' if case.is_backward else 'forward'}"
 
 
-def _tiny_products(torch, a: np.ndarray) -> Iterator[Pair]:
-    bias = a[0].copy()
-    A, B = tensors(torch, a, bias)
-    ours, theirs = tilewise, torch.nn.functional
-    yield "matmul", lambda: ours.matmul(a, a), lambda: torch.mm(A, A)
-    yield "matmul_backward", lambda: ours.matmul_backward(a, a, a), lambda: (torch.mm(A, A.T), torch.mm(A.T, A))
-    yield "linear", lambda: ours.linear(a, a, bias), lambda: theirs.linear(A, A, B)
-    yield (
-        "linear_backward",
-        lambda: ours.linear_backward(a, a, a),
-        lambda: (torch.mm(A, A), torch.mm(A.T, A), A.sum(0)),
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    chosen = list(_chosen(args))
+    if not chosen:
+        print("no case matches", file=sys.stderr)
+        return 2
+    results: list[Result] = []
+    for threads in args.threads:
+        with _pinned(threads):
+            peak = peaks(threads)
+            print(f"\n{_threads(threads)}: {peak[FLOPS]:.0f} GFLOP/s, {peak[BYTES]:.1f} GB/s", flush=True)
+            print(_line(HEADER), flush=True)
+            for case in chosen:
+                result = _measured(case, threads, args.seconds)
+                if result:
+                    results.append(result)
+                    print(_line(_row(result, peak)), flush=True)
+    for threads in args.threads:
+        rows = list(_summary([r for r in results if r.threads == threads]))
+        table.show(rows, f"\nby family, {_threads(threads)}", SUMMARY_HEADER, left=1)
+    if args.json:
+        _save(results, args.json)
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tilewise.benchmarks.peers", description=__doc__)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--only", default="", help="a regular expression that the case's name must contain")
+    parser.add_argument("--seconds", type=float, default=0.15, help="for each engine and case")
+    parser.add_argument("--json", type=Path, help="write all times to this file")
+    return parser.parse_args(argv)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def _chosen(args: argparse.Namespace) -> Iterator[Case]:
+    seen = set()
+    for case in cases.ALL.values():
+        for batch in args.batch:
+            one = case if isinstance(case, Matmul) else case.with_batch(batch)
+            if one in seen or not re.search(args.only, f"{family(one)} {one.key} {one.shape}"):
+                continue
+            seen.add(one)
+            if one.bytes(4) > MOST_BYTES or one.flops > MOST_FLOPS:
+                print(f"not measured, too large: {one.key} {one.shape}", file=sys.stderr)
+                continue
+            yield one
+
+
+@contextmanager
+def _pinned(threads: int):
+    """Every engine on this many threads."""
+    from threadpoolctl import threadpool_limits
+
+    try:
+        import torch
+
+        torch.set_num_threads(threads)
+    except ImportError:
+        print("PyTorch is not installed (extra: peers)", file=sys.stderr)
+    with tilewise.using(threads=threads), threadpool_limits(threads, user_api="blas"):
+        yield
+
+
+def _measured(case: Case, threads: int, seconds: float) -> Result | None:
+    calls = engines.build(case, threads)
+    ours = engines.as_arrays(engines.OURS, case, calls[engines.OURS]())
+    for name, call in calls.items():
+        check(case, "float32", engines.as_arrays(name, case, call()), ours)
+    if len(calls) == 1:
+        return None
+    return Result(case, threads, {name: t.best for name, t in measure(calls, seconds).items()})
+
+
+def _row(result: Result, peak: dict[str, float]) -> tuple[str, ...]:
+    case = result.case
+    work = case.flops if case.rate_unit == FLOPS else case.bytes(4)
+    rate = work / result.seconds[engines.OURS] / 1e9
+    last = result.ratio_last
+    return (
+        f"{case.key} {case.shape}",
+        *(_milliseconds(result.seconds.get(name)) for name in COLUMNS),
+        f"{rate:.1f} {case.rate_unit}",
+        f"{rate / peak[case.rate_unit]:.0%}",
+        f"{result.ratio:.2f}",
+        f"{last:.2f}" if last else "",
     )
 
 
-def _tiny_convolutions(torch, x: np.ndarray, w: np.ndarray) -> Iterator[Pair]:
-    bias = np.ones(1, np.float32)
-    X, W, B = tensors(torch, x, w, bias)
-    ours, theirs = tilewise, torch.nn.functional
-    backward = torch.ops.aten.convolution_backward
-    same = [1], [1, 1], [1, 1], [1, 1]  # sizes of the bias; stride, padding, dilation
-
-    def gradients(transposed: bool):
-        return lambda: backward(X, X, W, *same, transposed, [0, 0], 1, [True, True, True])
-
-    yield "conv2d", lambda: ours.conv2d(x, w, bias, 1, 1), lambda: theirs.conv2d(X, W, B, 1, 1)
-    yield "conv2d_backward", lambda: ours.conv2d_backward(x, x, w, 1, 1), gradients(False)
-    yield (
-        "conv_transpose2d",
-        lambda: ours.conv_transpose2d(x, w, bias, 1, 1),
-        lambda: theirs.conv_transpose2d(X, W, B, 1, 1),
-    )
-    yield "conv_transpose2d_backward", lambda: ours.conv_transpose2d_backward(x, x, w, 1, 1), gradients(True)
-    yield "pad", lambda: ours.pad(x, 1), lambda: theirs.pad(X, (1, 1, 1, 1))
-    padded = ours.pad(x, 1)
-    (P,) = tensors(torch, padded)
-    yield "pad_backward", lambda: ours.pad_backward(padded, x.shape, 1), lambda: theirs.pad(P, (-1, -1, -1, -1))
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.4g}"
 
 
-def _tiny_pools(torch, x: np.ndarray) -> Iterator[Pair]:
-    ours, theirs, aten = tilewise, torch.nn.functional, torch.ops.aten
-    y, at = ours.max_pool2d(x, 2, return_indices=True)
-    X, Y, AT = tensors(torch, x, y, at)
-    shape, window = x.shape, ([2, 2], [2, 2], [0, 0])
-    yield "max_pool2d", lambda: ours.max_pool2d(x, 2), lambda: theirs.max_pool2d(X, 2)
-    yield (
-        "max_pool2d_backward",
-        lambda: ours.max_pool2d_backward(y, at, shape, 2),
-        lambda: aten.max_pool2d_with_indices_backward(Y, X, *window, [1, 1], False, AT),
-    )
-    yield "avg_pool2d", lambda: ours.avg_pool2d(x, 2), lambda: theirs.avg_pool2d(X, 2)
-    yield (
-        "avg_pool2d_backward",
-        lambda: ours.avg_pool2d_backward(y, shape, 2),
-        lambda: aten.avg_pool2d_backward(Y, X, *window, False, True, None),
-    )
-    yield "adaptive_avg_pool2d", lambda: ours.adaptive_avg_pool2d(x, 4), lambda: theirs.adaptive_avg_pool2d(X, 4)
-    yield (
-        "adaptive_avg_pool2d_backward",
-        lambda: ours.adaptive_avg_pool2d_backward(y, shape),
-        lambda: aten._adaptive_avg_pool2d_backward(Y, X),
-    )
-    yield "adaptive_max_pool2d", lambda: ours.adaptive_max_pool2d(x, 4), lambda: theirs.adaptive_max_pool2d(X, 4)
-    yield (
-        "adaptive_max_pool2d_backward",
-        lambda: ours.adaptive_max_pool2d_backward(y, at, shape),
-        lambda: aten.adaptive_max_pool2d_backward(Y, X, AT),
-    )
-    yield "max_unpool2d", lambda: ours.max_unpool2d(y, at, 2), lambda: theirs.max_unpool2d(Y, AT, 2)
-    flat = AT.flatten(2)
-    yield (
-        "max_unpool2d_backward",
-        lambda: ours.max_unpool2d_backward(x, at),
-        lambda: X.flatten(2).gather(2, flat).view(AT.shape),
-    )
+def _line(cells: tuple[str, ...]) -> str:
+    first, *others = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, WIDTHS, strict=True)))
+    return " ".join([first, *others])
 
 
-def _tiny_elementwise(torch, x: np.ndarray) -> Iterator[Pair]:
-    ours, theirs, aten = tilewise, torch.nn.functional, torch.ops.aten
-    c = np.ones(1, np.float32)
-    X, C, ZERO = tensors(torch, x, c, np.zeros((), np.float32))
-    mean, var = np.zeros(1, np.float32), np.ones(1, np.float32)
-    MEAN, VAR = tensors(torch, mean.copy(), var.copy())
-    for training in (False, True):
+def _summary(results: list[Result]) -> Iterator[tuple[str, ...]]:
+    for name in dict.fromkeys(family(r.case) for r in results):
+        some = [r for r in results if family(r.case) == name]
+        worst = min(some, key=lambda r: r.ratio)
+        last = [r.ratio_last for r in some if r.ratio_last]
         yield (
-            f"batch_norm {'training' if training else 'inference'}",
-            lambda t=training: ours.batch_norm(x, mean, var, c, c, t),
-            lambda t=training: theirs.batch_norm(X, MEAN, VAR, C, C, t),
-        )
-    yield (
-        "batch_norm_backward",
-        lambda: ours.batch_norm_backward(x, x, c, c, c),
-        lambda: aten.native_batch_norm_backward(X, X, C, C, C, C, C, True, 1e-5, [True, True, True]),
-    )
-    for name in ("relu", "leaky_relu", "sigmoid", "tanh", "softmax", "log_softmax"):
-        options = (-1,) if "softmax" in name else ()
-        mine, other = getattr(ours, name), getattr(torch if name in ("relu", "sigmoid", "tanh") else theirs, name)
-        yield name, lambda f=mine, o=options: f(x, *o), lambda f=other, o=options: f(X, *o)
-    yield "relu_backward", lambda: ours.relu_backward(x, x), lambda: aten.threshold_backward(X, X, 0)
-    yield (
-        "leaky_relu_backward",
-        lambda: ours.leaky_relu_backward(x, x),
-        lambda: aten.leaky_relu_backward(X, X, 0.01, True),
-    )
-    yield "sigmoid_backward", lambda: ours.sigmoid_backward(x, x), lambda: aten.sigmoid_backward(X, X)
-    yield "tanh_backward", lambda: ours.tanh_backward(x, x), lambda: aten.tanh_backward(X, X)
-    for name in ("softmax", "log_softmax"):
-        mine, other = getattr(ours, f"{name}_backward"), getattr(aten, f"_{name}_backward_data")
-        yield f"{name}_backward", lambda f=mine: f(x, x, -1), lambda f=other: f(X, X, -1, torch.float32)
-    yield "step", lambda: ours.step(x), lambda: torch.heaviside(X, ZERO)
-    yield "sign", lambda: ours.sign(x), lambda: torch.sign(X)
+            name, str(len(some)), f"{geometric_mean(r.ratio for r in some):.2f}", f"{worst.ratio:.2f}",
+            f"{worst.case.layer} batch {worst.case.batch}",
+            f"{geometric_mean(last):.2f}" if last else "", f"{min(last):.2f}" if last else "",
+        )  # fmt: skip
+
+
+def _save(results: list[Result], path: Path) -> None:
+    records = [
+        {"op": r.case.op, "layer": r.case.layer, "shape": r.case.shape, "threads": r.threads, "ratio": r.ratio}
+        | {"seconds": r.seconds}
+        for r in results
+    ]
+    text = json.dumps(report.machine() | {"command": "make bench-peers", "peers": records}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ import numpy as np
 
 import tilewise
 
-from . import cases, peers, report, table
+from . import cases, report, table, tiny_calls
 from .timing import measure, prepared
 
 HEADER = ("what", "ours", "peer", "peer's", "ours / peer", "wanted", "")
@@ -84,7 +84,7 @@ def _conv2d(torch) -> Iterator[tuple[str, ...]]:
     arguments, options = case.arguments(np.random.default_rng(0), np.float32)
     engines: dict[str, Callable] = {"ours": lambda: tilewise.conv2d(*arguments, **options)}
     if torch:
-        x, w, b = peers.tensors(torch, *arguments)
+        x, w, b = tiny_calls.tensors(torch, *arguments)
         last = [t.contiguous(memory_format=torch.channels_last) for t in (x, w)]
         engines["torch NCHW"] = lambda: torch.nn.functional.conv2d(x, w, b, **options)
         engines["torch channels_last"] = lambda: torch.nn.functional.conv2d(*last, b, **options)
@@ -114,7 +114,7 @@ def _max_pool() -> Iterator[tuple[str, ...]]:
 
 
 def _call_costs(torch) -> Iterator[tuple[str, ...]]:
-    for what, ours, theirs in peers.tiny_calls(torch):
+    for what, ours, theirs in tiny_calls.tiny_calls(torch):
         ours()
         theirs()
         times = measure({"ours": ours, "theirs": theirs}, seconds=0.2)
