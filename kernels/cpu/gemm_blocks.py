@@ -40,7 +40,7 @@ def clear_lanes(array, start, count):
 def make_pack_left(height):
     """The packing of A for register tiles of `height` rows."""
 
-    @device()
+    @device(allocates=True)
     def pack_left(a, start, row_step, column_step, rows, depth, panels, panels_start):
         """Pack a rows x depth block of A, element (i, k) at a[start + i * row_step + k * column_step], into panels.
 
@@ -127,7 +127,7 @@ def pack_right_panel(b, start, row_step, column_step, depth, columns, panel, tar
                 panel[target + k * count + j] = value
 
 
-@device()
+@device(allocates=True)
 def _pack_right_transposed(b, start, column_step, depth, columns, panel, target):
     width = lanes(b)
     count = NV * width
@@ -208,7 +208,7 @@ def finish_rows(c, start, c_step, rows, columns, bias, bias_start, activation):
             activate_row(c, row, columns, activation)
 
 
-@device()
+@device(allocates=True)
 def _row_chunk(
     a, a_start, a_row, a_column, panels_b, c, c_start, c_step, rows, columns, k0, depth, whole, bias, j0, activation
 ):
@@ -259,7 +259,7 @@ def _multiply(a, a_start, a_row, a_column, b, b_start, b_row, b_column, c, c_sta
                     )
 
 
-_multiply_one = device()(_multiply)
+_multiply_one = device(allocates=True)(_multiply)
 
 # C = activation(A B + bias) for one matrix, rows split over threads.
 multiply = kernel()(_multiply)

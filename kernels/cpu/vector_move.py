@@ -107,10 +107,7 @@ def prefetch(typingctx, pointer):
     signature = types.void(pointer)
 
     def codegen(context, builder, signature, args):
-        place = builder.bitcast(args[0], ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, _I32(0), _I32(3), _I32(1)])  # read, keep in all levels, data
+        _Emitter(builder, signature.args[0].dtype).prefetch(args[0], 3)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -162,14 +159,16 @@ def _transposed(emit, values):
     """The transpose of a square of vectors.
 
     With element (r, c) numbered by the bits r, then c, interleaving vector i with vector i + half rotates the number by
-    one bit; after log2(lanes) rounds the bits of r and c have changed places.
+    one bit; after log2(lanes) rounds the bits of r and c have changed places. With fewer rows, a power of two, as many
+    rounds as r has bits bring r to the end: the numbers then count (c, r).
     """
     count, half = emit.lanes, emit.lanes // 2
     numbers = ir.VectorType(_I32, count)
     lower = ir.Constant(numbers, [i // 2 + (count if i % 2 else 0) for i in range(count)])
     upper = ir.Constant(numbers, [half + i // 2 + (count if i % 2 else 0) for i in range(count)])
-    for _ in range(count.bit_length() - 1):
-        pairs = [(values[i], values[i + half]) for i in range(half)]
+    apart = len(values) // 2
+    for _ in range(len(values).bit_length() - 1):
+        pairs = [(values[i], values[i + apart]) for i in range(apart)]
         values = [emit.builder.shuffle_vector(a, b, order) for a, b in pairs for order in (lower, upper)]
     return values
 
@@ -186,3 +185,23 @@ def _store_columns(emit, columns, target, first, height, step, used):
         emit.masked_store(value, target, _I64(k * step + first), within)
     builder.branch(end)
     builder.position_at_end(end)
+
+
+@intrinsic(prefer_literal=True)
+def transpose_rows(typingctx, rows, target, source, row_step):
+    """target[k * rows + r] = source[r * row_step + k] for r < rows and one vector's length of k, without masks.
+
+    rows: a literal, a power of two.
+    """
+    count = _literal(rows)
+    signature = types.void(rows, target, source, types.intp)
+
+    def codegen(context, builder, signature, args):
+        _, target, source, row_step = args
+        emit = _Emitter(builder, signature.args[1].dtype)
+        values = [emit.load(source, builder.mul(row_step, _I64(r))) for r in range(count)]
+        for i, value in enumerate(_transposed(emit, values)):
+            emit.store(value, target, _I64(i * emit.lanes))
+        return context.get_dummy_value()
+
+    return signature, codegen
