@@ -29,7 +29,6 @@ _KERNELS = {
     ("NCHW", "winograd"): conv_winograd.convolve,
     ("NCHW", "direct"): conv_direct.rows_nchw,
     ("NCHW", "depthwise"): conv_direct.rows_nchw,
-    ("NHWC", "gemm"): conv_nhwc.convolve,
     ("NHWC", "direct"): conv_direct.definition_nhwc,
     ("NHWC", "depthwise"): conv_direct.depthwise_nhwc,
 }
@@ -158,27 +157,34 @@ class _Pass:
 
 
 class _ImplicitProduct:
-    """One NCHW convolution by `conv_nchw.convolve`; arguments as `_Pass`."""
+    """One convolution by `conv_nchw.convolve` or `conv_nhwc.convolve`; arguments as `_Pass`."""
 
     __slots__ = ("kernel", "plan")
 
-    def __init__(self, x, weight, y, dtype, taps, stride, grid, groups, activation):
+    def __init__(self, x, weight, y, dtype, taps, stride, grid, groups, layout, activation):
         outputs, channels = weight[0] // groups, weight[1]
-        height, width = y[2:]
         first_row, first_column, row_step, column_step, oh, ow = grid
-        y_steps = (first_row * width + first_column, height * width, row_step * width, column_step)
-        shape = (x[0], channels, *x[2:])
-        itemsize = dtype.itemsize
-        self.plan = conv_nchw.plan(shape, outputs, taps, stride, (oh, ow), y_steps, groups, itemsize, activation)
-        self.kernel = conv_nchw.convolve.sized(2 * x[0] * prod(weight) * oh * ow * _COST["gemm"])
+        n, size, (height, width) = x[0], _image_size(x, layout), _image_size(y, layout)
+        if layout == "NCHW":
+            steps = (first_row * width + first_column, height * width, row_step * width, column_step)
+            shape = (n, channels, *size)
+            itemsize = dtype.itemsize
+            self.plan = conv_nchw.plan(shape, outputs, taps, stride, (oh, ow), steps, groups, itemsize, activation)
+        else:
+            pixel = weight[0]
+            start = (first_row * width + first_column) * pixel
+            steps = (start, height * width * pixel, row_step * width * pixel, column_step * pixel)
+            self.plan = conv_nhwc.plan((n, *size, channels), outputs, taps, stride, (oh, ow), steps, groups, activation)
+        function = conv_nchw.convolve if layout == "NCHW" else conv_nhwc.convolve
+        self.kernel = function.sized(2 * n * prod(weight) * oh * ow * _COST["gemm"])
 
     def __call__(self, x, weight, y, bias):
         self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, _NO_BIAS[x.dtype], *self.plan)
 
 
 def _prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algorithm, activation=0):
-    if (layout, algorithm) == ("NCHW", "gemm"):
-        return _ImplicitProduct(x, weight, y, dtype, taps, stride, grid, groups, activation)
+    if algorithm == "gemm":
+        return _ImplicitProduct(x, weight, y, dtype, taps, stride, grid, groups, layout, activation)
     return _Pass(x, weight, y, taps, stride, grid, groups, layout, algorithm, activation)
 
 
@@ -290,7 +296,7 @@ def prepare_conv2d_backward(shapes, dtype, *, stride, padding, dilation, groups,
     no_bias = _NO_BIAS[dtype]
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
     to_x = _TransposedConvolution(grad, weight, x, dtype, **options) if "x" in needs else None
-    to_weight = _prepare_weight_gradient(grad, x, weight, **options) if "weight" in needs else None
+    to_weight = _prepare_weight_gradient(grad, x, weight, dtype, **options) if "weight" in needs else None
     to_bias = _bias_gradient if "bias" in needs else None
 
     def run(grad, x, weight):
@@ -309,30 +315,34 @@ def conv2d_backward(grad, x, weight, *, stride, padding, dilation, groups, layou
     return prepare_conv2d_backward(shapes, x.dtype, needs=needs, **options)(grad, x, weight)
 
 
-def _prepare_weight_gradient(grad, x, weight, *, stride, padding, dilation, groups, layout):
+def _prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilation, groups, layout):
     all_outputs, channels, kh, kw = weight
     if prod(grad) == 0 or prod(x) == 0:
         return lambda grad, x: np.zeros(weight, x.dtype)
-    h, w = _image_size(x, layout)
     taps = _tap_offsets((kh, kw), dilation, padding)
-    head = (x[0], groups, channels, h, w, all_outputs // groups, *taps, *stride, *_image_size(grad, layout))
+    size, grid, outputs = _image_size(x, layout), _image_size(grad, layout), all_outputs // groups
     flops = 2 * prod(grad) * channels * kh * kw
+    if groups > 1 and channels == 1 and layout == "NCHW":
+        head = (x[0], groups, channels, *size, outputs, *taps, *stride, *grid)
+
+        def run_depthwise(grad, x):
+            result = np.empty(weight, x.dtype)
+            function = conv_direct.depthwise_weight_gradient_nchw
+            function(flops * _COST["depthwise"], x.ravel(), grad.ravel(), *head, result.ravel())
+            return result
+
+        return run_depthwise
     if layout == "NHWC":
-
-        def run_nhwc(grad, x):
-            by_tap = np.empty((all_outputs, kh * kw, channels), x.dtype)
-            arrays = (x.ravel(), grad.ravel())
-            conv_weight.weight_gradient_nhwc(flops * _COST["gemm"], *arrays, *head, by_tap.ravel())
-            return np.ascontiguousarray(by_tap.swapaxes(1, 2)).reshape(weight)
-
-        return run_nhwc
-    depthwise = groups > 1 and channels == 1
-    function = conv_direct.depthwise_weight_gradient_nchw if depthwise else conv_weight.weight_gradient_nchw
-    work = flops * _COST["depthwise" if depthwise else "gemm"]
+        plan = conv_weight.plan_nhwc((x[0], *size, channels), outputs, taps, stride, grid, groups)
+        function = conv_weight.weight_gradient_nhwc
+    else:
+        plan = conv_weight.plan_nchw((x[0], channels, *size), outputs, taps, stride, grid, groups, dtype.itemsize)
+        function = conv_weight.weight_gradient_nchw
+    function = function.sized(flops * _COST["gemm"])
 
     def run(grad, x):
-        result = np.empty(weight, x.dtype)
-        function(work, x.ravel(), grad.ravel(), *head, result.ravel())
+        result = np.empty(weight, dtype)
+        function(x.ravel(), grad.ravel(), result.ravel(), *plan)
         return result
 
     return run
@@ -378,7 +388,7 @@ def prepare_conv_transpose2d_backward(
     grad, x, weight = shapes
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
     to_x = _prepare_input_gradient(grad, x, weight, dtype, **options) if "x" in needs else None
-    to_weight = _prepare_weight_gradient(x, grad, weight, **options) if "weight" in needs else None
+    to_weight = _prepare_weight_gradient(x, grad, weight, dtype, **options) if "weight" in needs else None
     to_bias = _bias_gradient if "bias" in needs else None
 
     def run(grad, x, weight):

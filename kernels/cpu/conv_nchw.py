@@ -50,11 +50,12 @@ IN_PLACE_BYTES = 32 << 10
 PLANE_BYTES = 64 << 10
 
 
-def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation):
+def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, blocks=None):
     """(geometry, offsets, phases) for `convolve`.
 
     x: (n, channels a group, h, w). outputs: a group. taps: the taps' offsets in x, rows and columns. grid: rows and
-    columns of output pixels. y_steps: (start, plane, row step, column step) of y.
+    columns of output pixels. y_steps: (start, plane, row step, column step) of y. blocks: (channels, output rows) of a
+    block, where the caller chooses.
     """
     n, channels, h, w = x
     oh, ow = grid
@@ -67,8 +68,12 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation):
     whole = channels * n_taps
     block = channels if whole <= WHOLE_DEPTH else max(1, DEPTH // n_taps)
     lane = lane_count(itemsize)
+    if blocks:
+        block = blocks[0]
     row_bytes = block * len(used) * pitch * itemsize
     block_rows, images, splits = _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes)
+    if blocks:
+        block_rows, images = blocks[1], 1
     plane = (block_rows + extra_rows) * pitch * images
     offsets = _offsets(block, parts, used, plane, pitch)
     phases = np.array([_phase(r + lows[0], s + lows[1], stride[1], w, pitch) for r, s in used], np.int64).ravel()
@@ -172,7 +177,7 @@ def _copy_plane_row(x, base, h, w, row, stride_w, phases, phase, pitch, planes, 
 
 
 @device()
-def _copy_planes(x, base, image_step, images, channels, row0, rows, geometry, phases, planes):
+def copy_planes(x, base, image_step, images, channels, row0, rows, geometry, phases, planes):
     """planes[(c * phases + phase) * plane + (image * rows + i) * pitch + j]; `rows` with those that taps add."""
     h, w, stride_h, stride_w = geometry[3], geometry[4], geometry[8], geometry[9]
     n_phases, pitch, plane, flat = geometry[11], geometry[13], geometry[18], geometry[19]
@@ -319,7 +324,7 @@ def _block(
             source, start_source, table = x, channel + row0 * pitch, block * n_taps
         else:
             source, start_source, table = planes, 0, 0
-            _copy_planes(x, channel, image_step, images, some, row0, rows + extra_rows, geometry, phases, planes)
+            copy_planes(x, channel, image_step, images, some, row0, rows + extra_rows, geometry, phases, planes)
         left = start + c0 * n_taps * padded + first * depth
         last = c0 + some == channels
         for panel in range(n_panels):

@@ -2,209 +2,285 @@
 
 For one group, with k running over (tap row, tap column, channel):
 
-    y[pixel, o] = sum over k of rows[pixel, k] * weight[k, o]
+    y[pixel, o] = sum over k of x[pixel's row and column shifted by the tap, channel] * weight[k, o]
 
-A pixel's channels are contiguous in x, and where the groups do not come between, so are the taps of one tap row: a
-segment. Panels of MR pixels are packed segment by segment by transposing squares of vectors in registers; the part of a
-segment that lies in the padding is masked off. Pixels are numbered through the whole batch, so small images waste
-nothing. Each chunk owns a block of pixels with all outputs of one group.
+A pixel's channels are neighbours in x, and where no groups come between, so are the channels of a tap row: a piece. The
+product reads x where it lies: row i of a register tile starts at its pixel, and the pieces at fixed distances from
+there (`row_product`), so neither columns nor panels of x are ever packed. Only where there is padding, a block of rows
+is copied first, with the padding as zeros. The weights are packed once a call, (k, o) in panels of NR outputs.
+
+Each chunk owns a block of rows of one image (or a few small images) with all outputs of one group; a panel of
+weights, cut into steps of about DEPTH, stays in L1 while all its pixels pass by.
 """
+
+from math import ceil
 
 import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.epilogue import activate_row
-from tilewise.kernels.cpu.gemm_blocks import multiply_rows
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.micro_kernels import row_product, row_product_to
+from tilewise.kernels.cpu.row_moves import clear_row, copy_row, finish_row, gather_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
-from tilewise.kernels.cpu.vector_move import transpose_block
+from tilewise.kernels.cpu.vector_move import transpose_square_to
 
-# Steps k per block and panels of MR pixels per block of work: 256 * 14 * 4 = 14 KB a panel in L1, 115 KB a block in L2.
-DEPTH = 256
-PANELS = 8
+# Steps k whose weights for NR outputs stay in L1: 192 * 32 * 4 = 25 KB.
+DEPTH = 192
+# Pixels a block: their sums for one panel of outputs are 224 * 32 * 4 = 29 KB.
+BLOCK_PIXELS = 16 * MR
+CHUNKS = 8
 
 
-@device()
-def pack_weight(weight, start, outputs, channels, taps, k0, depth, panels, target):
-    """Rows k0 .. k0 + depth of the weights of one group, k running over (tap, channel), into panels of NR outputs.
+def plan(x, outputs, taps, stride, grid, y_steps, groups, activation):
+    """(geometry, starts, parts, order) for `convolve`.
 
-    weight[start + (o * channels + c) * taps + t]; panels[target + (o // NR) * NR * depth + (k - k0) * NR + o % NR].
+    x: (n, h, w, channels a group). outputs: a group. taps: the taps' offsets in x, rows and columns. grid: rows and
+    columns of output pixels. y_steps: (start, image step, row step, column step) of y.
+    starts: where the pieces begin, seen from the pixel's first tap. parts: (first piece, pieces, length, first step)
+    for each visit of the product. order[c * taps + t] = the step k of that weight.
     """
-    width = NV * lanes(weight)
-    for first in range(0, outputs, width):
-        base = target + first * depth
-        for k in range(depth):
-            tap = (k0 + k) // channels
-            c = (k0 + k) - tap * channels
-            source = start + (first * channels + c) * taps + tap
-            some = min(width, outputs - first)
-            for o in range(some):
-                panels[base + k * width + o] = weight[source + o * channels * taps]
-            for o in range(some, width):
-                panels[base + k * width + o] = 0
+    n, h, w, channels = x
+    oh, ow = grid
+    lows, highs = [int(t.min()) for t in taps], [int(t.max()) for t in taps]
+    spans = [high - low for low, high in zip(lows, highs, strict=True)]
+    rows, images = _blocks(n, groups, oh, ow)
+    inside = [
+        low >= 0 and (count - 1) * s + high < size
+        for low, high, count, s, size in zip(lows, highs, grid, stride, (h, w), strict=True)
+    ]
+    in_place = all(inside)
+    pixel = groups * channels if in_place else channels
+    pitch = (w if in_place else (ow - 1) * stride[1] + spans[1] + 1) * pixel
+    joined = taps[1].size > 1 and spans[1] == taps[1].size - 1 and pixel == channels
+    starts, parts = _parts(taps, lows, channels, pixel, pitch, joined)
+    if in_place:  # the first tap may lie inside the image
+        starts = starts + lows[0] * pitch + lows[1] * pixel
+    n_taps = taps[0].size * taps[1].size
+    order = (np.arange(n_taps)[None, :] * channels + np.arange(channels)[:, None]).ravel()
+    geometry = np.array(
+        [n, groups, channels, h, w, outputs, oh, ow, *stride, n_taps, *lows, spans[0], rows, images, pixel, pitch,
+         in_place, *y_steps, activation],
+        np.int64,
+    )  # fmt: skip
+    return geometry, starts, parts, order
 
 
-@device()
-def locate_pixels(first, count, total, oh, ow, stride_h, stride_w, where):
-    """where[i] = (image, first input row, first input column) of pixel first + i; image -1 beyond the last pixel."""
-    for i in range(count):
-        pixel = first + i
-        image = pixel // (oh * ow)
-        row = (pixel - image * oh * ow) // ow
-        where[i, 0] = image if pixel < total else -1
-        where[i, 1] = row * stride_h
-        where[i, 2] = (pixel - image * oh * ow - row * ow) * stride_w
+def _blocks(n, groups, oh, ow):
+    """(output rows a block, images a block); fixed by the problem."""
+    images = max(1, min(n, BLOCK_PIXELS // (oh * ow), n * groups // CHUNKS))
+    rows = min(oh, max(1, BLOCK_PIXELS // ow)) if images == 1 else oh
+    while rows > 1 and n * groups * ceil(oh / rows) < CHUNKS and rows * ow > 2 * MR:
+        rows = ceil(rows / 2)
+    return ceil(oh / ceil(oh / rows)), images
 
 
-@device()
-def _segment_bounds(where, row_offset, column_offset, taps, step, h, w, channels, offsets, lows, highs):
-    """For each of MR pixels: where the segment begins in x, and which part of it lies inside the image."""
-    for r in range(MR):
-        row = where[r, 1] + row_offset
-        column = where[r, 2] + column_offset
-        offsets[r] = ((where[r, 0] * h + row) * w + column) * channels
-        inside = where[r, 0] >= 0 and row >= 0 and row < h
-        lows[r] = max(0, -column) * step if taps > 1 else (0 if column >= 0 else step)
-        highs[r] = min(taps, w - column) * step if inside else 0
-
-
-@device()
-def gather_rows(
-    x, first_channel, h, w, all_channels, channels, tap_rows, tap_columns, joined, where, k0, depth, offsets, lows,
-    highs,
-    panel, target,
-):  # fmt: skip
-    """panel[target + (k - k0) * MR + r] for MR pixels and k0 <= k < k0 + depth.
-
-    joined: all taps of a tap row are one segment (dilation 1, one group); else each tap is its own.
-    """
-    width = lanes(x)
-    segment_taps = tap_columns.size if joined else 1
-    length = segment_taps * channels
-    per_row = tap_columns.size // segment_taps
-    segment = k0 // length
-    while segment * length < k0 + depth:
-        row = segment // per_row
-        column_offset = tap_columns[(segment - row * per_row) * segment_taps]
-        _segment_bounds(
-            where, tap_rows[row], column_offset, segment_taps, channels, h, w, all_channels, offsets, lows, highs
-        )
-        begin = max(k0 - segment * length, 0)
-        end = min(length, k0 + depth - segment * length)
-        for k in range(begin, end, width):
-            transpose_block(
-                MR,
-                address(panel, target + (segment * length + k - k0) * MR),
-                address(x, first_channel),
-                address(offsets, 0),
-                address(lows, 0),
-                address(highs, 0),
-                k,
-                end - k,
-            )
-        segment += 1
-
-
-@device()
-def _finish(c, c_start, c_step, pixels, outputs, bias, bias_start, activation):
-    for p in range(pixels):
-        row = c_start + p * c_step
-        if bias.size > 0:
-            for o in range(outputs):
-                c[row + o] += bias[bias_start + o]
-        if activation != 0:
-            activate_row(c, row, outputs, activation)
-
-
-@device()
-def _scatter(block, first, pixels, oh, ow, outputs, y, y_start, image_step, row_step, column_step):
-    for p in range(pixels):
-        image = (first + p) // (oh * ow)
-        rest = (first + p) - image * oh * ow
-        row = rest // ow
-        target = y_start + image * image_step + row * row_step + (rest - row * ow) * column_step
-        for o in range(outputs):
-            y[target + o] = block[p * outputs + o]
+def _parts(taps, lows, channels, pixel, pitch, joined):
+    """The pieces of a pixel's window, grouped into visits of equal pieces with at most about DEPTH steps."""
+    rows = [(int(t) - lows[0]) * pitch for t in taps[0]]
+    columns = [(int(t) - lows[1]) * pixel for t in taps[1]]
+    length = channels
+    if joined:
+        columns, length = columns[:1], channels * len(columns)
+    cuts = ceil(length / DEPTH)
+    size = ceil(length / cuts)
+    pieces = [
+        (row + column + first, min(size, length - first))
+        for row in rows
+        for column in columns
+        for first in range(0, length, size)
+    ]
+    parts, step = [], 0
+    for i, (_, count) in enumerate(pieces):
+        if parts and parts[-1][2] == count and (parts[-1][1] + 1) * count <= DEPTH:
+            parts[-1][1] += 1
+        else:
+            parts.append([i, 1, count, step])
+        step += count
+    return np.array([start for start, _ in pieces], np.int64), np.array(parts, np.int64)
 
 
 @device(allocates=True)
-def _pixel_block(
-    x, first_channel, h, w, all_channels, channels, panels_b, outputs, tap_rows, tap_columns, joined, stride_h,
-    stride_w,
-    first, pixels, total, oh, ow, y, y_start, image_step, row_step, column_step, bias, bias_start, activation,
+def pack_weight(weight, start, outputs, depth, order, panels, target):
+    """panels[target + o // NR * NR * depth + order[k] * NR + o % NR] = weight[start + o * depth + k]; 0 beyond."""
+    width = lanes(weight)
+    places = np.empty(depth, np.int64)
+    for k in range(depth):
+        places[k] = order[k] * NV * width
+    for first in range(0, outputs, width):
+        panel = target + first // (NV * width) * NV * width * depth + first % (NV * width)
+        source = start + first * depth
+        if first + width <= outputs and depth >= width:
+            for k in range(0, depth, width):
+                at = min(k, depth - width)  # the last square overlaps the one before
+                transpose_square_to(address(panels, panel), address(places, at), address(weight, source + at), depth)
+            continue
+        for k in range(depth):
+            clear_row(address(panels, panel + places[k]), width)
+            for r in range(min(width, outputs - first)):
+                panels[panel + places[k] + r] = weight[source + r * depth + k]
+    last = ((outputs + width - 1) // width) * width
+    if last % (NV * width):  # the rest of the last panel
+        panel = target + last // (NV * width) * NV * width * depth
+        for k in range(depth):
+            clear_row(address(panels, panel + k * NV * width + last % (NV * width)), NV * width - last % (NV * width))
+
+
+@device()
+def copy_padded(x, image, g, images, row0, rows, geometry, padded):
+    """padded[(b * rows + i) * pitch + j * channels + c]: the rows that a block needs, the padding as zeros."""
+    groups, channels, h, w = geometry[1], geometry[2], geometry[3], geometry[4]
+    first_row, first_column = row0 * geometry[8] + geometry[11], geometry[12]
+    pitch = geometry[17]
+    count = pitch // channels
+    left = min(count, max(0, -first_column))
+    some = max(0, min(count, w - first_column) - left)
+    for line in range(images * rows):
+        b = line // rows
+        row = first_row + line - b * rows
+        target = line * pitch
+        if row < 0 or row >= h or some == 0:
+            clear_row(address(padded, target), pitch)
+            continue
+        source = (((image + b) * h + row) * w + first_column + left) * groups * channels + g * channels
+        if left > 0:
+            clear_row(address(padded, target), left * channels)
+        target += left * channels
+        if groups == 1:
+            if source + some * channels + lanes(x) > x.size:
+                gather_row(address(padded, target), address(x, source), some * channels, 1)
+            else:
+                copy_row(1, address(padded, target), address(x, source), some * channels)
+        else:
+            for j in range(some):
+                for c in range(channels):
+                    padded[target + j * channels + c] = x[source + j * groups * channels + c]
+        if left + some < count:
+            clear_row(address(padded, target + some * channels), (count - left - some) * channels)
+
+
+@device()
+def _locate_pixels(image, images, row0, rows, rows_in, geometry, bases, places):
+    """Where each pixel's first tap lies in the padded rows (or in x), and its outputs in y; returns how many."""
+    h, ow, stride_h, stride_w = geometry[3], geometry[7], geometry[8], geometry[9]
+    pixel, pitch, in_place = geometry[16], geometry[17], geometry[18]
+    n = 0
+    for b in range(images):
+        for i in range(rows):
+            start = (b * rows_in + i * stride_h) * pitch
+            if in_place:
+                start = ((image + b) * h + (row0 + i) * stride_h) * pitch
+            where = geometry[19] + (image + b) * geometry[20] + (row0 + i) * geometry[21]
+            for j in range(ow):
+                bases[n] = start + j * stride_w * pixel
+                places[n] = where + j * geometry[22]
+                n += 1
+    # the last tile computes on; any pixel will do
+    for i in range(n, ((n + MR - 1) // MR) * MR):
+        bases[i] = bases[0]
+    return n
+
+
+@device()
+def _multiply(
+    a, bases, first, starts, parts, part, panels, panel, sums, last, y, places, used, columns, bias, o, relu
 ):  # fmt: skip
+    """One register tile: pixels from `first` on, one panel of outputs, one visit's steps."""
+    width = NV * lanes(a)
+    begin, pieces, length = parts[part, 0], parts[part, 1], parts[part, 2]
+    left, rows, offsets = address(a, 0), address(bases, first), address(starts, begin)
+    right, c = address(panels, panel + parts[part, 3] * width), address(sums, first * width)
+    more = 1 if part > 0 else 0
+    if not last:
+        row_product(MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more)
+        return
+    has_bias = 1 if bias.size > 0 else 0
+    shift = address(bias, o if has_bias else 0)
+    to, where = address(y, o), address(places, first)
+    if columns > lanes(a):
+        row_product_to(
+            MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more, to, where, used, columns,
+            shift, has_bias, relu,
+        )  # fmt: skip
+    else:
+        row_product_to(
+            MR, 1, left, rows, 1, offsets, pieces, length, right, width, c, width, more, to, where, used, columns,
+            shift, has_bias, relu,
+        )  # fmt: skip
+
+
+@device()
+def _finish(y, places, n, first, outputs, extra, code):
+    """What the register tiles leave: a summand, and activations but relu."""
+    for p in range(n):
+        where = places[p] + first
+        if extra.size > 0:
+            row = address(y, where)
+            finish_row(row, row, outputs, y.dtype.type(0), 1 if code == 1 else 0, address(extra, where), 1)
+        if code > 1:
+            activate_row(y, where, outputs, code)
+
+
+@device(allocates=True)
+def _block(
+    x, image, images, g, row0, rows, panels, geometry, starts, parts, y, bias, extra
+):  # fmt: skip
+    outputs, stride_h, span, pitch = geometry[5], geometry[8], geometry[13], geometry[17]
+    in_place, code = geometry[18], geometry[23]
+    depth = geometry[2] * geometry[10]
     width = NV * lanes(x)
-    padded = ((outputs + width - 1) // width) * width
-    whole = channels * tap_rows.size * tap_columns.size
-    count = (pixels + MR - 1) // MR
-    panels_a = scratch(count * MR * min(DEPTH, whole), x)
-    where = np.empty((count * MR, 3), np.int64)
-    offsets, lows, highs = np.empty(MR, np.int64), np.empty(MR, np.int64), np.empty(MR, np.int64)
-    locate_pixels(first, count * MR, total, oh, ow, stride_h, stride_w, where)
-    in_order = row_step == ow * column_step and image_step == oh * row_step
-    block = y if in_order else scratch(pixels * outputs, y)
-    c_start = y_start + first * column_step if in_order else 0
-    c_step = column_step if in_order else outputs
-    for k0 in range(0, whole, DEPTH):
-        depth = min(DEPTH, whole - k0)
-        for i in range(count):
-            gather_rows(
-                x, first_channel, h, w, all_channels, channels, tap_rows, tap_columns, joined,
-                where[i * MR : (i + 1) * MR],
-                k0, depth, offsets, lows, highs, panels_a, i * MR * depth,
-            )  # fmt: skip
-        multiply_rows(
-            panels_a, pixels, panels_b[k0 * padded :], outputs, depth, block, c_start, c_step, 1 if k0 > 0 else 0
-        )
-    _finish(block, c_start, c_step, pixels, outputs, bias, bias_start, activation)
-    if not in_order:
-        _scatter(block, first, pixels, oh, ow, outputs, y, y_start, image_step, row_step, column_step)
+    rows_in = (rows - 1) * stride_h + span + 1
+    padded = scratch(1 if in_place else images * rows_in * pitch, x)
+    if in_place:
+        a, base = x, g * geometry[2]
+    else:
+        copy_padded(x, image, g, images, row0, rows_in, geometry, padded)
+        a, base = padded, 0
+    most = images * rows * geometry[7] + MR
+    bases, places = np.empty(most, np.int64), np.empty(most, np.int64)
+    pixels = _locate_pixels(image, images, row0, rows, rows_in, geometry, bases, places)
+    if base > 0:
+        for i in range(most):
+            bases[i] += base
+    n_parts = parts.shape[0]
+    sums = scratch(most * width, x)
+    relu = 1 if code == 1 and extra.size == 0 else 0
+    for o in range(0, outputs, width):
+        for part in range(n_parts):
+            for first in range(0, pixels, MR):
+                _multiply(
+                    a, bases, first, starts, parts, part, panels, (g * ((outputs + width - 1) // width) * width + o)
+                    * depth, sums, part == n_parts - 1, y, places, pixels - first, outputs - o, bias,
+                    g * outputs + o, relu,
+                )  # fmt: skip
+    if code > 1 or extra.size > 0:
+        _finish(y, places, pixels, g * outputs, outputs, extra, code)
 
 
 @kernel()
-def convolve(
-    x, n, groups, channels, h, w, weight, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
-    y, y_start, image_step, row_step, column_step, bias, activation,
-):  # fmt: skip
-    """y = activation(convolution(x, weight) + bias) for n images.
+def convolve(x, weight, y, bias, extra, geometry, starts, parts, order):
+    """y = activation(convolution(x, weight) + bias + extra), all arrays flat, for a `plan`.
 
-    channels, outputs: per group. weight: (groups * outputs, channels, taps), flat, as in NCHW. oh, ow: the grid of
-    output pixels; output o of group g at pixel (i, j) of image b is y[b * image_step + y_start + i * row_step + j *
-    column_step + g * outputs + o]. tap_rows, tap_columns: tap (r, s) of pixel (i, j) is x[i * stride_h + tap_rows[r],
-    j * stride_w + tap_columns[s]].
+    weight: (groups * outputs, channels, taps), as in NCHW. Output o of group g at pixel (i, j) of image b is y[start +
+    b * image step + i * row step + j * column step + g * outputs + o]. extra: empty, or laid out as y.
     """
+    n, groups, outputs, oh = geometry[0], geometry[1], geometry[5], geometry[6]
+    rows, images = geometry[14], geometry[15]
+    depth = geometry[2] * geometry[10]
     width = NV * lanes(x)
-    taps = tap_rows.size * tap_columns.size
-    whole = channels * taps
-    padded = ((outputs + width - 1) // width) * width
-    joined = (
-        groups == 1
-        and tap_columns.size > 1
-        and tap_columns[tap_columns.size - 1] - tap_columns[0] == (tap_columns.size - 1)
-    )
-    panels_b = scratch(groups * padded * whole, x)
-    blocks = (whole + DEPTH - 1) // DEPTH
-    for i in prange(groups * blocks):
-        g = i // blocks
-        k0 = (i - g * blocks) * DEPTH
-        pack_weight(
-            weight, g * outputs * whole, outputs, channels, taps, k0, min(DEPTH, whole - k0), panels_b,
-            g * padded * whole + k0 * padded,
-        )  # fmt: skip
-    total = n * oh * ow
-    # Blocks of equal size in whole panels; smaller ones where there would be too few for several threads.
-    block_pixels = PANELS * MR
-    while block_pixels > 2 * MR and (total + block_pixels - 1) // block_pixels * groups < 8:
-        block_pixels //= 2
-    block_pixels = ((block_pixels + MR - 1) // MR) * MR
-    pixel_blocks = (total + block_pixels - 1) // block_pixels
-    for chunk in prange(pixel_blocks * groups):
+    padded_outputs = ((outputs + width - 1) // width) * width
+    panels = scratch(groups * padded_outputs * depth, x)
+    for i in prange(groups * (padded_outputs // width)):
+        g = i // (padded_outputs // width)
+        o = (i - g * (padded_outputs // width)) * width
+        pack_weight(weight, (g * outputs + o) * depth, min(width, outputs - o), depth, order, panels, i * width * depth)
+    row_blocks, image_blocks = (oh + rows - 1) // rows, (n + images - 1) // images
+    for chunk in prange(image_blocks * row_blocks * groups):
         g = chunk % groups
-        first = (chunk // groups) * block_pixels
-        _pixel_block(
-            x, g * channels, h, w, groups * channels, channels, panels_b[g * padded * whole :], outputs,
-            tap_rows, tap_columns, joined, stride_h, stride_w,
-            first, min(block_pixels, total - first), total, oh, ow,
-            y, y_start + g * outputs, image_step, row_step, column_step, bias, g * outputs, activation,
+        row0 = chunk // groups % row_blocks * rows
+        image = chunk // (groups * row_blocks) * images
+        _block(
+            x, image, min(images, n - image), g, row0, min(rows, oh - row0), panels, geometry, starts, parts, y, bias,
+            extra,
         )  # fmt: skip

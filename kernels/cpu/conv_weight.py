@@ -1,94 +1,210 @@
 """The gradient of a convolution with respect to its weights: a matrix product that sums over pixels.
 
-    grad_weight[o, k] = sum over images and pixels of grad[o, pixel] * columns[k, pixel],   k = (channel, tap)
+    grad_weight[o, k] = sum over images and pixels of grad[o, pixel] * x[channel, the pixel shifted by the tap],
+    k = (channel, tap) in NCHW, (tap, channel) in NHWC
 
-The columns are gathered from x in blocks as in the forward pass (conv_nchw.py, conv_nhwc.py), never as a whole matrix.
-A chunk owns a block of k for all outputs of a group, so no two chunks add to the same weight; where that gives too few
-chunks for several threads, the images are split as well, each part adds up on its own, and the parts are added in
-order. The split follows from the problem's shape, so the bits do not depend on the number of threads.
+As in the forward pass, x is read where it lies, from phase planes (conv_nchw.py) or padded rows (conv_nhwc.py): the
+rows of a register tile are MR of the k, each with its own start, and the sum runs along rows of pixels. The vectors are
+outputs; grad is packed into panels of NR outputs, pixel by pixel (NCHW: transposed in registers).
+
+A chunk owns a block of k for all outputs of a group and adds up in scratch until its last pixel, so no two chunks add
+to the same weight; where that gives too few chunks for several threads, the blocks of pixels are split as well, each
+part adds up on its own, and the parts are added in order. The split follows from the problem's shape, so the bits do
+not depend on the number of threads.
 """
+
+from math import ceil
 
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.conv_columns import find_runs, gather_columns
-from tilewise.kernels.cpu.conv_nhwc import _segment_bounds, locate_pixels
-from tilewise.kernels.cpu.gemm_blocks import multiply_rows, pack_left, pack_right_panel
+from tilewise.kernels.cpu import conv_nchw, conv_nhwc
+from tilewise.kernels.cpu.conv_nchw import copy_planes
+from tilewise.kernels.cpu.conv_nhwc import copy_padded
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
+from tilewise.kernels.cpu.micro_kernels import row_product
+from tilewise.kernels.cpu.row_moves import clear_row, copy_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
-from tilewise.kernels.cpu.vector_move import add_scaled, copy_lanes
+from tilewise.kernels.cpu.vector_move import add_scaled, transpose_square_to
 
-# Steps k a chunk: 9 panels of 32, for 256 pixels 295 KB of columns, which L2 holds beside a panel of grad.
-WEIGHTS = 288
-PIXELS = 256
-# Parts of the batch that add up on their own: at most this many copies of the weights.
+# Pixels a block: a panel of grad is 224 * 32 * 4 = 29 KB, in L1 while all k pass by.
+PIXELS = 16 * MR
+# The sums of a chunk, in L2: k for all outputs of a group.
+SUMS = 1 << 16
+# Parts of the pixels that add up on their own: at most this many copies of the weights.
 MAX_PARTS = 8
+CHUNKS = 8
 
 
-@device()
-def count_parts(n, chunks):
-    """Into how many parts to split n images so that there are about 8 chunks."""
-    return max(1, min(n, MAX_PARTS, (8 + chunks - 1) // chunks))
+def plan_nchw(x, outputs, taps, stride, grid, groups, itemsize):
+    """(geometry, bases, phases, sizes) for `weight_gradient_nchw`; arguments as `conv_nchw.plan`.
+
+    sizes: (channels a block, rows a block, parts).
+    """
+    n, channels = x[:2]
+    n_taps = taps[0].size * taps[1].size
+    block = max(1, min(channels, SUMS // (ceil(outputs / MR) * MR * n_taps)))
+    block = ceil(channels / ceil(channels / block))
+    rows = max(1, min(grid[0], PIXELS // grid[1]))
+    parts = _count_parts(n * ceil(grid[0] / rows), groups * ceil(channels / block))
+    geometry, bases, phases = conv_nchw.plan(
+        x, outputs, taps, stride, grid, (0, 0, 0, 0), groups, itemsize, 0, blocks=(block, rows)
+    )
+    return geometry, bases[: block * n_taps], phases, np.array([block, rows, parts], np.int64)
 
 
-@device()
-def _columns_of_pixels(
-    x, base, h, w, some, tap_rows, tap_columns, stride_h, stride_w, p0, pixels, ow, runs, columns, panels_b
-):  # fmt: skip
-    """panels_b: pixels p0 .. p0 + pixels down, the k of `some` channels across, in panels of NR."""
-    width = lanes(x)
-    panel_width = NV * width
-    depth = some * tap_rows.size * tap_columns.size
-    for t in range(0, pixels, panel_width):
-        used = min(panel_width, pixels - t)
-        n_runs = find_runs(p0 + t, used, width, NV if used > width else 1, ow, runs)
-        gather_columns(
-            x, base, h, w, some, tap_rows, tap_columns, stride_h, stride_w, runs, n_runs, columns, 0, panel_width
-        )
-        for k in range(0, depth, panel_width):
-            target = k * pixels + t * panel_width
-            pack_right_panel(columns, k * panel_width, 1, panel_width, used, depth - k, panels_b, target)
+def plan_nhwc(x, outputs, taps, stride, grid, groups):
+    """(geometry, bases, sizes) for `weight_gradient_nhwc`; arguments as `conv_nhwc.plan`.
+
+    sizes: (steps k a block, rows a block, parts).
+    """
+    n, channels = x[0], x[3]
+    whole = channels * taps[0].size * taps[1].size
+    block = max(MR, min(whole, SUMS // (ceil(outputs / MR) * MR)))
+    block = ceil(ceil(whole / ceil(whole / block)) / MR) * MR
+    rows = max(1, min(grid[0], PIXELS // grid[1]))
+    parts = _count_parts(n * ceil(grid[0] / rows), groups * ceil(whole / block))
+    geometry, starts, pieces, _ = conv_nhwc.plan(x, outputs, taps, stride, grid, (0, 0, 0, 0), groups, 0)
+    lengths = np.concatenate([np.full(count, length) for _, count, length, _ in pieces])
+    bases = np.concatenate([start + np.arange(length) for start, length in zip(starts, lengths, strict=True)])
+    return geometry, bases.astype(np.int64), np.array([block, rows, parts], np.int64)
+
+
+def _count_parts(units, chunks):
+    """Into how many parts to split the blocks of pixels so that there are about CHUNKS chunks."""
+    return max(1, min(units, MAX_PARTS, ceil(CHUNKS / chunks)))
 
 
 @device(allocates=True)
-def _nchw_chunk(
-    x, grad, first_image, last_image, g, groups, channels, c0, some, h, w, outputs, tap_rows, tap_columns,
-    stride_h, stride_w, oh, ow, result, start,
-):  # fmt: skip
+def _tile_bases(bases, first, count):
+    """The starts of k first .. first + count, and for the rows that fill the last tile up, any."""
+    result = np.empty(((count + MR - 1) // MR) * MR, np.int64)
+    for i in range(result.size):
+        result[i] = bases[first + min(i, count - 1)]
+    return result
+
+
+@device()
+def _add_products(a, bases, count, starts, rows, length, a_step, panels, outputs, sums, more):
+    """sums[o // NR * NR * padded + k * NR + o % NR] (+)= the products of one block of pixels."""
+    width = NV * lanes(a)
+    padded = ((count + MR - 1) // MR) * MR
+    left, segments = address(a, 0), address(starts, 0)
+    for o in range(0, outputs, width):
+        right = address(panels, o * rows * length)
+        for k in range(0, count, MR):
+            c = address(sums, o * padded + k * width)
+            if outputs - o > lanes(a):
+                row_product(
+                    MR, NV, left, address(bases, k), a_step, segments, rows, length, right, width, c, width, more
+                )
+            else:
+                row_product(
+                    MR, 1, left, address(bases, k), a_step, segments, rows, length, right, width, c, width, more
+                )
+
+
+@device()
+def _write_sums(sums, count, outputs, places, result, target):
+    """result[target + places[o] + k] = the sum of (k, o): squares of vectors, turned in registers."""
+    width, lane = NV * lanes(sums), lanes(sums)
+    padded = ((count + MR - 1) // MR) * MR
+    for o in range(0, outputs, lane):
+        panel = o // width * width * padded + o % width
+        if o + lane <= outputs and count >= lane:
+            for k in range(0, count, lane):
+                at = min(k, count - lane)
+                transpose_square_to(
+                    address(result, target + at), address(places, o), address(sums, panel + at * width), width
+                )
+            continue
+        for j in range(min(lane, outputs - o)):
+            for k in range(count):
+                result[target + places[o + j] + k] = sums[panel + k * width + j]
+
+
+@device()
+def _pack_planes(grad, start, plane, outputs, pixels, columns, panels):
+    """panels[o // NR * NR * pixels + p * NR + o % NR] = grad[start + o * plane + p]; what is missing is 0."""
+    width, lane = NV * lanes(grad), lanes(grad)
+    for o in range(0, ((outputs + lane - 1) // lane) * lane, lane):
+        panel = o // width * width * pixels + o % width
+        if o + lane <= outputs and pixels >= lane:
+            for p in range(0, pixels, lane):
+                at = min(p, pixels - lane)
+                source = address(grad, start + o * plane + at)
+                transpose_square_to(address(panels, panel + at * width), address(columns, 0), source, plane)
+            continue
+        for p in range(pixels):
+            clear_row(address(panels, panel + p * width), lane)
+        for j in range(min(lane, outputs - o)):
+            for p in range(pixels):
+                panels[panel + p * width + j] = grad[start + (o + j) * plane + p]
+
+
+@device()
+def _pack_rows(grad, start, step, outputs, pixels, panels):
+    """panels[o // NR * NR * pixels + p * NR + o % NR] = grad[start + p * step + o]; what is missing is 0."""
+    width = NV * lanes(grad)
+    for o in range(0, outputs, width):
+        some = min(width, outputs - o)
+        for p in range(pixels):
+            target = o * pixels + p * width
+            source = start + p * step + o
+            if some < width:
+                clear_row(address(panels, target), width)
+                for j in range(some):
+                    panels[target + j] = grad[source + j]
+            else:
+                copy_row(1, address(panels, target), address(grad, source), width)
+
+
+@device(allocates=True)
+def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, sizes, result, target):
+    """The k of channels c0 .. c0 + some from the blocks of rows first .. last."""
+    groups, channels, h, w, outputs = geometry[1], geometry[2], geometry[3], geometry[4], geometry[5]
+    oh, ow, pitch, plane = geometry[6], geometry[7], geometry[13], geometry[18]
+    block_rows = sizes[1]
     width = NV * lanes(x)
-    taps = tap_rows.size * tap_columns.size
-    depth = some * taps
-    across = ((depth + width - 1) // width) * width
-    columns = scratch((depth + width) * width, x)
-    panels_b = scratch(across * PIXELS, x)
-    panels_a = scratch((outputs + MR) * PIXELS, x)
-    runs = np.empty((width + NV, 5), np.int64)
-    accumulate = 0
-    for image in range(first_image, last_image):
+    row_blocks = (oh + block_rows - 1) // block_rows
+    count = some * geometry[10]
+    bases = _tile_bases(all_bases, 0, count)
+    planes = scratch(some * geometry[11] * plane + 2 * width, x)
+    panels = scratch(((outputs + width - 1) // width) * width * block_rows * ow, x)
+    sums = scratch(((outputs + width - 1) // width) * width * bases.size, x)
+    starts, columns = np.empty(block_rows, np.int64), np.empty(width, np.int64)
+    for i in range(block_rows):
+        starts[i] = i * pitch
+    for i in range(width):
+        columns[i] = i * width
+    for unit in range(first, last):
+        image, row0 = unit // row_blocks, unit % row_blocks * block_rows
+        rows = min(block_rows, oh - row0)
         base = ((image * groups + g) * channels + c0) * h * w
-        for p0 in range(0, oh * ow, PIXELS):
-            pixels = min(PIXELS, oh * ow - p0)
-            _columns_of_pixels(
-                x, base, h, w, some, tap_rows, tap_columns, stride_h, stride_w, p0, pixels, ow, runs, columns, panels_b
-            )
-            left = (image * groups + g) * outputs * oh * ow + p0
-            pack_left(grad, left, oh * ow, 1, outputs, pixels, panels_a, 0)
-            multiply_rows(
-                panels_a, outputs, panels_b, depth, pixels, result, start + c0 * taps, channels * taps, accumulate
-            )
-            accumulate = 1
+        copy_planes(x, base, 0, 1, some, row0, rows + geometry[12], geometry, phases, planes)
+        start = (image * groups + g) * outputs * oh * ow + row0 * ow
+        _pack_planes(grad, start, oh * ow, outputs, rows * ow, columns, panels)
+        more = 1 if unit > first else 0
+        if pitch == ow:
+            _add_products(planes, bases, count, starts, 1, rows * ow, 1, panels, outputs, sums, more)
+        else:
+            _add_products(planes, bases, count, starts, rows, ow, 1, panels, outputs, sums, more)
+    places = np.empty(outputs + width, np.int64)
+    for o in range(outputs):
+        places[o] = o * channels * geometry[10]
+    _write_sums(sums, count, outputs, places, result, target)
 
 
 @kernel()
-def weight_gradient_nchw(
-    x, grad, n, groups, channels, h, w, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow, result
-):
-    """result: (groups * outputs, channels, taps), flat, for x and grad in NCHW; arguments as `conv_nchw.convolve`."""
-    taps = tap_rows.size * tap_columns.size
-    block = min(channels, max(1, WEIGHTS // max(taps, 1)))
+def weight_gradient_nchw(x, grad, result, geometry, bases, phases, sizes):
+    """result: (groups * outputs, channels, taps), flat, for x and grad in NCHW and a `plan_nchw`."""
+    n, groups, channels, outputs, oh, taps = (
+        geometry[0], geometry[1], geometry[2], geometry[5], geometry[6], geometry[10],
+    )  # fmt: skip
+    block, parts = sizes[0], sizes[2]
     blocks = (channels + block - 1) // block
-    parts = count_parts(n, groups * blocks)
+    units = n * ((oh + sizes[1] - 1) // sizes[1])
     size = groups * outputs * channels * taps
     sums = result if parts == 1 else np.empty(parts * size, x.dtype)
     for chunk in prange(groups * blocks * parts):
@@ -96,117 +212,93 @@ def weight_gradient_nchw(
         c0 = chunk // parts % blocks * block
         g = chunk // (parts * blocks)
         _nchw_chunk(
-            x, grad, n * part // parts, n * (part + 1) // parts, g, groups, channels, c0, min(block, channels - c0),
-            h, w,
-            outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow, sums,
-            part * size + g * outputs * channels * taps,
+            x, grad, units * part // parts, units * (part + 1) // parts, g, c0, min(block, channels - c0),
+            geometry, bases, phases, sizes, sums, part * size + (g * outputs * channels + c0) * taps,
         )  # fmt: skip
     if parts > 1:
-        add_parts(sums, parts, size, result)
+        _add_parts(sums, parts, size, result)
+
+
+@device(allocates=True)
+def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, result, target):
+    """The k from k0 on from the blocks of rows first .. last."""
+    groups, channels, h, outputs, oh, ow = (
+        geometry[1], geometry[2], geometry[3], geometry[5], geometry[6], geometry[7],
+    )  # fmt: skip
+    stride_h, pixel, pitch, in_place = geometry[8], geometry[16], geometry[17], geometry[18]
+    a_step = geometry[9] * pixel
+    block_rows = sizes[1]
+    width = NV * lanes(x)
+    row_blocks = (oh + block_rows - 1) // block_rows
+    bases = _tile_bases(all_bases, k0, count)
+    rows_in = (block_rows - 1) * stride_h + geometry[13] + 1
+    padded = scratch(1 if in_place else rows_in * pitch, x)
+    panels = scratch(((outputs + width - 1) // width) * width * block_rows * ow, x)
+    sums = scratch(((outputs + width - 1) // width) * width * bases.size, x)
+    starts = np.empty(block_rows, np.int64)
+    for unit in range(first, last):
+        image, row0 = unit // row_blocks, unit % row_blocks * block_rows
+        rows = min(block_rows, oh - row0)
+        origin = (image * h + row0 * stride_h) * pitch + g * channels if in_place else 0
+        for i in range(rows):
+            starts[i] = origin + i * stride_h * pitch
+        if not in_place:
+            copy_padded(x, image, g, 1, row0, (rows - 1) * stride_h + geometry[13] + 1, geometry, padded)
+        step = groups * outputs
+        _pack_rows(grad, (image * oh + row0) * ow * step + g * outputs, step, outputs, rows * ow, panels)
+        more = 1 if unit > first else 0
+        if in_place:
+            _add_products(x, bases, count, starts, rows, ow, a_step, panels, outputs, sums, more)
+        else:
+            _add_products(padded, bases, count, starts, rows, ow, a_step, panels, outputs, sums, more)
+    places = np.empty(outputs + width, np.int64)
+    for o in range(outputs):
+        places[o] = o * channels * geometry[10]
+    _write_sums(sums, count, outputs, places, result, target)
+
+
+@kernel()
+def weight_gradient_nhwc(x, grad, result, geometry, bases, sizes):
+    """result: (groups * outputs, channels, taps), flat, for x and grad in NHWC and a `plan_nhwc`."""
+    n, groups, channels, outputs, oh, taps = (
+        geometry[0], geometry[1], geometry[2], geometry[5], geometry[6], geometry[10],
+    )  # fmt: skip
+    block, parts = sizes[0], sizes[2]
+    whole = channels * taps
+    blocks = (whole + block - 1) // block
+    units = n * ((oh + sizes[1] - 1) // sizes[1])
+    size = groups * outputs * whole
+    sums = np.empty(parts * size, x.dtype)
+    for chunk in prange(groups * blocks * parts):
+        part = chunk % parts
+        k0 = chunk // parts % blocks * block
+        g = chunk // (parts * blocks)
+        _nhwc_chunk(
+            x, grad, units * part // parts, units * (part + 1) // parts, g, k0, min(block, whole - k0),
+            geometry, bases, sizes, sums, part * size + g * outputs * whole + k0,
+        )  # fmt: skip
+    for o in prange(groups * outputs):
+        _add_row_by_tap(sums, parts, size, o * whole, channels, taps, result)
 
 
 @device()
-def add_parts(sums, parts, size, result):
+def _add_row_by_tap(sums, parts, size, start, channels, taps, result):
+    """Add one output's parts, and put (tap, channel) into the weights' order (channel, tap)."""
+    for part in range(1, parts):
+        one = sums.dtype.type(1)
+        add_scaled(address(sums, start), address(sums, part * size + start), one, channels * taps)
+    for t in range(taps):
+        for c in range(channels):
+            result[start + c * taps + t] = sums[start + t * channels + c]
+
+
+@device()
+def _add_parts(sums, parts, size, result):
     for i in range(size):
         result[i] = sums[i]
     for part in range(1, parts):
         for i in range(size):
             result[i] += sums[part * size + i]
-
-
-@device()
-def _rows_of_pixels(
-    x, first_channel, h, w, all_channels, channels, tap_rows, tap_columns, joined, where, pixels, k0, depth,
-    offsets, lows, highs, panels_b,
-):  # fmt: skip
-    """panels_b: pixels down, k0 .. k0 + depth of the k of (tap, channel) across, in panels of NR; MR pixels at a
-    time.
-    """
-    width = lanes(x)
-    panel_width = NV * width
-    for i in range(((depth + panel_width - 1) // panel_width) * panel_width * pixels):
-        panels_b[i] = 0
-    segment_taps = tap_columns.size if joined else 1
-    length = segment_taps * channels
-    per_row = tap_columns.size // segment_taps
-    for p in range(0, pixels, MR):
-        segment = k0 // length
-        while segment * length < k0 + depth:
-            row = segment // per_row
-            column_offset = tap_columns[(segment - row * per_row) * segment_taps]
-            _segment_bounds(
-                where[p : p + MR], tap_rows[row], column_offset, segment_taps, channels, h, w, all_channels, offsets,
-                lows,
-                highs,
-            )  # fmt: skip
-            shift = segment * length - k0  # the segment's first k within the block; may be negative
-            for r in range(min(MR, pixels - p)):
-                low = max(lows[r] + shift, 0)
-                high = min(highs[r] + shift, depth)
-                k = low
-                while k < high:
-                    lane = k % width
-                    vector = k - lane
-                    target = vector // panel_width * panel_width * pixels + (p + r) * panel_width + vector % panel_width
-                    source = first_channel + offsets[r] + vector - shift
-                    copy_lanes(1, 1, address(panels_b, target), address(x, source), lane, high - vector, 1)
-                    k = vector + width
-            segment += 1
-
-
-@device(allocates=True)
-def _nhwc_chunk(
-    x, grad, first_pixel, last_pixel, g, groups, channels, k0, depth, joined, h, w, outputs, tap_rows, tap_columns,
-    stride_h, stride_w, oh, ow, result, start,
-):  # fmt: skip
-    width = NV * lanes(x)
-    across = ((depth + width - 1) // width) * width
-    panels_b = scratch(across * PIXELS, x)
-    panels_a = scratch((outputs + MR) * PIXELS, x)
-    where = np.empty((PIXELS + MR, 3), np.int64)
-    offsets, lows, highs = np.empty(MR, np.int64), np.empty(MR, np.int64), np.empty(MR, np.int64)
-    whole = channels * tap_rows.size * tap_columns.size
-    accumulate = 0
-    for p0 in range(first_pixel, last_pixel, PIXELS):
-        pixels = min(PIXELS, last_pixel - p0)
-        locate_pixels(p0, pixels + MR, last_pixel, oh, ow, stride_h, stride_w, where)
-        _rows_of_pixels(
-            x, g * channels, h, w, groups * channels, channels, tap_rows, tap_columns, joined, where, pixels, k0, depth,
-            offsets, lows, highs, panels_b,
-        )  # fmt: skip
-        all_outputs = groups * outputs
-        pack_left(grad, p0 * all_outputs + g * outputs, 1, all_outputs, outputs, pixels, panels_a, 0)
-        multiply_rows(panels_a, outputs, panels_b, depth, pixels, result, start + k0, whole, accumulate)
-        accumulate = 1
-
-
-@kernel()
-def weight_gradient_nhwc(
-    x, grad, n, groups, channels, h, w, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow, result
-):
-    """result: (groups * outputs, taps, channels), flat, for x and grad in NHWC; arguments as `conv_nhwc.convolve`."""
-    taps = tap_rows.size * tap_columns.size
-    whole = channels * taps
-    joined = (
-        groups == 1
-        and tap_columns.size > 1
-        and tap_columns[tap_columns.size - 1] - tap_columns[0] == (tap_columns.size - 1)
-    )
-    blocks = (whole + WEIGHTS - 1) // WEIGHTS
-    parts = count_parts(n, groups * blocks)
-    size = groups * outputs * whole
-    sums = result if parts == 1 else np.empty(parts * size, x.dtype)
-    for chunk in prange(groups * blocks * parts):
-        part = chunk % parts
-        k0 = chunk // parts % blocks * WEIGHTS
-        g = chunk // (parts * blocks)
-        _nhwc_chunk(
-            x, grad, n * part // parts * oh * ow, n * (part + 1) // parts * oh * ow, g, groups, channels, k0,
-            min(WEIGHTS, whole - k0), joined, h, w, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow, sums,
-            part * size + g * outputs * whole,
-        )  # fmt: skip
-    if parts > 1:
-        add_parts(sums, parts, size, result)
 
 
 # Partial sums of a channel, added to in explicit vectors: a plain loop is vectorised as the compiler likes, differently

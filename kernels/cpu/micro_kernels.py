@@ -200,45 +200,91 @@ def row_product(
     signature = types.void(rows, vectors, a, bases, intp, starts, intp, intp, b, intp, c, intp, intp)
 
     def codegen(context, builder, signature, args):
-        a, bases, a_step, starts, segments, length, b, b_step, c, c_step, accumulate = args[2:]
-        emit = _Emitter(builder, signature.args[2].dtype)
-        tile = _Tile(emit, *shape)
-        begun = tile.start(c, c_step, accumulate)
-        left = [builder.gep(a, [builder.load(builder.gep(bases, [_I64(i)]))]) for i in range(shape[0])]
-        entry = builder.block
-        outer, inner = builder.append_basic_block("segment"), builder.append_basic_block("depth")
-        after, done = builder.append_basic_block("after"), builder.append_basic_block("done")
-        builder.branch(outer)
-
-        builder.position_at_end(outer)
-        segment, b_segment = builder.phi(_I64), builder.phi(b.type)
-        outer_sums = tile.phis(begun, entry)
-        first = builder.load(builder.gep(starts, [segment]))
-        builder.branch(inner)
-
-        builder.position_at_end(inner)
-        k, place, b_now = builder.phi(_I64), builder.phi(_I64), builder.phi(b.type)
-        sums = tile.phis(outer_sums, outer)
-        total = tile.step(sums, [builder.gep(row, [place]) for row in left], tile.loads(b_now))
-        k_next, b_next = builder.add(k, _I64(1)), builder.gep(b_now, [b_step])
-        place_next = builder.add(place, a_step)
-        begins = ((k, _I64(0), k_next), (place, first, place_next), (b_now, b_segment, b_next))
-        for phi, start, following in begins:
-            phi.add_incoming(start, outer)
-            phi.add_incoming(following, inner)
-        tile.extend(sums, total, inner)
-        builder.cbranch(builder.icmp_signed("<", k_next, length), inner, after)
-
-        builder.position_at_end(after)
-        segment_next = builder.add(segment, _I64(1))
-        for phi, start, following in ((segment, _I64(0), segment_next), (b_segment, b, b_next)):
-            phi.add_incoming(start, entry)
-            phi.add_incoming(following, after)
-        tile.extend(outer_sums, total, after)
-        builder.cbranch(builder.icmp_signed("<", segment_next, segments), outer, done)
-
-        builder.position_at_end(done)
-        tile.finish(total, c, c_step)
+        *operands, c, c_step, accumulate = args[2:]
+        tile = _Tile(_Emitter(builder, signature.args[2].dtype), *shape)
+        tile.finish(_row_sums(tile, *operands, tile.start(c, c_step, accumulate)), c, c_step)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def row_product_to(
+    typingctx, rows, vectors, a, bases, a_step, starts, segments, length, b, b_step, c, c_step, accumulate,
+    y, places, used, columns, bias, has_bias, relu,
+):  # fmt: skip
+    """`row_product`, then bias and activation in registers, and straight to y.
+
+    Row i < used goes to y[places[i]], its first `columns` lanes. bias: one number a column, read where has_bias is not
+    0; relu: max(., 0) where it is not 0.
+    """
+    shape = _literal(rows), _literal(vectors)
+    intp = types.intp
+    signature = types.void(
+        rows, vectors, a, bases, intp, starts, intp, intp, b, intp, c, intp, intp, y, places, intp, intp, bias, intp,
+        intp,
+    )  # fmt: skip
+
+    def codegen(context, builder, signature, args):
+        *operands, c, c_step, accumulate, y, places, used, columns, bias, has_bias, relu = args[2:]
+        emit = _Emitter(builder, signature.args[2].dtype)
+        tile = _Tile(emit, *shape)
+        total = _row_sums(tile, *operands, tile.start(c, c_step, accumulate))
+        masks = [emit.mask(_I64(0), builder.sub(columns, _I64(j * emit.lanes))) for j in range(shape[1])]
+        biased = emit.splat(builder.icmp_signed("!=", has_bias, _I64(0)), scalar=_I1)
+        clamp = emit.splat(builder.icmp_signed("!=", relu, _I64(0)), scalar=_I1)
+        shifts = [emit.masked_load(bias, _I64(j * emit.lanes), builder.and_(m, biased)) for j, m in enumerate(masks)]
+        end = builder.append_basic_block("written")
+        for i in range(shape[0]):
+            row = builder.append_basic_block("row")
+            builder.cbranch(builder.icmp_signed("<", _I64(i), used), row, end)
+            builder.position_at_end(row)
+            where = builder.gep(y, [builder.load(builder.gep(places, [_I64(i)]))])
+            for j, mask in enumerate(masks):
+                value = emit.add(total[i * shape[1] + j], shifts[j])
+                negative = builder.and_(builder.fcmp_ordered("<", value, emit.zero), clamp)
+                value = builder.select(negative, emit.zero, value)
+                emit.masked_store(value, where, _I64(j * emit.lanes), mask)
+        builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _row_sums(tile, a, bases, a_step, starts, segments, length, b, b_step, begun):
+    """A loop over segments around one over steps; the accumulators stay in registers through both."""
+    builder = tile.builder
+    left = [builder.gep(a, [builder.load(builder.gep(bases, [_I64(i)]))]) for i in range(tile.rows)]
+    entry = builder.block
+    outer, inner = builder.append_basic_block("segment"), builder.append_basic_block("depth")
+    after, done = builder.append_basic_block("after"), builder.append_basic_block("done")
+    builder.branch(outer)
+
+    builder.position_at_end(outer)
+    segment, b_segment = builder.phi(_I64), builder.phi(b.type)
+    outer_sums = tile.phis(begun, entry)
+    first = builder.load(builder.gep(starts, [segment]))
+    builder.branch(inner)
+
+    builder.position_at_end(inner)
+    k, place, b_now = builder.phi(_I64), builder.phi(_I64), builder.phi(b.type)
+    sums = tile.phis(outer_sums, outer)
+    total = tile.step(sums, [builder.gep(row, [place]) for row in left], tile.loads(b_now))
+    k_next, b_next = builder.add(k, _I64(1)), builder.gep(b_now, [b_step])
+    place_next = builder.add(place, a_step)
+    for phi, start, following in ((k, _I64(0), k_next), (place, first, place_next), (b_now, b_segment, b_next)):
+        phi.add_incoming(start, outer)
+        phi.add_incoming(following, inner)
+    tile.extend(sums, total, inner)
+    builder.cbranch(builder.icmp_signed("<", k_next, length), inner, after)
+
+    builder.position_at_end(after)
+    segment_next = builder.add(segment, _I64(1))
+    for phi, start, following in ((segment, _I64(0), segment_next), (b_segment, b, b_next)):
+        phi.add_incoming(start, entry)
+        phi.add_incoming(following, after)
+    tile.extend(outer_sums, total, after)
+    builder.cbranch(builder.icmp_signed("<", segment_next, segments), outer, done)
+    builder.position_at_end(done)
+    return total

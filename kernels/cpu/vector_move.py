@@ -205,3 +205,22 @@ def transpose_rows(typingctx, rows, target, source, row_step):
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic
+def transpose_square_to(typingctx, target, places, source, row_step):
+    """target[places[k] + r] = source[r * row_step + k] for a square, one vector's length of rows r and of columns k.
+
+    places: pointer to int64.
+    """
+    signature = types.void(target, places, source, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, places, source, row_step = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        values = [emit.load(source, builder.mul(row_step, _I64(r))) for r in range(emit.lanes)]
+        for k, value in enumerate(_transposed(emit, values)):
+            emit.store(value, target, builder.load(builder.gep(places, [_I64(k)])))
+        return context.get_dummy_value()
+
+    return signature, codegen
