@@ -16,11 +16,11 @@ Python.
 from math import prod
 
 import numpy as np
+from numba import prange
 
 from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_weight, conv_winograd
 from tilewise.kernels.cpu.conv_winograd import TILES
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
-from tilewise.kernels.cpu.gemm import column_sums
 from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.scratch import empty
 
@@ -217,20 +217,24 @@ def conv2d(x, weight, bias, *, stride, padding, dilation, groups, layout, activa
     )
 
 
-@kernel(parallel=False)
-def exchange_channels(weight, groups, outputs, channels, kh, kw, rows, columns, result):
-    """result[g, c, o, r, s] = weight[g, o, c, rows[r], columns[s]]: the taps of one phase, outputs and channels
-    swapped.
-    """
-    at = 0
-    for g in range(groups):
-        for c in range(channels):
-            for o in range(outputs):
-                start = ((g * outputs + o) * channels + c) * kh
-                for r in range(rows.size):
-                    for s in range(columns.size):
-                        result[at] = weight[(start + rows[r]) * kw + columns[s]]
-                        at += 1
+# A square of channels and outputs whose taps fit L1 together: transposed at once, or each row would be a page apart.
+_EXCHANGE = 16
+
+
+@kernel()
+def exchange_channels(weight, groups, outputs, channels, taps, wanted, result):
+    """result[g, c, o, i] = weight[g, o, c, wanted[i]]: the taps of one phase, outputs and channels swapped."""
+    blocks = (channels + _EXCHANGE - 1) // _EXCHANGE
+    for chunk in prange(groups * blocks):
+        g = chunk // blocks
+        c0 = (chunk - g * blocks) * _EXCHANGE
+        for o0 in range(0, outputs, _EXCHANGE):
+            for c in range(c0, min(channels, c0 + _EXCHANGE)):
+                for o in range(o0, min(outputs, o0 + _EXCHANGE)):
+                    source = ((g * outputs + o) * channels + c) * taps
+                    target = ((g * channels + c) * outputs + o) * wanted.size
+                    for i in range(wanted.size):
+                        result[target + i] = weight[source + wanted[i]]
 
 
 def _phase(first, stride, padding, dilation, kernel_size):
@@ -259,7 +263,7 @@ class _TransposedConvolution:
     def __init__(self, grad, weight, result, dtype, *, stride, padding, dilation, groups, layout):
         outputs, channels, kh, kw = weight[0] // groups, weight[1], *weight[2:]
         size = _image_size(result, layout)
-        self.sizes = (groups, outputs, channels, kh, kw)
+        self.sizes = (groups, outputs, channels, kh * kw)
         self.channels_last = layout == "NHWC"
         algorithm = _choose_transposed(grad, weight, size, dtype, stride, dilation, groups, layout)
         self.phases = []
@@ -276,7 +280,9 @@ class _TransposedConvolution:
                     grid = (i, j, *stride, -(-(size[0] - i) // stride[0]), -(-(size[1] - j) // stride[1]))
                     taps = (row_offsets, column_offsets)
                     move = _prepare_pass(grad, shape, result, dtype, taps, (1, 1), grid, groups, layout, algorithm)
-                    self.phases.append((shape, rows, columns, move))
+                    wanted = (rows[:, None] * kw + columns).ravel()
+                    exchange = exchange_channels.sized(2.0 * prod(shape))
+                    self.phases.append((shape, wanted, exchange, move))
         # pixels that no tap meets keep the bias alone
         self.fill_first = len(self.phases) < min(stride[0], size[0]) * min(stride[1], size[1])
 
@@ -285,9 +291,9 @@ class _TransposedConvolution:
             result[...] = 0
             if bias.size:
                 result += bias if self.channels_last else bias[:, None, None]
-        for shape, rows, columns, move in self.phases:
+        for shape, wanted, exchange, move in self.phases:
             phase = np.empty(shape, weight.dtype)
-            exchange_channels.serial(weight.ravel(), *self.sizes, rows, columns, phase.ravel())
+            exchange(weight.ravel(), *self.sizes, wanted, phase.ravel())
             move(grad, phase, result, bias)
 
 
@@ -351,7 +357,7 @@ def _prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilatio
 def _bias_gradient(grad, layout):
     if layout == "NHWC":
         sums = np.empty(grad.shape[3], grad.dtype)
-        column_sums(0.3 * grad.size, grad.reshape(prod(grad.shape[:3]), grad.shape[3]), sums)
+        conv_weight.pixel_sums(0.3 * grad.size, grad.ravel(), prod(grad.shape[:3]), sums)
         return sums
     n, outputs, h, w = grad.shape
     sums = np.empty(outputs, grad.dtype)

@@ -231,12 +231,18 @@ def _finish_tile(sums, tile, width, outputs, runs, n_runs, y, target, plane, col
             where = target + o * plane + runs[r, 2]
             if column_step == 1:
                 more = where if has_extra else 0
+            if column_step == 1:
                 finish_row(
-                    address(y, where), address(sums, source), count, shift, 1 if code == 1 else 0,
+                    1, address(y, where), address(sums, source), count, shift, 1 if code == 1 else 0,
                     address(extra, more), has_extra,
                 )  # fmt: skip
                 if code > 1:
                     activate_row(y, where, count, code)
+            elif column_step == 2 and code < 2:
+                finish_row(
+                    2, address(y, where), address(sums, source), count, shift, 1 if code == 1 else 0,
+                    address(extra, more), has_extra,
+                )  # fmt: skip
             else:
                 for j in range(count):
                     value = sums[source + j] + shift

@@ -217,7 +217,7 @@ def _finish(y, places, n, first, outputs, extra, code):
         where = places[p] + first
         if extra.size > 0:
             row = address(y, where)
-            finish_row(row, row, outputs, y.dtype.type(0), 1 if code == 1 else 0, address(extra, where), 1)
+            finish_row(1, row, row, outputs, y.dtype.type(0), 1 if code == 1 else 0, address(extra, where), 1)
         if code > 1:
             activate_row(y, where, outputs, code)
 

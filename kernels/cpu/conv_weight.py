@@ -322,3 +322,31 @@ def channel_sums(grad, n, outputs, pixels, sums):
                 partial[i] += partial[i + width]
             width //= 2
         sums[o] = partial[0]
+
+
+# Parts of the pixels, added up on their own and then in order.
+PIXEL_PARTS = 8
+
+
+@kernel(fastmath=EXACT_ORDER)
+def pixel_sums(grad, pixels, sums):
+    """sums[o] = sum of grad[:, o] for a flat (pixels, outputs) array: the gradient of the bias in NHWC.
+
+    Several pixels are added at once where they have few outputs, so that the vectors are long.
+    """
+    outputs = sums.size
+    together = max(1, SUM_LANES // outputs)
+    length = together * outputs
+    one = grad.dtype.type(1)
+    partial = np.zeros((PIXEL_PARTS, length), grad.dtype)
+    groups = (pixels + together - 1) // together
+    for part in prange(PIXEL_PARTS):
+        for group in range(groups * part // PIXEL_PARTS, groups * (part + 1) // PIXEL_PARTS):
+            some = min(length, (pixels - group * together) * outputs)
+            add_scaled(address(partial, part * length), address(grad, group * length), one, some)
+    for o in range(outputs):
+        total = grad.dtype.type(0)
+        for part in range(PIXEL_PARTS):
+            for i in range(together):
+                total += partial[part, i * outputs + o]
+        sums[o] = total

@@ -35,12 +35,6 @@ def _loop(builder, emit, last, body, start=None):
     return rest
 
 
-def _tail(builder, emit, i, count, body):
-    """If lanes i .. count are left: body(i, their mask)."""
-    with builder.if_then(builder.icmp_signed("<", i, count)):
-        body(i, emit.mask(_I64(0), builder.sub(count, i)))
-
-
 @intrinsic(prefer_literal=True)
 def copy_row(typingctx, stride, target, source, count):
     """target[i] = source[i * stride] for i < count, in whole vectors: up to one vector more is read and written.
@@ -105,35 +99,49 @@ def clear_row(typingctx, target, count):
     return signature, codegen
 
 
-@intrinsic
-def finish_row(typingctx, target, source, count, shift, relu, extra, has_extra):
-    """target[i] = f(source[i] + shift + extra[i]) for i < count, f(v) = v, or max(v, 0) where relu is not 0.
+@intrinsic(prefer_literal=True)
+def finish_row(typingctx, step, target, source, count, shift, relu, extra, has_extra):
+    """target[step * i] = f(source[i] + shift + extra[i]) for i < count, f(v) = v, or max(v, 0) where relu is not 0.
 
-    extra is read where has_extra is not 0 only. A NaN stays a NaN.
+    step: a literal, 1 or 2; with 2, what lies between is not touched. extra is read, step apart too, where has_extra
+    is not 0 only. A NaN stays a NaN.
     """
-    signature = types.void(target, source, types.intp, shift, types.intp, extra, types.intp)
+    apart = _literal(step)
+    signature = types.void(step, target, source, types.intp, shift, types.intp, extra, types.intp)
 
     def codegen(context, builder, signature, args):
-        target, source, count, shift, relu, extra, has_extra = args
-        emit = _Emitter(builder, signature.args[0].dtype)
+        _, target, source, count, shift, relu, extra, has_extra = args
+        emit = _Emitter(builder, signature.args[1].dtype)
+        n, half = emit.lanes, emit.lanes // 2
         shifts = emit.splat(shift)
         clamp = emit.splat(builder.icmp_signed("!=", relu, _I64(0)), scalar=_I1)
         add = emit.splat(builder.icmp_signed("!=", has_extra, _I64(0)), scalar=_I1)
+        # with step 2, each half of a vector spreads over the even lanes of another one
+        spread = [list(range(n))] if apart == 1 else [[h * half + i // 2 for i in range(n)] for h in range(2)]
+        even = ir.Constant(ir.VectorType(_I1, n), [int(i % apart == 0) for i in range(n)])
 
-        def finished(value, i, mask):
-            more = emit.masked_load(extra, i, builder.and_(add, mask) if mask else add)
-            total = emit.add(emit.add(value, shifts), more)
-            negative = builder.fcmp_ordered("<", total, emit.zero)
-            return builder.select(builder.and_(negative, clamp), emit.zero, total)
+        def finish(i, whole):
+            total = emit.add(emit.load(source, i), shifts)
+            for h, order in enumerate(spread):
+                place = builder.add(builder.mul(i, _I64(apart)), _I64(h * n))
+                mask = even
+                if not whole:
+                    left = builder.sub(builder.mul(builder.sub(count, i), _I64(apart)), _I64(h * n))
+                    mask = builder.and_(even, emit.mask(_I64(0), left))
+                value = total
+                if apart > 1:
+                    value = builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(_I32, n), order))
+                value = emit.add(value, emit.masked_load(extra, place, builder.and_(add, mask)))
+                negative = builder.fcmp_ordered("<", value, emit.zero)
+                value = builder.select(builder.and_(negative, clamp), emit.zero, value)
+                if whole and apart == 1:
+                    emit.store(value, target, place)
+                else:
+                    emit.masked_store(value, target, place, mask)
 
-        def whole(i):
-            emit.store(finished(emit.load(source, i), i, None), target, i)
-
-        def rest(i, mask):
-            emit.masked_store(finished(emit.load(source, i), i, mask), target, i, mask)
-
-        _tail(builder, emit, _loop(builder, emit, count, whole), count, rest)
+        rest = _loop(builder, emit, count, lambda i: finish(i, True))
+        with builder.if_then(builder.icmp_signed("<", rest, count)):
+            finish(rest, False)
         return context.get_dummy_value()
 
     return signature, codegen
-
