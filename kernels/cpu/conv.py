@@ -18,7 +18,7 @@ from math import prod
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_weight, conv_winograd
+from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_weight, conv_winograd, conv_winograd_nhwc
 from tilewise.kernels.cpu.conv_winograd import TILES
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.jit import kernel
@@ -29,6 +29,7 @@ _KERNELS = {
     ("NCHW", "winograd"): conv_winograd.convolve,
     ("NCHW", "direct"): conv_direct.rows_nchw,
     ("NCHW", "depthwise"): conv_direct.rows_nchw,
+    ("NHWC", "winograd"): conv_winograd_nhwc.convolve,
     ("NHWC", "direct"): conv_direct.definition_nhwc,
     ("NHWC", "depthwise"): conv_direct.depthwise_nhwc,
 }
@@ -74,8 +75,6 @@ def choose_conv2d(shapes, dtype, options):
 
 def _why_not_winograd(weight, dtype, stride, dilation, layout):
     """Why F(4x4, 3x3) does not apply; None where it does."""
-    if layout != "NCHW":
-        return "NCHW only"
     if weight[2:] != (3, 3) or stride != (1, 1) or dilation != (1, 1):
         return "needs a 3x3 kernel with stride and dilation 1"
     if dtype != np.float32:

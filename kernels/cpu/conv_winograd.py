@@ -113,18 +113,18 @@ def _transform_input(x, first_channel, image_step, channels, h, w, top, left, ru
         _gather_tiles(x, first_channel + c * h * w, image_step, h, w, top, left, runs, n_runs, row, stage)
         for v in range(NV):
             target = address(values, c * TILES + v * LANES)
-            input_transform(target, apart(channels * TILES), address(stage, v * LANES), TILES)
+            input_transform(target, apart(channels * TILES), address(stage, v * LANES), 6 * TILES, TILES)
 
 
 @device(allocates=True)
-def transform_weights(weight, start, outputs, channels, block, transformed, target):
-    """U of a block of LANES outputs: transformed[target + xi * apart(channels * LANES) + c * LANES + lane]."""
+def transform_weights(weight, start, outputs, channels, block, width, transformed, target):
+    """U of LANES outputs from `block` on: transformed[target + xi * apart(channels * width) + c * width + lane]."""
     taps = scratch(channels * 9 * LANES, weight)
     some = min(LANES, outputs - block)
     pack_outputs(weight, start + block * channels * 9, channels * 9, 1, some, channels * 9, taps, 0)
     for c in range(channels):
-        where = address(transformed, target + c * LANES)
-        weight_transform(where, apart(channels * LANES), address(taps, c * 9 * LANES), LANES)
+        where = address(transformed, target + c * width)
+        weight_transform(where, apart(channels * width), address(taps, c * 9 * LANES), 3 * LANES, LANES)
 
 
 @device()
@@ -223,7 +223,7 @@ def _tile_block(
         for o in range(some):
             for v in range(NV):
                 source = address(products, o * TILES + v * LANES)
-                output_transform(address(tile, v * LANES), TILES, source, step)
+                output_transform(address(tile, v * LANES), TILES, source, 6 * step, step)
             for i in range(4):
                 for v in range(NV):
                     where = address(tile, 4 * i * TILES + v * LANES)
@@ -254,7 +254,7 @@ def convolve(
     for i in prange(groups * blocks):
         g = i // blocks
         start = g * outputs * channels * 9
-        transform_weights(weight, start, outputs, channels, (i - g * blocks) * LANES, transformed, i * block_size)
+        transform_weights(weight, start, outputs, channels, (i - g * blocks) * LANES, LANES, transformed, i * block_size)
     tile_rows, tile_columns = (oh + 3) // 4, (ow + 3) // 4
     total = n * tile_rows * tile_columns
     tile_blocks = (total + TILES - 1) // TILES

@@ -16,30 +16,24 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal
+from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
 
 
 def _transform(name, rows_in, rows_out, one_dimension):
     """An intrinsic that applies a 1-D transform to the columns, then to the rows, of a square of vectors.
 
-    Entry (i, j) of the source is the vector at source[(i * rows_in + j) * source_step]; of the target, likewise with
-    rows_out and target_step.
+    Entry (i, j) of the source is the vector at source[i * row_step + j * column_step]; of the target, at target[(i *
+    rows_out + j) * target_step].
     """
 
     @intrinsic
-    def transform(typingctx, target, target_step, source, source_step):
-        signature = types.void(target, types.intp, source, types.intp)
+    def transform(typingctx, target, target_step, source, row_step, column_step):
+        signature = types.void(target, types.intp, source, types.intp, types.intp)
 
         def codegen(context, builder, signature, args):
-            target, target_step, source, source_step = args
+            target, target_step, source, row_step, column_step = args
             emit = _Emitter(builder, signature.args[0].dtype)
-
-            def entry(i, j):
-                return emit.load(source, builder.mul(source_step, _I64(i * rows_in + j)))
-
-            columns = [one_dimension(emit, [entry(i, j) for i in range(rows_in)]) for j in range(rows_in)]
-            for i in range(rows_out):
-                row = one_dimension(emit, [columns[j][i] for j in range(rows_in)])
+            for i, row in enumerate(_apply(emit, one_dimension, rows_in, rows_out, source, row_step, column_step)):
                 for j, value in enumerate(row):
                     emit.store(value, target, builder.mul(target_step, _I64(i * rows_out + j)))
             return context.get_dummy_value()
@@ -48,6 +42,17 @@ def _transform(name, rows_in, rows_out, one_dimension):
 
     transform.__doc__ = name
     return transform
+
+
+def _apply(emit, one_dimension, rows_in, rows_out, source, row_step, column_step):
+    """The transformed square, row by row; it is loaded column by column."""
+    builder = emit.builder
+
+    def entry(i, j):
+        return emit.load(source, builder.add(builder.mul(row_step, _I64(i)), builder.mul(column_step, _I64(j))))
+
+    columns = [one_dimension(emit, [entry(i, j) for i in range(rows_in)]) for j in range(rows_in)]
+    return [one_dimension(emit, [columns[j][i] for j in range(rows_in)]) for i in range(rows_out)]
 
 
 class _Algebra:
@@ -110,6 +115,46 @@ def _output_rows(emit, p):
 input_transform = _transform("B^T d B: 6x6 pixels to 6x6.", 6, 6, _input_rows)
 weight_transform = _transform("G w G^T: 3x3 taps to 6x6.", 3, 6, _weight_rows)
 output_transform = _transform("A^T m A: 6x6 to 4x4 outputs.", 6, 4, _output_rows)
+
+
+@intrinsic
+def output_transform_to(
+    typingctx, y, row_step, column_step, rows, columns, lanes, source, source_row, source_column, bias, has_bias, relu
+):
+    """The output transform, then bias and activation, straight to y: pixel (i, j) to y[i * row_step + j * column_step]
+    for i < rows, j < columns, the first `lanes` lanes of it. Returns whether all of these are finite.
+    """
+    intp = types.intp
+    signature = types.intp(y, intp, intp, intp, intp, intp, source, intp, intp, bias, intp, intp)
+
+    def codegen(context, builder, signature, args):
+        y, row_step, column_step, rows, columns, lanes, source, source_row, source_column, bias, has_bias, relu = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        mask = emit.mask(_I64(0), lanes)
+        biased = emit.splat(builder.icmp_signed("!=", has_bias, _I64(0)), scalar=_I1)
+        clamp = emit.splat(builder.icmp_signed("!=", relu, _I64(0)), scalar=_I1)
+        shift = emit.masked_load(bias, _I64(0), builder.and_(mask, biased))
+        tile = _apply(emit, _output_rows, 6, 4, source, source_row, source_column)
+        # a NaN or an Inf times 0 is NaN, and a NaN stays one in a sum
+        residue = emit.zero
+        for row in tile:
+            for value in row:
+                residue = emit.multiply_add(value, emit.zero, residue)
+        finite = builder.or_(builder.fcmp_ordered("==", residue, emit.zero), builder.not_(mask))
+        all_finite = builder.icmp_signed("==", builder.bitcast(finite, ir.IntType(emit.lanes)),
+                                         ir.IntType(emit.lanes)(-1))  # fmt: skip
+        for i, row in enumerate(tile):
+            with builder.if_then(builder.icmp_signed("<", _I64(i), rows)):
+                start = builder.gep(y, [builder.mul(row_step, _I64(i))])
+                for j, value in enumerate(row):
+                    total = emit.add(value, shift)
+                    negative = builder.and_(builder.fcmp_ordered("<", total, emit.zero), clamp)
+                    total = builder.select(negative, emit.zero, total)
+                    with builder.if_then(builder.icmp_signed("<", _I64(j), columns)):
+                        emit.masked_store(total, start, builder.mul(column_step, _I64(j)), mask)
+        return builder.zext(all_finite, _I64)
+
+    return signature, codegen
 
 
 def _picked(emit, a, b, order):
