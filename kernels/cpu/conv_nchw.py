@@ -95,6 +95,13 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
     return geometry, offsets, phases
 
 
+def efficiency(geometry, lane):
+    """The share of the vectors' lanes that are pixels."""
+    oh, ow, pitch, rows, images = (int(geometry[i]) for i in (6, 7, 13, 14, 15))
+    used = sum(ceil(((min(rows, oh - first) * images - 1) * pitch + ow) / lane) for first in range(0, oh, rows))
+    return oh * ow * images / (used * lane)
+
+
 def _offsets(channels, parts, phases, plane, pitch):
     """Where step k = (channel, tap row, tap column) finds pixel 0."""
     return np.array(
@@ -119,7 +126,7 @@ def _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes):
     """(output rows a block, images a block, parts of the outputs); fixed by the problem."""
     if extra_rows == 0 and pitch == ow and oh * ow <= BLOCK_PIXELS // 2:
         # pixels are neighbours from image to image
-        most = min(n, BLOCK_PIXELS // (oh * ow), max(1, n * groups // CHUNKS))
+        most = min(n, BLOCK_PIXELS // (oh * ow), max(1, n * groups // 2))
         rows, images = oh, most
     else:
         most = max(1, BLOCK_PIXELS // pitch, PLANE_BYTES // row_bytes - extra_rows)

@@ -45,7 +45,7 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, activation):
     oh, ow = grid
     lows, highs = [int(t.min()) for t in taps], [int(t.max()) for t in taps]
     spans = [high - low for low, high in zip(lows, highs, strict=True)]
-    rows, images = _blocks(n, groups, oh, ow)
+    rows, images, splits = _blocks(n, groups, oh, ow, outputs)
     inside = [
         low >= 0 and (count - 1) * s + high < size
         for low, high, count, s, size in zip(lows, highs, grid, stride, (h, w), strict=True)
@@ -61,19 +61,33 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, activation):
     order = (np.arange(n_taps)[None, :] * channels + np.arange(channels)[:, None]).ravel()
     geometry = np.array(
         [n, groups, channels, h, w, outputs, oh, ow, *stride, n_taps, *lows, spans[0], rows, images, pixel, pitch,
-         in_place, *y_steps, activation],
+         in_place, *y_steps, activation, splits],
         np.int64,
     )  # fmt: skip
     return geometry, starts, parts, order
 
 
-def _blocks(n, groups, oh, ow):
-    """(output rows a block, images a block); fixed by the problem."""
-    images = max(1, min(n, BLOCK_PIXELS // (oh * ow), n * groups // CHUNKS))
+def _blocks(n, groups, oh, ow, outputs):
+    """(output rows a block, images a block, parts of the outputs); fixed by the problem."""
+    images = max(1, min(n, BLOCK_PIXELS // (oh * ow)))
+    while images > 2 and groups * ceil(n / images) < CHUNKS // 2:
+        images = ceil(images / 2)
     rows = min(oh, max(1, BLOCK_PIXELS // ow)) if images == 1 else oh
-    while rows > 1 and n * groups * ceil(oh / rows) < CHUNKS and rows * ow > 2 * MR:
+    while rows > 1 and groups * ceil(n / images) * ceil(oh / rows) < CHUNKS // 2 and rows * ow > 4 * MR:
         rows = ceil(rows / 2)
-    return ceil(oh / ceil(oh / rows)), images
+    rows = ceil(oh / ceil(oh / rows))
+    chunks, splits = groups * ceil(n / images) * ceil(oh / rows), 1
+    while chunks * splits < CHUNKS and outputs // 32 >= 4 * splits:
+        splits *= 2
+    return rows, images, splits
+
+
+def efficiency(n, oh, ow, outputs, lane, groups=1):
+    """The share of the register tiles' work that is not for pixels or outputs beyond the last."""
+    rows, images, _ = _blocks(n, groups, oh, ow, outputs)
+    used = sum(ceil(images * min(rows, oh - first) * ow / MR) * MR for first in range(0, oh, rows))
+    width = NV * lane
+    return oh * ow * images / used * outputs / (ceil(outputs / width) * width)
 
 
 def _parts(taps, lows, channels, pixel, pitch, joined):
@@ -224,7 +238,7 @@ def _finish(y, places, n, first, outputs, extra, code):
 
 @device(allocates=True)
 def _block(
-    x, image, images, g, row0, rows, panels, geometry, starts, parts, y, bias, extra
+    x, image, images, g, row0, rows, first_output, last_output, panels, geometry, starts, parts, y, bias, extra
 ):  # fmt: skip
     outputs, stride_h, span, pitch = geometry[5], geometry[8], geometry[13], geometry[17]
     in_place, code = geometry[18], geometry[23]
@@ -246,7 +260,7 @@ def _block(
     n_parts = parts.shape[0]
     sums = scratch(most * width, x)
     relu = 1 if code == 1 and extra.size == 0 else 0
-    for o in range(0, outputs, width):
+    for o in range(first_output, last_output, width):
         for part in range(n_parts):
             for first in range(0, pixels, MR):
                 _multiply(
@@ -255,7 +269,7 @@ def _block(
                     g * outputs + o, relu,
                 )  # fmt: skip
     if code > 1 or extra.size > 0:
-        _finish(y, places, pixels, g * outputs, outputs, extra, code)
+        _finish(y, places, pixels, g * outputs + first_output, last_output - first_output, extra, code)
 
 
 @kernel()
@@ -276,11 +290,16 @@ def convolve(x, weight, y, bias, extra, geometry, starts, parts, order):
         o = (i - g * (padded_outputs // width)) * width
         pack_weight(weight, (g * outputs + o) * depth, min(width, outputs - o), depth, order, panels, i * width * depth)
     row_blocks, image_blocks = (oh + rows - 1) // rows, (n + images - 1) // images
-    for chunk in prange(image_blocks * row_blocks * groups):
-        g = chunk % groups
-        row0 = chunk // groups % row_blocks * rows
-        image = chunk // (groups * row_blocks) * images
-        _block(
-            x, image, min(images, n - image), g, row0, min(rows, oh - row0), panels, geometry, starts, parts, y, bias,
-            extra,
-        )  # fmt: skip
+    splits = geometry[24]
+    split_outputs = (padded_outputs // width + splits - 1) // splits * width
+    for chunk in prange(image_blocks * row_blocks * groups * splits):
+        first = chunk % splits * split_outputs
+        g = chunk // splits % groups
+        row0 = chunk // (splits * groups) % row_blocks * rows
+        image = chunk // (splits * groups * row_blocks) * images
+        last = min(outputs, first + split_outputs)
+        if first < last:
+            _block(
+                x, image, min(images, n - image), g, row0, min(rows, oh - row0), first, last, panels, geometry, starts,
+                parts, y, bias, extra,
+            )  # fmt: skip
