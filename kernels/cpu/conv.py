@@ -23,7 +23,7 @@ from tilewise.kernels.cpu.conv_winograd import TILES
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.scratch import empty
-from tilewise.kernels.cpu.simd import address, lane_count, lanes
+from tilewise.kernels.cpu.simd import MR, address, lane_count, lanes
 from tilewise.kernels.cpu.vector_move import transpose_square_to
 
 _NO_BIAS = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)}
@@ -31,7 +31,6 @@ _KERNELS = {
     ("NCHW", "winograd"): conv_winograd.convolve,
     ("NCHW", "direct"): conv_direct.rows_nchw,
     ("NCHW", "depthwise"): conv_direct.rows_nchw,
-    ("NHWC", "winograd"): conv_winograd_nhwc.convolve,
     ("NHWC", "direct"): conv_direct.definition_nhwc,
     ("NHWC", "depthwise"): conv_direct.depthwise_nhwc,
 }
@@ -69,7 +68,7 @@ def choose_conv2d(shapes, dtype, options):
     why_not["direct"] = f"{DIRECT_BELOW} FLOPs or more"
     if "winograd" in why_not:
         return "gemm", why_not
-    estimates = _estimates(x[0], options["groups"], weight, oh, ow)
+    estimates = _estimates(x[0], options["groups"], weight, oh, ow, options["layout"])
     best = min(estimates, key=estimates.__getitem__)
     for name, nanoseconds in estimates.items():
         if name != best:
@@ -86,23 +85,31 @@ def _why_not_winograd(weight, dtype, stride, dilation, layout):
     return None
 
 
-def _estimates(n, groups, weight, oh, ow):
-    """Nanoseconds on one thread, fitted to ResNet-50's and VGG-16's 3x3 layers on one AVX-512 machine.
+def _few_tiles(n, groups, weight, oh, ow):
+    """Whether Winograd shares out outputs instead of tiles; in NCHW by way of NHWC then."""
+    few = n * conv_winograd_nhwc.count_tiles(oh, ow) <= conv_winograd_nhwc.FEW_TILES
+    return few and min(weight[0] // groups, weight[1]) >= 32
 
-    Winograd: 36 products of a block of tiles, the transforms of its inputs and outputs,
-    and the transform of the weights,
-    whose 36 numbers each are written and read once and cost more where they do not fit a cache.
+
+def _estimates(n, groups, weight, oh, ow, layout):
+    """Nanoseconds on one thread, fitted to ResNet-50's and VGG-16's 3x3 layers on two AVX-512 machines, and scaled to
+    115 GFLOP/s for the implicit product: only the proportions matter.
+
+    Winograd: 36 products of a block of tiles, the transforms of its inputs and outputs, and the transform of the
+    weights, whose 36 numbers each are written and read once and cost more where they do not fit a cache.
     """
     outputs, channels = weight[0] // groups, weight[1]
     gemm = 2 * 9 * channels * outputs * oh * ow * n / 115
-    blocks = -(-n * -(-oh // 4) * -(-ow // 4) // TILES)
-    products = 36 * channels * outputs * TILES * 2 / 148
-    transforms = 24 * TILES * (channels + outputs)
+    tiles = n * conv_winograd_nhwc.count_tiles(oh, ow)
     weights = 36 * channels * outputs
-    return {
-        "gemm": groups * gemm,
-        "winograd": groups * (blocks * (products + transforms) + weights * (1.2 if weights < 1 << 22 else 3)),
-    }
+    few = _few_tiles(n, groups, weight, oh, ow)
+    if few or layout == "NHWC":
+        tiles, cost = -(-tiles // MR) * MR, 0.15 if few else 1.2 if weights < 1 << 22 else 3
+    else:
+        tiles, cost = -(-tiles // TILES) * TILES, 1.2 if weights < 1 << 22 else 3
+    products = 36 * channels * outputs * tiles * 2 / 125
+    transforms = (12 if few else 24) * tiles * (channels + outputs)
+    return {"gemm": groups * gemm, "winograd": groups * (products + transforms + weights * cost)}
 
 
 def _image_size(shape, layout):
@@ -185,6 +192,24 @@ class _ImplicitProduct:
         self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, _NO_BIAS[x.dtype], *self.plan)
 
 
+class _WinogradNHWC:
+    """One NHWC convolution by `conv_winograd_nhwc`; arguments as `_Pass`."""
+
+    __slots__ = ("kernel", "middle", "sizes", "tail")
+
+    def __init__(self, x, weight, y, taps, groups, activation):
+        outputs, (oh, ow) = weight[0] // groups, y[1:3]
+        self.sizes = (groups, weight[1], x[1], x[2])
+        total = x[0] * conv_winograd_nhwc.count_tiles(oh, ow)
+        self.middle = (outputs, int(taps[0][0]), int(taps[1][0]), oh, ow, total, -(-oh // 4), -(-ow // 4))
+        self.tail = activation
+        function = conv_winograd_nhwc.convolve(x[0], oh, ow)
+        self.kernel = function.sized(2 * x[0] * prod(weight) * oh * ow * _COST["winograd"])
+
+    def __call__(self, x, weight, y, bias):
+        self.kernel(x.ravel(), *self.sizes, weight.ravel(), *self.middle, y.ravel(), bias, self.tail)
+
+
 class _ThroughNHWC:
     """An NCHW convolution of small images with many channels, by way of NHWC.
 
@@ -194,10 +219,10 @@ class _ThroughNHWC:
 
     __slots__ = ("move", "turn_x", "turn_y", "x", "y")
 
-    def __init__(self, x, weight, y, dtype, taps, stride, grid, groups, activation):
+    def __init__(self, x, weight, y, prepare):
         self.x, self.y = (x[0], x[1], x[2] * x[3]), (y[0], y[2] * y[3], y[1])
         last = [(s[0], s[2], s[3], s[1]) for s in (x, y)]
-        self.move = _ImplicitProduct(last[0], weight, last[1], dtype, taps, stride, grid, groups, "NHWC", activation)
+        self.move = prepare(last[0], weight, last[1])
         self.turn_x, self.turn_y = (turn_planes.sized(1.0 * prod(s)) for s in (x, y))
 
     def __call__(self, x, weight, y, bias):
@@ -219,12 +244,21 @@ def _better_in_nhwc(x, weight, dtype, product, grid, groups):
 
 
 def _prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algorithm, activation=0):
+    def product(x, weight, y, layout="NHWC"):
+        return _ImplicitProduct(x, weight, y, dtype, taps, stride, grid, groups, layout, activation)
+
+    def winograd(x, weight, y):
+        return _WinogradNHWC(x, weight, y, taps, groups, activation)
+
     if algorithm == "gemm":
-        arguments = (x, weight, y, dtype, taps, stride, grid, groups)
-        product = _ImplicitProduct(*arguments, layout, activation)
-        if layout == "NCHW" and _better_in_nhwc(x, weight, dtype, product, grid, groups):
-            return _ThroughNHWC(*arguments, activation)
-        return product
+        there = product(x, weight, y, layout)
+        if layout == "NCHW" and _better_in_nhwc(x, weight, dtype, there, grid, groups):
+            return _ThroughNHWC(x, weight, y, product)
+        return there
+    if algorithm == "winograd" and layout == "NHWC":
+        return winograd(x, weight, y)
+    if algorithm == "winograd" and _few_tiles(x[0], groups, weight, *grid[4:]):
+        return _ThroughNHWC(x, weight, y, winograd)
     return _Pass(x, weight, y, taps, stride, grid, groups, layout, algorithm, activation)
 
 
@@ -238,7 +272,9 @@ def prepare_conv2d(shapes, dtype, *, stride, padding, dilation, groups, layout, 
         return lambda x, weight, bias, *, out=None: np.empty(shape, dtype) if out is None else out
     taps = _tap_offsets(weight[2:], dilation, padding)
     code = ACTIVATION_CODES[activation]
-    forward = _prepare_pass(x, weight, shape, dtype, taps, stride, (0, 0, 1, 1, oh, ow), groups, layout, algorithm, code)
+    forward = _prepare_pass(
+        x, weight, shape, dtype, taps, stride, (0, 0, 1, 1, oh, ow), groups, layout, algorithm, code
+    )
 
     def run(x, weight, bias, *, out=None):
         if out is None:
@@ -314,7 +350,7 @@ def _choose_transposed(grad, weight, size, dtype, stride, dilation, groups, layo
         return "direct"
     if _why_not_winograd(weight, dtype, stride, dilation, layout):
         return "gemm"
-    estimates = _estimates(grad[0], groups, (channels * groups, outputs, 3, 3), *size)
+    estimates = _estimates(grad[0], groups, (channels * groups, outputs, 3, 3), *size, layout)
     return min(estimates, key=estimates.__getitem__)
 
 
@@ -475,7 +511,10 @@ def _prepare_input_gradient(grad, x, weight, dtype, *, stride, padding, dilation
     algorithm = "direct" if 2 * prod(x) * prod(weight[1:]) < DIRECT_BELOW else "gemm"
     grid = (0, 0, 1, 1, *_image_size(x, layout))
     taps = _tap_offsets(weight[2:], dilation, padding)
-    move, no_bias = _prepare_pass(grad, weight, x, dtype, taps, stride, grid, groups, layout, algorithm), _NO_BIAS[dtype]
+    move, no_bias = (
+        _prepare_pass(grad, weight, x, dtype, taps, stride, grid, groups, layout, algorithm),
+        _NO_BIAS[dtype],
+    )
 
     def run(grad, weight):
         result = empty(x, dtype)

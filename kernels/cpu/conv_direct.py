@@ -10,7 +10,7 @@ from numba import prange
 
 from tilewise.kernels.cpu.epilogue import activate_row, apply_activation
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.simd import address
+from tilewise.kernels.cpu.simd import address, fused
 from tilewise.kernels.cpu.vector_move import add_scaled
 
 
@@ -40,7 +40,7 @@ def _one_pixel(x, base, all_channels, h, w, weight, start, channels, tap_rows, t
                 continue
             where = base + (row * w + column) * all_channels
             for c in range(channels):
-                total += x[where + c] * weight[start + (c * tap_rows.size + r) * taps_w + s]
+                total = fused(x[where + c], weight[start + (c * tap_rows.size + r) * taps_w + s], total)
     return total
 
 

@@ -132,7 +132,7 @@ def _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes):
         most = max(1, BLOCK_PIXELS // pitch, PLANE_BYTES // row_bytes - extra_rows)
         while most > 1 and n * groups * ceil(oh / most) < CHUNKS // 2 and most * pitch > 4 * lane * NV:
             most = ceil(most / 2)
-        rows = min(range(1, min(oh, most) + 1), key=lambda rows: (_vectors(oh, rows, ow, pitch, extra_rows, lane)))
+        rows = min(range(1, min(oh, most) + 1), key=lambda rows: _vectors(oh, rows, ow, pitch, extra_rows, lane))
         images = 1
     chunks, splits = groups * ceil(n / images) * ceil(oh / rows), 1
     while chunks * splits < CHUNKS and outputs // MR >= 4 * splits:
@@ -359,7 +359,9 @@ def _block(
                         y, target + o * y_plane, y_plane, places, used, bias, bias_start + o, code,
                     )  # fmt: skip
                     continue
-                _product(vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, tile, c0)
+                _product(
+                    vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, tile, c0
+                )
                 if last:
                     step = min(vectors, NV) * lanes(x)
                     _finish_tile(

@@ -117,11 +117,11 @@ def _transform_input(x, first_channel, image_step, channels, h, w, top, left, ru
 
 
 @device(allocates=True)
-def transform_weights(weight, start, outputs, channels, block, width, transformed, target):
-    """U of LANES outputs from `block` on: transformed[target + xi * apart(channels * width) + c * width + lane]."""
+def transform_weights(weight, start, outputs, row, channels, width, transformed, target):
+    """U of up to LANES outputs, whose taps begin `row` apart: transformed[target + xi * apart(channels * width) + c *
+    width + lane]."""
     taps = scratch(channels * 9 * LANES, weight)
-    some = min(LANES, outputs - block)
-    pack_outputs(weight, start + block * channels * 9, channels * 9, 1, some, channels * 9, taps, 0)
+    pack_outputs(weight, start, row, 1, min(LANES, outputs), channels * 9, taps, 0)
     for c in range(channels):
         where = address(transformed, target + c * width)
         weight_transform(where, apart(channels * width), address(taps, c * 9 * LANES), 3 * LANES, LANES)
@@ -253,8 +253,9 @@ def convolve(
     transformed = scratch(groups * blocks * block_size, weight)
     for i in prange(groups * blocks):
         g = i // blocks
-        start = g * outputs * channels * 9
-        transform_weights(weight, start, outputs, channels, (i - g * blocks) * LANES, LANES, transformed, i * block_size)
+        block = (i - g * blocks) * LANES
+        start = (g * outputs + block) * channels * 9
+        transform_weights(weight, start, outputs - block, channels * 9, channels, LANES, transformed, i * block_size)
     tile_rows, tile_columns = (oh + 3) // 4, (ow + 3) // 4
     total = n * tile_rows * tile_columns
     tile_blocks = (total + TILES - 1) // TILES

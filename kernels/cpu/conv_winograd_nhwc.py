@@ -4,8 +4,11 @@ Here the vectors run along channels, so that nothing is gathered: a pixel's chan
 
     V[xi, tile, c] = transformed input      U[xi, c, o] = transformed weights      M[xi, tile, o] = sum over c of V U
 
-A chunk owns a block of TILES tiles, numbered through the batch: it transforms its input once, then goes through the
-outputs in panels of NR: multiply, transform back, write. Tiles at the image's edge are staged with zeros around.
+With many tiles a chunk owns a block of TILES of them, numbered through the batch: it transforms its input once, then
+goes through the outputs in panels of NR: multiply, transform back, write. With few tiles (small images, small
+batches), U, four times as large as the weights, would cost more than the products: then all of V is made first, and a
+chunk owns a panel of outputs, whose U it makes in pieces that never leave L2. Tiles at the image's edge are staged with
+zeros around.
 """
 
 import numpy as np
@@ -24,6 +27,10 @@ LANES = lane_count(4)  # float32 only, as in conv_winograd.py
 NR = NV * LANES
 # Tiles a block: each weight, 36 numbers of U, is read once for so many tiles.
 TILES = 4 * MR
+# Up to so many tiles, chunks own outputs instead of tiles; the sums of a panel are then 64 * 36 * 32 * 4 = 295 KB.
+FEW_TILES = 64
+# Channels whose U for one panel is made at a time: 36 * 128 * 32 * 4 = 590 KB.
+CHANNELS = 128
 
 
 @device()
@@ -39,10 +46,11 @@ def _stage_tile(x, image, row, column, h, w, all_channels, first_channel, channe
 
 
 @device()
-def _transform_input(x, h, w, all_channels, first_channel, channels, top, left, where, used, stage, values, padded):
-    """values[xi * apart(TILES * padded) + tile * padded + c]."""
-    step = apart(TILES * padded)
-    for tile in range(used):
+def _transform_input(
+    x, h, w, all_channels, first_channel, channels, top, left, where, first, last, stage, values, step, padded
+):  # fmt: skip
+    """values[xi * step + tile * padded + c]."""
+    for tile in range(first, last):
         image, row, column = where[tile, 0], 4 * where[tile, 1] + top, 4 * where[tile, 2] + left
         inside = row >= 0 and column >= 0 and row + 6 <= h and column + 6 <= w
         source = ((image * h + row) * w + column) * all_channels + first_channel
@@ -56,14 +64,14 @@ def _transform_input(x, h, w, all_channels, first_channel, channels, top, left, 
 
 
 @device()
-def _multiply(values, padded, used, panel, channels, products, bases, zero):
-    """products[xi * apart(TILES * NR) + tile * NR + o] for one panel of outputs; whole register tiles."""
+def _multiply(values, first, step, used, panels, panel, channels, products, product_step, bases, zero, more):
+    """products[xi * product_step + tile * NR + o] (+)= V U for one panel of outputs; whole register tiles."""
     for xi in range(36):
-        left, right = address(values, xi * apart(TILES * padded)), address(panel, xi * apart(channels * NR))
+        left, right = address(values, first + xi * step), address(panels, panel + xi * apart(channels * NR))
         for tile in range(0, used, MR):
-            c = address(products, xi * apart(TILES * NR) + tile * NR)
+            c = address(products, xi * product_step + tile * NR)
             row_product(
-                MR, NV, left, address(bases, tile), 1, address(zero, 0), 1, channels, right, NR, c, NR, 0
+                MR, NV, left, address(bases, tile), 1, address(zero, 0), 1, channels, right, NR, c, NR, more
             )  # fmt: skip
 
 
@@ -88,11 +96,10 @@ def _define_tile(
 
 @device()
 def _write_tiles(
-    x, h, w, all_channels, first_channel, channels, top, left, weight, start, where, used, products, outputs, o0,
+    x, h, w, all_channels, first_channel, channels, top, left, weight, start, where, used, products, step, outputs, o0,
     y, first_output, oh, ow, all_outputs, bias, bias_start, code,
 ):  # fmt: skip
     has_bias = 1 if bias.size > 0 else 0
-    step = apart(TILES * NR)
     for tile in range(used):
         image, row, column = where[tile, 0], 4 * where[tile, 1], 4 * where[tile, 2]
         rows, columns = min(4, oh - row), min(4, ow - column)
@@ -119,69 +126,135 @@ def _write_tiles(
                     )  # fmt: skip
 
 
-@device(allocates=True)
-def _tile_block(
-    x, h, w, groups, g, channels, top, left, weight, transformed, outputs, first, used, tile_rows, tile_columns,
-    y, oh, ow, bias, code,
-):  # fmt: skip
-    where = np.empty((TILES, 3), np.int64)
+@device()
+def _locate_tiles(first, used, tile_rows, tile_columns, padded, where, bases):
+    """where[i] = (image, tile row, tile column); bases[i]: the tile's place in V; any for what fills a register tile."""
     for i in range(used):
         tile = first + i
         where[i, 0] = tile // (tile_rows * tile_columns)
         rest = tile - where[i, 0] * tile_rows * tile_columns
         where[i, 1] = rest // tile_columns
         where[i, 2] = rest - where[i, 1] * tile_columns
-    padded = ((channels + LANES - 1) // LANES) * LANES
-    bases, zero = np.empty(TILES, np.int64), np.zeros(1, np.int64)
-    for i in range(TILES):
+    for i in range(bases.size):
         bases[i] = min(i, used - 1) * padded
-    stage = scratch(36 * LANES, x)
-    values = scratch(36 * apart(TILES * padded), x)
-    products = scratch(36 * apart(TILES * NR), x)
-    all_channels, first_channel = groups * channels, g * channels
-    _transform_input(
-        x, h, w, all_channels, first_channel, channels, top, left, where, used, stage, values, padded
-    )  # fmt: skip
-    start = g * outputs * channels * 9
-    panel_size = 36 * apart(channels * NR)
-    for o in range(0, outputs, NR):
-        panel = transformed[(g * ((outputs + NR - 1) // NR) + o // NR) * panel_size :]
-        _multiply(values, padded, used, panel, channels, products, bases, zero)
-        _write_tiles(
-            x, h, w, all_channels, first_channel, channels, top, left, weight, start, where, used, products, outputs,
-            o, y, g * outputs, oh, ow, groups * outputs, bias, g * outputs, code,
-        )  # fmt: skip
 
 
-@kernel()
-def convolve(
-    x, n, groups, channels, h, w, weight, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
-    y, y_start, image_step, row_step, column_step, bias, activation,
-):  # fmt: skip
-    """Arguments as `conv_winograd.convolve`, for x and y in NHWC."""
-    panels = (outputs + NR - 1) // NR
-    panel_size = 36 * apart(channels * NR)
-    transformed = scratch(groups * panels * panel_size, weight)
-    for i in prange(groups * panels * NV):
-        panel = i // NV
-        half = i - panel * NV
-        g = panel // panels
-        block = (panel - g * panels) * NR + half * LANES
-        target = panel * panel_size + half * LANES
+@device()
+def _transform_panel(weight, start, outputs, row, channels, transformed, target):
+    """U of one panel of outputs, NR of them or fewer."""
+    for half in range(NV):
+        block = half * LANES
         if block < outputs:
-            start = g * outputs * channels * 9
-            transform_weights(weight, start, outputs, channels, block, NR, transformed, target)
+            transform_weights(
+                weight, start + block * row, outputs - block, row, channels, NR, transformed, target + block
+            )
         else:
             for xi in range(36):
                 for c in range(channels):
-                    clear_row(address(transformed, target + xi * apart(channels * NR) + c * NR), LANES)
-    tile_rows, tile_columns = (oh + 3) // 4, (ow + 3) // 4
-    total = n * tile_rows * tile_columns
+                    clear_row(address(transformed, target + block + xi * apart(channels * NR) + c * NR), LANES)
+
+
+@device(allocates=True)
+def _tile_block(
+    x, h, w, groups, g, channels, top, left, weight, transformed, outputs, first, used, tile_rows, tile_columns,
+    y, oh, ow, bias, code,
+):  # fmt: skip
+    padded = ((channels + LANES - 1) // LANES) * LANES
+    where, bases, zero = np.empty((TILES, 3), np.int64), np.empty(TILES, np.int64), np.zeros(1, np.int64)
+    _locate_tiles(first, used, tile_rows, tile_columns, padded, where, bases)
+    stage = scratch(36 * LANES, x)
+    step, product_step = apart(TILES * padded), apart(TILES * NR)
+    values, products = scratch(36 * step, x), scratch(36 * product_step, x)
+    all_channels, first_channel = groups * channels, g * channels
+    _transform_input(
+        x, h, w, all_channels, first_channel, channels, top, left, where, 0, used, stage, values, step, padded
+    )  # fmt: skip
+    start = g * outputs * channels * 9
+    for o in range(0, outputs, NR):
+        panel = (g * ((outputs + NR - 1) // NR) + o // NR) * 36 * apart(channels * NR)
+        _multiply(values, 0, step, used, transformed, panel, channels, products, product_step, bases, zero, 0)
+        _write_tiles(
+            x, h, w, all_channels, first_channel, channels, top, left, weight, start, where, used, products,
+            product_step, outputs, o, y, g * outputs, oh, ow, groups * outputs, bias, g * outputs, code,
+        )  # fmt: skip
+
+
+@device(allocates=True)
+def _output_panel(
+    x, h, w, groups, g, channels, top, left, weight, values, step, outputs, o, where, bases, y, oh, ow, bias, code
+):  # fmt: skip
+    used = where.shape[0]
+    zero = np.zeros(1, np.int64)
+    product_step = apart(bases.size * NR)
+    products = scratch(36 * product_step, x)
+    some = min(channels, CHANNELS)
+    panel = scratch(36 * apart(some * NR), x)
+    start = g * outputs * channels * 9
+    for c in range(0, channels, CHANNELS):
+        some = min(channels - c, CHANNELS)
+        _transform_panel(weight, start + (o * channels + c) * 9, outputs - o, channels * 9, some, panel, 0)
+        more = 1 if c > 0 else 0
+        _multiply(values, c, step, used, panel, 0, some, products, product_step, bases, zero, more)
+    _write_tiles(
+        x, h, w, groups * channels, g * channels, channels, top, left, weight, start, where, used, products,
+        product_step, outputs, o, y, g * outputs, oh, ow, groups * outputs, bias, g * outputs, code,
+    )  # fmt: skip
+
+
+def _convolve_few(
+    x, groups, channels, h, w, weight, outputs, top, left, oh, ow, total, tile_rows, tile_columns, y, bias, activation
+):  # fmt: skip
+    padded = ((channels + LANES - 1) // LANES) * LANES
+    where, bases = np.empty((total, 3), np.int64), np.empty(((total + MR - 1) // MR) * MR, np.int64)
+    _locate_tiles(0, total, tile_rows, tile_columns, padded, where, bases)
+    step = apart(total * padded)
+    values = scratch(groups * 36 * step, x)
+    for chunk in prange(groups * total):
+        g, tile = chunk // total, chunk % total
+        stage = scratch(36 * LANES, x)
+        _transform_input(
+            x, h, w, groups * channels, g * channels, channels, top, left, where, tile, tile + 1, stage,
+            values[g * 36 * step :], step, padded,
+        )  # fmt: skip
+    panels = (outputs + NR - 1) // NR
+    for chunk in prange(groups * panels):
+        g = chunk // panels
+        _output_panel(
+            x, h, w, groups, g, channels, top, left, weight, values[g * 36 * step :], step, outputs,
+            (chunk - g * panels) * NR, where, bases, y, oh, ow, bias, activation,
+        )  # fmt: skip
+
+
+def _convolve_many(
+    x, groups, channels, h, w, weight, outputs, top, left, oh, ow, total, tile_rows, tile_columns, y, bias, activation
+):  # fmt: skip
+    panels = (outputs + NR - 1) // NR
+    panel_size = 36 * apart(channels * NR)
+    transformed = scratch(groups * panels * panel_size, weight)
+    for i in prange(groups * panels):
+        g = i // panels
+        o = (i - g * panels) * NR
+        start = (g * outputs + o) * channels * 9
+        _transform_panel(weight, start, outputs - o, channels * 9, channels, transformed, i * panel_size)
     blocks = (total + TILES - 1) // TILES
     for chunk in prange(blocks * groups):
         g = chunk % groups
         first = chunk // groups * TILES
         _tile_block(
-            x, h, w, groups, g, channels, tap_rows[0], tap_columns[0], weight, transformed, outputs, first,
-            min(TILES, total - first), tile_rows, tile_columns, y, oh, ow, bias, activation,
+            x, h, w, groups, g, channels, top, left, weight, transformed, outputs, first, min(TILES, total - first),
+            tile_rows, tile_columns, y, oh, ow, bias, activation,
         )  # fmt: skip
+
+
+# Arguments: as `conv_winograd.convolve`'s where they have its names; total: the tiles of all images.
+convolve_few = kernel()(_convolve_few)
+convolve_many = kernel()(_convolve_many)
+
+
+def convolve(n, oh, ow):
+    """The kernel for n images of oh x ow outputs."""
+    return convolve_few if n * count_tiles(oh, ow) <= FEW_TILES else convolve_many
+
+
+def count_tiles(oh, ow):
+    return -(-oh // 4) * -(-ow // 4)

@@ -187,9 +187,7 @@ def _load_if(builder, condition, pointer, emit):
 
 
 @intrinsic(prefer_literal=True)
-def row_product(
-    typingctx, rows, vectors, a, bases, a_step, starts, segments, length, b, b_step, c, c_step, accumulate
-):
+def row_product(typingctx, rows, vectors, a, bases, a_step, starts, segments, length, b, b_step, c, c_step, accumulate):
     """C[i, j] (+)= sum over s < segments, k < length of a[bases[i] + starts[s] + k * a_step] * b[(s * length + k) *
     b_step + j] for a whole tile, rows x vectors * lanes.
 

@@ -89,6 +89,17 @@ def lanes(typingctx, array):
     return types.intp(array), codegen
 
 
+@intrinsic
+def fused(typingctx, a, b, c):
+    """a * b + c in one rounding, for floats; the compiler neither splits nor reorders it, whatever surrounds it."""
+    signature = a(a, a, a)
+
+    def codegen(context, builder, signature, args):
+        return builder.fma(*args)
+
+    return signature, codegen
+
+
 class _Emitter:
     """Vector loads, stores and arithmetic for one element type at the builder's current position."""
 
