@@ -55,8 +55,8 @@ def _part(vector, first, count):
 def coefficients(mean, invstd, weight, bias, saved_mean, saved_invstd, factors, step):
     """factors[c], [step + c], [2 * step + c] = (centre, scale, offset): y = (x - centre) * scale + offset.
 
-    mean, invstd: in float64; invstd is overwritten. Both are noted where wanted. centre is the mean rounded to x's
-    dtype; what the rounding left over goes into the offset.
+    mean, invstd: in float64 or x's dtype; both are overwritten, and noted where wanted. centre is the mean rounded to
+    x's dtype; what the rounding left over goes into the offset.
     """
     own = mean.size
     centre, scale, offset = factors[:own], factors[step : step + own], factors[2 * step : 2 * step + own]
@@ -69,7 +69,7 @@ def coefficients(mean, invstd, weight, bias, saved_mean, saved_invstd, factors, 
     for c in range(own):
         centre[c] = mean[c]
         scale[c] = invstd[c]
-        mean[c] = (np.float64(centre[c]) - mean[c]) * invstd[c]
+        mean[c] = (mean.dtype.type(centre[c]) - mean[c]) * invstd[c]
     for c in range(bias.size):
         mean[c] += bias[c]
     for c in range(own):
@@ -102,11 +102,13 @@ def settle(
 
 @device(fastmath=AS_WRITTEN)
 def evaluation_factors(running_mean, running_var, eps, weight, bias, saved_mean, saved_invstd, factors, step):
-    """The factors of every channel from the running statistics."""
-    mean, invstd = np.empty(running_mean.size), np.empty(running_mean.size)
+    """The factors of every channel from the running statistics, in their dtype: for a small batch of many channels,
+    roots and divisions in float64 would cost as much as the pixels."""
+    number = running_mean.dtype.type
+    mean, invstd = np.empty_like(running_mean), np.empty_like(running_mean)
     for c in range(mean.size):
         mean[c] = running_mean[c]
-        invstd[c] = 1 / math.sqrt(np.float64(running_var[c]) + eps)
+        invstd[c] = number(1) / math.sqrt(running_var[c] + number(eps))
     coefficients(mean, invstd, weight, bias, saved_mean, saved_invstd, factors, step)
 
 

@@ -17,20 +17,21 @@ from tilewise.kernels.cpu.batchnorm_channel import (
     merge_moments,
     settle,
 )
-from tilewise.kernels.cpu.batchnorm_vector import run_gradient, run_moments, run_normalise, run_sums, settle_stores
+from tilewise.kernels.cpu.batchnorm_vector import (
+    FROZEN,
+    KEPT,
+    STREAMED,
+    run_gradient,
+    run_moments,
+    run_normalise,
+    run_sums,
+    settle_stores,
+)
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.simd import address
 
 SPLIT = 32768  # elements in a chunk of blocks: a few microseconds of work
-
-
-@device(fastmath=AS_WRITTEN)
-def _normalise_run(x, y, at, count, centre, scale, offset, streamed):
-    if streamed:
-        run_normalise(1, address(x, at), address(y, at), count, centre, scale, offset)
-    else:
-        run_normalise(0, address(x, at), address(y, at), count, centre, scale, offset)
 
 
 @device(fastmath=AS_WRITTEN)
@@ -56,7 +57,11 @@ def _forward_channels(
         base = (image * channels + first) * plane
         for c in range(own):
             centre, scale, offset = factors[c], factors[own + c], factors[2 * own + c]
-            _normalise_run(x, y, base + c * plane, plane, centre, scale, offset, streamed)
+            source, target = address(x, base + c * plane), address(y, base + c * plane)
+            if streamed:
+                run_normalise(STREAMED, source, target, plane, centre, scale, offset)
+            else:
+                run_normalise(KEPT, source, target, plane, centre, scale, offset)
         if code:
             activate_row(y, base, own * plane, code)
     if streamed:
@@ -116,26 +121,25 @@ def _merge_blocks(images, channels, plane, blocks, moments, mean, squares):
 
 
 @device(fastmath=AS_WRITTEN)
-def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code, streamed):
+def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code):
     image, c, block = _position(begin, channels, blocks)
     first = (image * channels + c) * plane + block * BLOCK
     for _ in range(begin, end):
         start = block * BLOCK
         at = (image * channels + c) * plane + start
         centre, scale, offset = factors[c], factors[channels + c], factors[2 * channels + c]
-        _normalise_run(x, y, at, min(BLOCK, plane - start), centre, scale, offset, streamed)
+        size = min(BLOCK, plane - start)
+        run_normalise(KEPT, address(x, at), address(y, at), size, centre, scale, offset)
         image, c, block = _next(image, c, block, channels, blocks)
     if code:
         last = (image * channels + c) * plane + block * BLOCK
         activate_row(y, first, last - first, code)
-    if streamed:
-        settle_stores()
 
 
 @kernel(fastmath=AS_WRITTEN)
 def forward_by_block(
     x, y, images, channels, plane, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
-    training, momentum, eps, code, streamed,
+    training, momentum, eps, code,
 ):  # fmt: skip
     """Evaluation, and training with few channels; each chunk owns some blocks of the planes."""
     blocks = (plane + BLOCK - 1) // BLOCK
@@ -159,21 +163,38 @@ def forward_by_block(
         evaluation_factors(running_mean, running_var, eps, weight, bias, saved_mean, saved_invstd, factors, channels)
     for chunk in prange(chunks):
         begin, end = chunk * step, min(chunk * step + step, units)
-        _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code, streamed)
+        _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code)
 
 
 @device(fastmath=AS_WRITTEN)
-def _gradient_run(grad, x, result, at, count, factors, c, step, training):
+def _gradient_run(grad, x, result, at, count, factors, c, step, training, streamed):
     centre, a, b, offset = factors[c], factors[step + c], factors[2 * step + c], factors[3 * step + c]
-    if training:
-        run_gradient(1, address(grad, at), address(x, at), address(result, at), count, centre, a, b, offset)
+    slopes, values, target = address(grad, at), address(x, at), address(result, at)
+    if training and streamed:
+        run_gradient(STREAMED, slopes, values, target, count, centre, a, b, offset)
+    elif training:
+        run_gradient(KEPT, slopes, values, target, count, centre, a, b, offset)
     else:
-        run_gradient(0, address(grad, at), address(x, at), address(result, at), count, centre, a, b, offset)
+        run_gradient(FROZEN, slopes, values, target, count, centre, a, b, offset)
 
 
 @device(fastmath=AS_WRITTEN)
 def _backward_channels(
-    grad, x, result, images, channels, plane, first, own, mean, invstd, weight, grad_weight, grad_bias, training
+    grad,
+    x,
+    result,
+    images,
+    channels,
+    plane,
+    first,
+    own,
+    mean,
+    invstd,
+    weight,
+    grad_weight,
+    grad_bias,
+    training,
+    streamed,
 ):
     sums, factors = np.zeros(2 * own), np.empty(4 * own, x.dtype)
     total, product = sums[:own], sums[own:]
@@ -191,19 +212,21 @@ def _backward_channels(
     for image in range(images):
         base = (image * channels + first) * plane
         for c in range(own):
-            _gradient_run(grad, x, result, base + c * plane, plane, factors, c, own, training)
+            _gradient_run(grad, x, result, base + c * plane, plane, factors, c, own, training, streamed)
+    if streamed:
+        settle_stores()
 
 
 @kernel(fastmath=AS_WRITTEN)
 def backward_by_channel(
-    grad, x, result, images, channels, plane, group, mean, invstd, weight, grad_weight, grad_bias, training
+    grad, x, result, images, channels, plane, group, mean, invstd, weight, grad_weight, grad_bias, training, streamed
 ):
     """Each chunk owns `group` channels."""
     for chunk in prange((channels + group - 1) // group):
         first = chunk * group
         _backward_channels(
             grad, x, result, images, channels, plane, first, min(group, channels - first),
-            mean, invstd, weight, grad_weight, grad_bias, training,
+            mean, invstd, weight, grad_weight, grad_bias, training, streamed,
         )  # fmt: skip
 
 
@@ -225,7 +248,7 @@ def _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, f
     for _ in range(begin, end):
         start = block * BLOCK
         at = (image * channels + c) * plane + start
-        _gradient_run(grad, x, result, at, min(BLOCK, plane - start), factors, c, channels, training)
+        _gradient_run(grad, x, result, at, min(BLOCK, plane - start), factors, c, channels, training, False)
         image, c, block = _next(image, c, block, channels, blocks)
 
 

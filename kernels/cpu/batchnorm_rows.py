@@ -1,11 +1,13 @@
 """Batch norm where a pixel's channels are contiguous: NHWC and (N, C), as flat arrays.
 
-Sums run down the rows, vectors across the channels. Where the pixels of a strip of channels fit in the second-level
-cache, each chunk owns a strip and does everything for it (`*_by_strip`): memory sees x once, as in NCHW. Else the rows
-are cut into blocks, whose moments or sums are merged in order between two passes over memory (`*_by_row`). There,
-several pixels together make one row of `width` elements, a multiple of the number of channels, so that few channels
-fill vectors too; element j of a row belongs to channel j % channels. The pixels that are left after the last whole row
-are its tail.
+Sums run down the rows, vectors across the channels. The rows are cut into blocks, whose moments or sums are merged in
+order between two passes. Several pixels together make one row of `width` elements, a multiple of the number of
+channels, so that few channels fill vectors too; element j of a row belongs to channel j % channels. The pixels that are
+left after the last whole row are its tail.
+
+Unlike in NCHW, no group of channels can stay in a cache between the passes: a strip of them, a power of two of bytes
+apart, falls into a few of the cache's sets. So memory sees x twice, but for what the first pass read last: with
+`backwards`, which is for a single thread, the second pass starts there.
 """
 
 import numpy as np
@@ -20,12 +22,13 @@ from tilewise.kernels.cpu.batchnorm_channel import (
     settle,
 )
 from tilewise.kernels.cpu.batchnorm_vector import (
+    FROZEN,
+    KEPT,
     rows_deviations,
     rows_gradient,
     rows_normalise,
     rows_sums,
     rows_total,
-    settle_stores,
 )
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
@@ -80,18 +83,15 @@ def _spread(factors, kinds, channels, width):
 
 
 @device(fastmath=AS_WRITTEN)
-def _normalise_rows(x, y, at, stride, rows, columns, factors, step, streamed):
+def _normalise_rows(x, y, at, stride, rows, columns, factors, step):
     centre, scale, offset = address(factors, 0), address(factors, step), address(factors, 2 * step)
-    if streamed:
-        rows_normalise(1, address(x, at), address(y, at), stride, rows, columns, centre, scale, offset)
-    else:
-        rows_normalise(0, address(x, at), address(y, at), stride, rows, columns, centre, scale, offset)
+    rows_normalise(address(x, at), address(y, at), stride, rows, columns, centre, scale, offset)
 
 
 @kernel(fastmath=AS_WRITTEN)
 def forward_by_row(
     x, y, channels, width, block, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
-    training, momentum, eps, code, streamed,
+    training, momentum, eps, code, backwards,
 ):  # fmt: skip
     """Each chunk owns a block of `block` rows."""
     rows = x.size // width
@@ -116,57 +116,17 @@ def forward_by_row(
         evaluation_factors(running_mean, running_var, eps, weight, bias, saved_mean, saved_invstd, factors, width)
     _spread(factors, 3, channels, width)
     step = block * width
-    for chunk in prange((x.size + step - 1) // step):
+    chunks = (x.size + step - 1) // step
+    for turn in prange(chunks):
+        chunk = chunks - 1 - turn if backwards else turn
         start = chunk * step
         whole = min(block, rows - chunk * block)
-        _normalise_rows(x, y, start, width, whole, width, factors, width, streamed)
+        _normalise_rows(x, y, start, width, whole, width, factors, width)
         tail = start + whole * width
         stop = min(start + step, x.size)
         if tail < stop:
-            _normalise_rows(x, y, tail, width, 1, stop - tail, factors, width, streamed)
+            _normalise_rows(x, y, tail, width, 1, stop - tail, factors, width)
         activate_row(y, start, stop - start, code)
-        if streamed:
-            settle_stores()
-
-
-@device(fastmath=AS_WRITTEN)
-def _forward_strip(
-    x, y, channels, first, own, block, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
-    momentum, eps, code, streamed,
-):  # fmt: skip
-    pixels = x.size // channels
-    sums, factors = np.zeros(2 * own), np.empty(3 * own, x.dtype)
-    mean, squares = sums[:own], sums[own:]
-    for start in range(0, pixels, block):
-        rows = min(block, pixels - start)
-        _block_moments(x, start * channels + first, channels, rows, own, factors, 0, own)
-        merge_moments(np.float64(start), np.float64(rows), factors, 0, own, mean, squares)
-    settle(
-        first, np.float64(pixels), mean, squares, running_mean, running_var,
-        weight, bias, saved_mean, saved_invstd, momentum, eps, factors, own,
-    )  # fmt: skip
-    for start in range(0, pixels, block):
-        rows = min(block, pixels - start)
-        _normalise_rows(x, y, start * channels + first, channels, rows, own, factors, own, streamed)
-        if code:
-            for pixel in range(start, start + rows):
-                activate_row(y, pixel * channels + first, own, code)
-    if streamed:
-        settle_stores()
-
-
-@kernel(fastmath=AS_WRITTEN)
-def forward_by_strip(
-    x, y, channels, strip, block, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
-    momentum, eps, code, streamed,
-):  # fmt: skip
-    """Training; each chunk owns `strip` channels, and goes through them in blocks of `block` rows."""
-    for chunk in prange((channels + strip - 1) // strip):
-        first = chunk * strip
-        _forward_strip(
-            x, y, channels, first, min(strip, channels - first), block,
-            running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps, code, streamed,
-        )  # fmt: skip
 
 
 @device(fastmath=AS_WRITTEN)
@@ -203,13 +163,15 @@ def _gradient_rows(grad, x, result, at, stride, rows, columns, factors, step, tr
     centre, a = address(factors, 0), address(factors, step)
     b, offset = address(factors, 2 * step), address(factors, 3 * step)
     if training:
-        rows_gradient(1, slopes, values, target, stride, rows, columns, centre, a, b, offset)
+        rows_gradient(KEPT, slopes, values, target, stride, rows, columns, centre, a, b, offset)
     else:
-        rows_gradient(0, slopes, values, target, stride, rows, columns, centre, a, b, offset)
+        rows_gradient(FROZEN, slopes, values, target, stride, rows, columns, centre, a, b, offset)
 
 
 @kernel(fastmath=AS_WRITTEN)
-def backward_by_row(grad, x, result, channels, width, block, mean, invstd, weight, grad_weight, grad_bias, training):
+def backward_by_row(
+    grad, x, result, channels, width, block, mean, invstd, weight, grad_weight, grad_bias, training, backwards,
+):  # fmt: skip
     """Each chunk owns a block of `block` rows."""
     rows = x.size // width
     blocks = (rows + block - 1) // block
@@ -231,7 +193,9 @@ def backward_by_row(grad, x, result, channels, width, block, mean, invstd, weigh
     )  # fmt: skip
     _spread(factors, 4, channels, width)
     step = block * width
-    for chunk in prange((x.size + step - 1) // step):
+    chunks = (x.size + step - 1) // step
+    for turn in prange(chunks):
+        chunk = chunks - 1 - turn if backwards else turn
         start = chunk * step
         whole = min(block, rows - chunk * block)
         _gradient_rows(grad, x, result, start, width, whole, width, factors, width, training)
@@ -239,32 +203,3 @@ def backward_by_row(grad, x, result, channels, width, block, mean, invstd, weigh
         stop = min(start + step, x.size)
         if tail < stop:
             _gradient_rows(grad, x, result, tail, width, 1, stop - tail, factors, width, training)
-
-
-@device(fastmath=AS_WRITTEN)
-def _backward_strip(
-    grad, x, result, channels, first, own, block, mean, invstd, weight, grad_weight, grad_bias, training
-):
-    pixels = x.size // channels
-    sums, factors = np.zeros(2 * own), np.empty(4 * own, x.dtype)
-    total, product = sums[:own], sums[own:]
-    for start in range(0, pixels, block):
-        rows = min(block, pixels - start)
-        at = start * channels + first
-        _block_sums(grad, x, at, channels, rows, own, address(mean, first), factors, 0, own)
-        add_sums(factors, 0, own, total, product)
-    gradient_factors(
-        first, np.float64(pixels), total, product, mean, invstd, weight, grad_weight, grad_bias, factors, own
-    )
-    _gradient_rows(grad, x, result, first, channels, pixels, own, factors, own, training)
-
-
-@kernel(fastmath=AS_WRITTEN)
-def backward_by_strip(grad, x, result, channels, strip, block, mean, invstd, weight, grad_weight, grad_bias, training):
-    """Each chunk owns `strip` channels, and goes through them in blocks of `block` rows."""
-    for chunk in prange((channels + strip - 1) // strip):
-        first = chunk * strip
-        _backward_strip(
-            grad, x, result, channels, first, min(strip, channels - first), block,
-            mean, invstd, weight, grad_weight, grad_bias, training,
-        )  # fmt: skip

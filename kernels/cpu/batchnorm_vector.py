@@ -19,6 +19,11 @@ ROWS = 8  # rows summed at a time, so that a column's sum in memory is touched o
 ROWS_OF_TWO = 4  # the same where each row is read from two arrays, and where results are written: fewer streams
 
 
+# How a pass writes its result: through the caches, or past them, for which result and run must be whole, aligned
+# vectors. FROZEN: a gradient through statistics that do not depend on x.
+KEPT, STREAMED, FROZEN = 0, 1, 2
+
+
 class _Pass(_Emitter):
     """Vector arithmetic and the loops around it."""
 
@@ -39,6 +44,12 @@ class _Pass(_Emitter):
         """a - b, and 0 outside the mask."""
         difference = self.builder.fsub(a, b)
         return difference if mask is None else self.builder.select(mask, difference, self.zero)
+
+    def gradient(self, frozen, slope, x, at, mask, centre, a, b, offset):
+        if frozen:
+            return self.builder.fmul(slope, a)
+        deviation = self.builder.fsub(self.read(x, at, mask), centre)
+        return self.multiply_add(slope, a, self.multiply_add(deviation, b, offset))
 
     def below(self, count):
         """The first `count` lanes; 0 < count < lanes."""
@@ -166,10 +177,9 @@ def run_moments(typingctx, x, count, moments, step):
 
 
 @intrinsic(prefer_literal=True)
-def run_normalise(typingctx, streamed, x, y, count, centre, scale, offset):
-    """y = (x - centre) * scale + offset along a run. streamed: a literal; 1 writes past the caches, for which y and
-    the run must be whole, aligned vectors."""
-    past = bool(_literal(streamed))
+def run_normalise(typingctx, mode, x, y, count, centre, scale, offset):
+    """y = (x - centre) * scale + offset along a run. mode: a literal."""
+    past = _literal(mode) == STREAMED
 
     def emission(emit, args):
         _, x, y, count, *factors = args
@@ -182,7 +192,7 @@ def run_normalise(typingctx, streamed, x, y, count, centre, scale, offset):
 
         emit.over_run(count, 0, normalise)
 
-    return _emitted(types.void(streamed, x, y, types.intp, centre, scale, offset), emission)
+    return _emitted(types.void(mode, x, y, types.intp, centre, scale, offset), emission)
 
 
 @intrinsic
@@ -206,9 +216,10 @@ def run_sums(typingctx, grad, x, count, centre, sums, step):
 
 
 @intrinsic(prefer_literal=True)
-def run_gradient(typingctx, training, grad, x, result, count, centre, a, b, offset):
-    """result = grad * a + ((x - centre) * b + offset) along a run; training: a literal; 0: result = grad * a."""
-    whole = bool(_literal(training))
+def run_gradient(typingctx, mode, grad, x, result, count, centre, a, b, offset):
+    """result = grad * a + ((x - centre) * b + offset) along a run; FROZEN: result = grad * a. mode: a
+    literal."""
+    frozen, past = _literal(mode) == FROZEN, _literal(mode) == STREAMED
 
     def emission(emit, args):
         _, grad, x, result, count, *factors = args
@@ -216,17 +227,13 @@ def run_gradient(typingctx, training, grad, x, result, count, centre, a, b, offs
 
         def gradient(at, _, mask):
             slope = emit.read(grad, at, mask)
-            if whole:
-                deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
-                value = emit.multiply_add(slope, a, emit.multiply_add(deviation, b, offset))
-            else:
-                value = emit.builder.fmul(slope, a)
-            emit.write(value, result, at, mask)
+            value = emit.gradient(frozen, slope, x, at, mask, centre, a, b, offset)
+            emit.write(value, result, at, mask, past)
             return []
 
         emit.over_run(count, 0, gradient)
 
-    return _emitted(types.void(training, grad, x, result, types.intp, centre, a, b, offset), emission)
+    return _emitted(types.void(mode, grad, x, result, types.intp, centre, a, b, offset), emission)
 
 
 @intrinsic
@@ -267,23 +274,22 @@ def rows_deviations(typingctx, x, stride, rows, columns, pivot, first, second):
     return _emitted(types.void(x, types.intp, types.intp, types.intp, pivot, first, second), emission)
 
 
-@intrinsic(prefer_literal=True)
-def rows_normalise(typingctx, streamed, x, y, stride, rows, columns, centre, scale, offset):
-    """y = (x - centre) * scale + offset, with a factor of each for every column; streamed as in `run_normalise`."""
-    past = bool(_literal(streamed))
+@intrinsic
+def rows_normalise(typingctx, x, y, stride, rows, columns, centre, scale, offset):
+    """y = (x - centre) * scale + offset, with a factor of each for every column."""
 
     def emission(emit, args):
-        _, x, y, stride, rows, columns, *factors = args
+        x, y, stride, rows, columns, *factors = args
 
         def normalise(i, height, j, mask):
             centre, scale, offset = (emit.read(factor, j, mask) for factor in factors)
             for at in emit.places(i, height, stride, j):
                 deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
-                emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask, past)
+                emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask)
 
         emit.sweep(rows, columns, ROWS_OF_TWO, normalise)
 
-    signature = types.void(streamed, x, y, types.intp, types.intp, types.intp, centre, scale, offset)
+    signature = types.void(x, y, types.intp, types.intp, types.intp, centre, scale, offset)
     return _emitted(signature, emission)
 
 
@@ -311,9 +317,10 @@ def rows_sums(typingctx, grad, x, stride, rows, columns, centre, total, product)
 
 
 @intrinsic(prefer_literal=True)
-def rows_gradient(typingctx, training, grad, x, result, stride, rows, columns, centre, a, b, offset):
-    """result = grad * a + ((x - centre) * b + offset), with a factor of each for every column; as `run_gradient`."""
-    whole = bool(_literal(training))
+def rows_gradient(typingctx, mode, grad, x, result, stride, rows, columns, centre, a, b, offset):
+    """result = grad * a + ((x - centre) * b + offset), with a factor of each for every column. mode: KEPT or FROZEN,
+    a literal."""
+    frozen = _literal(mode) == FROZEN
 
     def emission(emit, args):
         _, grad, x, result, stride, rows, columns, *factors = args
@@ -322,17 +329,13 @@ def rows_gradient(typingctx, training, grad, x, result, stride, rows, columns, c
             centre, a, b, offset = (emit.read(factor, j, mask) for factor in factors)
             for at in emit.places(i, height, stride, j):
                 slope = emit.read(grad, at, mask)
-                if whole:
-                    deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
-                    value = emit.multiply_add(slope, a, emit.multiply_add(deviation, b, offset))
-                else:
-                    value = emit.builder.fmul(slope, a)
+                value = emit.gradient(frozen, slope, x, at, mask, centre, a, b, offset)
                 emit.write(value, result, at, mask)
 
         emit.sweep(rows, columns, ROWS_OF_TWO, gradient)
 
     return _emitted(
-        types.void(training, grad, x, result, types.intp, types.intp, types.intp, centre, a, b, offset), emission
+        types.void(mode, grad, x, result, types.intp, types.intp, types.intp, centre, a, b, offset), emission
     )
 
 
