@@ -16,6 +16,7 @@ from tilewise.kernels.cpu.batchnorm_planes import (
     forward_by_channel,
 )
 from tilewise.kernels.cpu.batchnorm_rows import backward_by_row, forward_by_row
+from tilewise.kernels.cpu.batchnorm_vector import FROZEN, KEPT, STREAMED
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.scratch import ALIGNMENT, empty
 from tilewise.kernels.cpu.threads import SERIAL_BELOW, may_split
@@ -34,7 +35,7 @@ ROW_BLOCK = 8192  # elements in a block of rows: 32 kB of float32
 # Bytes of a result that no cache holds until it is read. Where its lines come in no order, plane by plane of a chunk of
 # channels, they are written past the caches, so that their memory is not read first: a quarter less time in training.
 # (Where they do come in order, the system has just zeroed a page of fresh memory into the cache: nothing to gain.)
-STREAMED = 1 << 26
+LARGE = 1 << 26
 _ABSENT = {4: np.empty(0, np.float32), 8: np.empty(0, np.float64)}  # itemsize -> what stands for None in a kernel
 
 
@@ -57,7 +58,7 @@ def _group(images: int, plane: int, chunk: tuple[int, int], channel_bytes: int) 
 def _streams(kernel, shape: tuple[int, ...], itemsize: int) -> bool:
     """Whether a result goes past the caches, which takes planes of whole cache lines."""
     by_channel = kernel in (forward_by_channel, backward_by_channel)
-    return by_channel and prod(shape) * itemsize >= STREAMED and shape[2] * shape[3] * itemsize % ALIGNMENT == 0
+    return by_channel and prod(shape) * itemsize >= LARGE and shape[2] * shape[3] * itemsize % ALIGNMENT == 0
 
 
 def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activation, return_stats):
@@ -139,9 +140,10 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
     if size == 0:
         return partial(_gradients_of_nothing, channels=channels)
     kernel, dimensions = _backward_way(shape, layout, itemsize)
-    streamed = _streams(kernel, shape, itemsize)
-    create = empty if streamed else np.empty
-    after = (training, streamed) if kernel is backward_by_channel else (training,)
+    mode = KEPT if training else FROZEN
+    if training and _streams(kernel, shape, itemsize):
+        mode = STREAMED
+    create = empty if mode == STREAMED else np.empty
     launch, backwards = kernel.sized(size), kernel is backward_by_row
 
     def run(grad, x, mean, invstd, weight):
@@ -151,9 +153,9 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
             weight = absent
         operands = (grad.reshape(size), x.reshape(size), result.reshape(size), *dimensions, mean, invstd, weight)
         if backwards:
-            launch(*operands, grad_weight, grad_bias, *after, _alone(size))
+            launch(*operands, grad_weight, grad_bias, mode, _alone(size))
         else:
-            launch(*operands, grad_weight, grad_bias, *after)
+            launch(*operands, grad_weight, grad_bias, mode)
         return result, grad_weight, grad_bias
 
     return run

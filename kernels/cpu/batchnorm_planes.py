@@ -167,15 +167,18 @@ def forward_by_block(
 
 
 @device(fastmath=AS_WRITTEN)
-def _gradient_run(grad, x, result, at, count, factors, c, step, training, streamed):
-    centre, a, b, offset = factors[c], factors[step + c], factors[2 * step + c], factors[3 * step + c]
-    slopes, values, target = address(grad, at), address(x, at), address(result, at)
-    if training and streamed:
-        run_gradient(STREAMED, slopes, values, target, count, centre, a, b, offset)
-    elif training:
-        run_gradient(KEPT, slopes, values, target, count, centre, a, b, offset)
-    else:
-        run_gradient(FROZEN, slopes, values, target, count, centre, a, b, offset)
+def _gradient_runs(grad, x, result, at, length, count, factors, first, step, mode):
+    """The gradients of `count` channels from the first one on, whose runs of this length follow each other."""
+    for c in range(first, first + count):
+        centre, a, b, offset = factors[c], factors[step + c], factors[2 * step + c], factors[3 * step + c]
+        slopes, values, target = address(grad, at), address(x, at), address(result, at)
+        if mode == KEPT:
+            run_gradient(KEPT, slopes, values, target, length, centre, a, b, offset)
+        elif mode == STREAMED:
+            run_gradient(STREAMED, slopes, values, target, length, centre, a, b, offset)
+        else:
+            run_gradient(FROZEN, slopes, values, target, length, centre, a, b, offset)
+        at += length
 
 
 @device(fastmath=AS_WRITTEN)
@@ -193,8 +196,7 @@ def _backward_channels(
     weight,
     grad_weight,
     grad_bias,
-    training,
-    streamed,
+    mode,
 ):
     sums, factors = np.zeros(2 * own), np.empty(4 * own, x.dtype)
     total, product = sums[:own], sums[own:]
@@ -211,22 +213,21 @@ def _backward_channels(
     )  # fmt: skip
     for image in range(images):
         base = (image * channels + first) * plane
-        for c in range(own):
-            _gradient_run(grad, x, result, base + c * plane, plane, factors, c, own, training, streamed)
-    if streamed:
+        _gradient_runs(grad, x, result, base, plane, own, factors, 0, own, mode)
+    if mode == STREAMED:
         settle_stores()
 
 
 @kernel(fastmath=AS_WRITTEN)
 def backward_by_channel(
-    grad, x, result, images, channels, plane, group, mean, invstd, weight, grad_weight, grad_bias, training, streamed
+    grad, x, result, images, channels, plane, group, mean, invstd, weight, grad_weight, grad_bias, mode
 ):
     """Each chunk owns `group` channels."""
     for chunk in prange((channels + group - 1) // group):
         first = chunk * group
         _backward_channels(
             grad, x, result, images, channels, plane, first, min(group, channels - first),
-            mean, invstd, weight, grad_weight, grad_bias, training, streamed,
+            mean, invstd, weight, grad_weight, grad_bias, mode,
         )  # fmt: skip
 
 
@@ -243,17 +244,17 @@ def _sums_of_blocks(grad, x, channels, plane, blocks, begin, end, mean, sums, st
 
 
 @device(fastmath=AS_WRITTEN)
-def _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, factors, training):
+def _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, factors, mode):
     image, c, block = _position(begin, channels, blocks)
     for _ in range(begin, end):
         start = block * BLOCK
         at = (image * channels + c) * plane + start
-        _gradient_run(grad, x, result, at, min(BLOCK, plane - start), factors, c, channels, training, False)
+        _gradient_runs(grad, x, result, at, min(BLOCK, plane - start), 1, factors, c, channels, mode)
         image, c, block = _next(image, c, block, channels, blocks)
 
 
 @kernel(fastmath=AS_WRITTEN)
-def backward_by_block(grad, x, result, images, channels, plane, mean, invstd, weight, grad_weight, grad_bias, training):
+def backward_by_block(grad, x, result, images, channels, plane, mean, invstd, weight, grad_weight, grad_bias, mode):
     """With few channels; each chunk owns some blocks of the planes."""
     blocks = (plane + BLOCK - 1) // BLOCK
     units = images * channels * blocks
@@ -273,4 +274,4 @@ def backward_by_block(grad, x, result, images, channels, plane, mean, invstd, we
     )  # fmt: skip
     for chunk in prange(chunks):
         begin, end = chunk * step, min(chunk * step + step, units)
-        _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, factors, training)
+        _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, factors, mode)

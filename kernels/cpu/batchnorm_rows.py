@@ -158,11 +158,11 @@ def _fold_sums(grad, x, channels, width, centre, total, product):
 
 
 @device(fastmath=AS_WRITTEN)
-def _gradient_rows(grad, x, result, at, stride, rows, columns, factors, step, training):
+def _gradient_rows(grad, x, result, at, stride, rows, columns, factors, step, mode):
     slopes, values, target = address(grad, at), address(x, at), address(result, at)
     centre, a = address(factors, 0), address(factors, step)
     b, offset = address(factors, 2 * step), address(factors, 3 * step)
-    if training:
+    if mode == KEPT:
         rows_gradient(KEPT, slopes, values, target, stride, rows, columns, centre, a, b, offset)
     else:
         rows_gradient(FROZEN, slopes, values, target, stride, rows, columns, centre, a, b, offset)
@@ -170,7 +170,7 @@ def _gradient_rows(grad, x, result, at, stride, rows, columns, factors, step, tr
 
 @kernel(fastmath=AS_WRITTEN)
 def backward_by_row(
-    grad, x, result, channels, width, block, mean, invstd, weight, grad_weight, grad_bias, training, backwards,
+    grad, x, result, channels, width, block, mean, invstd, weight, grad_weight, grad_bias, mode, backwards,
 ):  # fmt: skip
     """Each chunk owns a block of `block` rows."""
     rows = x.size // width
@@ -198,8 +198,8 @@ def backward_by_row(
         chunk = chunks - 1 - turn if backwards else turn
         start = chunk * step
         whole = min(block, rows - chunk * block)
-        _gradient_rows(grad, x, result, start, width, whole, width, factors, width, training)
+        _gradient_rows(grad, x, result, start, width, whole, width, factors, width, mode)
         tail = start + whole * width
         stop = min(start + step, x.size)
         if tail < stop:
-            _gradient_rows(grad, x, result, tail, width, 1, stop - tail, factors, width, training)
+            _gradient_rows(grad, x, result, tail, width, 1, stop - tail, factors, width, mode)

@@ -73,6 +73,20 @@ class _Pass(_Emitter):
             vector = self.builder.fadd(vector, self.builder.shuffle_vector(vector, undefined, order))
         return self.builder.extract_element(vector, _I32(0))
 
+    def lane_sums(self, a, b):
+        """The sums of two vectors' elements, by halves, both at once."""
+        count, builder = self.lanes, self.builder
+        numbers = ir.VectorType(_I32, count)
+        low = [*range(count // 2), *range(count, count + count // 2)]
+        halves = [ir.Constant(numbers, [i + shift for i in low]) for shift in (0, count // 2)]
+        vector = builder.fadd(*[builder.shuffle_vector(a, b, half) for half in halves])
+        undefined, length = ir.Constant(vector.type, ir.Undefined), count // 2
+        while length > 1:
+            length //= 2
+            order = ir.Constant(numbers, [i ^ length for i in range(count)])
+            vector = builder.fadd(vector, builder.shuffle_vector(vector, undefined, order))
+        return builder.extract_element(vector, _I32(0)), builder.extract_element(vector, _I32(count // 2))
+
     def put(self, value, pointer, offset):
         """One number."""
         self.builder.store(value, self.builder.gep(pointer, [offset]))
@@ -170,7 +184,8 @@ def run_moments(typingctx, x, count, moments, step):
 
         first, second = emit.over_run(count, 2, deviations)
         twice = emit.builder.add(step, step)
-        for value, at in ((pivot, _I64(0)), (emit.lane_sum(first), step), (emit.lane_sum(second), twice)):
+        first, second = emit.lane_sums(first, second)
+        for value, at in ((pivot, _I64(0)), (first, step), (second, twice)):
             emit.put(value, moments, at)
 
     return _emitted(types.void(x, types.intp, moments, types.intp), emission)
@@ -209,8 +224,9 @@ def run_sums(typingctx, grad, x, count, centre, sums, step):
             return [emit.add(sums[0], slope), emit.multiply_add(slope, deviation, sums[1])]
 
         total, product = emit.over_run(count, 2, add)
-        emit.put(emit.lane_sum(total), sums, _I64(0))
-        emit.put(emit.lane_sum(product), sums, step)
+        total, product = emit.lane_sums(total, product)
+        emit.put(total, sums, _I64(0))
+        emit.put(product, sums, step)
 
     return _emitted(types.void(grad, x, types.intp, centre, sums, types.intp), emission)
 
