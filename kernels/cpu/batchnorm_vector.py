@@ -16,8 +16,6 @@ from tilewise.kernels.cpu.vector_pass import emitted
 
 ROWS = 8  # rows summed at a time, so that a column's sum in memory is touched once for eight of them
 ROWS_OF_TWO = 4  # the same where each row is read from two arrays, and where results are written: fewer streams
-
-
 # How a pass writes its result: through the caches, or past them, for which result and run must be whole, aligned
 # vectors. FROZEN: a gradient through statistics that do not depend on x.
 KEPT, STREAMED, FROZEN = 0, 1, 2
