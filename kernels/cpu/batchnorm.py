@@ -7,8 +7,10 @@ depends on the shape alone, so the bits do not depend on the number of threads.
 from functools import partial
 from math import gcd, prod
 
+import numba
 import numpy as np
 
+from tilewise.kernels import settings
 from tilewise.kernels.cpu.batchnorm_planes import (
     backward_by_block,
     backward_by_channel,
@@ -74,7 +76,7 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
     create = empty if streamed else np.empty  # aligned, or sooner
     after = (momentum, eps, code, streamed) if kernel is forward_by_channel else (training, momentum, eps, code)
     work = size * (0.6 if code < 3 else 1.6)
-    launch, backwards = kernel.sized(work), kernel is forward_by_row
+    launch, by_row = kernel.sized(work), kernel is forward_by_row
 
     def run(x, running_mean, running_var, weight, bias):
         y = create(shape, dtype)
@@ -88,8 +90,8 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
         if bias is None:
             bias = absent
         operands = (x.reshape(size), y.reshape(size), *dimensions, running_mean, running_var, weight, bias)
-        if backwards:
-            launch(*operands, mean, invstd, *after, _alone(work))
+        if by_row:
+            launch(*operands, mean, invstd, *after, _threads(work))
         else:
             launch(*operands, mean, invstd, *after)
         return (y, mean, invstd) if return_stats else y
@@ -109,9 +111,11 @@ def _forward_way(shape: tuple[int, ...], layout: str, training: bool, itemsize: 
     return forward_by_channel, (images, channels, plane, group)
 
 
-def _alone(work: float) -> bool:
-    """Whether one thread does all the work."""
-    return work < SERIAL_BELOW or not may_split()
+def _threads(work: float) -> int:
+    """How many threads will share the work."""
+    if work < SERIAL_BELOW or not may_split():
+        return 1
+    return settings.active().threads or numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _batch_norm_of_nothing(x, running_mean, running_var, weight, bias, *, channels, training, eps, return_stats):
@@ -144,7 +148,7 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
     if training and _streams(kernel, shape, itemsize):
         mode = STREAMED
     create = empty if mode == STREAMED else np.empty
-    launch, backwards = kernel.sized(size), kernel is backward_by_row
+    launch, by_row = kernel.sized(size), kernel is backward_by_row
 
     def run(grad, x, mean, invstd, weight):
         result = create(shape, dtype)
@@ -152,8 +156,8 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
         if weight is None:
             weight = absent
         operands = (grad.reshape(size), x.reshape(size), result.reshape(size), *dimensions, mean, invstd, weight)
-        if backwards:
-            launch(*operands, grad_weight, grad_bias, mode, _alone(size))
+        if by_row:
+            launch(*operands, grad_weight, grad_bias, mode, _threads(size))
         else:
             launch(*operands, grad_weight, grad_bias, mode)
         return result, grad_weight, grad_bias

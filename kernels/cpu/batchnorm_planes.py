@@ -31,7 +31,7 @@ from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.simd import address
 
-SPLIT = 32768  # elements in a chunk of blocks: a few microseconds of work
+SPLIT = 8192  # elements in a chunk of blocks: a microsecond of work, so that two threads have as much to do
 
 
 @device(fastmath=AS_WRITTEN)
