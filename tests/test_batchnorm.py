@@ -317,6 +317,7 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, dtype):
                 kept = results(shape, training)
                 with monkeypatch.context() as patch:
                     patch.setattr(cpu, "LARGE", 1 << 16)
+                    patch.setattr(cpu, "ALIGNED", 1 << 16)
                     assert cpu._streams(cpu.forward_by_channel, shape, np.dtype(dtype).itemsize) is past
                     dispatch.forget_plans()
                     streamed = results(shape, training)
