@@ -143,9 +143,9 @@ def test_one_specialisation_for_each_dtype(rng):
                 kernels.leaky_relu_backward(operand, kernels.leaky_relu(operand))
                 kernels.softmax_backward(operand, kernels.log_softmax(operand, axis=0), axis=0)
                 kernels.log_softmax_backward(operand, kernels.softmax(operand), axis=-1)
-    for kernel in (cpu._forward_kernel, cpu._backward_kernel, cpu._softmax_rows, cpu._softmax_columns):
+    for kernel in (cpu._forward_kernel, cpu._backward_kernel, cpu.softmax_rows, cpu.softmax_columns):
         assert len(kernel.serial.signatures) == 2
-    for kernel in (cpu._softmax_backward_rows, cpu._softmax_backward_columns):
+    for kernel in (cpu.softmax_backward_rows, cpu.softmax_backward_columns):
         assert len(kernel.serial.signatures) == 2
 
 
@@ -302,11 +302,11 @@ def test_loops_over_exponentials_are_vector_code():
     if VECTOR_BYTES == 16:
         pytest.skip("looks for the registers of AVX2 and AVX-512")
     register = {64: "zmm", 32: "ymm"}[VECTOR_BYTES]
-    for kernel in (cpu._forward_kernel, cpu._softmax_rows):
+    for kernel in (cpu._forward_kernel, cpu.softmax_rows):
         fresh = numba.njit(fastmath=set(FASTMATH), error_model="numpy")(kernel.function)
-        rank = 1 if kernel is cpu._forward_kernel else 2
-        arrays = [numba.types.Array(numba.float32, rank, "C")] * 2
-        fresh.compile((*arrays, *((numba.int64, numba.float64) if rank == 1 else (numba.boolean,))))
+        arrays = [numba.types.Array(numba.float32, 1, "C")] * 2
+        last = numba.float64 if kernel is cpu._forward_kernel else numba.boolean
+        fresh.compile((*arrays, numba.int64, last))
         assembly = fresh.inspect_asm(fresh.signatures[0])
         polynomials = re.findall(rf"vfmadd\w+ps.*{register}", assembly)
         assert len(polynomials) >= 14, f"{kernel.__name__}: {len(polynomials)} vector multiply-adds"

@@ -121,6 +121,9 @@ SHAPES = [
     *((n, 17, 7, 7) for n in (1, 2, 31)),
     (1, 40, 50, 50), (2, 3, 150, 151), (70, 64, 3, 3), (5, 1000, 2, 2), (3, 513, 3, 7),
     (300, 3), (4097, 10), (2, 1), (3, 700), (33, 64),
+    # rows of channels last: around the 4 and 8 that are taken together, a block of 32, of 128, and several pixels a row
+    *((n, 70) for n in (3, 4, 5, 7, 8, 9, 31, 32, 33, 65)), *((n, 64) for n in (127, 128, 129, 257)),
+    *((n, 2) for n in (255, 256, 257, 300)),
 ]  # fmt: skip
 
 
@@ -263,7 +266,8 @@ def test_nan_and_infinity_stay_in_their_channel(rng, backend, layout):
 
 
 def test_bits_do_not_depend_on_the_thread_count(rng):
-    for shape, layout, dtype in product([(4, 64, 40, 40), (8, 3, 120, 120), (40, 100, 7, 7)], LAYOUTS, (np.float32,)):
+    shapes = [(4, 64, 40, 40), (8, 3, 120, 120), (40, 100, 7, 7)]
+    for shape, layout, dtype in product(shapes, LAYOUTS, (np.float32, np.float64)):
         x, grad = rng.standard_normal((2, *shape)).astype(dtype)
         vectors = statistics(rng, shape[1], dtype)
         results = []
@@ -292,6 +296,34 @@ def test_bits_do_not_depend_on_the_thread_count(rng):
         for name, one, two, three in zip(names, *results, strict=True):
             np.testing.assert_array_equal(two, one, err_msg=f"{name} {shape} {layout}, 2 threads")
             np.testing.assert_array_equal(three, one, err_msg=f"{name} {shape} {layout}, 3 threads")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, dtype):
+    from tilewise.kernels import dispatch
+    from tilewise.kernels.cpu import batchnorm as cpu
+
+    def results(shape, training):
+        running = [v.copy() for v in vectors[:2]]
+        forward = kernels.batch_norm(x, *running, *vectors[2:], True, return_stats=True)
+        return [*forward, *running, *kernels.batch_norm_backward(grad, x, *forward[1:], vectors[2], training=training)]
+
+    # planes of whole cache lines, and not
+    for shape, past in (((3, 40, 16, 16), True), ((70, 17, 4, 8), True), ((3, 40, 15, 17), False)):
+        x, grad = rng.standard_normal((2, *shape)).astype(dtype)
+        vectors = statistics(rng, shape[1], dtype)
+        for training, threads in product((True, False), (1, 2)):
+            with tilewise.using(backend="cpu", threads=threads):
+                kept = results(shape, training)
+                with monkeypatch.context() as patch:
+                    patch.setattr(cpu, "LARGE", 1 << 16)
+                    patch.setattr(cpu, "ALIGNED", 1 << 16)
+                    assert cpu._streams(cpu.forward_by_channel, shape, np.dtype(dtype).itemsize) is past
+                    dispatch.forget_plans()
+                    streamed = results(shape, training)
+                dispatch.forget_plans()
+            for a, b in zip(streamed, kept, strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients

@@ -1,7 +1,7 @@
 """Activations and their gradients in Numba.
 
-The elementwise ones are one pass at copy speed; sigmoid and tanh owe that to the exp of epilogue.py. Softmax reads its
-input twice (the largest value; exponentials and their sum) and scales what it wrote, while a row is in the cache.
+The elementwise ones are one pass at copy speed; sigmoid and tanh owe that to the exp of epilogue.py. For softmax see
+activation_softmax.py.
 """
 
 import math
@@ -10,16 +10,18 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu import epilogue
-from tilewise.kernels.cpu.epilogue import exp, maximum, prefer_widest_vectors
-from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
-from tilewise.kernels.cpu.scratch import empty
+from tilewise.kernels.cpu.activation_softmax import (
+    softmax_backward_columns,
+    softmax_backward_rows,
+    softmax_columns,
+    softmax_rows,
+)
+from tilewise.kernels.cpu.epilogue import prefer_widest_vectors
+from tilewise.kernels.cpu.jit import device, kernel
 
-# Elements in one unit of parallel work: 64 kB of float32, a few microseconds, so that a launch is worth it and a
-# chunk's input is still in the second-level cache when softmax comes back to it.
-CHUNK = 16384
-BLOCK = 64  # a loop over a multiple of it, in vectors of 16 unrolled 4 times, leaves no rest
-SHORT = 64  # rows up to this length are transposed, BLOCK rows at a time, into 2 * 16 kB of float32
-COLUMNS = 256  # columns whose maxima and sums stay in the first-level cache, where the axis is not the last
+CHUNK = (
+    16384  # elements in one unit of parallel work: 64 kB of float32, a few microseconds, so that a launch is worth it
+)
 
 RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN = range(1, 7)
 # Serial nanoseconds for one element, measured roughly; they only decide between serial and parallel.
@@ -102,7 +104,7 @@ def _prepare_forward(code: int):
         kernel = _forward_kernel.sized(math.prod(shape) * _NANOSECONDS[code])
 
         def run(x):
-            y = empty(shape, dtype)
+            y = np.empty(shape, dtype)
             kernel(x.ravel(), y.ravel(), code, negative_slope)
             return y
 
@@ -117,7 +119,7 @@ def _prepare_backward(code: int):
         kernel = _backward_kernel.sized(math.prod(shape) * 0.3)
 
         def run(grad, y):
-            result = empty(shape, dtype)
+            result = np.empty(shape, dtype)
             kernel(grad.ravel(), y.ravel(), result.ravel(), code, negative_slope)
             return result
 
@@ -173,212 +175,37 @@ def sign(x):
     return prepare_sign((x.shape,), x.dtype)(x)
 
 
-@device()
-def _largest(x):
-    """The largest of x, whose size is a multiple of BLOCK; NaN where it holds one."""
-    prefer_widest_vectors()
-    result = x.dtype.type(-np.inf)
-    for i in range(x.size // BLOCK * BLOCK):
-        result = maximum(result, x[i])
-    return result
-
-
-@device()
-def _exponentials(x, y, largest):
-    """y = exp(x - largest), and their sum; x's size is a multiple of BLOCK. y must not be x: LLVM tests for that."""
-    prefer_widest_vectors()
-    total = x.dtype.type(0)
-    for i in range(x.size // BLOCK * BLOCK):
-        e = exp(x[i] - largest)
-        y[i] = e
-        total += e
-    return total
-
-
-@device(fastmath=EXACT_ORDER)
-def _logarithm(x, largest, shift):
-    """x - largest - shift. Reassociated, largest + shift would lose the digits that count where x is large."""
-    return (x - largest) - shift
-
-
-@device()
-def _softmax_row(x, y, last, last_y, log):
-    """last, last_y: BLOCK elements, for the end of the row filled up with -inf, so that no loop has a scalar rest."""
-    n = x.size
-    whole = n // BLOCK * BLOCK
-    for i in range(BLOCK):
-        last[i] = -np.inf
-    for i in range(n - whole):
-        last[i] = x[whole + i]
-    largest = maximum(_largest(x[:whole]), _largest(last))
-    total = _exponentials(x[:whole], y[:whole], largest) + _exponentials(last, last_y, largest)
-    if log:
-        shift = x.dtype.type(math.log(total))
-        for i in range(n):
-            y[i] = _logarithm(x[i], largest, shift)
-    else:
-        scale = x.dtype.type(1) / total
-        for i in range(whole):
-            y[i] *= scale
-        for i in range(n - whole):
-            y[whole + i] = last_y[i] * scale
-
-
-@device(allocates=True)
-def _softmax_columns_run(x, y, start, stop, log):
-    """Softmax along the first axis of x (n, inner) for the columns from start to stop."""
-    prefer_widest_vectors()
-    n, width = x.shape[0], stop - start
-    largest, total = np.empty(width, x.dtype), np.zeros(width, x.dtype)
-    largest[:] = -np.inf
-    for k in range(n):
-        source = x[k, start:stop]
-        for j in range(width):
-            largest[j] = source[j] if source[j] > largest[j] else largest[j]
-    for k in range(n):
-        source, target = x[k, start:stop], y[k, start:stop]
-        for j in range(width):
-            target[j] = exp(source[j] - largest[j])
-            total[j] += target[j]
-    if log:
-        for j in range(width):
-            total[j] = math.log(total[j])
-        for k in range(n):
-            source, target = x[k, start:stop], y[k, start:stop]
-            for j in range(width):
-                target[j] = _logarithm(source[j], largest[j], total[j])
-    else:
-        for j in range(width):
-            total[j] = x.dtype.type(1) / total[j]
-        for k in range(n):
-            target = y[k, start:stop]
-            for j in range(width):
-                target[j] *= total[j]
-
-
-@device()
-def _softmax_short_rows(x, y, row, count, columns, columns_y, log):
-    """Softmax of `count` rows from `row` on, as the columns of a transposed copy: a vector holds one element of each
-    row, so that neither the sums nor the ends of the rows cost anything extra."""
-    n = x.shape[1]
-    for i in range(count):
-        for k in range(n):
-            columns[k, i] = x[row + i, k]
-    _softmax_columns_run(columns, columns_y, 0, BLOCK, log)
-    for i in range(count):
-        for k in range(n):
-            y[row + i, k] = columns_y[k, i]
-
-
-@kernel()
-def _softmax_rows(x, y, log):
-    rows, n = x.shape
-    block = (CHUNK // n // BLOCK + 1) * BLOCK
-    for chunk in prange((rows + block - 1) // block):
-        stop = min(chunk * block + block, rows)
-        if n <= SHORT:
-            columns, columns_y = np.zeros((n, BLOCK), x.dtype), np.empty((n, BLOCK), x.dtype)
-            for row in range(chunk * block, stop, BLOCK):
-                _softmax_short_rows(x, y, row, min(BLOCK, stop - row), columns, columns_y, log)
-        else:
-            last, last_y = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
-            for row in range(chunk * block, stop):
-                _softmax_row(x[row], y[row], last, last_y, log)
-
-
-@kernel()
-def _softmax_columns(x, y, log):
-    outer, _, inner = x.shape
-    blocks = (inner + COLUMNS - 1) // COLUMNS
-    for chunk in prange(outer * blocks):
-        start = chunk % blocks * COLUMNS
-        _softmax_columns_run(x[chunk // blocks], y[chunk // blocks], start, min(start + COLUMNS, inner), log)
-
-
-@device()
-def _softmax_backward_row(grad, y, result, log):
-    prefer_widest_vectors()
-    total = y.dtype.type(0)
-    if log:
-        for i in range(y.size):
-            total += grad[i]
-        for i in range(y.size):
-            result[i] = grad[i] - exp(y[i]) * total
-    else:
-        for i in range(y.size):
-            total += grad[i] * y[i]
-        for i in range(y.size):
-            result[i] = y[i] * (grad[i] - total)
-
-
-@kernel()
-def _softmax_backward_rows(grad, y, result, log):
-    rows, n = y.shape
-    block = CHUNK // n + 1
-    for chunk in prange((rows + block - 1) // block):
-        for row in range(chunk * block, min(chunk * block + block, rows)):
-            _softmax_backward_row(grad[row], y[row], result[row], log)
-
-
-@device(allocates=True)
-def _softmax_backward_columns_run(grad, y, result, start, stop, log):
-    prefer_widest_vectors()
-    n, width = y.shape[0], stop - start
-    total = np.zeros(width, y.dtype)
-    for k in range(n):
-        slope, value = grad[k, start:stop], y[k, start:stop]
-        for j in range(width):
-            total[j] += slope[j] if log else slope[j] * value[j]
-    for k in range(n):
-        slope, value, target = grad[k, start:stop], y[k, start:stop], result[k, start:stop]
-        if log:
-            for j in range(width):
-                target[j] = slope[j] - exp(value[j]) * total[j]
-        else:
-            for j in range(width):
-                target[j] = value[j] * (slope[j] - total[j])
-
-
-@kernel()
-def _softmax_backward_columns(grad, y, result, log):
-    outer, _, inner = y.shape
-    blocks = (inner + COLUMNS - 1) // COLUMNS
-    for chunk in prange(outer * blocks):
-        image, start = chunk // blocks, chunk % blocks * COLUMNS
-        stop = min(start + COLUMNS, inner)
-        _softmax_backward_columns_run(grad[image], y[image], result[image], start, stop, log)
-
-
 def _prepare_softmax(rows, columns, log: bool):
     """`prepare_` for softmax (log: log_softmax) or its gradient: rows where the axis is the last, columns elsewhere."""
 
     def prepare(shapes, dtype, *, axis):
         shape = shapes[0]
         if math.prod(shape) == 0:
-            return lambda *operands: empty(shape, dtype)
+            return lambda *operands: np.empty(shape, dtype)
+        inner = math.prod(shape[axis + 1 :])
         last = axis == len(shape) - 1
-        lines = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))[: 2 if last else 3]
+        lines = (shape[axis], log) if last else (shape[axis], inner, log)
         kernel = (rows if last else columns).sized(math.prod(shape) * _SOFTMAX_NANOSECONDS)
 
-        def run(*operands):
-            result = empty(lines, dtype)
-            kernel(*[operand.reshape(lines) for operand in operands], result, log)
-            return result.reshape(shape)
+        def run(x):
+            y = np.empty(shape, dtype)
+            kernel(x.ravel(), y.ravel(), *lines)
+            return y
 
-        def run_matrix(*operands):
-            result = empty(shape, dtype)
-            kernel(*operands, result, log)
+        def run_backward(grad, y):
+            result = np.empty(shape, dtype)
+            kernel(grad.ravel(), y.ravel(), result.ravel(), *lines)
             return result
 
-        return run_matrix if lines == shape else run
+        return run if len(shapes) == 1 else run_backward
 
     return prepare
 
 
-prepare_softmax = _prepare_softmax(_softmax_rows, _softmax_columns, False)
-prepare_log_softmax = _prepare_softmax(_softmax_rows, _softmax_columns, True)
-prepare_softmax_backward = _prepare_softmax(_softmax_backward_rows, _softmax_backward_columns, False)
-prepare_log_softmax_backward = _prepare_softmax(_softmax_backward_rows, _softmax_backward_columns, True)
+prepare_softmax = _prepare_softmax(softmax_rows, softmax_columns, False)
+prepare_log_softmax = _prepare_softmax(softmax_rows, softmax_columns, True)
+prepare_softmax_backward = _prepare_softmax(softmax_backward_rows, softmax_backward_columns, False)
+prepare_log_softmax_backward = _prepare_softmax(softmax_backward_rows, softmax_backward_columns, True)
 
 
 def softmax(x, *, axis):

@@ -1,12 +1,12 @@
-"""What the batch norm kernels of both layouts share: moments of a run of numbers, and a channel's coefficients.
+"""What the batch norm kernels of both layouts share: how moments are merged, and the channels' factors.
 
 Moments are taken in blocks that stay in the first-level cache: a rough mean first, then the deviations from it and
-their squares, so that x is read from memory once, a mean of 1e4 costs no digits, and everything vectorises in x's
+their squares, so that x is read from memory once, a mean of 1e4 costs no digits, and everything is vectors of x's
 dtype. Blocks are merged in float64 (Chan, Golub and LeVeque 1983).
 
-LLVM may reassociate and contract what is compiled with those flags, and does so differently in different surroundings,
-such as the serial and the parallel form of a kernel. So that both give the same bits, only what cannot be understood
-in two ways has them: the sums over a run, which are vectorised before anything else happens to them.
+Everything here goes through some channels at a time, from `first` on, in loops that LLVM can vectorise: with planes of
+7x7, two divisions and a root in scalars would cost more than a channel's pixels. Nothing is reassociated or contracted,
+so these loops give the same bits however they are vectorised.
 """
 
 import math
@@ -22,91 +22,132 @@ AS_WRITTEN = frozenset()  # no reassociation and no contraction
 
 
 @device(fastmath=AS_WRITTEN)
-def minus(x, centre):
-    """x - centre, which no reassociation may merge with what surrounds it."""
-    return x - centre
+def merge_moments(count, other_count, moments, start, step, mean, squares):
+    """Merge a block of `other_count` values of each channel into mean and squares (sums of squared deviations), so far
+    of `count` values, in float64.
 
-
-@device(fastmath=AS_WRITTEN)
-def plus(a, b):
-    """a + b, in this order."""
-    return a + b
-
-
-@device(inline="always")
-def run_moments(x):
-    """(mean, sum of squared deviations from it) of a run of numbers, in float64."""
-    pivot = x.dtype.type(0)
-    for i in range(x.size):
-        pivot += x[i]
-    pivot = share(pivot, x.size)
-    first, second = x.dtype.type(0), x.dtype.type(0)
-    for i in range(x.size):
-        deviation = minus(x[i], pivot)
-        first += deviation
-        second += deviation * deviation
-    return centred(pivot, first, second, x.size)
-
-
-@device(fastmath=AS_WRITTEN)
-def share(total, count):
-    """total / count in total's type."""
-    return total / type(total)(count)
-
-
-@device(fastmath=AS_WRITTEN)
-def centred(pivot, first, second, count):
-    """(mean, squares) in float64, from the sums of the deviations from a pivot near the mean, and of their squares."""
-    excess = np.float64(first) / count
-    return np.float64(pivot) + excess, np.float64(second) - np.float64(first) * excess
-
-
-@device(fastmath=AS_WRITTEN)
-def merged(count, mean, squares, other_count, other_mean, other_squares):
-    """Mean and squares of two sets of numbers together."""
+    moments: pivots from `start` on, `step` further the sums of the deviations from them, and then of their squares.
+    """
+    own = mean.size
     share = other_count / (count + other_count)
-    distance = other_mean - mean
-    return mean + distance * share, squares + other_squares + distance * distance * count * share
+    weight = count * share
+    pivots, firsts = moments[start : start + own], moments[start + step : start + step + own]
+    seconds = moments[start + 2 * step : start + 2 * step + own]
+    for c in range(own):
+        deviations = np.float64(firsts[c])
+        excess = deviations / other_count
+        distance = np.float64(pivots[c]) + excess - mean[c]
+        mean[c] += distance * share
+        squares[c] = squares[c] + (np.float64(seconds[c]) - deviations * excess) + distance * distance * weight
 
 
 @device(fastmath=AS_WRITTEN)
-def coefficients(c, mean, invstd, weight, bias, saved_mean, saved_invstd):
-    """(centre, scale, offset) of channel c: y = (x - centre) * scale + offset. Notes the statistics where wanted.
+def _part(vector, first, count):
+    """Elements of a vector from `first` on, or nothing of one that is absent.
 
-    centre is the mean rounded to x's dtype; what the rounding left over goes into the offset.
+    Loops run over such slices, because Numba would look whether an index `first + c` is negative, and LLVM then no
+    longer sees a vector in the loop.
     """
-    scale = invstd * weight[c] if weight.size else invstd
-    centre = saved_mean.dtype.type(mean)
-    if saved_mean.size:
-        saved_mean[c] = centre
-        saved_invstd[c] = invstd
-    offset = minus(np.float64(centre), mean) * scale
-    if bias.size:
-        offset += bias[c]
-    return centre, saved_mean.dtype.type(scale), saved_mean.dtype.type(offset)
+    return vector[first : first + count] if vector.size else vector[:0]
 
 
 @device(fastmath=AS_WRITTEN)
-def settle(c, count, mean, squares, running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps):
-    """The coefficients of channel c in training, whose running statistics move."""
-    if running_mean.size:
-        running_mean[c] += momentum * (mean - running_mean[c])
-        running_var[c] += momentum * (squares / (count - 1) - running_var[c])
-    invstd = 1 / math.sqrt(squares / count + eps)
-    return coefficients(c, mean, invstd, weight, bias, saved_mean, saved_invstd)
+def coefficients(mean, invstd, weight, bias, saved_mean, saved_invstd, factors, step):
+    """factors[c], [step + c], [2 * step + c] = (centre, scale, offset): y = (x - centre) * scale + offset.
 
-
-@device(fastmath=AS_WRITTEN)
-def gradient_coefficients(c, values, grad_sum, product_sum, invstd, weight, grad_weight, grad_bias, training):
-    """(a, b, offset) of channel c: grad_x = grad * a + (x - mean) * b + offset; b and offset are 0 if not training.
-
-    grad_sum, product_sum: the sums of grad and of grad * (x - mean) over the channel's values.
+    mean, invstd: in float64 or x's dtype; both are overwritten, and noted where wanted. centre is the mean rounded to
+    x's dtype; what the rounding left over goes into the offset.
     """
-    number = grad_bias.dtype.type
-    deviation = np.float64(invstd[c])
-    grad_bias[c] = grad_sum
-    grad_weight[c] = product_sum * deviation
-    a = deviation * weight[c] if weight.size else deviation
-    if not training:
-        return number(a), number(0), number(0)
-    return number(a), number(-a * deviation * deviation * product_sum / values), number(-a * grad_sum / values)
+    own = mean.size
+    centre, scale, offset = factors[:own], factors[step : step + own], factors[2 * step : 2 * step + own]
+    for c in range(saved_mean.size):
+        saved_mean[c] = mean[c]
+    for c in range(saved_invstd.size):
+        saved_invstd[c] = invstd[c]
+    for c in range(weight.size):
+        invstd[c] *= weight[c]
+    for c in range(own):
+        centre[c] = mean[c]
+        scale[c] = invstd[c]
+        mean[c] = (mean.dtype.type(centre[c]) - mean[c]) * invstd[c]
+    for c in range(bias.size):
+        mean[c] += bias[c]
+    for c in range(own):
+        offset[c] = mean[c]
+
+
+@device(fastmath=AS_WRITTEN)
+def settle(
+    first, count, mean, squares, running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps,
+    factors, step,
+):  # fmt: skip
+    """The factors in training of the channels from `first` on, whose running statistics move; mean and squares are
+    overwritten."""
+    own = mean.size
+    moving = _part(running_mean, first, own)
+    for c in range(moving.size):
+        moving[c] += momentum * (mean[c] - moving[c])
+    moving = _part(running_var, first, own)
+    unbiased = 1 / (count - 1)
+    for c in range(moving.size):
+        moving[c] += momentum * (squares[c] * unbiased - moving[c])
+    share = 1 / count
+    for c in range(own):
+        squares[c] = 1 / math.sqrt(squares[c] * share + eps)
+    coefficients(
+        mean, squares, _part(weight, first, own), _part(bias, first, own),
+        _part(saved_mean, first, own), _part(saved_invstd, first, own), factors, step,
+    )  # fmt: skip
+
+
+@device(fastmath=AS_WRITTEN)
+def evaluation_factors(running_mean, running_var, eps, weight, bias, saved_mean, saved_invstd, factors, step):
+    """The factors of every channel from the running statistics, in their dtype: for a small batch of many channels,
+    roots and divisions in float64 would cost as much as the pixels."""
+    number = running_mean.dtype.type
+    mean, invstd = np.empty_like(running_mean), np.empty_like(running_mean)
+    for c in range(mean.size):
+        mean[c] = running_mean[c]
+        invstd[c] = number(1) / math.sqrt(running_var[c] + number(eps))
+    coefficients(mean, invstd, weight, bias, saved_mean, saved_invstd, factors, step)
+
+
+@device(fastmath=AS_WRITTEN)
+def add_sums(sums, start, step, total, product):
+    """Add sums[start + c] to total[c], and what lies `step` further to product[c]."""
+    totals, products = sums[start : start + total.size], sums[start + step : start + step + total.size]
+    for c in range(total.size):
+        total[c] += totals[c]
+        product[c] += products[c]
+
+
+@device(fastmath=AS_WRITTEN)
+def gradient_factors(first, count, total, product, mean, invstd, weight, grad_weight, grad_bias, factors, step):
+    """factors[c], [step + c], [2 * step + c], [3 * step + c] = (centre, a, b, offset) of the channels from `first` on:
+
+        grad_x = grad * a + ((x - centre) * b + offset)      in training; else grad * a
+
+    total, product: the sums of grad and of grad * (x - mean) over a channel's `count` values, in float64; they are
+    overwritten.
+    """
+    own = total.size
+    share = -1 / count
+    centre, deviation, factor = mean[first : first + own], invstd[first : first + own], _part(weight, first, own)
+    bias_sums, weight_sums = grad_bias[first : first + own], grad_weight[first : first + own]
+    for c in range(own):
+        bias_sums[c] = total[c]
+        product[c] *= deviation[c]
+        weight_sums[c] = product[c]
+    scale, b, offset = factors[step:], factors[2 * step :], factors[3 * step :]
+    for c in range(own):
+        factors[c] = centre[c]
+        scale[c] = deviation[c]
+        product[c] *= share * deviation[c] * deviation[c]
+        total[c] *= share * deviation[c]
+    for c in range(factor.size):
+        scale[c] = np.float64(deviation[c]) * factor[c]
+        product[c] *= factor[c]
+        total[c] *= factor[c]
+    for c in range(own):
+        b[c] = product[c]
+        offset[c] = total[c]

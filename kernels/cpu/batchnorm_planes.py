@@ -1,11 +1,9 @@
-"""Batch norm where a channel's pixels are contiguous: NCHW, as arrays of (images, channels, pixels).
+"""Batch norm where a channel's pixels are contiguous: NCHW, as flat arrays of `images` x `channels` planes.
 
-With enough channels each chunk owns some of them and does everything for them: their planes are still in the
+With enough channels each chunk owns a group of them and does everything for them: their planes are still in the
 second-level cache when they are read again, so that memory sees x once. With few channels, and in evaluation, the
 planes are cut into blocks, whose moments or sums are merged in order between two passes.
 """
-
-import math
 
 import numpy as np
 from numba import prange
@@ -13,79 +11,84 @@ from numba import prange
 from tilewise.kernels.cpu.batchnorm_channel import (
     AS_WRITTEN,
     BLOCK,
-    coefficients,
-    gradient_coefficients,
-    merged,
-    minus,
-    plus,
-    run_moments,
+    add_sums,
+    evaluation_factors,
+    gradient_factors,
+    merge_moments,
     settle,
+)
+from tilewise.kernels.cpu.batchnorm_vector import (
+    FROZEN,
+    KEPT,
+    STREAMED,
+    run_gradient,
+    run_moments,
+    run_normalise,
+    run_sums,
+    settle_stores,
 )
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.simd import address
 
-SPLIT = 32768  # elements in a chunk of blocks: a few microseconds of work
-
-
-@device(inline="always")
-def _normalise(x, y, centre, scale, offset):
-    for i in range(x.size):
-        y[i] = minus(x[i], centre) * scale + offset
+SPLIT = 8192  # elements in a chunk of blocks: a microsecond of work, so that two threads have as much to do
 
 
-@device(allocates=True)
+@device(fastmath=AS_WRITTEN)
 def _forward_channels(
-    x, y, first, last, running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps, code
-):
-    """Everything for the channels from first to last, image by image, so that small planes are read in order."""
-    images, channels, plane = x.shape
-    means, squares = np.zeros(last - first), np.zeros(last - first)
+    x, y, images, channels, plane, first, own, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
+    momentum, eps, code, streamed,
+):  # fmt: skip
+    """Everything for `own` channels from the first one on, image by image, so that small planes are read in order."""
+    sums, factors = np.zeros(2 * own), np.empty(3 * own, x.dtype)
+    mean, squares = sums[:own], sums[own:]
     for image in range(images):
-        for c in range(last - first):
-            row = x[image, first + c]
-            for start in range(0, plane, BLOCK):
-                stop = min(start + BLOCK, plane)
-                moments = run_moments(row[start:stop])
-                count = np.float64(image * plane + start)
-                means[c], squares[c] = merged(count, means[c], squares[c], stop - start, moments[0], moments[1])
-    own = last - first
-    centre, scale, offset = np.empty(own, x.dtype), np.empty(own, x.dtype), np.empty(own, x.dtype)
-    for c in range(last - first):
-        centre[c], scale[c], offset[c] = settle(
-            first + c, images * plane, means[c], squares[c],
-            running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps,
-        )  # fmt: skip
+        base = (image * channels + first) * plane
+        for start in range(0, plane, BLOCK):
+            size = min(BLOCK, plane - start)
+            for c in range(own):
+                run_moments(address(x, base + c * plane + start), size, address(factors, c), own)
+            merge_moments(np.float64(image * plane + start), np.float64(size), factors, 0, own, mean, squares)
+    settle(
+        first, np.float64(images * plane), mean, squares, running_mean, running_var, weight, bias,
+        saved_mean, saved_invstd, momentum, eps, factors, own,
+    )  # fmt: skip
     for image in range(images):
-        for c in range(last - first):
-            row, result = x[image, first + c], y[image, first + c]
-            for start in range(0, plane, BLOCK):
-                stop = min(start + BLOCK, plane)
-                _normalise(row[start:stop], result[start:stop], centre[c], scale[c], offset[c])
+        base = (image * channels + first) * plane
+        for c in range(own):
+            centre, scale, offset = factors[c], factors[own + c], factors[2 * own + c]
+            source, target = address(x, base + c * plane), address(y, base + c * plane)
+            if streamed:
+                run_normalise(STREAMED, source, target, plane, centre, scale, offset)
+            else:
+                run_normalise(KEPT, source, target, plane, centre, scale, offset)
         if code:
-            activate_row(y.reshape(y.size), (image * channels + first) * plane, own * plane, code)
+            activate_row(y, base, own * plane, code)
+    if streamed:
+        settle_stores()
 
 
-@kernel()
+@kernel(fastmath=AS_WRITTEN)
 def forward_by_channel(
-    x, y, group, running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps, code
-):
+    x, y, images, channels, plane, group, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
+    momentum, eps, code, streamed,
+):  # fmt: skip
     """Training; each chunk owns `group` channels."""
-    channels = x.shape[1]
     for chunk in prange((channels + group - 1) // group):
         first = chunk * group
         _forward_channels(
-            x, y, first, min(first + group, channels),
-            running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps, code,
+            x, y, images, channels, plane, first, min(group, channels - first),
+            running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps, code, streamed,
         )  # fmt: skip
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _position(unit, channels, blocks):
     """(image, channel, block of the plane) of a block counted through all of them."""
     return unit // (channels * blocks), unit // blocks % channels, unit % blocks
 
 
-@device()
+@device(fastmath=AS_WRITTEN)
 def _next(image, c, block, channels, blocks):
     """The position after this one; divisions would cost more than a small plane."""
     block += 1
@@ -96,183 +99,179 @@ def _next(image, c, block, channels, blocks):
     return image, c, block
 
 
-@device()
-def _moments_of_blocks(x, blocks, begin, end, part_mean, part_squares):
+@device(fastmath=AS_WRITTEN)
+def _moments_of_blocks(x, channels, plane, blocks, begin, end, moments, step):
     """The moments of the blocks from begin to end, counted through images, channels and the blocks of a plane."""
-    _, channels, plane = x.shape
     image, c, block = _position(begin, channels, blocks)
     for _ in range(begin, end):
         start = block * BLOCK
-        part = image * blocks + block
-        row = x[image, c, start : min(start + BLOCK, plane)]
-        part_mean[part, c], part_squares[part, c] = run_moments(row)
+        at = (image * channels + c) * plane + start
+        target = (image * blocks + block) * channels + c
+        run_moments(address(x, at), min(BLOCK, plane - start), address(moments, target), step)
         image, c, block = _next(image, c, block, channels, blocks)
 
 
 @device(fastmath=AS_WRITTEN)
-def _merge_blocks(images, plane, blocks, c, part_mean, part_squares):
-    mean, squares, count = 0.0, 0.0, 0.0
+def _merge_blocks(images, channels, plane, blocks, moments, mean, squares):
+    count = 0.0
     for part in range(images * blocks):
         size = np.float64(min(BLOCK, plane - part % blocks * BLOCK))
-        mean, squares = merged(count, mean, squares, size, part_mean[part, c], part_squares[part, c])
+        merge_moments(count, size, moments, part * channels, images * blocks * channels, mean, squares)
         count += size
-    return mean, squares
 
 
-@device()
-def _normalise_blocks(x, y, blocks, begin, end, centre, scale, offset, code):
-    _, channels, plane = x.shape
+@device(fastmath=AS_WRITTEN)
+def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code):
     image, c, block = _position(begin, channels, blocks)
     first = (image * channels + c) * plane + block * BLOCK
     for _ in range(begin, end):
         start = block * BLOCK
-        stop = min(start + BLOCK, plane)
-        _normalise(x[image, c, start:stop], y[image, c, start:stop], centre[c], scale[c], offset[c])
+        at = (image * channels + c) * plane + start
+        centre, scale, offset = factors[c], factors[channels + c], factors[2 * channels + c]
+        size = min(BLOCK, plane - start)
+        run_normalise(KEPT, address(x, at), address(y, at), size, centre, scale, offset)
         image, c, block = _next(image, c, block, channels, blocks)
     if code:
         last = (image * channels + c) * plane + block * BLOCK
-        activate_row(y.reshape(y.size), first, last - first, code)
+        activate_row(y, first, last - first, code)
 
 
-@kernel()
+@kernel(fastmath=AS_WRITTEN)
 def forward_by_block(
-    x, y, running_mean, running_var, weight, bias, saved_mean, saved_invstd, training, momentum, eps, code
-):
+    x, y, images, channels, plane, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
+    training, momentum, eps, code,
+):  # fmt: skip
     """Evaluation, and training with few channels; each chunk owns some blocks of the planes."""
-    images, channels, plane = x.shape
     blocks = (plane + BLOCK - 1) // BLOCK
     units = images * channels * blocks
     step = SPLIT // min(plane, BLOCK)
     chunks = (units + step - 1) // step
-    parts = images * blocks if training else 0
-    part_mean, part_squares = np.empty((parts, channels)), np.empty((parts, channels))
-    centre, scale, offset = np.empty(channels, x.dtype), np.empty(channels, x.dtype), np.empty(channels, x.dtype)
+    factors = np.empty(3 * channels, x.dtype)
     if training:
+        parts = images * blocks * channels
+        moments = np.empty(3 * parts, x.dtype)
         for chunk in prange(chunks):
-            _moments_of_blocks(x, blocks, chunk * step, min(chunk * step + step, units), part_mean, part_squares)
-        for c in range(channels):
-            mean, squares = _merge_blocks(images, plane, blocks, c, part_mean, part_squares)
-            centre[c], scale[c], offset[c] = settle(
-                c, images * plane, mean, squares,
-                running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps,
-            )  # fmt: skip
+            begin, end = chunk * step, min(chunk * step + step, units)
+            _moments_of_blocks(x, channels, plane, blocks, begin, end, moments, parts)
+        mean, squares = np.zeros(channels), np.zeros(channels)
+        _merge_blocks(images, channels, plane, blocks, moments, mean, squares)
+        settle(
+            0, np.float64(images * plane), mean, squares, running_mean, running_var, weight, bias,
+            saved_mean, saved_invstd, momentum, eps, factors, channels,
+        )  # fmt: skip
     else:
-        for c in range(channels):
-            invstd = 1 / math.sqrt(np.float64(running_var[c]) + eps)
-            centre[c], scale[c], offset[c] = coefficients(
-                c, np.float64(running_mean[c]), invstd, weight, bias, saved_mean, saved_invstd
-            )
+        evaluation_factors(running_mean, running_var, eps, weight, bias, saved_mean, saved_invstd, factors, channels)
     for chunk in prange(chunks):
-        _normalise_blocks(x, y, blocks, chunk * step, min(chunk * step + step, units), centre, scale, offset, code)
+        begin, end = chunk * step, min(chunk * step + step, units)
+        _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code)
 
 
-@device(inline="always")
-def _run_sums(grad, x, centre):
-    """The sums of grad and of grad * (x - centre) over a run, in float64."""
-    total, product = x.dtype.type(0), x.dtype.type(0)
-    for i in range(x.size):
-        total += grad[i]
-        product += grad[i] * minus(x[i], centre)
-    return np.float64(total), np.float64(product)
+@device(fastmath=AS_WRITTEN)
+def _gradient_runs(grad, x, result, at, length, count, factors, first, step, mode):
+    """The gradients of `count` channels from the first one on, whose runs of this length follow each other."""
+    for c in range(first, first + count):
+        centre, a, b, offset = factors[c], factors[step + c], factors[2 * step + c], factors[3 * step + c]
+        slopes, values, target = address(grad, at), address(x, at), address(result, at)
+        if mode == KEPT:
+            run_gradient(KEPT, slopes, values, target, length, centre, a, b, offset)
+        elif mode == STREAMED:
+            run_gradient(STREAMED, slopes, values, target, length, centre, a, b, offset)
+        else:
+            run_gradient(FROZEN, slopes, values, target, length, centre, a, b, offset)
+        at += length
 
 
-@device(inline="always")
-def _run_gradient(grad, x, result, centre, a, b, offset, training):
-    if training:
-        for i in range(x.size):
-            result[i] = plus(grad[i] * a, minus(x[i], centre) * b + offset)
-    else:
-        for i in range(x.size):
-            result[i] = grad[i] * a
-
-
-@device(allocates=True)
-def _backward_channels(grad, x, result, first, last, mean, invstd, weight, grad_weight, grad_bias, training):
-    images, _, plane = x.shape
-    totals, products = np.zeros(last - first), np.zeros(last - first)
+@device(fastmath=AS_WRITTEN)
+def _backward_channels(
+    grad,
+    x,
+    result,
+    images,
+    channels,
+    plane,
+    first,
+    own,
+    mean,
+    invstd,
+    weight,
+    grad_weight,
+    grad_bias,
+    mode,
+):
+    sums, factors = np.zeros(2 * own), np.empty(4 * own, x.dtype)
+    total, product = sums[:own], sums[own:]
     for image in range(images):
-        for c in range(last - first):
-            for start in range(0, plane, BLOCK):
-                stop = min(start + BLOCK, plane)
-                slopes, row = grad[image, first + c, start:stop], x[image, first + c, start:stop]
-                sums = _run_sums(slopes, row, mean[first + c])
-                totals[c] = plus(totals[c], sums[0])
-                products[c] = plus(products[c], sums[1])
-    own = last - first
-    a, b, offset = np.empty(own, x.dtype), np.empty(own, x.dtype), np.empty(own, x.dtype)
-    for c in range(last - first):
-        a[c], b[c], offset[c] = gradient_coefficients(
-            first + c, images * plane, totals[c], products[c], invstd, weight, grad_weight, grad_bias, training
-        )
+        base = (image * channels + first) * plane
+        for start in range(0, plane, BLOCK):
+            size = min(BLOCK, plane - start)
+            for c in range(own):
+                at = base + c * plane + start
+                run_sums(address(grad, at), address(x, at), size, mean[first + c], address(factors, c), own)
+            add_sums(factors, 0, own, total, product)
+    gradient_factors(
+        first, np.float64(images * plane), total, product, mean, invstd, weight, grad_weight, grad_bias, factors, own
+    )  # fmt: skip
     for image in range(images):
-        for c in range(last - first):
-            _run_gradient(
-                grad[image, first + c], x[image, first + c], result[image, first + c],
-                mean[first + c], a[c], b[c], offset[c], training,
-            )  # fmt: skip
+        base = (image * channels + first) * plane
+        _gradient_runs(grad, x, result, base, plane, own, factors, 0, own, mode)
+    if mode == STREAMED:
+        settle_stores()
 
 
-@kernel()
-def backward_by_channel(grad, x, result, group, mean, invstd, weight, grad_weight, grad_bias, training):
+@kernel(fastmath=AS_WRITTEN)
+def backward_by_channel(
+    grad, x, result, images, channels, plane, group, mean, invstd, weight, grad_weight, grad_bias, mode
+):
     """Each chunk owns `group` channels."""
-    channels = x.shape[1]
     for chunk in prange((channels + group - 1) // group):
         first = chunk * group
-        last = min(first + group, channels)
-        _backward_channels(grad, x, result, first, last, mean, invstd, weight, grad_weight, grad_bias, training)
-
-
-@device()
-def _sums_of_blocks(grad, x, blocks, begin, end, mean, totals, products):
-    _, channels, plane = x.shape
-    image, c, block = _position(begin, channels, blocks)
-    for _ in range(begin, end):
-        start = block * BLOCK
-        part = image * blocks + block
-        stop = min(start + BLOCK, plane)
-        totals[part, c], products[part, c] = _run_sums(grad[image, c, start:stop], x[image, c, start:stop], mean[c])
-        image, c, block = _next(image, c, block, channels, blocks)
-
-
-@device()
-def _gradients_of_blocks(grad, x, result, blocks, begin, end, mean, a, b, offset, training):
-    _, channels, plane = x.shape
-    image, c, block = _position(begin, channels, blocks)
-    for _ in range(begin, end):
-        start = block * BLOCK
-        stop = min(start + BLOCK, plane)
-        _run_gradient(
-            grad[image, c, start:stop], x[image, c, start:stop], result[image, c, start:stop],
-            mean[c], a[c], b[c], offset[c], training,
+        _backward_channels(
+            grad, x, result, images, channels, plane, first, min(group, channels - first),
+            mean, invstd, weight, grad_weight, grad_bias, mode,
         )  # fmt: skip
+
+
+@device(fastmath=AS_WRITTEN)
+def _sums_of_blocks(grad, x, channels, plane, blocks, begin, end, mean, sums, step):
+    image, c, block = _position(begin, channels, blocks)
+    for _ in range(begin, end):
+        start = block * BLOCK
+        at = (image * channels + c) * plane + start
+        target = (image * blocks + block) * channels + c
+        size = min(BLOCK, plane - start)
+        run_sums(address(grad, at), address(x, at), size, mean[c], address(sums, target), step)
         image, c, block = _next(image, c, block, channels, blocks)
 
 
 @device(fastmath=AS_WRITTEN)
-def _column_sum(parts, c):
-    total = 0.0
-    for part in range(parts.shape[0]):
-        total += parts[part, c]
-    return total
+def _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, factors, mode):
+    image, c, block = _position(begin, channels, blocks)
+    for _ in range(begin, end):
+        start = block * BLOCK
+        at = (image * channels + c) * plane + start
+        _gradient_runs(grad, x, result, at, min(BLOCK, plane - start), 1, factors, c, channels, mode)
+        image, c, block = _next(image, c, block, channels, blocks)
 
 
-@kernel()
-def backward_by_block(grad, x, result, mean, invstd, weight, grad_weight, grad_bias, training):
+@kernel(fastmath=AS_WRITTEN)
+def backward_by_block(grad, x, result, images, channels, plane, mean, invstd, weight, grad_weight, grad_bias, mode):
     """With few channels; each chunk owns some blocks of the planes."""
-    images, channels, plane = x.shape
     blocks = (plane + BLOCK - 1) // BLOCK
     units = images * channels * blocks
     step = SPLIT // min(plane, BLOCK)
     chunks = (units + step - 1) // step
-    totals, products = np.empty((images * blocks, channels)), np.empty((images * blocks, channels))
-    a, b, offset = np.empty(channels, x.dtype), np.empty(channels, x.dtype), np.empty(channels, x.dtype)
-    for chunk in prange(chunks):
-        _sums_of_blocks(grad, x, blocks, chunk * step, min(chunk * step + step, units), mean, totals, products)
-    for c in range(channels):
-        total, product = _column_sum(totals, c), _column_sum(products, c)
-        a[c], b[c], offset[c] = gradient_coefficients(
-            c, images * plane, total, product, invstd, weight, grad_weight, grad_bias, training
-        )
+    parts = images * blocks * channels
+    sums = np.empty(2 * parts, x.dtype)
     for chunk in prange(chunks):
         begin, end = chunk * step, min(chunk * step + step, units)
-        _gradients_of_blocks(grad, x, result, blocks, begin, end, mean, a, b, offset, training)
+        _sums_of_blocks(grad, x, channels, plane, blocks, begin, end, mean, sums, parts)
+    total, product = np.zeros(channels), np.zeros(channels)
+    for part in range(images * blocks):
+        add_sums(sums, part * channels, parts, total, product)
+    factors = np.empty(4 * channels, x.dtype)
+    gradient_factors(
+        0, np.float64(images * plane), total, product, mean, invstd, weight, grad_weight, grad_bias, factors, channels
+    )  # fmt: skip
+    for chunk in prange(chunks):
+        begin, end = chunk * step, min(chunk * step + step, units)
+        _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, factors, mode)

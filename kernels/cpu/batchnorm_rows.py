@@ -1,230 +1,216 @@
 """Batch norm where a pixel's channels are contiguous: NHWC and (N, C), as flat arrays.
 
-Sums run down the rows, vectors across the channels. Several pixels together make one row of `width` elements, a
-multiple of the number of channels, so that few or odd numbers of channels fill vectors too; element j of a row belongs
-to channel j % channels. The pixels that are left after the last whole row are its tail.
-"""
+Sums run down the rows, vectors across the channels. The rows are cut into blocks, whose moments or sums are merged in
+order between two passes. Several pixels together make one row of `width` elements, a multiple of the number of
+channels, so that few channels fill vectors too; element j of a row belongs to channel j % channels. The pixels that are
+left after the last whole row are its tail.
 
-import math
+Unlike in NCHW, no group of channels can stay in a cache between the passes: a strip of them, a power of two of bytes
+apart, falls into a few of the cache's sets. So memory sees x twice, but for what a thread read last: there its second
+pass starts.
+"""
 
 import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.batchnorm_channel import (
     AS_WRITTEN,
-    centred,
-    coefficients,
-    gradient_coefficients,
-    minus,
+    add_sums,
+    evaluation_factors,
+    gradient_factors,
+    merge_moments,
     settle,
+)
+from tilewise.kernels.cpu.batchnorm_vector import (
+    FROZEN,
+    KEPT,
+    rows_deviations,
+    rows_gradient,
+    rows_normalise,
+    rows_sums,
+    rows_total,
 )
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
-
-UNROLLED = 4  # rows taken together, so that sums in memory are touched once for four rows
-
-
-@device(fastmath=AS_WRITTEN)
-def _add_rows(x, start, rows, width, total):
-    """total[j] = the sum of column j over some rows."""
-    for j in range(width):
-        total[j] = 0
-    whole = rows // UNROLLED * UNROLLED
-    for i in range(0, whole, UNROLLED):
-        at = start + i * width
-        r0, r1 = x[at : at + width], x[at + width : at + 2 * width]
-        r2, r3 = x[at + 2 * width : at + 3 * width], x[at + 3 * width : at + 4 * width]
-        for j in range(width):
-            total[j] += (r0[j] + r1[j]) + (r2[j] + r3[j])
-    for i in range(whole, rows):
-        row = x[start + i * width : start + (i + 1) * width]
-        for j in range(width):
-            total[j] += row[j]
+from tilewise.kernels.cpu.simd import address
 
 
 @device(fastmath=AS_WRITTEN)
-def _add_deviations(x, start, rows, width, pivot, first, second):
-    """The sums of the deviations from the pivot, and of their squares, down the columns."""
-    for j in range(width):
-        first[j] = 0
-        second[j] = 0
-    whole = rows // UNROLLED * UNROLLED
-    for i in range(0, whole, UNROLLED):
-        at = start + i * width
-        r0, r1 = x[at : at + width], x[at + width : at + 2 * width]
-        r2, r3 = x[at + 2 * width : at + 3 * width], x[at + 3 * width : at + 4 * width]
-        for j in range(width):
-            d0, d1 = minus(r0[j], pivot[j]), minus(r1[j], pivot[j])
-            d2, d3 = minus(r2[j], pivot[j]), minus(r3[j], pivot[j])
-            first[j] += (d0 + d1) + (d2 + d3)
-            second[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
-    for i in range(whole, rows):
-        row = x[start + i * width : start + (i + 1) * width]
-        for j in range(width):
-            deviation = minus(row[j], pivot[j])
-            first[j] += deviation
-            second[j] += deviation * deviation
-
-
-@device(fastmath=AS_WRITTEN)
-def _block_moments(x, start, rows, width, mean, squares):
-    """Mean and sum of squared deviations of each column of a block of rows, in float64; see batchnorm_channel.py."""
-    pivot, first, second = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
-    _add_rows(x, start, rows, width, pivot)
+def _block_moments(x, start, stride, rows, columns, moments, at, step):
+    """The moments of a block's columns, as `merge_moments` takes them: moments[at + j], step further and so on."""
+    pivots = moments[at : at + columns]
+    pivots[:] = 0
+    moments[at + step : at + step + columns] = 0
+    moments[at + 2 * step : at + 2 * step + columns] = 0
+    rows_total(address(x, start), stride, rows, columns, address(moments, at))
     share = x.dtype.type(1) / x.dtype.type(rows)
-    for j in range(width):
-        pivot[j] *= share
-    _add_deviations(x, start, rows, width, pivot, first, second)
-    for j in range(width):
-        mean[j], squares[j] = centred(pivot[j], first[j], second[j], rows)
+    for j in range(columns):
+        pivots[j] *= share
+    rows_deviations(
+        address(x, start), stride, rows, columns,
+        address(moments, at), address(moments, at + step), address(moments, at + 2 * step),
+    )  # fmt: skip
 
 
 @device(fastmath=AS_WRITTEN)
-def _channel_moments(x, channels, width, block, part_mean, part_squares, mean, squares):
-    """Merge the blocks' columns and the tail into each channel's mean and sum of squared deviations."""
-    rows = x.size // width
-    column = np.zeros(width)
-    for part in range(part_mean.shape[0]):
-        count = np.float64(min(block, rows - part * block))
-        for j in range(width):
-            column[j] += count * part_mean[part, j]
-    mean[:] = 0
-    for j in range(width):
-        mean[j % channels] += column[j]
-    for i in range(rows * width, x.size):
-        mean[(i - rows * width) % channels] += x[i]
-    for c in range(channels):
-        mean[c] /= x.size // channels
-    centre = np.empty(width)
-    for j in range(width):
-        centre[j] = mean[j % channels]
-        column[j] = 0
-    for part in range(part_mean.shape[0]):
-        count = np.float64(min(block, rows - part * block))
-        for j in range(width):
-            distance = part_mean[part, j] - centre[j]
-            column[j] += part_squares[part, j] + count * distance * distance
-    squares[:] = 0
-    for j in range(width):
-        squares[j % channels] += column[j]
-    for i in range(rows * width, x.size):
-        distance = x[i] - mean[(i - rows * width) % channels]
-        squares[(i - rows * width) % channels] += distance * distance
+def _fold_moments(x, channels, width, mean, squares):
+    """Merge the columns that belong to one channel, and the tail, into the first `channels` columns."""
+    rows = np.float64(x.size // width)
+    for other in range(channels, width, channels):
+        share = rows / (other // channels * rows + rows)
+        weight = other // channels * rows * share
+        means, deviations = mean[other : other + channels], squares[other : other + channels]
+        for c in range(channels):
+            distance = means[c] - mean[c]
+            mean[c] += distance * share
+            squares[c] += deviations[c] + distance * distance * weight
+    count = rows * (width // channels)
+    for start in range(x.size // width * width, x.size, channels):
+        share = 1 / (count + 1)
+        for c in range(channels):
+            distance = np.float64(x[start + c]) - mean[c]
+            mean[c] += distance * share
+            squares[c] += distance * distance * count * share
+        count += 1
 
 
 @device(fastmath=AS_WRITTEN)
-def _normalise(x, y, start, stop, width, centre, scale, offset, code):
-    """start: where a row begins; the last row may be a tail."""
-    for at in range(start, stop, width):
-        used = min(width, stop - at)
-        row, result = x[at : at + used], y[at : at + used]
-        for j in range(used):
-            result[j] = minus(row[j], centre[j]) * scale[j] + offset[j]
-    activate_row(y, start, stop - start, code)
+def _spread(factors, kinds, channels, width):
+    """Repeat the channels' factors, of some kinds, over a row."""
+    for kind in range(kinds):
+        for j in range(kind * width + channels, (kind + 1) * width):
+            factors[j] = factors[j - channels]
+
+
+@device(fastmath=AS_WRITTEN)
+def _backwards(turn, chunks, threads):
+    """The chunk to take when `turn` of them have been taken: each of the threads goes through its share from the end.
+
+    Numba gives each thread the turns of one range. Where it draws the line differently, only time is lost."""
+    thread = turn * threads // chunks
+    first = (thread * chunks + threads - 1) // threads
+    end = ((thread + 1) * chunks + threads - 1) // threads
+    return first + end - 1 - turn
+
+
+@device(fastmath=AS_WRITTEN)
+def _normalise_rows(x, y, at, stride, rows, columns, factors, step):
+    centre, scale, offset = address(factors, 0), address(factors, step), address(factors, 2 * step)
+    rows_normalise(address(x, at), address(y, at), stride, rows, columns, centre, scale, offset)
 
 
 @kernel(fastmath=AS_WRITTEN)
 def forward_by_row(
-    x, y, channels, width, block,
-    running_mean, running_var, weight, bias, saved_mean, saved_invstd, training, momentum, eps, code,
+    x, y, channels, width, block, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
+    training, momentum, eps, code, threads,
 ):  # fmt: skip
     """Each chunk owns a block of `block` rows."""
     rows = x.size // width
     blocks = (rows + block - 1) // block
-    centre, scale, offset = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
+    factors = np.empty(3 * width, x.dtype)
     if training:
-        part_mean, part_squares = np.empty((blocks, width)), np.empty((blocks, width))
+        moments = np.empty(3 * blocks * width, x.dtype)
         for chunk in prange(blocks):
             count = min(block, rows - chunk * block)
-            _block_moments(x, chunk * block * width, count, width, part_mean[chunk], part_squares[chunk])
-        mean, squares = np.empty(channels), np.empty(channels)
-        _channel_moments(x, channels, width, block, part_mean, part_squares, mean, squares)
-        for c in range(channels):
-            centre[c], scale[c], offset[c] = settle(
-                c, x.size // channels, mean[c], squares[c],
-                running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps,
-            )  # fmt: skip
+            _block_moments(x, chunk * block * width, width, count, width, moments, chunk * width, blocks * width)
+        mean, squares = np.zeros(width), np.zeros(width)
+        for part in range(blocks):
+            before = part * block
+            count = min(block, rows - before)
+            merge_moments(np.float64(before), np.float64(count), moments, part * width, blocks * width, mean, squares)
+        _fold_moments(x, channels, width, mean, squares)
+        settle(
+            0, np.float64(x.size // channels), mean[:channels], squares[:channels], running_mean, running_var,
+            weight, bias, saved_mean, saved_invstd, momentum, eps, factors, width,
+        )  # fmt: skip
     else:
-        for c in range(channels):
-            invstd = 1 / math.sqrt(np.float64(running_var[c]) + eps)
-            centre[c], scale[c], offset[c] = coefficients(
-                c, np.float64(running_mean[c]), invstd, weight, bias, saved_mean, saved_invstd
-            )
-    for j in range(channels, width):
-        centre[j], scale[j], offset[j] = centre[j - channels], scale[j - channels], offset[j - channels]
+        evaluation_factors(running_mean, running_var, eps, weight, bias, saved_mean, saved_invstd, factors, width)
+    _spread(factors, 3, channels, width)
     step = block * width
-    for chunk in prange((x.size + step - 1) // step):
+    chunks = (x.size + step - 1) // step
+    for turn in prange(chunks):
+        chunk = _backwards(turn, chunks, threads) if training else turn
         start = chunk * step
-        _normalise(x, y, start, min(start + step, x.size), width, centre, scale, offset, code)
+        whole = min(block, rows - chunk * block)
+        _normalise_rows(x, y, start, width, whole, width, factors, width)
+        tail = start + whole * width
+        stop = min(start + step, x.size)
+        if tail < stop:
+            _normalise_rows(x, y, tail, width, 1, stop - tail, factors, width)
+        activate_row(y, start, stop - start, code)
 
 
 @device(fastmath=AS_WRITTEN)
-def _block_sums(grad, x, start, rows, width, centre, totals, products):
-    """The sums of grad and of grad * (x - centre) down the columns of a block of rows."""
-    total, product = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
-    whole = rows // 2 * 2
-    for i in range(0, whole, 2):
-        at = start + i * width
-        g0, g1 = grad[at : at + width], grad[at + width : at + 2 * width]
-        r0, r1 = x[at : at + width], x[at + width : at + 2 * width]
-        for j in range(width):
-            total[j] += g0[j] + g1[j]
-            product[j] += g0[j] * minus(r0[j], centre[j]) + g1[j] * minus(r1[j], centre[j])
-    for at in range(start + whole * width, start + rows * width, width):
-        slopes, row = grad[at : at + width], x[at : at + width]
-        for j in range(width):
-            total[j] += slopes[j]
-            product[j] += slopes[j] * minus(row[j], centre[j])
-    for j in range(width):
-        totals[j] = total[j]
-        products[j] = product[j]
+def _block_sums(grad, x, start, stride, rows, columns, centre, sums, at, step):
+    """sums[at + j] and [at + step + j] = the sums of grad and of grad * (x - centre[j]) down a block's columns."""
+    sums[at : at + columns] = 0
+    sums[at + step : at + step + columns] = 0
+    rows_sums(
+        address(grad, start),
+        address(x, start),
+        stride,
+        rows,
+        columns,
+        centre,
+        address(sums, at),
+        address(sums, at + step),
+    )
 
 
 @device(fastmath=AS_WRITTEN)
-def _gradient(grad, x, result, start, stop, width, centre, a, b, offset, training):
-    for at in range(start, stop, width):
-        used = min(width, stop - at)
-        slopes, row, target = grad[at : at + used], x[at : at + used], result[at : at + used]
-        if training:
-            for j in range(used):
-                target[j] = slopes[j] * a[j] + (minus(row[j], centre[j]) * b[j] + offset[j])
-        else:
-            for j in range(used):
-                target[j] = slopes[j] * a[j]
-
-
-@kernel(fastmath=AS_WRITTEN)
-def backward_by_row(grad, x, result, channels, width, block, mean, invstd, weight, grad_weight, grad_bias, training):
-    """Each chunk owns a block of `block` rows."""
-    rows = x.size // width
-    blocks = (rows + block - 1) // block
-    centre = np.empty(width, x.dtype)
-    for j in range(width):
-        centre[j] = mean[j % channels]
-    totals, products = np.empty((blocks, width)), np.empty((blocks, width))
-    for chunk in prange(blocks):
-        count = min(block, rows - chunk * block)
-        _block_sums(grad, x, chunk * block * width, count, width, centre, totals[chunk], products[chunk])
-    total, product = np.zeros(width), np.zeros(width)
-    for part in range(blocks):
-        for j in range(width):
-            total[j] += totals[part, j]
-            product[j] += products[part, j]
+def _fold_sums(grad, x, channels, width, centre, total, product):
     for j in range(channels, width):
         total[j % channels] += total[j]
         product[j % channels] += product[j]
-    for i in range(rows * width, x.size):
-        c = (i - rows * width) % channels
-        total[c] += grad[i]
-        product[c] += grad[i] * minus(x[i], mean[c])
-    a, b, offset = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
-    for c in range(channels):
-        a[c], b[c], offset[c] = gradient_coefficients(
-            c, x.size // channels, total[c], product[c], invstd, weight, grad_weight, grad_bias, training
-        )
-    for j in range(channels, width):
-        a[j], b[j], offset[j] = a[j - channels], b[j - channels], offset[j - channels]
+    for start in range(x.size // width * width, x.size, channels):
+        for c in range(channels):
+            total[c] += grad[start + c]
+            product[c] += grad[start + c] * (x[start + c] - centre[c])
+
+
+@device(fastmath=AS_WRITTEN)
+def _gradient_rows(grad, x, result, at, stride, rows, columns, factors, step, mode):
+    slopes, values, target = address(grad, at), address(x, at), address(result, at)
+    centre, a = address(factors, 0), address(factors, step)
+    b, offset = address(factors, 2 * step), address(factors, 3 * step)
+    if mode == KEPT:
+        rows_gradient(KEPT, slopes, values, target, stride, rows, columns, centre, a, b, offset)
+    else:
+        rows_gradient(FROZEN, slopes, values, target, stride, rows, columns, centre, a, b, offset)
+
+
+@kernel(fastmath=AS_WRITTEN)
+def backward_by_row(
+    grad, x, result, channels, width, block, mean, invstd, weight, grad_weight, grad_bias, mode, threads,
+):  # fmt: skip
+    """Each chunk owns a block of `block` rows."""
+    rows = x.size // width
+    blocks = (rows + block - 1) // block
+    factors = np.empty(4 * width, x.dtype)
+    factors[:channels] = mean
+    _spread(factors, 1, channels, width)
+    sums = np.empty(2 * blocks * width, x.dtype)
+    for chunk in prange(blocks):
+        count = min(block, rows - chunk * block)
+        start = chunk * block * width
+        _block_sums(grad, x, start, width, count, width, address(factors, 0), sums, chunk * width, blocks * width)
+    total, product = np.zeros(width), np.zeros(width)
+    for part in range(blocks):
+        add_sums(sums, part * width, blocks * width, total, product)
+    _fold_sums(grad, x, channels, width, factors, total, product)
+    gradient_factors(
+        0, np.float64(x.size // channels), total[:channels], product[:channels], mean, invstd, weight,
+        grad_weight, grad_bias, factors, width,
+    )  # fmt: skip
+    _spread(factors, 4, channels, width)
     step = block * width
-    for chunk in prange((x.size + step - 1) // step):
+    chunks = (x.size + step - 1) // step
+    for turn in prange(chunks):
+        chunk = _backwards(turn, chunks, threads)
         start = chunk * step
-        _gradient(grad, x, result, start, min(start + step, x.size), width, centre, a, b, offset, training)
+        whole = min(block, rows - chunk * block)
+        _gradient_rows(grad, x, result, start, width, whole, width, factors, width, mode)
+        tail = start + whole * width
+        stop = min(start + step, x.size)
+        if tail < stop:
+            _gradient_rows(grad, x, result, tail, width, 1, stop - tail, factors, width, mode)

@@ -1,0 +1,228 @@
+"""The passes of batch norm in explicit vectors, on pointers.
+
+`run_*` go along a run of one channel's pixels (NCHW), `rows_*` down the columns of a matrix of pixels by channels
+(NHWC), several rows at a time. Whole vectors are moved without a mask; only a run's or row's last vector has one. The
+order of every sum is part of the code, so the serial and the parallel form of a kernel give the same bits; without
+slices of arrays no references are counted, which would cost more than a plane of 7x7.
+
+Callers are compiled without reassociation, which Numba would otherwise add to the instructions here too.
+"""
+
+from numba import types
+from numba.extending import intrinsic
+
+from tilewise.kernels.cpu.simd import _I64, _literal
+from tilewise.kernels.cpu.vector_pass import emitted
+
+ROWS = 8  # rows summed at a time, so that a column's sum in memory is touched once for eight of them
+ROWS_OF_TWO = 4  # the same where each row is read from two arrays, and where results are written: fewer streams
+# How a pass writes its result: through the caches, or past them, for which result and run must be whole, aligned
+# vectors. FROZEN: a gradient through statistics that do not depend on x.
+KEPT, STREAMED, FROZEN = 0, 1, 2
+
+
+@intrinsic
+def run_moments(typingctx, x, count, moments, step):
+    """moments[0], moments[step], moments[2 * step] = a pivot near the mean of x[:count], the sum of the deviations from
+    it, and that of their squares. The run is read twice: it should fit in the first-level cache."""
+
+    def emission(emit, args):
+        x, count, moments, step = args
+        (total,) = emit.over_run(count, 1, lambda at, sums, mask: [emit.add(sums[0], emit.read(x, at, mask))])
+        number = emit.builder.sitofp(count, emit.scalar)
+        pivot = emit.builder.fdiv(emit.lane_sum(total), number)
+        everywhere = emit.splat(pivot)
+
+        def deviations(at, sums, mask):
+            deviation = emit.minus(emit.read(x, at, mask), everywhere, mask)
+            return [emit.add(sums[0], deviation), emit.multiply_add(deviation, deviation, sums[1])]
+
+        first, second = emit.over_run(count, 2, deviations)
+        twice = emit.builder.add(step, step)
+        first, second = emit.lane_sums(first, second)
+        for value, at in ((pivot, _I64(0)), (first, step), (second, twice)):
+            emit.put(value, moments, at)
+
+    return emitted(types.void(x, types.intp, moments, types.intp), emission)
+
+
+@intrinsic(prefer_literal=True)
+def run_normalise(typingctx, mode, x, y, count, centre, scale, offset):
+    """y = (x - centre) * scale + offset along a run. mode: a literal."""
+    past = _literal(mode) == STREAMED
+
+    def emission(emit, args):
+        _, x, y, count, *factors = args
+        centre, scale, offset = (emit.splat(factor) for factor in factors)
+
+        def normalise(at, _, mask):
+            deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
+            emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask, past)
+            return []
+
+        emit.over_run(count, 0, normalise)
+
+    return emitted(types.void(mode, x, y, types.intp, centre, scale, offset), emission)
+
+
+@intrinsic
+def run_sums(typingctx, grad, x, count, centre, sums, step):
+    """sums[0], sums[step] = the sums of grad and of grad * (x - centre) along a run."""
+
+    def emission(emit, args):
+        grad, x, count, centre, sums, step = args
+        middle = emit.splat(centre)
+
+        def add(at, sums, mask):
+            slope = emit.read(grad, at, mask)
+            deviation = emit.minus(emit.read(x, at, mask), middle, mask)
+            return [emit.add(sums[0], slope), emit.multiply_add(slope, deviation, sums[1])]
+
+        total, product = emit.over_run(count, 2, add)
+        total, product = emit.lane_sums(total, product)
+        emit.put(total, sums, _I64(0))
+        emit.put(product, sums, step)
+
+    return emitted(types.void(grad, x, types.intp, centre, sums, types.intp), emission)
+
+
+def _gradient(emit, frozen, slope, x, at, mask, centre, a, b, offset):
+    if frozen:
+        return emit.builder.fmul(slope, a)
+    deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
+    return emit.multiply_add(slope, a, emit.multiply_add(deviation, b, offset))
+
+
+@intrinsic(prefer_literal=True)
+def run_gradient(typingctx, mode, grad, x, result, count, centre, a, b, offset):
+    """result = grad * a + ((x - centre) * b + offset) along a run; FROZEN: result = grad * a. mode: a
+    literal."""
+    frozen, past = _literal(mode) == FROZEN, _literal(mode) == STREAMED
+
+    def emission(emit, args):
+        _, grad, x, result, count, *factors = args
+        centre, a, b, offset = (emit.splat(factor) for factor in factors)
+
+        def gradient(at, _, mask):
+            slope = emit.read(grad, at, mask)
+            value = _gradient(emit, frozen, slope, x, at, mask, centre, a, b, offset)
+            emit.write(value, result, at, mask, past)
+            return []
+
+        emit.over_run(count, 0, gradient)
+
+    return emitted(types.void(mode, grad, x, result, types.intp, centre, a, b, offset), emission)
+
+
+@intrinsic
+def rows_total(typingctx, x, stride, rows, columns, total):
+    """total[j] += the sum of column j of x, whose rows are `stride` elements apart."""
+
+    def emission(emit, args):
+        x, stride, rows, columns, total = args
+
+        def add(i, height, j, mask):
+            values = [emit.read(x, at, mask) for at in emit.places(i, height, stride, j)]
+            emit.write(emit.add(emit.read(total, j, mask), emit.tree_sum(values)), total, j, mask)
+
+        emit.sweep(rows, columns, ROWS, add)
+
+    return emitted(types.void(x, types.intp, types.intp, types.intp, total), emission)
+
+
+@intrinsic
+def rows_deviations(typingctx, x, stride, rows, columns, pivot, first, second):
+    """first[j], second[j] += the sums of the deviations of column j from pivot[j], and of their squares."""
+
+    def emission(emit, args):
+        x, stride, rows, columns, pivot, first, second = args
+
+        def add(i, height, j, mask):
+            middle = emit.read(pivot, j, mask)
+            places = emit.places(i, height, stride, j)
+            deviations = [emit.builder.fsub(emit.read(x, at, mask), middle) for at in places]
+            squares = emit.read(second, j, mask)
+            for deviation in deviations:
+                squares = emit.multiply_add(deviation, deviation, squares)
+            emit.write(emit.add(emit.read(first, j, mask), emit.tree_sum(deviations)), first, j, mask)
+            emit.write(squares, second, j, mask)
+
+        emit.sweep(rows, columns, ROWS, add)
+
+    return emitted(types.void(x, types.intp, types.intp, types.intp, pivot, first, second), emission)
+
+
+@intrinsic
+def rows_normalise(typingctx, x, y, stride, rows, columns, centre, scale, offset):
+    """y = (x - centre) * scale + offset, with a factor of each for every column."""
+
+    def emission(emit, args):
+        x, y, stride, rows, columns, *factors = args
+
+        def normalise(i, height, j, mask):
+            centre, scale, offset = (emit.read(factor, j, mask) for factor in factors)
+            for at in emit.places(i, height, stride, j):
+                deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
+                emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask)
+
+        emit.sweep(rows, columns, ROWS_OF_TWO, normalise)
+
+    signature = types.void(x, y, types.intp, types.intp, types.intp, centre, scale, offset)
+    return emitted(signature, emission)
+
+
+@intrinsic
+def rows_sums(typingctx, grad, x, stride, rows, columns, centre, total, product):
+    """total[j], product[j] += the sums of grad and of grad * (x - centre[j]) down column j."""
+
+    def emission(emit, args):
+        grad, x, stride, rows, columns, centre, total, product = args
+
+        def add(i, height, j, mask):
+            middle = emit.read(centre, j, mask)
+            places = emit.places(i, height, stride, j)
+            slopes = [emit.read(grad, at, mask) for at in places]
+            products = emit.read(product, j, mask)
+            for slope, at in zip(slopes, places, strict=True):
+                deviation = emit.builder.fsub(emit.read(x, at, mask), middle)
+                products = emit.multiply_add(slope, deviation, products)
+            emit.write(emit.add(emit.read(total, j, mask), emit.tree_sum(slopes)), total, j, mask)
+            emit.write(products, product, j, mask)
+
+        emit.sweep(rows, columns, ROWS_OF_TWO, add)
+
+    return emitted(types.void(grad, x, types.intp, types.intp, types.intp, centre, total, product), emission)
+
+
+@intrinsic(prefer_literal=True)
+def rows_gradient(typingctx, mode, grad, x, result, stride, rows, columns, centre, a, b, offset):
+    """result = grad * a + ((x - centre) * b + offset), with a factor of each for every column. mode: KEPT or FROZEN,
+    a literal."""
+    frozen = _literal(mode) == FROZEN
+
+    def emission(emit, args):
+        _, grad, x, result, stride, rows, columns, *factors = args
+
+        def gradient(i, height, j, mask):
+            centre, a, b, offset = (emit.read(factor, j, mask) for factor in factors)
+            for at in emit.places(i, height, stride, j):
+                slope = emit.read(grad, at, mask)
+                value = _gradient(emit, frozen, slope, x, at, mask, centre, a, b, offset)
+                emit.write(value, result, at, mask)
+
+        emit.sweep(rows, columns, ROWS_OF_TWO, gradient)
+
+    return emitted(
+        types.void(mode, grad, x, result, types.intp, types.intp, types.intp, centre, a, b, offset), emission
+    )
+
+
+@intrinsic
+def settle_stores(typingctx):
+    """Make stores that went past the caches visible to other threads."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen

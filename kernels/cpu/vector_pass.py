@@ -1,0 +1,178 @@
+"""Passes over arrays in explicit vectors, on pointers: the loops that the intrinsics of several families share.
+
+Whole vectors are moved without a mask; only a run's or row's last vector has one. The order of every sum is part of the
+code, so the serial and the parallel form of a kernel give the same bits, if what calls it is compiled without
+reassociation: Numba would add that to these instructions too.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter
+
+UNROLLED = 4  # vectors of a run taken together: as many sums as an addition takes cycles
+
+
+class Pass(_Emitter):
+    """Vector arithmetic and the loops around it."""
+
+    def read(self, pointer, offset, mask=None):
+        return self.load(pointer, offset) if mask is None else self.masked_load(pointer, offset, mask)
+
+    def write(self, value, pointer, offset, mask=None, streamed=False):
+        if mask is not None:
+            self.masked_store(value, pointer, offset, mask)
+        elif streamed:  # past the caches; aligned
+            store = self.builder.store(value, self.at(pointer, offset))
+            store.align = self.lanes * self.itemsize
+            store.set_metadata("nontemporal", self.builder.module.add_metadata([_I32(1)]))
+        else:
+            self.store(value, pointer, offset)
+
+    def minus(self, a, b, mask=None):
+        """a - b, and 0 outside the mask."""
+        difference = self.builder.fsub(a, b)
+        return difference if mask is None else self.builder.select(mask, difference, self.zero)
+
+    def below(self, count):
+        """The first `count` lanes; 0 < count < lanes."""
+        index = ir.Constant(ir.VectorType(_I32, self.lanes), list(range(self.lanes)))
+        return self.builder.icmp_signed("<", index, self.splat(self.builder.trunc(count, _I32), scalar=_I32))
+
+    def tree_sum(self, values):
+        while len(values) > 1:
+            values = [self.builder.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+        return values[0]
+
+    def lane_sum(self, vector):
+        """The sum of a vector's elements, by halves."""
+        count = self.lanes
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        while count > 1:
+            count //= 2
+            order = ir.Constant(
+                ir.VectorType(_I32, self.lanes), [i + count if i < count else i for i in range(self.lanes)]
+            )
+            vector = self.builder.fadd(vector, self.builder.shuffle_vector(vector, undefined, order))
+        return self.builder.extract_element(vector, _I32(0))
+
+    def lane_sums(self, a, b):
+        """The sums of two vectors' elements, by halves, both at once."""
+        count, builder = self.lanes, self.builder
+        numbers = ir.VectorType(_I32, count)
+        low = [*range(count // 2), *range(count, count + count // 2)]
+        halves = [ir.Constant(numbers, [i + shift for i in low]) for shift in (0, count // 2)]
+        vector = builder.fadd(*[builder.shuffle_vector(a, b, half) for half in halves])
+        undefined, length = ir.Constant(vector.type, ir.Undefined), count // 2
+        while length > 1:
+            length //= 2
+            order = ir.Constant(numbers, [i ^ length for i in range(count)])
+            vector = builder.fadd(vector, builder.shuffle_vector(vector, undefined, order))
+        return builder.extract_element(vector, _I32(0)), builder.extract_element(vector, _I32(count // 2))
+
+    def put(self, value, pointer, offset):
+        """One number."""
+        self.builder.store(value, self.builder.gep(pointer, [offset]))
+
+    def loop(self, start, stop, step, values, body):
+        """values = body(i, values) while i + step <= stop; returns (the i that is left, values)."""
+        builder, entry = self.builder, self.builder.block
+        head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        i, carried = builder.phi(_I64), [builder.phi(value.type) for value in values]
+        following = builder.add(i, _I64(step))
+        builder.cbranch(builder.icmp_signed("<=", following, stop), inside, after)
+        builder.position_at_end(inside)
+        results = body(i, carried)
+        for phi, first, then in zip((i, *carried), (start, *values), (following, *results), strict=True):
+            phi.add_incoming(first, entry)
+            phi.add_incoming(then, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return i, carried
+
+    def rest(self, at, count, values, body):
+        """values = body(values, mask) for the elements from `at` to count, fewer than a vector, if there are any."""
+        builder, before = self.builder, self.builder.block
+        inside, after = builder.append_basic_block("rest"), builder.append_basic_block("done")
+        builder.cbranch(builder.icmp_signed("<", at, count), inside, after)
+        builder.position_at_end(inside)
+        results, end = body(values, self.below(builder.sub(count, at))), builder.block
+        builder.branch(after)
+        builder.position_at_end(after)
+        merged = [builder.phi(value.type) for value in values]
+        for phi, value, result in zip(merged, values, results, strict=True):
+            phi.add_incoming(value, before)
+            phi.add_incoming(result, end)
+        return merged
+
+    def over_run(self, count, sums, body):
+        """Adds body(at, sums, mask) up over a run: `sums` vectors for each of UNROLLED, returned as one each."""
+        many = [self.zero] * (sums * UNROLLED)
+
+        def several(i, values):
+            offsets = [self.builder.add(i, _I64(k * self.lanes)) for k in range(UNROLLED)]
+            parts = [body(at, values[k * sums : k * sums + sums], None) for k, at in enumerate(offsets)]
+            return [value for part in parts for value in part]
+
+        at, many = self.loop(_I64(0), count, UNROLLED * self.lanes, many, several)
+        at, first = self.loop(at, count, self.lanes, many[:sums], lambda i, values: body(i, values, None))
+        first = self.rest(at, count, first, lambda values, mask: body(at, values, mask))
+        return [self.tree_sum([first[s], *many[s + sums :: sums]]) for s in range(sums)]
+
+    def sweep(self, rows, columns, together, body):
+        """body(first row, rows, column, mask) for every vector: along the columns for `together` rows at a time."""
+
+        def along(i, height):
+            at, _ = self.loop(_I64(0), columns, self.lanes, [], lambda j, _: body(i, height, j, None) or [])
+            self.rest(at, columns, [], lambda _, mask: body(i, height, at, mask) or [])
+            return []
+
+        left, _ = self.loop(_I64(0), rows, together, [], lambda i, _: along(i, together))
+        self.loop(left, rows, 1, [], lambda i, _: along(i, 1))
+
+    def places(self, i, height, stride, column):
+        """Offsets of `height` rows from row i on."""
+        start = self.builder.add(self.builder.mul(i, stride), column)
+        return [self.builder.add(start, self.builder.mul(stride, _I64(r))) for r in range(height)]
+
+
+def emitted(signature, emission):
+    """What an intrinsic that returns nothing hands to Numba: emission(emitter for the first pointer's type, args)."""
+
+    def codegen(context, builder, signature, args):
+        pointer = next(a for a in signature.args if isinstance(a, types.CPointer))
+        emission(Pass(builder, pointer.dtype), args)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def run_total(typingctx, x, count):
+    """The sum of x[:count]."""
+
+    def codegen(context, builder, signature, args):
+        emit = Pass(builder, signature.args[0].dtype)
+        (total,) = emit.over_run(args[1], 1, lambda at, sums, mask: [emit.add(sums[0], emit.read(args[0], at, mask))])
+        return emit.lane_sum(total)
+
+    return x.dtype(x, types.intp), codegen
+
+
+@intrinsic
+def run_product(typingctx, a, b, count):
+    """The sum of a[:count] * b[:count]."""
+
+    def codegen(context, builder, signature, args):
+        a, b, count = args
+        emit = Pass(builder, signature.args[0].dtype)
+
+        def add(at, sums, mask):
+            return [emit.multiply_add(emit.read(a, at, mask), emit.read(b, at, mask), sums[0])]
+
+        return emit.lane_sum(emit.over_run(count, 1, add)[0])
+
+    return a.dtype(a, b, types.intp), codegen
