@@ -18,6 +18,8 @@ from math import prod
 import numpy as np
 
 from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_weight, conv_winograd
+from tilewise.kernels.cpu.conv_depthwise import Depthwise
+from tilewise.kernels.cpu.conv_depthwise_weight import WeightGradient
 from tilewise.kernels.cpu.conv_winograd import TILES
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.gemm import column_sums
@@ -29,13 +31,11 @@ _KERNELS = {
     ("NCHW", "gemm"): conv_nchw.convolve,
     ("NCHW", "winograd"): conv_winograd.convolve,
     ("NCHW", "direct"): conv_direct.rows_nchw,
-    ("NCHW", "depthwise"): conv_direct.rows_nchw,
     ("NHWC", "gemm"): conv_nhwc.convolve,
     ("NHWC", "direct"): conv_direct.definition_nhwc,
-    ("NHWC", "depthwise"): conv_direct.depthwise_nhwc,
 }
 # Estimated serial nanoseconds per FLOP, for the decision to split over threads.
-_COST = {"gemm": 0.015, "winograd": 0.008, "depthwise": 0.1, "direct": 0.5}
+_COST = {"gemm": 0.015, "winograd": 0.008, "direct": 0.5}
 # Below this many FLOPs, walking the rows is faster than setting up panels.
 DIRECT_BELOW = 4_000
 
@@ -132,7 +132,7 @@ class _Pass:
     columns) of the pixels of y to compute.
     """
 
-    __slots__ = ("activation", "by_tap", "head", "kernel", "middle", "tail")
+    __slots__ = ("activation", "head", "kernel", "middle", "tail")
 
     def __init__(self, x, weight, y, taps, stride, grid, groups, layout, algorithm, activation=0):
         n, channels = x[0], weight[1]
@@ -147,11 +147,8 @@ class _Pass:
         start = (first_row * width + first_column) * pixel
         self.tail = (start, outer, row_step * width * pixel, column_step * pixel)
         self.activation = activation
-        self.by_tap = layout == "NHWC" and algorithm == "depthwise"
 
     def __call__(self, x, weight, y, bias):
-        if self.by_tap:  # a tap's factors side by side
-            weight = np.ascontiguousarray(weight.reshape(weight.shape[0], -1).T)
         self.kernel(
             x.ravel(), *self.head, weight.ravel(), *self.middle, y.ravel(), *self.tail, bias,
             self.activation,
@@ -168,7 +165,11 @@ def prepare_conv2d(shapes, dtype, *, stride, padding, dilation, groups, layout, 
         return lambda x, weight, bias, *, out=None: np.empty(shape, dtype) if out is None else out
     taps = _tap_offsets(weight[2:], dilation, padding)
     code = ACTIVATION_CODES[activation]
-    forward = _Pass(x, weight, shape, taps, stride, (0, 0, 1, 1, oh, ow), groups, layout, algorithm, code)
+    if algorithm == "depthwise":
+        axes = [[(np.arange(offsets.size), offsets)] for offsets in taps]
+        forward = Depthwise(x, weight, shape, axes, stride, layout, dtype, code)
+    else:
+        forward = _Pass(x, weight, shape, taps, stride, (0, 0, 1, 1, oh, ow), groups, layout, algorithm, code)
 
     def run(x, weight, bias, *, out=None):
         if out is None:
@@ -233,11 +234,15 @@ class _TransposedConvolution:
         self.channels_last = layout == "NHWC"
         algorithm = _choose_transposed(grad, weight, size, dtype, stride, dilation, groups, layout)
         self.phases = []
+        self.depthwise = None
         if prod(grad) and prod(result):
             axes = [
                 [_phase(i, s, p[0], d, k) for i in range(min(s, n))]
                 for s, p, d, k, n in zip(stride, padding, dilation, (kh, kw), size, strict=True)
             ]
+            if algorithm == "depthwise":
+                self.depthwise = Depthwise(grad, weight, result, axes, (1, 1), layout, dtype)
+                return
             for i, (rows, row_offsets) in enumerate(axes[0]):
                 for j, (columns, column_offsets) in enumerate(axes[1]):
                     if rows.size == 0 or columns.size == 0:
@@ -251,6 +256,9 @@ class _TransposedConvolution:
         self.fill_first = len(self.phases) < min(stride[0], size[0]) * min(stride[1], size[1])
 
     def __call__(self, grad, weight, result, bias):
+        if self.depthwise:
+            self.depthwise(grad, weight, result, bias)
+            return
         if self.fill_first:
             result[...] = 0
             if bias.size:
@@ -266,7 +274,7 @@ def prepare_conv2d_backward(shapes, dtype, *, stride, padding, dilation, groups,
     no_bias = _NO_BIAS[dtype]
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
     to_x = _TransposedConvolution(grad, weight, x, dtype, **options) if "x" in needs else None
-    to_weight = _prepare_weight_gradient(grad, x, weight, **options) if "weight" in needs else None
+    to_weight = _prepare_weight_gradient(grad, x, weight, dtype, **options) if "weight" in needs else None
     to_bias = _bias_gradient if "bias" in needs else None
 
     def run(grad, x, weight):
@@ -285,12 +293,14 @@ def conv2d_backward(grad, x, weight, *, stride, padding, dilation, groups, layou
     return prepare_conv2d_backward(shapes, x.dtype, needs=needs, **options)(grad, x, weight)
 
 
-def _prepare_weight_gradient(grad, x, weight, *, stride, padding, dilation, groups, layout):
+def _prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilation, groups, layout):
     all_outputs, channels, kh, kw = weight
     if prod(grad) == 0 or prod(x) == 0:
         return lambda grad, x: np.zeros(weight, x.dtype)
     h, w = _image_size(x, layout)
     taps = _tap_offsets((kh, kw), dilation, padding)
+    if groups > 1 and channels == 1 and (layout == "NCHW" or all_outputs == groups):
+        return WeightGradient(grad, x, weight, taps, stride, layout, dtype)
     head = (x[0], groups, channels, h, w, all_outputs // groups, *taps, *stride, *_image_size(grad, layout))
     flops = 2 * prod(grad) * channels * kh * kw
     if layout == "NHWC":
@@ -302,13 +312,10 @@ def _prepare_weight_gradient(grad, x, weight, *, stride, padding, dilation, grou
             return np.ascontiguousarray(by_tap.swapaxes(1, 2)).reshape(weight)
 
         return run_nhwc
-    depthwise = groups > 1 and channels == 1
-    function = conv_direct.depthwise_weight_gradient_nchw if depthwise else conv_weight.weight_gradient_nchw
-    work = flops * _COST["depthwise" if depthwise else "gemm"]
 
     def run(grad, x):
         result = np.empty(weight, x.dtype)
-        function(work, x.ravel(), grad.ravel(), *head, result.ravel())
+        conv_weight.weight_gradient_nchw(flops * _COST["gemm"], x.ravel(), grad.ravel(), *head, result.ravel())
         return result
 
     return run
@@ -354,7 +361,7 @@ def prepare_conv_transpose2d_backward(
     grad, x, weight = shapes
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
     to_x = _prepare_input_gradient(grad, x, weight, dtype, **options) if "x" in needs else None
-    to_weight = _prepare_weight_gradient(x, grad, weight, **options) if "weight" in needs else None
+    to_weight = _prepare_weight_gradient(x, grad, weight, dtype, **options) if "weight" in needs else None
     to_bias = _bias_gradient if "bias" in needs else None
 
     def run(grad, x, weight):

@@ -1,0 +1,356 @@
+"""Depthwise convolution (one input channel a group), and its transpose: all taps of an output in registers.
+
+    y[channel, i, j] = bias[channel] + sum over taps (r, s) of weight[channel, r, s] * x[channel, i * stride + r - pad, ...]
+
+Nine products an output are so little that memory decides: x is read once, y written once, and in between only the
+first-level cache is touched. depthwise_vector.py has the inner loop.
+
+NCHW: a band of rows of one plane is copied to a strip, with zeros for the padding and the columns of a stride of 2
+dealt out to two half rows, so that every tap is a contiguous load and no border is left:
+
+    row of x:  a b c d e f g   ->  strip:  0 b d f | a c e g        (stride 2, one column of padding)
+
+NHWC: the image is cut into regions whose outputs have the same taps inside the image: with padding 1, nine of them, the
+inner one with nearly all pixels. Nothing is copied and nothing tested in the inner loop.
+
+The transpose (the gradient with respect to x) has a phase for every (row, column) within a stride, each a convolution of
+its own with some of the taps (see conv.py); one pass over a band computes them all and puts y's columns together.
+"""
+
+from itertools import product
+from math import prod
+
+import numpy as np
+from numba import prange
+
+from tilewise.kernels.cpu.depthwise_vector import TILE, correlate, deal_vectors
+from tilewise.kernels.cpu.epilogue import activate_row
+from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.simd import address, lane_count, lanes
+from tilewise.kernels.cpu.vector_move import copy_lanes
+
+# A strip shares the first-level cache (32 to 48 KB) with the rows of y that are written meanwhile.
+STRIP_BYTES = 16 << 10
+# A band of NHWC rows: its taps' rows are read up to three times, from the second-level cache.
+BAND_BYTES = 128 << 10
+# Chunks of work; fewer than this many pieces are cut smaller, so that several threads find some.
+CHUNKS = 64
+FEWEST = 8
+# Estimated serial nanoseconds per FLOP.
+COST = 0.015
+
+
+def _ceil(a, b):
+    return -(-a // b)
+
+
+class Strips:
+    """How bands of an NCHW plane are copied to strips, and where the taps lie in them.
+
+    taps: for rows and for columns, a list over phases of (numbers, offsets): tap k of pixel i is x[i * stride +
+    offsets[k]], its weight the one with that number.
+    """
+
+    def __init__(self, planes, size, kernel_width, taps, stride, dtype):
+        lanes = lane_count(dtype.itemsize)
+        rows, columns = (np.concatenate([offsets for _, offsets in axis]) for axis in taps)
+        height, width = (_ceil(n, len(axis)) for n, axis in zip(size, taps, strict=True))
+        first_row, first_column = int(rows.min()), int(columns.min())
+        span = int(rows.max()) - first_row
+        part = _ceil(width + (int(columns.max()) - first_column) // stride[1], lanes) * lanes
+        pitch = part * stride[1]
+        fitting = max(1, (STRIP_BYTES // (pitch * dtype.itemsize) - span - 1) // stride[0] + 1)
+        bands = max(1, min(max(_ceil(height, fitting), _ceil(FEWEST, max(planes, 1))), height // TILE))
+        self.rows = (_ceil(height, bands) - 1) * stride[0] + span + 1
+        self.constants = (height, bands, first_row, first_column, self.rows, part, *stride)
+        self.starts = [0]
+        table = []
+        for (r_numbers, r_offsets), (s_numbers, s_offsets) in product(*taps):
+            across = s_offsets - first_column
+            places = across % stride[1] * part + across // stride[1]
+            offsets = (r_offsets - first_row)[:, None] * pitch + places
+            numbers = r_numbers[:, None] * kernel_width + s_numbers
+            table.append(np.stack([offsets.ravel(), numbers.ravel()], 1))
+            self.starts.append(self.starts[-1] + offsets.size)
+        self.table = np.concatenate(table).astype(np.int64).ravel()
+        self.starts = np.array(self.starts, np.int64)
+        alone = len(taps[0]) == len(taps[1]) == 1
+        self.square = _is_square(rows, columns, stride[0]) if alone else 0
+
+
+def _is_square(along, across, stride):
+    """3 for a 3x3 kernel that `correlate` has code for: its taps are neighbours along the tile; else 0."""
+    neighbours = along.size == 3 and (np.diff(along) == 1).all()
+    return 3 if neighbours and across.size == 3 and stride in (1, 2) else 0
+
+
+@device()
+def fill_strip(x, plane, h, w, first_row, first_column, rows, part, stride_w, strip):
+    """strip[r, q, k] = x[plane][first_row + r, first_column + k * stride_w + q], zero outside the image."""
+    width = lanes(x)
+    pitch = part * stride_w
+    for r in range(rows):
+        row = first_row + r
+        inside = 0 <= row < h
+        low = -first_column
+        high = w + low if inside else low
+        source = plane + (row * w if inside else 0) - low
+        target = r * pitch
+        if stride_w == 1:
+            for k in range(0, part, width):
+                if k >= low and k + width <= high:
+                    deal_vectors(1, 0, address(strip, target + k), part, address(x, source + k), 0, 0)
+                else:
+                    deal_vectors(1, 1, address(strip, target + k), part, address(x, source + k), low - k, high - k)
+        elif stride_w == 2:
+            for k in range(0, part, width):
+                to, where = address(strip, target + k), address(x, source + 2 * k)
+                if 2 * k >= low and 2 * (k + width) <= high:
+                    deal_vectors(2, 0, to, part, where, 0, 0)
+                else:
+                    deal_vectors(2, 1, to, part, where, low - 2 * k, high - 2 * k)
+        else:
+            for q in range(stride_w):
+                for k in range(part):
+                    column = k * stride_w + q
+                    value = x[source + column] if low <= column < high else x.dtype.type(0)
+                    strip[target + q * part + k] = value
+
+
+@device()
+def _strip_outputs(strip, pitch, stride_h, table, first, taps, square, weight, o, all_taps, bias, y, to, step, rows, ow):
+    """`rows` rows of ow outputs, `step` apart, from y[to] on."""
+    source, entries = address(strip, 0), address(table, 2 * first)
+    factors, shift, target = address(weight, o * all_taps), address(bias, o), address(y, to)
+    if rows < TILE:
+        correlate(
+            0, 1, 1, 1, source, stride_h * pitch, entries, taps, factors, all_taps, shift, target, step, rows, ow
+        )
+    elif square == 0:
+        correlate(
+            0, 1, TILE, 1, source, stride_h * pitch, entries, taps, factors, all_taps, shift, target, step, rows, ow
+        )
+    elif stride_h == 1:
+        correlate(3, 1, TILE, 1, source, pitch, entries, taps, factors, all_taps, shift, target, step, rows, ow)
+    else:
+        correlate(3, 2, TILE, 1, source, pitch, entries, taps, factors, all_taps, shift, target, step, rows, ow)
+
+
+@device()
+def _put_together(block, start, step, part, rows, row, row_step, columns, ow, y):
+    """y[row + i * row_step + j * columns + q] = block[start + i * step + q * part + j]: the phases' columns in turn."""
+    for i in range(rows):
+        source, target = start + i * step, row + i * row_step
+        if columns == 2:
+            for j in range(ow // 2):
+                y[target + 2 * j] = block[source + j]
+                y[target + 2 * j + 1] = block[source + part + j]
+            if ow % 2 == 1:
+                y[target + ow - 1] = block[source + ow // 2]
+        else:
+            for j in range(ow):
+                k = j // columns
+                y[target + j] = block[source + (j - k * columns) * part + k]
+
+
+@device()
+def _plane_phases(
+    strip, block, pitch, stride_h, table, starts, square, weight, o, all_taps, bias, y, plane, oh, ow, row_phases,
+    column_phases, i0, i1,
+):  # fmt: skip
+    """Rows i0 to i1 of every phase of one output plane."""
+    width = (ow + column_phases - 1) // column_phases
+    for p in range(row_phases):
+        rows = min(i1, (oh - p + row_phases - 1) // row_phases) - i0
+        if rows <= 0:
+            continue
+        to = plane + (i0 * row_phases + p) * ow
+        for q in range(column_phases):
+            phase = p * column_phases + q
+            first, taps = starts[phase], starts[phase + 1] - starts[phase]
+            if column_phases == 1:
+                _strip_outputs(
+                    strip, pitch, stride_h, table, first, taps, square, weight, o, all_taps, bias, y, to,
+                    row_phases * ow, rows, ow,
+                )  # fmt: skip
+            else:
+                _strip_outputs(
+                    strip, pitch, stride_h, table, first, taps, square, weight, o, all_taps, bias, block, q * width,
+                    column_phases * width, rows, width,
+                )  # fmt: skip
+        if column_phases > 1:
+            step = column_phases * width
+            _put_together(block, 0, step, width, rows, to, row_phases * ow, column_phases, ow, y)
+
+
+@kernel()
+def convolve_nchw(
+    x, weight, y, bias, planes, groups, outputs, h, w, oh, ow, row_phases, column_phases, strips, table, starts, all_taps,
+    square, activation,
+):  # fmt: skip
+    """planes: images * groups; outputs: planes of y for one of x; strips: Strips.constants."""
+    height, bands, first_row, first_column, strip_rows, part, stride_h, stride_w = strips
+    shift = bias if bias.size > 0 else np.zeros(groups * outputs, x.dtype)
+    units = planes * bands
+    chunks = min(units, CHUNKS)
+    for chunk in prange(chunks):
+        strip = scratch(strip_rows * part * stride_w, x)
+        width = (ow + column_phases - 1) // column_phases
+        block = scratch((height // bands + 1) * column_phases * width if column_phases > 1 else 0, x)
+        for unit in range(units * chunk // chunks, units * (chunk + 1) // chunks):
+            plane = unit // bands
+            band = unit - plane * bands
+            i0, i1 = height * band // bands, height * (band + 1) // bands
+            rows = strip_rows - (height + bands - 1) // bands * stride_h + (i1 - i0) * stride_h
+            fill_strip(x, plane * h * w, h, w, i0 * stride_h + first_row, first_column, rows, part, stride_w, strip)
+            for k in range(outputs):
+                o = plane % groups * outputs + k
+                target = (plane * outputs + k) * oh * ow
+                _plane_phases(
+                    strip, block, part * stride_w, stride_h, table, starts, square, weight, o, all_taps, shift, y,
+                    target, oh, ow, row_phases, column_phases, i0, i1,
+                )  # fmt: skip
+                if activation != 0:
+                    activate_row(y, target + i0 * ow, (i1 - i0) * ow, activation)
+
+
+def _segments(size, count, offsets, stride):
+    """Runs of outputs with the same taps inside an axis of `size`: (first output, end, first tap, end of taps)."""
+    firsts = np.arange(count)[:, None] * stride + offsets
+    low, high = (firsts < 0).sum(1), (firsts < size).sum(1)
+    edges = np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0)) + 1
+    bounds = [0, *edges.tolist(), count]
+    return [(i, end, low[i], max(low[i], high[i])) for i, end in zip(bounds, bounds[1:], strict=False) if i < end]
+
+
+class Regions:
+    """The regions of an NHWC image whose outputs have the same taps inside x, with each region's taps.
+
+    taps: as for Strips. regions: one row of int64 each, (row phase, first row, end, column phase, first column, end,
+    start of its taps in the table, taps, square); table: pairs (offset in x from the output's first input, number).
+    """
+
+    def __init__(self, x_size, channels, size, kernel_width, taps, stride):
+        h, w = x_size
+        axes = []
+        for n, length, axis, step in zip(x_size, size, taps, stride, strict=True):
+            counts = [_ceil(length - p, len(axis)) for p in range(len(axis))]
+            axes.append([
+                (p, *segment)
+                for p, (_, offsets) in enumerate(axis)
+                for segment in _segments(n, counts[p], offsets, step)
+            ])  # fmt: skip
+        regions, table, start = [], [], 0
+        for (p, i0, i1, r0, r1), (q, j0, j1, s0, s1) in product(*axes):
+            r_numbers, r_offsets = (a[r0:r1] for a in taps[0][p])
+            s_numbers, s_offsets = (a[s0:s1] for a in taps[1][q])
+            offsets = (r_offsets[:, None] * w + s_offsets) * channels
+            numbers = r_numbers[:, None] * kernel_width + s_numbers
+            square = _is_square(s_offsets, r_offsets, stride[1])
+            regions.append((p, i0, i1, q, j0, j1, start, offsets.size, square))
+            table.append(np.stack([offsets.ravel(), numbers.ravel()], 1))
+            start += offsets.size
+        self.regions = np.array(regions, np.int64).ravel()
+        self.table = np.concatenate(table).astype(np.int64).ravel()
+
+
+def row_bands(images, height, row_bytes):
+    """Into how many bands to cut the rows of an image in NHWC."""
+    bands = max(_ceil(height * row_bytes, BAND_BYTES), _ceil(FEWEST, images))
+    return min(bands, height)
+
+
+@device()
+def pack_by_lane(weight, channels, all_taps, packed):
+    """packed[(v * all_taps + t) * lanes + i] = weight[(v * lanes + i) * all_taps + t], zero beyond the channels."""
+    width = lanes(weight)
+    for c in range(0, channels, width):
+        for t in range(all_taps):
+            source = address(weight, c * all_taps + t)
+            copy_lanes(0, 0, address(packed, c * all_taps + t * width), source, 0, channels - c, all_taps)
+
+
+@device()
+def _region_row(
+    x, source, channels, stride_w, table, first, taps, square, packed, all_taps, bias, y, target, step, outputs
+):
+    """`outputs` pixels of one row of a region."""
+    where, entries, to = address(x, source), address(table, 2 * first), address(y, target)
+    factors, shift = address(packed, 0), address(bias, 0)
+    across = stride_w * channels
+    if outputs < TILE:
+        correlate(
+            0, 1, 1, 0, where, across, entries, taps, factors, all_taps, shift, to, step, outputs, channels
+        )
+    elif square == 0:
+        correlate(
+            0, 1, TILE, 0, where, across, entries, taps, factors, all_taps, shift, to, step, outputs, channels
+        )
+    elif stride_w == 1:
+        correlate(3, 1, TILE, 0, where, channels, entries, taps, factors, all_taps, shift, to, step, outputs, channels)
+    else:
+        correlate(3, 2, TILE, 0, where, channels, entries, taps, factors, all_taps, shift, to, step, outputs, channels)
+
+
+@kernel()
+def convolve_nhwc(
+    x, weight, y, bias, n, channels, h, w, oh, ow, row_phases, column_phases, bands, stride_h, stride_w, regions, table,
+    all_taps, activation,
+):  # fmt: skip
+    """One output a channel; regions and table: see Regions."""
+    width = lanes(x)
+    shift = bias if bias.size > 0 else np.zeros(channels, x.dtype)
+    packed = scratch((channels + width - 1) // width * width * all_taps, x)
+    pack_by_lane(weight, channels, all_taps, packed)
+    height = (oh + row_phases - 1) // row_phases
+    units = n * bands
+    chunks = min(units, CHUNKS)
+    for chunk in prange(chunks):
+        for unit in range(units * chunk // chunks, units * (chunk + 1) // chunks):
+            image = unit // bands
+            band = unit - image * bands
+            i0, i1 = height * band // bands, height * (band + 1) // bands
+            for r in range(0, regions.size, 9):
+                p, q, j0, j1 = regions[r], regions[r + 3], regions[r + 4], regions[r + 5]
+                for i in range(max(i0, regions[r + 1]), min(i1, regions[r + 2])):
+                    source = ((image * h + i * stride_h) * w + j0 * stride_w) * channels
+                    target = ((image * oh + i * row_phases + p) * ow + j0 * column_phases + q) * channels
+                    _region_row(
+                        x, source, channels, stride_w, table, regions[r + 6], regions[r + 7], regions[r + 8], packed,
+                        all_taps, shift, y, target, column_phases * channels, j1 - j0,
+                    )  # fmt: skip
+            if activation != 0:
+                activate_row(y, (image * oh + i0) * ow * channels, (i1 - i0) * ow * channels, activation)
+
+
+class Depthwise:
+    """One depthwise convolution with everything but the arrays worked out; call it with x, weight, y and bias.
+
+    x, y: shapes. weight: (channels * outputs, 1, KH, KW). taps: for rows and for columns, a list over the phases of y of
+    (numbers, offsets); see Strips. A convolution has one phase, its transpose as many as its stride.
+    """
+
+    __slots__ = ("constants", "kernel")
+
+    def __init__(self, x, weight, y, taps, stride, layout, dtype, activation=0):
+        n, all_taps, phases = x[0], prod(weight[2:]), [len(axis) for axis in taps]
+        work = 2 * prod(y) * all_taps / prod(phases) * COST
+        if layout == "NHWC":
+            _, h, w, channels = x
+            oh, ow = y[1:3]
+            plan = Regions((h, w), channels, (oh, ow), weight[3], taps, stride)
+            bands = row_bands(n, _ceil(oh, phases[0]), w * stride[0] * channels * dtype.itemsize)
+            self.kernel = convolve_nhwc.sized(work)
+            head = (n, channels, h, w, oh, ow, *phases, bands, *stride)
+            self.constants = (*head, plan.regions, plan.table, all_taps, activation)
+        else:
+            _, channels, h, w = x
+            oh, ow = y[2:4]
+            strips = Strips(n * channels, (oh, ow), weight[3], taps, stride, dtype)
+            self.kernel = convolve_nchw.sized(work)
+            head = (n * channels, channels, weight[0] // channels, h, w, oh, ow, *phases, strips.constants)
+            self.constants = (*head, strips.table, strips.starts, all_taps, strips.square, activation)
+
+    def __call__(self, x, weight, y, bias):
+        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, *self.constants)

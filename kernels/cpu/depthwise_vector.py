@@ -1,0 +1,270 @@
+"""The inner loops of depthwise convolutions as vector code: every tap of a tile of outputs is added up in registers.
+
+Depthwise, a channel sees only itself, so both layouts come down to one loop over vectors,
+
+    y[p] = bias + sum over taps t of weight[t] * x[p * step + offset[t]]         p: the outputs of one tile
+
+with neighbouring pixels of a row in a vector (NCHW: a tap's weight is one number) or neighbouring channels (NHWC: it is
+a vector). The outputs of a tile lie along the other axis, rows or columns of the image. There a 3x3 kernel's taps
+overlap: a tile of 4 outputs loads 6 x 3 vectors instead of 36.
+
+    x:  * * *             output 0 = taps over rows 0 .. 2
+        * * * \\           output 1 = taps over rows 1 .. 3: rows 1 and 2 are in registers already
+        * * *  | a row is loaded once and added to up to three outputs
+        * * * /
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal
+
+# Outputs of a tile. AVX-512 holds 9 weights, 4 sums and a few inputs of a 3x3 kernel in its 32 registers.
+TILE = 4
+
+
+def _repeat(builder, count, values, body):
+    """values = body(k, values) for k = 0 .. count - 1, the values in registers; what they are in the end."""
+    entry = builder.block
+    loop, done = builder.append_basic_block("repeat"), builder.append_basic_block("repeated")
+    builder.cbranch(builder.icmp_signed(">", count, _I64(0)), loop, done)
+    builder.position_at_end(loop)
+    k = builder.phi(_I64)
+    now = [builder.phi(v.type) for v in values]
+    following = body(k, now)
+    k_next = builder.add(k, _I64(1))
+    latch = builder.block
+    builder.cbranch(builder.icmp_signed("<", k_next, count), loop, done)
+    builder.position_at_end(done)
+    result = [builder.phi(v.type) for v in values]
+    k.add_incoming(_I64(0), entry)
+    k.add_incoming(k_next, latch)
+    for phi, final, first, last in zip(now, result, values, following, strict=True):
+        for target, from_loop in ((phi, latch), (final, latch)):
+            target.add_incoming(first, entry)
+            target.add_incoming(last, from_loop)
+    return result
+
+
+@intrinsic(prefer_literal=True)
+def correlate(
+    typingctx, square, stride, tile, broadcast, x, tap_step, table, taps, weights, all_taps, bias, y, y_step, outputs,
+    count,
+):  # fmt: skip
+    """y[p * y_step + i] = bias + sum over taps t of weight[t] * x[p * stride * tap_step + offset[t] + i].
+
+    For 0 <= p < outputs and 0 <= i < count; outputs >= tile: where tiles do not divide them, the last two overlap.
+
+    table: int64 pairs (offset[t], number of the tap's weight), `taps` of them.
+    square: a literal; 0 for any taps, 3 for a 3x3 kernel, whose taps along the tile are tap_step apart.
+    broadcast: a literal. 1: weights[number] and bias[0] hold for all i. 0: they differ by i; weights are in blocks of
+    vectors: vector v of tap t at weights[(v * all_taps + number) * lanes].
+    Reads x up to the next whole vector if broadcast, else not beyond count.
+    """
+    shape = tuple(map(_literal, (square, stride, tile, broadcast)))
+    index = types.intp
+    signature = types.void(
+        square, stride, tile, broadcast, x, index, table, index, weights, index, bias, y, index, index, index
+    )
+
+    def codegen(context, builder, signature, args):
+        _Correlation(builder, signature.args[4].dtype, shape, args[4:]).emit()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+class _Correlation:
+    """The code of one `correlate`."""
+
+    def __init__(self, builder, element, shape, args):
+        self.builder, self.vector = builder, _Emitter(builder, element)
+        self.square, self.stride, self.tile, self.broadcast = shape
+        (
+            self.x, self.tap_step, self.table, self.taps, self.weights, self.all_taps, self.bias, self.y, self.y_step,
+            self.outputs, self.count,
+        ) = args  # fmt: skip
+
+    def emit(self):
+        builder, lanes = self.builder, self.vector.lanes
+        self.x_step = builder.mul(self.tap_step, _I64(self.stride))
+        whole = builder.and_(self.count, _I64(-lanes))
+        tail = builder.sub(self.count, whole)
+        mask = self.vector.mask(_I64(0), tail)
+        if self.broadcast:
+            self.bias_value = self.vector.splat(builder.load(self.bias))
+        if self.square:
+            # along the tile the taps are neighbours, so one row of offsets says where they lie
+            along = 1 if self.broadcast else self.square
+            self.offsets = [self._entry(_I64(b * along), 0) for b in range(self.square)]
+            self.numbers = [self._entry(_I64(t), 1) for t in range(self.square**2)]
+            if self.broadcast:
+                self.factors = [self._factor(number, None) for number in self.numbers]
+        with cgutils.for_range_slice(builder, _I64(0), self.outputs, _I64(self.tile)) as (p, _):
+            last = builder.sub(self.outputs, _I64(self.tile))
+            first = builder.select(builder.icmp_signed("<", p, last), p, last)
+            x = builder.gep(self.x, [builder.mul(first, self.x_step)])
+            y = builder.gep(self.y, [builder.mul(first, self.y_step)])
+            with cgutils.for_range_slice(builder, _I64(0), whole, _I64(lanes)) as (i, _):
+                self._tile(x, y, i, None)
+            with builder.if_then(builder.icmp_signed(">", tail, _I64(0))):
+                self._tile(x, y, whole, mask)
+
+    def _entry(self, t, part):
+        place = self.builder.add(self.builder.mul(t, _I64(2)), _I64(part))
+        return self.builder.load(self.builder.gep(self.table, [place]))
+
+    def _factor(self, number, i):
+        """A tap's weight as a vector."""
+        if self.broadcast:
+            return self.vector.splat(self.builder.load(self.builder.gep(self.weights, [number])))
+        place = self.builder.mul(number, _I64(self.vector.lanes))
+        return self.vector.load(self.weights, self.builder.add(self.builder.mul(i, self.all_taps), place))
+
+    def _load(self, x, offset, mask):
+        if mask is None or self.broadcast:
+            return self.vector.load(x, offset)
+        return self.vector.masked_load(x, offset, mask)
+
+    def _tile(self, x, y, i, mask):
+        """One vector of each output of the tile."""
+        builder = self.builder
+        x, y = builder.gep(x, [i]), builder.gep(y, [i])
+        sums = [self.bias_value if self.broadcast else self._load(self.bias, i, mask)] * self.tile
+        sums = self._square_sums(x, i, sums, mask) if self.square else self._any_sums(x, i, sums, mask)
+        for p, value in enumerate(sums):
+            offset = builder.mul(self.y_step, _I64(p))
+            if mask is None:
+                self.vector.store(value, y, offset)
+            else:
+                self.vector.masked_store(value, y, offset, mask)
+
+    def _square_sums(self, x, i, sums, mask):
+        builder, size = self.builder, self.square
+        factors = self.factors if self.broadcast else [self._factor(number, i) for number in self.numbers]
+        sums = list(sums)
+        for b, offset in enumerate(self.offsets):
+            row = builder.gep(x, [offset])
+            for k in range(self.stride * (self.tile - 1) + size):
+                users = [(p, k - p * self.stride) for p in range(self.tile) if 0 <= k - p * self.stride < size]
+                if not users:
+                    continue
+                value = self._load(row, builder.mul(self.tap_step, _I64(k)), mask)
+                for p, a in users:
+                    factor = factors[a * size + b if self.broadcast else b * size + a]
+                    sums[p] = self.vector.multiply_add(factor, value, sums[p])
+        return sums
+
+    def _any_sums(self, x, i, sums, mask):
+        def add_tap(t, now):
+            row = self.builder.gep(x, [self._entry(t, 0)])
+            factor = self._factor(self._entry(t, 1), i)
+            steps = [self.builder.mul(self.x_step, _I64(p)) for p in range(self.tile)]
+            return [
+                self.vector.multiply_add(factor, self._load(row, step, mask), value)
+                for step, value in zip(steps, now, strict=True)
+            ]
+
+        return _repeat(self.builder, self.taps, sums, add_tap)
+
+
+@intrinsic(prefer_literal=True)
+def accumulate_taps(
+    typingctx, taps, masked, sums, x, table, x_row, x_step, grad, grad_row, grad_step, rows, steps, used
+):
+    """sums[number[t]][lane] += sum over i < rows, k < steps of grad[i, k][lane] * x[i, k, t][lane], one vector a tap.
+
+    grad[i, k] is the vector at grad + i * grad_row + k * grad_step; x[i, k, t] the one at x + offset[t] + i * x_row +
+    k * x_step. table: int64 pairs (offset[t], number[t]). taps, masked: literals; masked 1 reads `used` lanes only and
+    leaves the others' sums as they are.
+    """
+    shape = _literal(taps), _literal(masked)
+    index = types.intp
+    signature = types.void(
+        taps, masked, sums, x, table, index, index, grad, index, index, index, index, index
+    )  # fmt: skip
+
+    def codegen(context, builder, signature, args):
+        _emit_accumulation(builder, signature.args[2].dtype, shape, args[2:])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _emit_accumulation(builder, element, shape, args):
+    taps, masked = shape
+    sums, x, table, x_row, x_step, grad, grad_row, grad_step, rows, steps, used = args
+    emit = _Emitter(builder, element)
+    offsets = [builder.load(builder.gep(table, [_I64(2 * t)])) for t in range(taps)]
+    if masked:
+        mask = emit.mask(_I64(0), used)
+
+    def load(pointer, offset):
+        return emit.masked_load(pointer, offset, mask) if masked else emit.load(pointer, offset)
+
+    def add_row(i, totals):
+        x_first = builder.gep(x, [builder.mul(i, x_row)])
+        grad_first = builder.gep(grad, [builder.mul(i, grad_row)])
+
+        def add_step(k, now):
+            pixel = builder.gep(x_first, [builder.mul(k, x_step)])
+            factor = load(grad_first, builder.mul(k, grad_step))
+            return [emit.multiply_add(factor, load(pixel, o), v) for o, v in zip(offsets, now, strict=True)]
+
+        return _repeat(builder, steps, totals, add_step)
+
+    numbers = [builder.load(builder.gep(table, [_I64(2 * t + 1)])) for t in range(taps)]
+    places = [builder.mul(number, _I64(emit.lanes)) for number in numbers]
+    before = [emit.load(sums, place) for place in places]
+    for place, value in zip(places, _repeat(builder, rows, before, add_row), strict=True):
+        emit.store(value, sums, place)
+
+
+@intrinsic(prefer_literal=True)
+def deal_vectors(typingctx, stride, masked, target, pitch, source, low, high):
+    """target[q * pitch + i] = source[i * stride + q] for q < stride and one vector's length of i.
+
+    stride: a literal, 1 or 2. masked: a literal; 1 reads only source[low .. high - 1] and takes the rest as zero.
+    """
+    ways, bounded = _literal(stride), _literal(masked)
+    signature = types.void(stride, masked, target, types.intp, source, types.intp, types.intp)
+
+    def codegen(context, builder, signature, args):
+        _, _, target, pitch, source, low, high = args
+        emit = _Emitter(builder, signature.args[2].dtype)
+        parts = []
+        for q in range(ways):
+            first = _I64(q * emit.lanes)
+            if bounded:
+                mask = emit.mask(builder.sub(low, first), builder.sub(high, first))
+                parts.append(emit.masked_load(source, first, mask))
+            else:
+                parts.append(emit.load(source, first))
+        for q in range(ways):
+            value = parts[0]
+            if ways == 2:
+                order = ir.Constant(ir.VectorType(_I32, emit.lanes), [2 * i + q for i in range(emit.lanes)])
+                value = builder.shuffle_vector(*parts, order)
+            emit.store(value, target, builder.mul(pitch, _I64(q)))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def sum_of_lanes(typingctx, source):
+    """The sum of one vector's elements: halves are added until one is left."""
+    signature = source.dtype(source)
+
+    def codegen(context, builder, signature, args):
+        emit = _Emitter(builder, signature.args[0].dtype)
+        value, count = emit.load(args[0], _I64(0)), emit.lanes
+        while count > 1:
+            count //= 2
+            halves = [ir.Constant(ir.VectorType(_I32, count), list(range(s, s + count))) for s in (0, count)]
+            value = builder.fadd(*(builder.shuffle_vector(value, value, half) for half in halves))
+        return builder.extract_element(value, _I32(0))
+
+    return signature, codegen
