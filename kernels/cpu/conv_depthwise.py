@@ -23,15 +23,17 @@ from math import prod
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.depthwise_vector import TILE, correlate, deal_vectors
+from tilewise.kernels.cpu.conv_direct import ceil_div
+from tilewise.kernels.cpu.depthwise_vector import TILE, correlate, deal_vectors, interleave, spread, step
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import address, lane_count, lanes
-from tilewise.kernels.cpu.vector_move import copy_lanes
+from tilewise.kernels.cpu.vector_move import copy_lanes, prefetch
 
 # A strip shares the first-level cache (32 to 48 KB) with the rows of y that are written meanwhile.
 STRIP_BYTES = 16 << 10
+AHEAD = 2048
 # A band of NHWC rows: its taps' rows are read up to three times, from the second-level cache.
 BAND_BYTES = 128 << 10
 # Chunks of work; fewer than this many pieces are cut smaller, so that several threads find some.
@@ -86,133 +88,112 @@ def _is_square(along, across, stride):
 
 
 @device()
-def fill_strip(x, plane, h, w, first_row, first_column, rows, part, stride_w, strip):
-    """strip[r, q, k] = x[plane][first_row + r, first_column + k * stride_w + q], zero outside the image."""
-    width = lanes(x)
-    pitch = part * stride_w
+def fill_strip(x, h, w, first_row, first_column, rows, part, stride_w, width, strip):
+    """strip[r, q, k] = x[first_row + r, first_column + k * stride_w + q], zero outside the h x w plane at pointer x."""
+    low = -first_column
     for r in range(rows):
         row = first_row + r
         inside = 0 <= row < h
-        low = -first_column
         high = w + low if inside else low
-        source = plane + (row * w if inside else 0) - low
-        target = r * pitch
+        source = step(x, (row * w if inside else 0) - low)
+        target = step(strip, r * part * stride_w)
         if stride_w == 1:
             for k in range(0, part, width):
+                prefetch(step(source, k + AHEAD))
                 if k >= low and k + width <= high:
-                    deal_vectors(1, 0, address(strip, target + k), part, address(x, source + k), 0, 0)
+                    deal_vectors(1, 0, step(target, k), part, step(source, k), 0, 0)
                 else:
-                    deal_vectors(1, 1, address(strip, target + k), part, address(x, source + k), low - k, high - k)
+                    deal_vectors(1, 1, step(target, k), part, step(source, k), low - k, high - k)
         elif stride_w == 2:
             for k in range(0, part, width):
-                to, where = address(strip, target + k), address(x, source + 2 * k)
+                prefetch(step(source, 2 * k + AHEAD))
+                prefetch(step(source, 2 * k + width + AHEAD))
                 if 2 * k >= low and 2 * (k + width) <= high:
-                    deal_vectors(2, 0, to, part, where, 0, 0)
+                    deal_vectors(2, 0, step(target, k), part, step(source, 2 * k), 0, 0)
                 else:
-                    deal_vectors(2, 1, to, part, where, low - 2 * k, high - 2 * k)
+                    deal_vectors(2, 1, step(target, k), part, step(source, 2 * k), low - 2 * k, high - 2 * k)
         else:
             for q in range(stride_w):
-                for k in range(part):
-                    column = k * stride_w + q
-                    value = x[source + column] if low <= column < high else x.dtype.type(0)
-                    strip[target + q * part + k] = value
+                first, end = ceil_div(low - q, stride_w), ceil_div(high - q, stride_w)
+                for k in range(0, part, width):
+                    to = step(target, q * part + k)
+                    copy_lanes(0, 0, to, step(source, k * stride_w + q), first - k, end - k, stride_w)
 
 
 @device()
-def _strip_outputs(strip, pitch, stride_h, table, first, taps, square, weight, o, all_taps, bias, y, to, step, rows, ow):
-    """`rows` rows of ow outputs, `step` apart, from y[to] on."""
-    source, entries = address(strip, 0), address(table, 2 * first)
-    factors, shift, target = address(weight, o * all_taps), address(bias, o), address(y, to)
+def _strip_outputs(strip, pitch, stride_h, table, taps, square, weight, all_taps, bias, y, y_step, rows, ow):
+    """`rows` rows of ow outputs, y_step apart."""
+    down = stride_h * pitch
     if rows < TILE:
-        correlate(
-            0, 1, 1, 1, source, stride_h * pitch, entries, taps, factors, all_taps, shift, target, step, rows, ow
-        )
+        correlate(0, 1, 1, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
     elif square == 0:
-        correlate(
-            0, 1, TILE, 1, source, stride_h * pitch, entries, taps, factors, all_taps, shift, target, step, rows, ow
-        )
+        correlate(0, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
     elif stride_h == 1:
-        correlate(3, 1, TILE, 1, source, pitch, entries, taps, factors, all_taps, shift, target, step, rows, ow)
+        correlate(3, 1, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
     else:
-        correlate(3, 2, TILE, 1, source, pitch, entries, taps, factors, all_taps, shift, target, step, rows, ow)
+        correlate(3, 2, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
 
 
 @device()
-def _put_together(block, start, step, part, rows, row, row_step, columns, ow, y):
-    """y[row + i * row_step + j * columns + q] = block[start + i * step + q * part + j]: the phases' columns in turn."""
+def _put_together(block, width, rows, columns, y, y_step, ow):
+    """Rows of y from the rows of its column phases, each `width` long: y[i, j * columns + q] = block[i, q, j]."""
     for i in range(rows):
-        source, target = start + i * step, row + i * row_step
+        source, target = step(block, i * columns * width), step(y, i * y_step)
         if columns == 2:
-            for j in range(ow // 2):
-                y[target + 2 * j] = block[source + j]
-                y[target + 2 * j + 1] = block[source + part + j]
-            if ow % 2 == 1:
-                y[target + ow - 1] = block[source + ow // 2]
+            interleave(target, source, step(source, width), ow)
         else:
-            for j in range(ow):
-                k = j // columns
-                y[target + j] = block[source + (j - k * columns) * part + k]
-
-
-@device()
-def _plane_phases(
-    strip, block, pitch, stride_h, table, starts, square, weight, o, all_taps, bias, y, plane, oh, ow, row_phases,
-    column_phases, i0, i1,
-):  # fmt: skip
-    """Rows i0 to i1 of every phase of one output plane."""
-    width = (ow + column_phases - 1) // column_phases
-    for p in range(row_phases):
-        rows = min(i1, (oh - p + row_phases - 1) // row_phases) - i0
-        if rows <= 0:
-            continue
-        to = plane + (i0 * row_phases + p) * ow
-        for q in range(column_phases):
-            phase = p * column_phases + q
-            first, taps = starts[phase], starts[phase + 1] - starts[phase]
-            if column_phases == 1:
-                _strip_outputs(
-                    strip, pitch, stride_h, table, first, taps, square, weight, o, all_taps, bias, y, to,
-                    row_phases * ow, rows, ow,
-                )  # fmt: skip
-            else:
-                _strip_outputs(
-                    strip, pitch, stride_h, table, first, taps, square, weight, o, all_taps, bias, block, q * width,
-                    column_phases * width, rows, width,
-                )  # fmt: skip
-        if column_phases > 1:
-            step = column_phases * width
-            _put_together(block, 0, step, width, rows, to, row_phases * ow, column_phases, ow, y)
+            for q in range(columns):
+                spread(step(target, q), columns, step(source, q * width), (ow - q + columns - 1) // columns)
 
 
 @kernel()
 def convolve_nchw(
-    x, weight, y, bias, planes, groups, outputs, h, w, oh, ow, row_phases, column_phases, strips, table, starts, all_taps,
-    square, activation,
+    x, weight, y, bias, planes, groups, outputs, h, w, oh, ow, row_phases, column_phases, strips, table, starts,
+    all_taps, square, activation,
 ):  # fmt: skip
-    """planes: images * groups; outputs: planes of y for one of x; strips: Strips.constants."""
+    """planes: images * groups; outputs: planes of y for one of x; strips: see Strips.constants."""
     height, bands, first_row, first_column, strip_rows, part, stride_h, stride_w = strips
     shift = bias if bias.size > 0 else np.zeros(groups * outputs, x.dtype)
+    pitch, width = part * stride_w, (ow + column_phases - 1) // column_phases
+    tallest = (height + bands - 1) // bands
     units = planes * bands
     chunks = min(units, CHUNKS)
     for chunk in prange(chunks):
-        strip = scratch(strip_rows * part * stride_w, x)
-        width = (ow + column_phases - 1) // column_phases
-        block = scratch((height // bands + 1) * column_phases * width if column_phases > 1 else 0, x)
+        # An array lives until its last use by name: a pointer kept from before the loop would outlive it.
+        strips_memory = scratch(strip_rows * pitch, x)
+        blocks_memory = scratch(tallest * column_phases * width if column_phases > 1 else 0, x)
         for unit in range(units * chunk // chunks, units * (chunk + 1) // chunks):
+            strip, block = address(strips_memory, 0), address(blocks_memory, 0)
             plane = unit // bands
             band = unit - plane * bands
             i0, i1 = height * band // bands, height * (band + 1) // bands
-            rows = strip_rows - (height + bands - 1) // bands * stride_h + (i1 - i0) * stride_h
-            fill_strip(x, plane * h * w, h, w, i0 * stride_h + first_row, first_column, rows, part, stride_w, strip)
-            for k in range(outputs):
-                o = plane % groups * outputs + k
-                target = (plane * outputs + k) * oh * ow
-                _plane_phases(
-                    strip, block, part * stride_w, stride_h, table, starts, square, weight, o, all_taps, shift, y,
-                    target, oh, ow, row_phases, column_phases, i0, i1,
-                )  # fmt: skip
+            fill_strip(
+                address(x, plane * h * w), h, w, i0 * stride_h + first_row, first_column,
+                strip_rows - (tallest - i1 + i0) * stride_h, part, stride_w, lanes(x), strip,
+            )  # fmt: skip
+            for k in range(outputs * row_phases):
+                o = k // row_phases
+                p = k - o * row_phases
+                rows = min(i1, (oh - p + row_phases - 1) // row_phases) - i0
+                target = ((plane * outputs + o) * oh + i0 * row_phases + p) * ow
+                o += plane % groups * outputs
+                factors, value = address(weight, o * all_taps), address(shift, o)
+                for phase in range(p * column_phases, (p + 1 if rows > 0 else p) * column_phases):
+                    entries, taps = address(table, 2 * starts[phase]), starts[phase + 1] - starts[phase]
+                    if column_phases == 1:
+                        _strip_outputs(
+                            strip, pitch, stride_h, entries, taps, square, factors, all_taps, value,
+                            address(y, target), row_phases * ow, rows, ow,
+                        )  # fmt: skip
+                    else:
+                        _strip_outputs(
+                            strip, pitch, stride_h, entries, taps, square, factors, all_taps, value,
+                            step(block, (phase - p * column_phases) * width), column_phases * width, rows, width,
+                        )  # fmt: skip
+                if column_phases > 1:
+                    _put_together(block, width, rows, column_phases, address(y, target), row_phases * ow, ow)
                 if activation != 0:
-                    activate_row(y, target + i0 * ow, (i1 - i0) * ow, activation)
+                    activate_row(y, target, rows * ow, activation)
 
 
 def _segments(size, count, offsets, stride):
@@ -272,25 +253,17 @@ def pack_by_lane(weight, channels, all_taps, packed):
 
 
 @device()
-def _region_row(
-    x, source, channels, stride_w, table, first, taps, square, packed, all_taps, bias, y, target, step, outputs
-):
+def _region_row(x, channels, stride_w, table, taps, square, weight, all_taps, bias, y, y_step, outputs):
     """`outputs` pixels of one row of a region."""
-    where, entries, to = address(x, source), address(table, 2 * first), address(y, target)
-    factors, shift = address(packed, 0), address(bias, 0)
     across = stride_w * channels
     if outputs < TILE:
-        correlate(
-            0, 1, 1, 0, where, across, entries, taps, factors, all_taps, shift, to, step, outputs, channels
-        )
+        correlate(0, 1, 1, 0, x, across, table, taps, weight, all_taps, bias, y, y_step, outputs, channels)
     elif square == 0:
-        correlate(
-            0, 1, TILE, 0, where, across, entries, taps, factors, all_taps, shift, to, step, outputs, channels
-        )
+        correlate(0, 1, TILE, 0, x, across, table, taps, weight, all_taps, bias, y, y_step, outputs, channels)
     elif stride_w == 1:
-        correlate(3, 1, TILE, 0, where, channels, entries, taps, factors, all_taps, shift, to, step, outputs, channels)
+        correlate(3, 1, TILE, 0, x, channels, table, taps, weight, all_taps, bias, y, y_step, outputs, channels)
     else:
-        correlate(3, 2, TILE, 0, where, channels, entries, taps, factors, all_taps, shift, to, step, outputs, channels)
+        correlate(3, 2, TILE, 0, x, channels, table, taps, weight, all_taps, bias, y, y_step, outputs, channels)
 
 
 @kernel()
@@ -317,8 +290,9 @@ def convolve_nhwc(
                     source = ((image * h + i * stride_h) * w + j0 * stride_w) * channels
                     target = ((image * oh + i * row_phases + p) * ow + j0 * column_phases + q) * channels
                     _region_row(
-                        x, source, channels, stride_w, table, regions[r + 6], regions[r + 7], regions[r + 8], packed,
-                        all_taps, shift, y, target, column_phases * channels, j1 - j0,
+                        address(x, source), channels, stride_w, address(table, 2 * regions[r + 6]), regions[r + 7],
+                        regions[r + 8], address(packed, 0), all_taps, address(shift, 0), address(y, target),
+                        column_phases * channels, j1 - j0,
                     )  # fmt: skip
             if activation != 0:
                 activate_row(y, (image * oh + i0) * ow * channels, (i1 - i0) * ow * channels, activation)

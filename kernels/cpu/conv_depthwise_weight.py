@@ -17,7 +17,7 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_depthwise import CHUNKS, FEWEST, Regions, Strips, fill_strip, row_bands
-from tilewise.kernels.cpu.depthwise_vector import accumulate_taps, sum_of_lanes
+from tilewise.kernels.cpu.depthwise_vector import accumulate_taps, step, sum_of_lanes
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import address, lanes
@@ -28,45 +28,39 @@ COST = 0.02  # estimated serial nanoseconds per FLOP
 
 
 @device(fastmath=EXACT_ORDER)
-def _accumulate(sums, x, table, first, taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used):
-    """Taps first to first + taps of the table: nine, then three, then one at a time. used: lanes, if not all."""
-    t, end = first, first + taps
+def _accumulate(sums, x, table, taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used):
+    """The table's taps: nine, then three, then one at a time. used: lanes, 0 for all."""
+    t = 0
     if used > 0:
-        while t + 9 <= end:
-            entries = address(table, 2 * t)
+        while t + 9 <= taps:
+            entries = step(table, 2 * t)
             accumulate_taps(9, 1, sums, x, entries, x_row, x_step, grad, grad_row, grad_step, rows, steps, used)
             t += 9
-        while t < end:
-            entries = address(table, 2 * t)
+        while t < taps:
+            entries = step(table, 2 * t)
             accumulate_taps(1, 1, sums, x, entries, x_row, x_step, grad, grad_row, grad_step, rows, steps, used)
             t += 1
         return
-    while t + 9 <= end:
-        entries = address(table, 2 * t)
-        accumulate_taps(9, 0, sums, x, entries, x_row, x_step, grad, grad_row, grad_step, rows, steps, 0)
+    while t + 9 <= taps:
+        accumulate_taps(9, 0, sums, x, step(table, 2 * t), x_row, x_step, grad, grad_row, grad_step, rows, steps, 0)
         t += 9
-    while t + 3 <= end:
-        entries = address(table, 2 * t)
-        accumulate_taps(3, 0, sums, x, entries, x_row, x_step, grad, grad_row, grad_step, rows, steps, 0)
+    while t + 3 <= taps:
+        accumulate_taps(3, 0, sums, x, step(table, 2 * t), x_row, x_step, grad, grad_row, grad_step, rows, steps, 0)
         t += 3
-    while t < end:
-        entries = address(table, 2 * t)
-        accumulate_taps(1, 0, sums, x, entries, x_row, x_step, grad, grad_row, grad_step, rows, steps, 0)
+    while t < taps:
+        accumulate_taps(1, 0, sums, x, step(table, 2 * t), x_row, x_step, grad, grad_row, grad_step, rows, steps, 0)
         t += 1
 
 
 @device(fastmath=EXACT_ORDER)
-def _sum_plane(sums, start, strip, row_step, table, grad, first, rows, ow):
-    """Add one band's products to the sums from sums[start] on."""
-    width = lanes(grad)
+def _sum_plane(totals, strip, row_step, table, taps, grad, rows, ow, width):
+    """Add one band's products to the sums."""
     whole = ow // width * width
-    totals, taps = address(sums, start), table.size // 2
     if whole > 0:
-        source, factors = address(strip, 0), address(grad, first)
-        _accumulate(totals, source, table, 0, taps, row_step, width, factors, ow, width, rows, ow // width, 0)
+        _accumulate(totals, strip, table, taps, row_step, width, grad, ow, width, rows, ow // width, 0)
     if whole < ow:
-        source, factors = address(strip, whole), address(grad, first + whole)
-        _accumulate(totals, source, table, 0, taps, row_step, 0, factors, ow, 0, rows, 1, ow - whole)
+        strip, grad = step(strip, whole), step(grad, whole)
+        _accumulate(totals, strip, table, taps, row_step, 0, grad, ow, 0, rows, 1, ow - whole)
 
 
 @kernel(fastmath=EXACT_ORDER)
@@ -78,7 +72,7 @@ def weight_gradient_nchw(x, grad, result, n, groups, outputs, h, w, oh, ow, stri
     for chunk in prange(group_chunks * parts):
         part = chunk % parts
         block = chunk // parts
-        strip = scratch(strip_rows * pitch, x)
+        memory = scratch(strip_rows * pitch, x)
         totals = scratch(outputs * taps * width, x)
         for g in range(groups * block // group_chunks, groups * (block + 1) // group_chunks):
             for i in range(outputs * taps * width):
@@ -89,12 +83,13 @@ def weight_gradient_nchw(x, grad, result, n, groups, outputs, h, w, oh, ow, stri
                     i0, i1 = oh * band // bands, oh * (band + 1) // bands
                     rows = strip_rows - (oh + bands - 1) // bands * stride_h + (i1 - i0) * stride_h
                     first = i0 * stride_h + first_row
-                    fill_strip(x, plane * h * w, h, w, first, first_column, rows, part_width, stride_w, strip)
+                    where, strip = address(x, plane * h * w), address(memory, 0)
+                    fill_strip(where, h, w, first, first_column, rows, part_width, stride_w, width, strip)
                     for k in range(outputs):
-                        where = (plane * outputs + k) * oh * ow + i0 * ow
-                        _sum_plane(
-                            totals, k * taps * width, strip, stride_h * pitch, table, grad, where, i1 - i0, ow
-                        )
+                        where = address(grad, ((plane * outputs + k) * oh + i0) * ow)
+                        into = address(totals, k * taps * width)
+                        down = stride_h * pitch
+                        _sum_plane(into, strip, down, address(table, 0), taps, where, i1 - i0, ow, width)
             place = part * groups * outputs * taps + g * outputs * taps
             for t in range(outputs * taps):
                 sums[place + t] = sum_of_lanes(address(totals, t * width))
@@ -129,7 +124,7 @@ def _sum_band(
         for c in range(0, channels, width):
             used = 0 if c + width <= channels else channels - c
             _accumulate(
-                address(totals, c * all_taps), address(x, source + c), table, start, taps,
+                address(totals, c * all_taps), address(x, source + c), address(table, 2 * start), taps,
                 stride_h * w * channels, stride_w * channels, address(grad, where + c), ow * channels, channels,
                 last - first, steps, used,
             )  # fmt: skip

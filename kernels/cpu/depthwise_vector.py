@@ -268,3 +268,57 @@ def sum_of_lanes(typingctx, source):
         return builder.extract_element(value, _I32(0))
 
     return signature, codegen
+
+
+@intrinsic
+def step(typingctx, pointer, count):
+    """The pointer `count` elements on. Arrays handed to a function cost two atomic operations each; pointers nothing."""
+    signature = pointer(pointer, types.intp)
+    return signature, lambda context, builder, signature, args: builder.gep(args[0], [args[1]])
+
+
+@intrinsic
+def interleave(typingctx, target, even, odd, count):
+    """target[2 i] = even[i], target[2 i + 1] = odd[i] for `count` elements of target; reads whole vectors."""
+    signature = types.void(target, target, target, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, even, odd, count = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        both = 2 * emit.lanes
+        order = [i // 2 + (emit.lanes if i % 2 else 0) for i in range(both)]
+        halves = [ir.Constant(ir.VectorType(_I32, emit.lanes), order[h : h + emit.lanes]) for h in (0, emit.lanes)]
+
+        def move(i, masks):
+            half = builder.ashr(i, _I64(1))
+            values = emit.load(even, half), emit.load(odd, half)
+            for k, mask in enumerate(masks):
+                value, place = builder.shuffle_vector(*values, halves[k]), builder.add(i, _I64(k * emit.lanes))
+                if mask is None:
+                    emit.store(value, target, place)
+                else:
+                    emit.masked_store(value, target, place, mask)
+
+        whole = builder.and_(count, _I64(-both))
+        with cgutils.for_range_slice(builder, _I64(0), whole, _I64(both)) as (i, _):
+            move(i, (None, None))
+        with builder.if_then(builder.icmp_signed("<", whole, count)):
+            left = builder.sub(count, whole)
+            move(whole, [emit.mask(_I64(0), builder.sub(left, _I64(k * emit.lanes))) for k in (0, 1)])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def spread(typingctx, target, target_step, source, count):
+    """target[i * target_step] = source[i] for i < count."""
+    signature = types.void(target, types.intp, target, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, target_step, source, count = args
+        with cgutils.for_range_slice(builder, _I64(0), count, _I64(1)) as (i, _):
+            builder.store(builder.load(builder.gep(source, [i])), builder.gep(target, [builder.mul(i, target_step)]))
+        return context.get_dummy_value()
+
+    return signature, codegen
