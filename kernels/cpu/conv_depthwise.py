@@ -24,16 +24,15 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_direct import ceil_div
-from tilewise.kernels.cpu.depthwise_vector import TILE, correlate, deal_vectors, interleave, spread, step
+from tilewise.kernels.cpu.depthwise_vector import TILE, clear, correlate, deal_rows, interleave, spread, step
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import address, lane_count, lanes
-from tilewise.kernels.cpu.vector_move import copy_lanes, prefetch
+from tilewise.kernels.cpu.vector_move import copy_lanes
 
 # A strip shares the first-level cache (32 to 48 KB) with the rows of y that are written meanwhile.
 STRIP_BYTES = 16 << 10
-AHEAD = 2048
 # A band of NHWC rows: its taps' rows are read up to three times, from the second-level cache.
 BAND_BYTES = 128 << 10
 # Chunks of work; fewer than this many pieces are cut smaller, so that several threads find some.
@@ -90,34 +89,23 @@ def _is_square(along, across, stride):
 @device()
 def fill_strip(x, h, w, first_row, first_column, rows, part, stride_w, width, strip):
     """strip[r, q, k] = x[first_row + r, first_column + k * stride_w + q], zero outside the h x w plane at pointer x."""
-    low = -first_column
-    for r in range(rows):
-        row = first_row + r
-        inside = 0 <= row < h
-        high = w + low if inside else low
-        source = step(x, (row * w if inside else 0) - low)
-        target = step(strip, r * part * stride_w)
-        if stride_w == 1:
-            for k in range(0, part, width):
-                prefetch(step(source, k + AHEAD))
-                if k >= low and k + width <= high:
-                    deal_vectors(1, 0, step(target, k), part, step(source, k), 0, 0)
-                else:
-                    deal_vectors(1, 1, step(target, k), part, step(source, k), low - k, high - k)
-        elif stride_w == 2:
-            for k in range(0, part, width):
-                prefetch(step(source, 2 * k + AHEAD))
-                prefetch(step(source, 2 * k + width + AHEAD))
-                if 2 * k >= low and 2 * (k + width) <= high:
-                    deal_vectors(2, 0, step(target, k), part, step(source, 2 * k), 0, 0)
-                else:
-                    deal_vectors(2, 1, step(target, k), part, step(source, 2 * k), low - 2 * k, high - 2 * k)
-        else:
+    low, pitch = -first_column, part * stride_w
+    above = min(max(-first_row, 0), rows)
+    inside = min(max(h - first_row - above, 0), rows - above)
+    clear(strip, above * pitch)
+    clear(step(strip, (above + inside) * pitch), (rows - above - inside) * pitch)
+    source, target = step(x, (first_row + above) * w - low), step(strip, above * pitch)
+    if stride_w == 1:
+        deal_rows(1, target, part, source, w, inside, low, w + low)
+    elif stride_w == 2:
+        deal_rows(2, target, part, source, w, inside, low, w + low)
+    else:
+        for r in range(inside):
             for q in range(stride_w):
-                first, end = ceil_div(low - q, stride_w), ceil_div(high - q, stride_w)
+                first, end = ceil_div(low - q, stride_w), ceil_div(w + low - q, stride_w)
                 for k in range(0, part, width):
-                    to = step(target, q * part + k)
-                    copy_lanes(0, 0, to, step(source, k * stride_w + q), first - k, end - k, stride_w)
+                    to, where = step(target, r * pitch + q * part + k), step(source, r * w + k * stride_w + q)
+                    copy_lanes(0, 0, to, where, first - k, end - k, stride_w)
 
 
 @device()
@@ -160,10 +148,10 @@ def convolve_nchw(
     chunks = min(units, CHUNKS)
     for chunk in prange(chunks):
         # An array lives until its last use by name: a pointer kept from before the loop would outlive it.
-        strips_memory = scratch(strip_rows * pitch, x)
-        blocks_memory = scratch(tallest * column_phases * width if column_phases > 1 else 0, x)
+        strip_memory = scratch(strip_rows * pitch, x)
+        block_memory = scratch(tallest * column_phases * width if column_phases > 1 else 0, x)
         for unit in range(units * chunk // chunks, units * (chunk + 1) // chunks):
-            strip, block = address(strips_memory, 0), address(blocks_memory, 0)
+            strip, block = address(strip_memory, 0), address(block_memory, 0)
             plane = unit // bands
             band = unit - plane * bands
             i0, i1 = height * band // bands, height * (band + 1) // bands
