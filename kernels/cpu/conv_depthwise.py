@@ -1,6 +1,6 @@
 """Depthwise convolution (one input channel a group), and its transpose: all taps of an output in registers.
 
-    y[channel, i, j] = bias[channel] + sum over taps (r, s) of weight[channel, r, s] * x[channel, i * stride + r - pad, ...]
+    y[c, i, j] = bias[c] + sum over taps (r, s) of weight[c, r, s] * x[c, i * stride + r - pad, j * stride + s - pad]
 
 Nine products an output are so little that memory decides: x is read once, y written once, and in between only the
 first-level cache is touched. depthwise_vector.py has the inner loop.
@@ -13,11 +13,11 @@ dealt out to two half rows, so that every tap is a contiguous load and no border
 NHWC: the image is cut into regions whose outputs have the same taps inside the image: with padding 1, nine of them, the
 inner one with nearly all pixels. Nothing is copied and nothing tested in the inner loop.
 
-The transpose (the gradient with respect to x) has a phase for every (row, column) within a stride, each a convolution of
-its own with some of the taps (see conv.py); one pass over a band computes them all and puts y's columns together.
+The transpose (the gradient with respect to x) has a phase for every (row, column) within a stride, each a convolution
+of its own with some of the taps (see conv.py); one pass over a band computes them all and puts y's columns together.
 """
 
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import numpy as np
@@ -190,7 +190,7 @@ def _segments(size, count, offsets, stride):
     low, high = (firsts < 0).sum(1), (firsts < size).sum(1)
     edges = np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0)) + 1
     bounds = [0, *edges.tolist(), count]
-    return [(i, end, low[i], max(low[i], high[i])) for i, end in zip(bounds, bounds[1:], strict=False) if i < end]
+    return [(i, end, low[i], max(low[i], high[i])) for i, end in pairwise(bounds) if i < end]
 
 
 class Regions:
@@ -201,14 +201,14 @@ class Regions:
     """
 
     def __init__(self, x_size, channels, size, kernel_width, taps, stride):
-        h, w = x_size
+        w = x_size[1]
         axes = []
-        for n, length, axis, step in zip(x_size, size, taps, stride, strict=True):
+        for n, length, axis, apart in zip(x_size, size, taps, stride, strict=True):
             counts = [_ceil(length - p, len(axis)) for p in range(len(axis))]
             axes.append([
                 (p, *segment)
                 for p, (_, offsets) in enumerate(axis)
-                for segment in _segments(n, counts[p], offsets, step)
+                for segment in _segments(n, counts[p], offsets, apart)
             ])  # fmt: skip
         regions, table, start = [], [], 0
         for (p, i0, i1, r0, r1), (q, j0, j1, s0, s1) in product(*axes):
@@ -289,8 +289,8 @@ def convolve_nhwc(
 class Depthwise:
     """One depthwise convolution with everything but the arrays worked out; call it with x, weight, y and bias.
 
-    x, y: shapes. weight: (channels * outputs, 1, KH, KW). taps: for rows and for columns, a list over the phases of y of
-    (numbers, offsets); see Strips. A convolution has one phase, its transpose as many as its stride.
+    x, y: shapes. weight: (channels * outputs, 1, KH, KW). taps: for rows and for columns, a list over the phases of y
+    of (numbers, offsets); see Strips. A convolution has one phase, its transpose as many as its stride.
     """
 
     __slots__ = ("constants", "kernel")

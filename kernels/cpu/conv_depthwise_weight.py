@@ -17,7 +17,7 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_depthwise import CHUNKS, FEWEST, Regions, Strips, fill_strip, row_bands
-from tilewise.kernels.cpu.depthwise_vector import accumulate_taps, step, sum_of_lanes
+from tilewise.kernels.cpu.depthwise_vector import accumulate_taps, clear, step, sum_of_lanes
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import address, lanes
@@ -28,28 +28,199 @@ COST = 0.02  # estimated serial nanoseconds per FLOP
 
 
 @device(fastmath=EXACT_ORDER)
-def _accumulate(sums, x, table, taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used):
-    """The table's taps: nine, then three, then one at a time. used: lanes, 0 for all."""
+def _accumulate(sums, x, table, taps, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used, width):
+    """All of the table's taps, and grad alone: nine taps at once, then three, then one. used: lanes out of `width`."""
     t = 0
-    if used > 0:
+    if used >= width:
+        if taps >= 9:
+            accumulate_taps(
+                9,
+                1,
+                0,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
+            t = 9
+        else:
+            accumulate_taps(
+                0,
+                1,
+                0,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
         while t + 9 <= taps:
-            entries = step(table, 2 * t)
-            accumulate_taps(9, 1, sums, x, entries, x_row, x_step, grad, grad_row, grad_step, rows, steps, used)
+            accumulate_taps(
+                9,
+                0,
+                0,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
             t += 9
+        while t + 3 <= taps:
+            accumulate_taps(
+                3,
+                0,
+                0,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
+            t += 3
         while t < taps:
-            entries = step(table, 2 * t)
-            accumulate_taps(1, 1, sums, x, entries, x_row, x_step, grad, grad_row, grad_step, rows, steps, used)
+            accumulate_taps(
+                1,
+                0,
+                0,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
             t += 1
-        return
-    while t + 9 <= taps:
-        accumulate_taps(9, 0, sums, x, step(table, 2 * t), x_row, x_step, grad, grad_row, grad_step, rows, steps, 0)
-        t += 9
-    while t + 3 <= taps:
-        accumulate_taps(3, 0, sums, x, step(table, 2 * t), x_row, x_step, grad, grad_row, grad_step, rows, steps, 0)
-        t += 3
-    while t < taps:
-        accumulate_taps(1, 0, sums, x, step(table, 2 * t), x_row, x_step, grad, grad_row, grad_step, rows, steps, 0)
-        t += 1
+    else:
+        if taps >= 9:
+            accumulate_taps(
+                9,
+                1,
+                1,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
+            t = 9
+        else:
+            accumulate_taps(
+                0,
+                1,
+                1,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
+        while t + 9 <= taps:
+            accumulate_taps(
+                9,
+                0,
+                1,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
+            t += 9
+        while t + 3 <= taps:
+            accumulate_taps(
+                3,
+                0,
+                1,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
+            t += 3
+        while t < taps:
+            accumulate_taps(
+                1,
+                0,
+                1,
+                sums,
+                x,
+                step(table, 2 * t),
+                all_taps,
+                x_row,
+                x_step,
+                grad,
+                grad_row,
+                grad_step,
+                rows,
+                steps,
+                used,
+            )
+            t += 1
 
 
 @device(fastmath=EXACT_ORDER)
@@ -57,46 +228,47 @@ def _sum_plane(totals, strip, row_step, table, taps, grad, rows, ow, width):
     """Add one band's products to the sums."""
     whole = ow // width * width
     if whole > 0:
-        _accumulate(totals, strip, table, taps, row_step, width, grad, ow, width, rows, ow // width, 0)
+        steps = ow // width
+        _accumulate(totals, strip, table, taps, taps, row_step, width, grad, ow, width, rows, steps, width, width)
     if whole < ow:
         strip, grad = step(strip, whole), step(grad, whole)
-        _accumulate(totals, strip, table, taps, row_step, 0, grad, ow, 0, rows, 1, ow - whole)
+        _accumulate(totals, strip, table, taps, taps, row_step, 0, grad, ow, 0, rows, 1, ow - whole, width)
 
 
 @kernel(fastmath=EXACT_ORDER)
-def weight_gradient_nchw(x, grad, result, n, groups, outputs, h, w, oh, ow, strips, table, group_chunks, parts):
-    """result: (groups * outputs, taps), flat; strips, table: see Strips."""
+def weight_gradient_nchw(x, grad, result, bias, n, groups, outputs, h, w, oh, ow, strips, table, group_chunks, parts):
+    """result: (groups * outputs, taps), bias: (groups * outputs), flat; strips, table: see Strips."""
     _, bands, first_row, first_column, strip_rows, part_width, stride_h, stride_w = strips
     taps, width, pitch = table.size // 2, lanes(x), part_width * stride_w
-    sums = np.empty(parts * result.size, x.dtype) if parts > 1 else result
+    size, block_size = groups * outputs * (taps + 1), outputs * (taps + 1)
+    sums = np.empty(parts * size, x.dtype)
     for chunk in prange(group_chunks * parts):
         part = chunk % parts
         block = chunk // parts
-        memory = scratch(strip_rows * pitch, x)
-        totals = scratch(outputs * taps * width, x)
+        strip_memory = scratch(strip_rows * pitch, x)
+        totals = scratch(block_size * width, x)
         for g in range(groups * block // group_chunks, groups * (block + 1) // group_chunks):
-            for i in range(outputs * taps * width):
-                totals[i] = 0
+            clear(address(totals, 0), block_size * width)
             for image in range(n * part // parts, n * (part + 1) // parts):
                 plane = image * groups + g
                 for band in range(bands):
                     i0, i1 = oh * band // bands, oh * (band + 1) // bands
-                    rows = strip_rows - (oh + bands - 1) // bands * stride_h + (i1 - i0) * stride_h
+                    rows = strip_rows - ((oh + bands - 1) // bands - i1 + i0) * stride_h
                     first = i0 * stride_h + first_row
-                    where, strip = address(x, plane * h * w), address(memory, 0)
+                    where, strip = address(x, plane * h * w), address(strip_memory, 0)
                     fill_strip(where, h, w, first, first_column, rows, part_width, stride_w, width, strip)
                     for k in range(outputs):
-                        where = address(grad, ((plane * outputs + k) * oh + i0) * ow)
-                        into = address(totals, k * taps * width)
-                        down = stride_h * pitch
-                        _sum_plane(into, strip, down, address(table, 0), taps, where, i1 - i0, ow, width)
-            place = part * groups * outputs * taps + g * outputs * taps
-            for t in range(outputs * taps):
-                sums[place + t] = sum_of_lanes(address(totals, t * width))
-    if parts > 1:
-        _add_parts(sums, parts, result.size)
-        for i in range(result.size):
-            result[i] = sums[i]
+                        _sum_plane(
+                            address(totals, k * (taps + 1) * width), strip, stride_h * pitch, address(table, 0), taps,
+                            address(grad, ((plane * outputs + k) * oh + i0) * ow), i1 - i0, ow, width,
+                        )  # fmt: skip
+            for t in range(block_size):
+                sums[part * size + g * block_size + t] = sum_of_lanes(address(totals, t * width))
+    _add_parts(sums, parts, size)
+    for o in range(groups * outputs):
+        for t in range(taps):
+            result[o * taps + t] = sums[o * (taps + 1) + t]
+        bias[o] = sums[o * (taps + 1) + taps]
 
 
 @device(fastmath=EXACT_ORDER)
@@ -108,57 +280,53 @@ def _add_parts(sums, parts, size):
 
 
 @device(fastmath=EXACT_ORDER)
-def _sum_band(
-    totals, x, image_x, grad, image_grad, channels, all_taps, w, ow, stride_h, stride_w, regions, table, i0, i1
-):
-    """Add the products of rows i0 to i1 of one image, region after region, one vector of channels at a time."""
-    width = lanes(x)
-    for r in range(0, regions.size, 9):
-        first, last = max(i0, regions[r + 1]), min(i1, regions[r + 2])
-        j0, steps = regions[r + 4], regions[r + 5] - regions[r + 4]
-        start, taps = regions[r + 6], regions[r + 7]
-        if last <= first or taps == 0:
-            continue
-        source = image_x + (first * stride_h * w + j0 * stride_w) * channels
-        where = image_grad + (first * ow + j0) * channels
-        for c in range(0, channels, width):
-            used = 0 if c + width <= channels else channels - c
-            _accumulate(
-                address(totals, c * all_taps), address(x, source + c), address(table, 2 * start), taps,
-                stride_h * w * channels, stride_w * channels, address(grad, where + c), ow * channels, channels,
-                last - first, steps, used,
-            )  # fmt: skip
+def _sum_region(totals, x, grad, channels, all_taps, w, ow, stride_h, stride_w, table, taps, rows, steps, width):
+    """Add the products of one region's rows, a vector of channels at a time."""
+    x_row, x_step, grad_row = stride_h * w * channels, stride_w * channels, ow * channels
+    for c in range(0, channels, width):
+        _accumulate(
+            step(totals, c * (all_taps + 1)), step(x, c), table, taps, all_taps, x_row, x_step, step(grad, c), grad_row,
+            channels, rows, steps, channels - c, width,
+        )  # fmt: skip
 
 
 @kernel(fastmath=EXACT_ORDER)
 def weight_gradient_nhwc(
-    x, grad, result, n, channels, h, w, oh, ow, all_taps, bands, stride_h, stride_w, regions, table
+    x, grad, result, bias, n, channels, h, w, oh, ow, all_taps, bands, stride_h, stride_w, regions, table
 ):
-    """result: (channels, taps), flat; regions, table: see Regions."""
+    """result: (channels, taps), bias: (channels), flat; regions, table: see Regions."""
     width = lanes(x)
-    size = (channels + width - 1) // width * width * all_taps
+    size = (channels + width - 1) // width * width * (all_taps + 1)
     units = n * bands
     parts = min(units, PARTS)
     sums = scratch(parts * size, x)
     for part in prange(parts):
-        totals = sums[part * size : (part + 1) * size]
-        for i in range(size):
-            totals[i] = 0
+        clear(address(sums, part * size), size)
         for unit in range(units * part // parts, units * (part + 1) // parts):
             image = unit // bands
             band = unit - image * bands
-            _sum_band(
-                totals, x, image * h * w * channels, grad, image * oh * ow * channels, channels, all_taps, w, ow,
-                stride_h, stride_w, regions, table, oh * band // bands, oh * (band + 1) // bands,
-            )  # fmt: skip
+            for r in range(0, regions.size, 9):
+                i0 = max(oh * band // bands, regions[r + 1])
+                i1 = min(oh * (band + 1) // bands, regions[r + 2])
+                j0, j1 = regions[r + 4], regions[r + 5]
+                if i0 < i1:
+                    _sum_region(
+                        address(sums, part * size),
+                        address(x, ((image * h + i0 * stride_h) * w + j0 * stride_w) * channels),
+                        address(grad, ((image * oh + i0) * ow + j0) * channels),
+                        channels, all_taps, w, ow, stride_h, stride_w,
+                        address(table, 2 * regions[r + 6]), regions[r + 7], i1 - i0, j1 - j0, width,
+                    )  # fmt: skip
     _add_parts(sums, parts, size)
     for c in range(channels):
+        vector = c // width * (all_taps + 1)
         for t in range(all_taps):
-            result[c * all_taps + t] = sums[(c // width * all_taps + t) * width + c % width]
+            result[c * all_taps + t] = sums[(vector + t) * width + c % width]
+        bias[c] = sums[(vector + all_taps) * width + c % width]
 
 
 class WeightGradient:
-    """The gradient with respect to the weights, with everything but the arrays worked out; call it with grad and x.
+    """The gradients with respect to weights and bias, with all but the arrays worked out; call it with grad and x.
 
     grad, x, weight: shapes. taps: the offsets of the taps' rows and columns in x.
     """
@@ -186,6 +354,10 @@ class WeightGradient:
             self.constants = (*head, blocks, parts)
 
     def __call__(self, grad, x):
-        result = np.empty(self.shape, x.dtype)
-        self.kernel(x.ravel(), grad.ravel(), result.ravel(), *self.constants)
-        return result
+        return self.with_bias(grad, x)[0]
+
+    def with_bias(self, grad, x):
+        """(grad_weight, grad_bias): the latter costs nearly nothing here, and a pass over grad on its own."""
+        result, bias = np.empty(self.shape, x.dtype), np.empty(self.shape[0], x.dtype)
+        self.kernel(x.ravel(), grad.ravel(), result.ravel(), bias, *self.constants)
+        return result, bias

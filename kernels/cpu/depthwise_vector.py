@@ -174,37 +174,38 @@ class _Correlation:
 
 @intrinsic(prefer_literal=True)
 def accumulate_taps(
-    typingctx, taps, masked, sums, x, table, x_row, x_step, grad, grad_row, grad_step, rows, steps, used
-):
-    """sums[number[t]][lane] += sum over i < rows, k < steps of grad[i, k][lane] * x[i, k, t][lane], one vector a tap.
+    typingctx, taps, total, masked, sums, x, table, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps,
+    used,
+):  # fmt: skip
+    """sums[number[t]] += sum over i < rows, k < steps of grad[i, k] * x[i, k, t] for each tap t, lane by lane.
 
-    grad[i, k] is the vector at grad + i * grad_row + k * grad_step; x[i, k, t] the one at x + offset[t] + i * x_row +
-    k * x_step. table: int64 pairs (offset[t], number[t]). taps, masked: literals; masked 1 reads `used` lanes only and
-    leaves the others' sums as they are.
+    sums: a vector a number. grad[i, k] is the vector at grad + i * grad_row + k * grad_step; x[i, k, t] the one at
+    x + offset[t] + i * x_row + k * x_step. table: int64 pairs (offset[t], number[t]).
+    taps, total, masked: literals. total 1 adds up grad itself as well, as number all_taps. masked 1 reads `used` lanes
+    only and leaves the others' sums as they are.
     """
-    shape = _literal(taps), _literal(masked)
+    shape = tuple(map(_literal, (taps, total, masked)))
     index = types.intp
-    signature = types.void(
-        taps, masked, sums, x, table, index, index, grad, index, index, index, index, index
-    )  # fmt: skip
+    places = index, index, index, grad, index, index, index, index, index
+    signature = types.void(taps, total, masked, sums, x, table, *places)
 
     def codegen(context, builder, signature, args):
-        _emit_accumulation(builder, signature.args[2].dtype, shape, args[2:])
+        _emit_accumulation(builder, signature.args[3].dtype, shape, args[3:])
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 def _emit_accumulation(builder, element, shape, args):
-    taps, masked = shape
-    sums, x, table, x_row, x_step, grad, grad_row, grad_step, rows, steps, used = args
+    taps, total, masked = shape
+    sums, x, table, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used = args
     emit = _Emitter(builder, element)
     offsets = [builder.load(builder.gep(table, [_I64(2 * t)])) for t in range(taps)]
-    if masked:
-        mask = emit.mask(_I64(0), used)
+    numbers = [builder.load(builder.gep(table, [_I64(2 * t + 1)])) for t in range(taps)] + [all_taps] * total
+    mask = emit.mask(_I64(0), used) if masked else None
 
     def load(pointer, offset):
-        return emit.masked_load(pointer, offset, mask) if masked else emit.load(pointer, offset)
+        return emit.load(pointer, offset) if mask is None else emit.masked_load(pointer, offset, mask)
 
     def add_row(i, totals):
         x_first = builder.gep(x, [builder.mul(i, x_row)])
@@ -213,11 +214,11 @@ def _emit_accumulation(builder, element, shape, args):
         def add_step(k, now):
             pixel = builder.gep(x_first, [builder.mul(k, x_step)])
             factor = load(grad_first, builder.mul(k, grad_step))
-            return [emit.multiply_add(factor, load(pixel, o), v) for o, v in zip(offsets, now, strict=True)]
+            products = [emit.multiply_add(factor, load(pixel, o), v) for o, v in zip(offsets, now, strict=False)]
+            return products + [emit.add(v, factor) for v in now[taps:]]
 
         return _repeat(builder, steps, totals, add_step)
 
-    numbers = [builder.load(builder.gep(table, [_I64(2 * t + 1)])) for t in range(taps)]
     places = [builder.mul(number, _I64(emit.lanes)) for number in numbers]
     before = [emit.load(sums, place) for place in places]
     for place, value in zip(places, _repeat(builder, rows, before, add_row), strict=True):
@@ -264,7 +265,8 @@ class _Deal:
         exists = [builder.icmp_signed(">", self.part, _I64(n * lanes)) for n in (0, 2, 1)]
         inner_end = builder.mul(second, _I64(self.ways))
         inside = builder.and_(
-            builder.icmp_signed("<=", self.low, _I64(self.ways * lanes)), builder.icmp_signed(">=", self.high, inner_end)
+            builder.icmp_signed("<=", self.low, _I64(self.ways * lanes)),
+            builder.icmp_signed(">=", self.high, inner_end),
         )
         pitch = builder.mul(self.part, _I64(self.ways))
         with cgutils.for_range_slice(builder, _I64(0), self.rows, _I64(1)) as (r, _):
@@ -323,7 +325,7 @@ def sum_of_lanes(typingctx, source):
 
 @intrinsic
 def step(typingctx, pointer, count):
-    """The pointer `count` elements on. Arrays handed to a function cost two atomic operations each; pointers nothing."""
+    """The pointer `count` elements on. An array handed to a function costs two atomic operations, a pointer nothing."""
     signature = pointer(pointer, types.intp)
     return signature, lambda context, builder, signature, args: builder.gep(args[0], [args[1]])
 
