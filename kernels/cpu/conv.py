@@ -274,17 +274,18 @@ def prepare_conv2d_backward(shapes, dtype, *, stride, padding, dilation, groups,
     no_bias = _NO_BIAS[dtype]
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
     to_x = _TransposedConvolution(grad, weight, x, dtype, **options) if "x" in needs else None
-    to_weight = _prepare_weight_gradient(grad, x, weight, dtype, **options) if "weight" in needs else None
-    to_bias = _bias_gradient if "bias" in needs else None
-    both = isinstance(to_weight, WeightGradient) and to_bias is not None
+    wants = "weight" in needs, "bias" in needs
+    to_weight = _prepare_weight_gradient(grad, x, weight, dtype, **options) if any(wants) else None
+    together = isinstance(to_weight, WeightGradient) and wants[1]
+    to_weight, to_bias = to_weight if together or wants[0] else None, _bias_gradient if wants[1] else None
 
     def run(grad, x, weight):
         grad_x = None
         if to_x:
             grad_x = empty(x.shape, dtype)
             to_x(grad, weight, grad_x, no_bias)
-        if both:
-            return grad_x, *to_weight.with_bias(grad, x)
+        if together:
+            return grad_x, *to_weight.gradients(grad, x, wants[0])
         return grad_x, to_weight(grad, x) if to_weight else None, to_bias(grad, layout) if to_bias else None
 
     return run

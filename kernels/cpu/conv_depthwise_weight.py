@@ -17,7 +17,7 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_depthwise import CHUNKS, FEWEST, Regions, Strips, fill_strip, row_bands
-from tilewise.kernels.cpu.depthwise_vector import accumulate_taps, clear, step, sum_of_lanes
+from tilewise.kernels.cpu.depthwise_vector import TILE, accumulate_square, accumulate_taps, clear, step, sum_of_lanes
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import address, lanes
@@ -34,236 +34,100 @@ def _accumulate(sums, x, table, taps, all_taps, x_row, x_step, grad, grad_row, g
     if used >= width:
         if taps >= 9:
             accumulate_taps(
-                9,
-                1,
-                0,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
+                9, 1, 0, sums, x, table, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used
             )
             t = 9
         else:
             accumulate_taps(
-                0,
-                1,
-                0,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
+                0, 1, 0, sums, x, table, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used
             )
-        while t + 9 <= taps:
-            accumulate_taps(
-                9,
-                0,
-                0,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
-            )
-            t += 9
-        while t + 3 <= taps:
-            accumulate_taps(
-                3,
-                0,
-                0,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
-            )
-            t += 3
-        while t < taps:
-            accumulate_taps(
-                1,
-                0,
-                0,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
-            )
-            t += 1
     else:
-        if taps >= 9:
-            accumulate_taps(
-                9,
-                1,
-                1,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
-            )
-            t = 9
-        else:
-            accumulate_taps(
-                0,
-                1,
-                1,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
-            )
-        while t + 9 <= taps:
-            accumulate_taps(
-                9,
-                0,
-                1,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
-            )
+        accumulate_taps(0, 1, 1, sums, x, table, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used)
+    while t < taps:
+        at = step(table, 2 * t)
+        if used < width:
+            accumulate_taps(1, 0, 1, sums, x, at, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used)
+            t += 1
+        elif taps - t >= 9:
+            accumulate_taps(9, 0, 0, sums, x, at, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used)
             t += 9
-        while t + 3 <= taps:
-            accumulate_taps(
-                3,
-                0,
-                1,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
-            )
+        elif taps - t >= 3:
+            accumulate_taps(3, 0, 0, sums, x, at, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used)
             t += 3
-        while t < taps:
-            accumulate_taps(
-                1,
-                0,
-                1,
-                sums,
-                x,
-                step(table, 2 * t),
-                all_taps,
-                x_row,
-                x_step,
-                grad,
-                grad_row,
-                grad_step,
-                rows,
-                steps,
-                used,
-            )
+        else:
+            accumulate_taps(1, 0, 0, sums, x, at, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used)
             t += 1
 
 
 @device(fastmath=EXACT_ORDER)
-def _sum_plane(totals, strip, row_step, table, taps, grad, rows, ow, width):
-    """Add one band's products to the sums."""
-    whole = ow // width * width
-    if whole > 0:
-        steps = ow // width
-        _accumulate(totals, strip, table, taps, taps, row_step, width, grad, ow, width, rows, steps, width, width)
-    if whole < ow:
-        strip, grad = step(strip, whole), step(grad, whole)
-        _accumulate(totals, strip, table, taps, taps, row_step, 0, grad, ow, 0, rows, 1, ow - whole, width)
+def _sum_columns(sums, strip, pitch, stride_h, square, table, taps, grad, rows, ow, steps, used, width):
+    """`steps` vectors of every row of a band."""
+    row, tiles = 0, rows // TILE if square > 0 else 0
+    if tiles > 0:
+        row = tiles * TILE
+        if taps == 0 and used == width:
+            accumulate_square(0, 0, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
+        elif taps == 0:
+            accumulate_square(0, 1, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
+        elif stride_h == 1 and used == width:
+            accumulate_square(1, 0, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
+        elif stride_h == 1:
+            accumulate_square(1, 1, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
+        elif used == width:
+            accumulate_square(2, 0, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
+        else:
+            accumulate_square(2, 1, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
+    if row < rows:
+        down = stride_h * pitch
+        x, grad = step(strip, row * down), step(grad, row * ow)
+        _accumulate(sums, x, table, taps, taps, down, width, grad, ow, width, rows - row, steps, used, width)
 
 
 @kernel(fastmath=EXACT_ORDER)
-def weight_gradient_nchw(x, grad, result, bias, n, groups, outputs, h, w, oh, ow, strips, table, group_chunks, parts):
-    """result: (groups * outputs, taps), bias: (groups * outputs), flat; strips, table: see Strips."""
+def weight_gradient_nchw(
+    x, grad, result, bias, n, groups, outputs, h, w, oh, ow, strips, table, square, all_taps, blocks, parts
+):
+    """result: (groups * outputs, taps), bias: (groups * outputs), flat; strips, table: see Strips.
+
+    all_taps: 0 for the bias alone.
+    """
     _, bands, first_row, first_column, strip_rows, part_width, stride_h, stride_w = strips
-    taps, width, pitch = table.size // 2, lanes(x), part_width * stride_w
-    size, block_size = groups * outputs * (taps + 1), outputs * (taps + 1)
+    taps, width, pitch = all_taps, lanes(x), part_width * stride_w
+    size, group_size = groups * outputs * (taps + 1), outputs * (taps + 1)
     sums = np.empty(parts * size, x.dtype)
-    for chunk in prange(group_chunks * parts):
+    whole = ow // width * width
+    for chunk in prange(blocks * parts):
         part = chunk % parts
         block = chunk // parts
         strip_memory = scratch(strip_rows * pitch, x)
-        totals = scratch(block_size * width, x)
-        for g in range(groups * block // group_chunks, groups * (block + 1) // group_chunks):
-            clear(address(totals, 0), block_size * width)
+        totals = scratch(group_size * width, x)
+        for g in range(groups * block // blocks, groups * (block + 1) // blocks):
+            clear(address(totals, 0), group_size * width)
             for image in range(n * part // parts, n * (part + 1) // parts):
                 plane = image * groups + g
                 for band in range(bands):
                     i0, i1 = oh * band // bands, oh * (band + 1) // bands
                     rows = strip_rows - ((oh + bands - 1) // bands - i1 + i0) * stride_h
                     first = i0 * stride_h + first_row
-                    where, strip = address(x, plane * h * w), address(strip_memory, 0)
-                    fill_strip(where, h, w, first, first_column, rows, part_width, stride_w, width, strip)
+                    strip, entries = address(strip_memory, 0), address(table, 0)
+                    if taps > 0:
+                        where = address(x, plane * h * w)
+                        fill_strip(where, h, w, first, first_column, rows, part_width, stride_w, width, strip)
                     for k in range(outputs):
-                        _sum_plane(
-                            address(totals, k * (taps + 1) * width), strip, stride_h * pitch, address(table, 0), taps,
-                            address(grad, ((plane * outputs + k) * oh + i0) * ow), i1 - i0, ow, width,
-                        )  # fmt: skip
-            for t in range(block_size):
-                sums[part * size + g * block_size + t] = sum_of_lanes(address(totals, t * width))
+                        into = address(totals, k * (taps + 1) * width)
+                        where = address(grad, ((plane * outputs + k) * oh + i0) * ow)
+                        if ow >= width:
+                            _sum_columns(
+                                into, strip, pitch, stride_h, square, entries, taps, where, i1 - i0, ow, ow // width,
+                                width, width,
+                            )  # fmt: skip
+                        if whole < ow:
+                            _sum_columns(
+                                into, step(strip, whole), pitch, stride_h, square, entries, taps, step(where, whole),
+                                i1 - i0, ow, 1, ow - whole, width,
+                            )  # fmt: skip
+            for t in range(group_size):
+                sums[part * size + g * group_size + t] = sum_of_lanes(address(totals, t * width))
     _add_parts(sums, parts, size)
     for o in range(groups * outputs):
         for t in range(taps):
@@ -292,9 +156,9 @@ def _sum_region(totals, x, grad, channels, all_taps, w, ow, stride_h, stride_w, 
 
 @kernel(fastmath=EXACT_ORDER)
 def weight_gradient_nhwc(
-    x, grad, result, bias, n, channels, h, w, oh, ow, all_taps, bands, stride_h, stride_w, regions, table
+    x, grad, result, bias, n, channels, h, w, oh, ow, bands, stride_h, stride_w, regions, table, all_taps
 ):
-    """result: (channels, taps), bias: (channels), flat; regions, table: see Regions."""
+    """result: (channels, taps), bias: (channels), flat; regions, table: see Regions. all_taps: 0 for the bias alone."""
     width = lanes(x)
     size = (channels + width - 1) // width * width * (all_taps + 1)
     units = n * bands
@@ -315,7 +179,7 @@ def weight_gradient_nhwc(
                         address(x, ((image * h + i0 * stride_h) * w + j0 * stride_w) * channels),
                         address(grad, ((image * oh + i0) * ow + j0) * channels),
                         channels, all_taps, w, ow, stride_h, stride_w,
-                        address(table, 2 * regions[r + 6]), regions[r + 7], i1 - i0, j1 - j0, width,
+                        address(table, 2 * regions[r + 6]), min(regions[r + 7], all_taps), i1 - i0, j1 - j0, width,
                     )  # fmt: skip
     _add_parts(sums, parts, size)
     for c in range(channels):
@@ -332,32 +196,33 @@ class WeightGradient:
     """
 
     def __init__(self, grad, x, weight, taps, stride, layout, dtype):
-        self.shape = weight
-        n, all_taps = x[0], prod(weight[2:])
-        work = 2 * prod(grad) * all_taps * COST
+        self.shape, self.taps = weight, prod(weight[2:])
+        n, work = x[0], 2 * prod(grad) * self.taps * COST
         axes = [[(np.arange(offsets.size), offsets)] for offsets in taps]
         if layout == "NHWC":
             _, h, w, channels = x
             oh, ow = grad[1:3]
             plan = Regions((h, w), channels, (oh, ow), weight[3], axes, stride)
             bands = row_bands(n, oh, w * stride[0] * channels * dtype.itemsize)
-            self.kernel = weight_gradient_nhwc.sized(work)
-            self.constants = (n, channels, h, w, oh, ow, all_taps, bands, *stride, plan.regions, plan.table)
+            self.kernel, self.last = weight_gradient_nhwc.sized(work), ()
+            self.constants = (n, channels, h, w, oh, ow, bands, *stride, plan.regions, plan.table)
         else:
             _, groups, h, w = x
             oh, ow = grad[2:4]
             strips = Strips(n * groups, (oh, ow), weight[3], axes, stride, dtype)
             blocks = min(groups, CHUNKS)
             parts = 1 if blocks >= FEWEST else min(n, -(-FEWEST // blocks))
-            self.kernel = weight_gradient_nchw.sized(work)
+            self.kernel, self.last = weight_gradient_nchw.sized(work), (blocks, parts)
             head = (n, groups, weight[0] // groups, h, w, oh, ow, strips.constants, strips.table)
-            self.constants = (*head, blocks, parts)
+            self.constants = (*head, strips.square)
 
     def __call__(self, grad, x):
-        return self.with_bias(grad, x)[0]
+        return self.gradients(grad, x, True)[0]
 
-    def with_bias(self, grad, x):
-        """(grad_weight, grad_bias): the latter costs nearly nothing here, and a pass over grad on its own."""
-        result, bias = np.empty(self.shape, x.dtype), np.empty(self.shape[0], x.dtype)
-        self.kernel(x.ravel(), grad.ravel(), result.ravel(), bias, *self.constants)
-        return result, bias
+    def gradients(self, grad, x, weight):
+        """(grad_weight, or None unless `weight`; grad_bias, which costs nearly nothing beside the former)."""
+        result = np.empty(self.shape if weight else 0, x.dtype)
+        bias = np.empty(self.shape[0], x.dtype)
+        taps = self.taps if weight else 0
+        self.kernel(x.ravel(), grad.ravel(), result.ravel(), bias, *self.constants, taps, *self.last)
+        return result if weight else None, bias

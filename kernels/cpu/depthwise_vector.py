@@ -190,34 +190,92 @@ def accumulate_taps(
     signature = types.void(taps, total, masked, sums, x, table, *places)
 
     def codegen(context, builder, signature, args):
-        _emit_accumulation(builder, signature.args[3].dtype, shape, args[3:])
+        count, with_total, bounded = shape
+        sums, x, table, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used = args[3:]
+        emit = _Emitter(builder, signature.args[3].dtype)
+        load = _lane_loader(emit, used if bounded else None)
+        offsets = [builder.load(builder.gep(table, [_I64(2 * t)])) for t in range(count)]
+        numbers = [builder.load(builder.gep(table, [_I64(2 * t + 1)])) for t in range(count)]
+
+        def add_step(pixel, grads, now):
+            factor = load(grads, _I64(0))
+            products = [emit.multiply_add(factor, load(pixel, o), v) for o, v in zip(offsets, now, strict=False)]
+            return products + [emit.add(v, factor) for v in now[count:]]
+
+        places = (x, x_row, x_step, grad, grad_row, grad_step, rows, steps)
+        _emit_accumulation(emit, sums, numbers + [all_taps] * with_total, places, add_step)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _emit_accumulation(builder, element, shape, args):
-    taps, total, masked = shape
-    sums, x, table, all_taps, x_row, x_step, grad, grad_row, grad_step, rows, steps, used = args
-    emit = _Emitter(builder, element)
-    offsets = [builder.load(builder.gep(table, [_I64(2 * t)])) for t in range(taps)]
-    numbers = [builder.load(builder.gep(table, [_I64(2 * t + 1)])) for t in range(taps)] + [all_taps] * total
-    mask = emit.mask(_I64(0), used) if masked else None
+@intrinsic(prefer_literal=True)
+def accumulate_square(
+    typingctx, stride, masked, sums, x, table, tap_step, x_step, grad, grad_row, grad_step, tiles, steps, used
+):
+    """The same for all taps of a 3x3 kernel and grad itself, a tile of rows at a time.
 
-    def load(pointer, offset):
-        return emit.load(pointer, offset) if mask is None else emit.masked_load(pointer, offset, mask)
+    A row of x meets the grads of up to three rows while it is in registers. Row i of grad meets rows i * stride to
+    i * stride + 2 of x, tap_step apart; the first three pairs of the table say where a row's taps are. stride: a
+    literal, 1 or 2, or 0 for grad alone: in the same order, as number 0. tiles: their number; other arguments as for
+    `accumulate_taps`.
+    """
+    apart, bounded = _literal(stride), _literal(masked)
+    index = types.intp
+    places = index, index, grad, index, index, index, index, index
+    signature = types.void(stride, masked, sums, x, table, *places)
+
+    def codegen(context, builder, signature, args):
+        sums, x, table, tap_step, x_step, grad, grad_row, grad_step, tiles, steps, used = args[2:]
+        emit = _Emitter(builder, signature.args[2].dtype)
+        load = _lane_loader(emit, used if bounded else None)
+        offsets = [builder.load(builder.gep(table, [_I64(2 * b)])) for b in range(3)]
+
+        def add_step(pixel, grads, now):
+            now = list(now)
+            factors = [load(grads, builder.mul(grad_row, _I64(p))) for p in range(TILE)]
+            for b, offset in enumerate(offsets if apart else ()):
+                row = builder.gep(pixel, [offset])
+                for k in range(apart * (TILE - 1) + 3):
+                    users = [(p, k - p * apart) for p in range(TILE) if 0 <= k - p * apart < 3]
+                    value = load(row, builder.mul(tap_step, _I64(k)))
+                    for p, a in users:
+                        now[a * 3 + b] = emit.multiply_add(factors[p], value, now[a * 3 + b])
+            for factor in factors:
+                now[-1] = emit.add(now[-1], factor)
+            return now
+
+        x_tile, grad_tile = builder.mul(tap_step, _I64(apart * TILE)), builder.mul(grad_row, _I64(TILE))
+        places = (x, x_tile, x_step, grad, grad_tile, grad_step, tiles, steps)
+        _emit_accumulation(emit, sums, [_I64(t) for t in range(10 if apart else 1)], places, add_step)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _lane_loader(emit, used):
+    if used is None:
+        return emit.load
+    mask = emit.mask(_I64(0), used)
+    return lambda pointer, offset: emit.masked_load(pointer, offset, mask)
+
+
+def _emit_accumulation(emit, sums, numbers, places, add_step):
+    """sums[numbers] = add_step(where x is, where grad is, sums) over rows and steps, the sums in registers."""
+    builder = emit.builder
+    x, x_row, x_step, grad, grad_row, grad_step, rows, steps = places
 
     def add_row(i, totals):
         x_first = builder.gep(x, [builder.mul(i, x_row)])
         grad_first = builder.gep(grad, [builder.mul(i, grad_row)])
 
-        def add_step(k, now):
-            pixel = builder.gep(x_first, [builder.mul(k, x_step)])
-            factor = load(grad_first, builder.mul(k, grad_step))
-            products = [emit.multiply_add(factor, load(pixel, o), v) for o, v in zip(offsets, now, strict=False)]
-            return products + [emit.add(v, factor) for v in now[taps:]]
+        def add_one(k, now):
+            pixel, grads = (
+                builder.gep(at, [builder.mul(k, by)]) for at, by in ((x_first, x_step), (grad_first, grad_step))
+            )
+            return add_step(pixel, grads, now)
 
-        return _repeat(builder, steps, totals, add_step)
+        return _repeat(builder, steps, totals, add_one)
 
     places = [builder.mul(number, _I64(emit.lanes)) for number in numbers]
     before = [emit.load(sums, place) for place in places]
