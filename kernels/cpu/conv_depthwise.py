@@ -61,7 +61,8 @@ class Strips:
         span = int(rows.max()) - first_row
         part = _ceil(width + (int(columns.max()) - first_column) // stride[1], lanes) * lanes
         pitch = part * stride[1]
-        fitting = max(1, (STRIP_BYTES // (pitch * dtype.itemsize) - span - 1) // stride[0] + 1)
+        room = STRIP_BYTES // (len(taps[0]) * len(taps[1]))
+        fitting = max(1, (room // (pitch * dtype.itemsize) - span - 1) // stride[0] + 1)
         bands = max(1, min(max(_ceil(height, fitting), _ceil(FEWEST, max(planes, 1))), height // TILE))
         self.rows = (_ceil(height, bands) - 1) * stride[0] + span + 1
         self.constants = (height, bands, first_row, first_column, self.rows, part, *stride)
@@ -114,6 +115,12 @@ def _strip_outputs(strip, pitch, stride_h, table, taps, square, weight, all_taps
     down = stride_h * pitch
     if rows < TILE:
         correlate(0, 1, 1, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+    elif taps == 1:
+        correlate(-1, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+    elif taps == 2:
+        correlate(-2, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+    elif taps == 4:
+        correlate(-4, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
     elif square == 0:
         correlate(0, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
     elif stride_h == 1:

@@ -60,7 +60,8 @@ def correlate(
     For 0 <= p < outputs and 0 <= i < count; outputs >= tile: where tiles do not divide them, the last two overlap.
 
     table: int64 pairs (offset[t], number of the tap's weight), `taps` of them.
-    square: a literal; 0 for any taps, 3 for a 3x3 kernel, whose taps along the tile are tap_step apart.
+    square: a literal; 0 for any taps, 3 for a 3x3 kernel, whose taps along the tile are tap_step apart, -n for exactly
+    n taps.
     broadcast: a literal. 1: weights[number] and bias[0] hold for all i. 0: they differ by i; weights are in blocks of
     vectors: vector v of tap t at weights[(v * all_taps + number) * lanes].
     Reads x up to the next whole vector if broadcast, else not beyond count.
@@ -97,7 +98,10 @@ class _Correlation:
         mask = self.vector.mask(_I64(0), tail)
         if self.broadcast:
             self.bias_value = self.vector.splat(builder.load(self.bias))
-        if self.square:
+        if self.square < 0:
+            self.offsets = [self._entry(_I64(t), 0) for t in range(-self.square)]
+            self.factors = [self._factor(self._entry(_I64(t), 1), None) for t in range(-self.square)]
+        if self.square > 0:
             # along the tile the taps are neighbours, so one row of offsets says where they lie
             along = 1 if self.broadcast else self.square
             self.offsets = [self._entry(_I64(b * along), 0) for b in range(self.square)]
@@ -135,7 +139,8 @@ class _Correlation:
         builder = self.builder
         x, y = builder.gep(x, [i]), builder.gep(y, [i])
         sums = [self.bias_value if self.broadcast else self._load(self.bias, i, mask)] * self.tile
-        sums = self._square_sums(x, i, sums, mask) if self.square else self._any_sums(x, i, sums, mask)
+        add_taps = (self._any_sums, self._square_sums, self._some_sums)[(self.square > 0) - (self.square < 0)]
+        sums = add_taps(x, i, sums, mask)
         for p, value in enumerate(sums):
             offset = builder.mul(self.y_step, _I64(p))
             if mask is None:
@@ -157,6 +162,13 @@ class _Correlation:
                 for p, a in users:
                     factor = factors[a * size + b if self.broadcast else b * size + a]
                     sums[p] = self.vector.multiply_add(factor, value, sums[p])
+        return sums
+
+    def _some_sums(self, x, i, sums, mask):
+        for offset, factor in zip(self.offsets, self.factors, strict=True):
+            row = self.builder.gep(x, [offset])
+            inputs = [self._load(row, self.builder.mul(self.x_step, _I64(p)), mask) for p in range(self.tile)]
+            sums = [self.vector.multiply_add(factor, v, total) for v, total in zip(inputs, sums, strict=True)]
         return sums
 
     def _any_sums(self, x, i, sums, mask):
