@@ -149,7 +149,9 @@ def convolve_nchw(
     """planes: images * groups; outputs: planes of y for one of x; strips: see Strips.constants."""
     height, bands, first_row, first_column, strip_rows, part, stride_h, stride_w = strips
     shift = bias if bias.size > 0 else np.zeros(groups * outputs, x.dtype)
-    pitch, width = part * stride_w, (ow + column_phases - 1) // column_phases
+    pitch = part * stride_w
+    # of a phase's row in whole vectors: one written under a mask could not be read back before it is in the cache
+    width = ((ow + column_phases - 1) // column_phases + lanes(x) - 1) // lanes(x) * lanes(x)
     tallest = (height + bands - 1) // bands
     units = planes * bands
     chunks = min(units, CHUNKS)
