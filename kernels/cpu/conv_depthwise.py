@@ -110,23 +110,37 @@ def fill_strip(x, h, w, first_row, first_column, rows, part, stride_w, width, st
 
 
 @device()
-def _strip_outputs(strip, pitch, stride_h, table, taps, square, weight, all_taps, bias, y, y_step, rows, ow):
+def _strip_outputs(
+    strip, pitch, stride_h, table, taps, square, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+):
     """`rows` rows of ow outputs, y_step apart."""
     down = stride_h * pitch
     if rows < TILE:
-        correlate(0, 1, 1, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+        correlate(0, 1, 1, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step)
     elif taps == 1:
-        correlate(-1, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+        correlate(
+            -1, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     elif taps == 2:
-        correlate(-2, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+        correlate(
+            -2, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     elif taps == 4:
-        correlate(-4, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+        correlate(
+            -4, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     elif square == 0:
-        correlate(0, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+        correlate(
+            0, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     elif stride_h == 1:
-        correlate(3, 1, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+        correlate(
+            3, 1, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     else:
-        correlate(3, 2, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow)
+        correlate(
+            3, 2, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
 
 
 @device()
@@ -181,11 +195,13 @@ def convolve_nchw(
                         _strip_outputs(
                             strip, pitch, stride_h, entries, taps, square, factors, all_taps, value,
                             address(y, target), row_phases * ow, rows, ow,
+                            address(y, target + 512), row_phases * ow,
                         )  # fmt: skip
                     else:
                         _strip_outputs(
                             strip, pitch, stride_h, entries, taps, square, factors, all_taps, value,
                             step(block, (phase - p * column_phases) * width), column_phases * width, rows, width,
+                            address(y, target + (phase - p * column_phases) * width), row_phases * ow,
                         )  # fmt: skip
                 if column_phases > 1:
                     _put_together(block, width, rows, column_phases, address(y, target), row_phases * ow, ow)
@@ -254,13 +270,85 @@ def _region_row(x, channels, stride_w, table, taps, square, weight, all_taps, bi
     """`outputs` pixels of one row of a region."""
     across = stride_w * channels
     if outputs < TILE:
-        correlate(0, 1, 1, 0, x, across, table, taps, weight, all_taps, bias, y, y_step, outputs, channels)
+        correlate(
+            0,
+            1,
+            1,
+            0,
+            x,
+            across,
+            table,
+            taps,
+            weight,
+            all_taps,
+            bias,
+            y,
+            y_step,
+            outputs,
+            channels,
+            step(y, 2 * TILE * y_step),
+            y_step,
+        )
     elif square == 0:
-        correlate(0, 1, TILE, 0, x, across, table, taps, weight, all_taps, bias, y, y_step, outputs, channels)
+        correlate(
+            0,
+            1,
+            TILE,
+            0,
+            x,
+            across,
+            table,
+            taps,
+            weight,
+            all_taps,
+            bias,
+            y,
+            y_step,
+            outputs,
+            channels,
+            step(y, 2 * TILE * y_step),
+            y_step,
+        )
     elif stride_w == 1:
-        correlate(3, 1, TILE, 0, x, channels, table, taps, weight, all_taps, bias, y, y_step, outputs, channels)
+        correlate(
+            3,
+            1,
+            TILE,
+            0,
+            x,
+            channels,
+            table,
+            taps,
+            weight,
+            all_taps,
+            bias,
+            y,
+            y_step,
+            outputs,
+            channels,
+            step(y, 2 * TILE * y_step),
+            y_step,
+        )
     else:
-        correlate(3, 2, TILE, 0, x, channels, table, taps, weight, all_taps, bias, y, y_step, outputs, channels)
+        correlate(
+            3,
+            2,
+            TILE,
+            0,
+            x,
+            channels,
+            table,
+            taps,
+            weight,
+            all_taps,
+            bias,
+            y,
+            y_step,
+            outputs,
+            channels,
+            step(y, 2 * TILE * y_step),
+            y_step,
+        )
 
 
 @kernel()

@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.conv_depthwise import CHUNKS, FEWEST, Regions, Strips, fill_strip, row_bands
+from tilewise.kernels.cpu.conv_depthwise import FEWEST, Regions, Strips, fill_strip, row_bands
 from tilewise.kernels.cpu.depthwise_vector import TILE, accumulate_square, accumulate_taps, clear, step, sum_of_lanes
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.scratch import scratch
@@ -24,6 +24,8 @@ from tilewise.kernels.cpu.simd import address, lanes
 
 # Row bands of the batch that are summed on their own in NHWC: work for this many threads.
 PARTS = 16
+# Blocks of channels in NCHW: long enough for a block's planes to lie far behind one another.
+BLOCKS = 16
 COST = 0.02  # estimated serial nanoseconds per FLOP
 
 
@@ -100,34 +102,37 @@ def weight_gradient_nchw(
         part = chunk % parts
         block = chunk // parts
         strip_memory = scratch(strip_rows * pitch, x)
-        totals = scratch(group_size * width, x)
-        for g in range(groups * block // blocks, groups * (block + 1) // blocks):
-            clear(address(totals, 0), group_size * width)
-            for image in range(n * part // parts, n * (part + 1) // parts):
-                plane = image * groups + g
-                for band in range(bands):
-                    i0, i1 = oh * band // bands, oh * (band + 1) // bands
-                    rows = strip_rows - ((oh + bands - 1) // bands - i1 + i0) * stride_h
-                    first = i0 * stride_h + first_row
-                    strip, entries = address(strip_memory, 0), address(table, 0)
-                    if taps > 0:
-                        where = address(x, plane * h * w)
-                        fill_strip(where, h, w, first, first_column, rows, part_width, stride_w, width, strip)
-                    for k in range(outputs):
-                        into = address(totals, k * (taps + 1) * width)
-                        where = address(grad, ((plane * outputs + k) * oh + i0) * ow)
-                        if ow >= width:
-                            _sum_columns(
-                                into, strip, pitch, stride_h, square, entries, taps, where, i1 - i0, ow, ow // width,
-                                width, width,
-                            )  # fmt: skip
-                        if whole < ow:
-                            _sum_columns(
-                                into, step(strip, whole), pitch, stride_h, square, entries, taps, step(where, whole),
-                                i1 - i0, ow, 1, ow - whole, width,
-                            )  # fmt: skip
-            for t in range(group_size):
-                sums[part * size + g * group_size + t] = sum_of_lanes(address(totals, t * width))
+        first_group, groups_here = groups * block // blocks, groups * (block + 1) // blocks - groups * block // blocks
+        totals = scratch(groups_here * group_size * width, x)
+        clear(address(totals, 0), groups_here * group_size * width)
+        # Image after image, whose planes lie one behind the other: what is asked for ahead is what comes next.
+        for unit in range(n * part // parts * groups_here, n * (part + 1) // parts * groups_here):
+            image = unit // groups_here
+            g = unit - image * groups_here
+            plane = image * groups + first_group + g
+            for band in range(bands):
+                i0, i1 = oh * band // bands, oh * (band + 1) // bands
+                rows = strip_rows - ((oh + bands - 1) // bands - i1 + i0) * stride_h
+                first = i0 * stride_h + first_row
+                strip, entries = address(strip_memory, 0), address(table, 0)
+                if taps > 0:
+                    where = address(x, plane * h * w)
+                    fill_strip(where, h, w, first, first_column, rows, part_width, stride_w, width, strip)
+                for k in range(outputs):
+                    into = address(totals, (g * outputs + k) * (taps + 1) * width)
+                    where = address(grad, ((plane * outputs + k) * oh + i0) * ow)
+                    if ow >= width:
+                        _sum_columns(
+                            into, strip, pitch, stride_h, square, entries, taps, where, i1 - i0, ow, ow // width,
+                            width, width,
+                        )  # fmt: skip
+                    if whole < ow:
+                        _sum_columns(
+                            into, step(strip, whole), pitch, stride_h, square, entries, taps, step(where, whole),
+                            i1 - i0, ow, 1, ow - whole, width,
+                        )  # fmt: skip
+        for t in range(groups_here * group_size):
+            sums[part * size + first_group * group_size + t] = sum_of_lanes(address(totals, t * width))
     _add_parts(sums, parts, size)
     for o in range(groups * outputs):
         for t in range(taps):
@@ -210,7 +215,7 @@ class WeightGradient:
             _, groups, h, w = x
             oh, ow = grad[2:4]
             strips = Strips(n * groups, (oh, ow), weight[3], axes, stride, dtype)
-            blocks = min(groups, CHUNKS)
+            blocks = min(groups, BLOCKS)
             parts = 1 if blocks >= FEWEST else min(n, -(-FEWEST // blocks))
             self.kernel, self.last = weight_gradient_nchw.sized(work), (blocks, parts)
             head = (n, groups, weight[0] // groups, h, w, oh, ow, strips.constants, strips.table)

@@ -24,7 +24,7 @@ from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal
 # Outputs of a tile. AVX-512 holds 9 weights, 4 sums and a few inputs of a 3x3 kernel in its 32 registers.
 TILE = 4
 # Bytes from what is copied to what is asked for: it arrives while the outputs of the strip are computed.
-AHEAD = 4096
+AHEAD = 8192
 
 
 def _repeat(builder, count, values, body):
@@ -53,7 +53,7 @@ def _repeat(builder, count, values, body):
 @intrinsic(prefer_literal=True)
 def correlate(
     typingctx, square, stride, tile, broadcast, x, tap_step, table, taps, weights, all_taps, bias, y, y_step, outputs,
-    count,
+    count, ahead, ahead_step,
 ):  # fmt: skip
     """y[p * y_step + i] = bias + sum over taps t of weight[t] * x[p * stride * tap_step + offset[t] + i].
 
@@ -69,7 +69,7 @@ def correlate(
     shape = tuple(map(_literal, (square, stride, tile, broadcast)))
     index = types.intp
     signature = types.void(
-        square, stride, tile, broadcast, x, index, table, index, weights, index, bias, y, index, index, index
+        square, stride, tile, broadcast, x, index, table, index, weights, index, bias, y, index, index, index, y, index
     )
 
     def codegen(context, builder, signature, args):
@@ -87,7 +87,7 @@ class _Correlation:
         self.square, self.stride, self.tile, self.broadcast = shape
         (
             self.x, self.tap_step, self.table, self.taps, self.weights, self.all_taps, self.bias, self.y, self.y_step,
-            self.outputs, self.count,
+            self.outputs, self.count, self.ahead, self.ahead_step,
         ) = args  # fmt: skip
 
     def emit(self):
@@ -113,6 +113,7 @@ class _Correlation:
             first = builder.select(builder.icmp_signed("<", p, last), p, last)
             x = builder.gep(self.x, [builder.mul(first, self.x_step)])
             y = builder.gep(self.y, [builder.mul(first, self.y_step)])
+            self.ahead_now = builder.gep(self.ahead, [builder.mul(first, self.ahead_step)])
             with cgutils.for_range_slice(builder, _I64(0), whole, _I64(lanes)) as (i, _):
                 self._tile(x, y, i, None)
             with builder.if_then(builder.icmp_signed(">", tail, _I64(0))):
@@ -143,6 +144,8 @@ class _Correlation:
         sums = add_taps(x, i, sums, mask)
         for p, value in enumerate(sums):
             offset = builder.mul(self.y_step, _I64(p))
+            later = builder.gep(self.ahead_now, [builder.add(i, builder.mul(self.ahead_step, _I64(p)))])
+            _emit_prefetch(builder, later, 1)
             if mask is None:
                 self.vector.store(value, y, offset)
             else:
@@ -246,6 +249,9 @@ def accumulate_square(
         def add_step(pixel, grads, now):
             now = list(now)
             factors = [load(grads, builder.mul(grad_row, _I64(p))) for p in range(TILE)]
+            for p in range(TILE):
+                later = builder.add(builder.mul(grad_row, _I64(p)), _I64(AHEAD // emit.itemsize))
+                _emit_prefetch(builder, builder.gep(grads, [later]))
             for b, offset in enumerate(offsets if apart else ()):
                 row = builder.gep(pixel, [offset])
                 for k in range(apart * (TILE - 1) + 3):
@@ -295,11 +301,11 @@ def _emit_accumulation(emit, sums, numbers, places, add_step):
         emit.store(value, sums, place)
 
 
-def _emit_prefetch(builder, pointer):
+def _emit_prefetch(builder, pointer, write=0):
     place = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [place, _I32(0), _I32(3), _I32(1)])  # read, keep in all levels, data
+    builder.call(function, [place, _I32(write), _I32(3), _I32(1)])  # keep in all levels, data
 
 
 @intrinsic(prefer_literal=True)
