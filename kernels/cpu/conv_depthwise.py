@@ -34,7 +34,7 @@ from tilewise.kernels.cpu.vector_move import copy_lanes
 # A strip shares the first-level cache (32 to 48 KB) with the rows of y that are written meanwhile.
 STRIP_BYTES = 16 << 10
 # A band of NHWC rows: its taps' rows are read up to three times, from the second-level cache.
-BAND_BYTES = 128 << 10
+BAND_BYTES = 32 << 10
 # Chunks of work; fewer than this many pieces are cut smaller, so that several threads find some.
 CHUNKS = 64
 FEWEST = 8
@@ -243,7 +243,7 @@ class Regions:
             numbers = r_numbers[:, None] * kernel_width + s_numbers
             square = _is_square(s_offsets, r_offsets, stride[1])
             regions.append((p, i0, i1, q, j0, j1, start, offsets.size, square))
-            table.append(np.stack([offsets.ravel(), numbers.ravel()], 1))
+            table.append(np.stack([offsets.T.ravel(), numbers.T.ravel()], 1))  # along the row first, as tiles lie
             start += offsets.size
         self.regions = np.array(regions, np.int64).ravel()
         self.table = np.concatenate(table).astype(np.int64).ravel()

@@ -62,27 +62,141 @@ def _accumulate(sums, x, table, taps, all_taps, x_row, x_step, grad, grad_row, g
 
 
 @device(fastmath=EXACT_ORDER)
+def _accumulate_square(
+    sums, x, table, all_taps, stride, tap_step, x_row, x_step, grad, next_grad, grad_row, grad_step, rows, steps, used,
+    width,
+):  # fmt: skip
+    """Tiles of grads with a 3x3 kernel's taps; all_taps 0: grad alone, in the same order."""
+    if all_taps == 0 and used >= width:
+        accumulate_square(
+            0,
+            0,
+            sums,
+            x,
+            table,
+            all_taps,
+            tap_step,
+            x_row,
+            x_step,
+            grad,
+            next_grad,
+            grad_row,
+            grad_step,
+            rows,
+            steps,
+            used,
+        )
+    elif all_taps == 0:
+        accumulate_square(
+            0,
+            1,
+            sums,
+            x,
+            table,
+            all_taps,
+            tap_step,
+            x_row,
+            x_step,
+            grad,
+            next_grad,
+            grad_row,
+            grad_step,
+            rows,
+            steps,
+            used,
+        )
+    elif stride == 1 and used >= width:
+        accumulate_square(
+            1,
+            0,
+            sums,
+            x,
+            table,
+            all_taps,
+            tap_step,
+            x_row,
+            x_step,
+            grad,
+            next_grad,
+            grad_row,
+            grad_step,
+            rows,
+            steps,
+            used,
+        )
+    elif stride == 1:
+        accumulate_square(
+            1,
+            1,
+            sums,
+            x,
+            table,
+            all_taps,
+            tap_step,
+            x_row,
+            x_step,
+            grad,
+            next_grad,
+            grad_row,
+            grad_step,
+            rows,
+            steps,
+            used,
+        )
+    elif used >= width:
+        accumulate_square(
+            2,
+            0,
+            sums,
+            x,
+            table,
+            all_taps,
+            tap_step,
+            x_row,
+            x_step,
+            grad,
+            next_grad,
+            grad_row,
+            grad_step,
+            rows,
+            steps,
+            used,
+        )
+    else:
+        accumulate_square(
+            2,
+            1,
+            sums,
+            x,
+            table,
+            all_taps,
+            tap_step,
+            x_row,
+            x_step,
+            grad,
+            next_grad,
+            grad_row,
+            grad_step,
+            rows,
+            steps,
+            used,
+        )
+
+
+@device(fastmath=EXACT_ORDER)
 def _sum_columns(sums, strip, pitch, stride_h, square, table, taps, grad, rows, ow, steps, used, width):
-    """`steps` vectors of every row of a band."""
-    row, tiles = 0, rows // TILE if square > 0 else 0
+    """`steps` vectors of every row of a band: NCHW, tiles of rows."""
+    tiles = rows // TILE if square > 0 else 0
+    down = stride_h * pitch
     if tiles > 0:
-        row = tiles * TILE
-        if taps == 0 and used == width:
-            accumulate_square(0, 0, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
-        elif taps == 0:
-            accumulate_square(0, 1, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
-        elif stride_h == 1 and used == width:
-            accumulate_square(1, 0, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
-        elif stride_h == 1:
-            accumulate_square(1, 1, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
-        elif used == width:
-            accumulate_square(2, 0, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
-        else:
-            accumulate_square(2, 1, sums, strip, table, pitch, width, grad, ow, width, tiles, steps, used)
-    if row < rows:
-        down = stride_h * pitch
-        x, grad = step(strip, row * down), step(grad, row * ow)
-        _accumulate(sums, x, table, taps, taps, down, width, grad, ow, width, rows - row, steps, used, width)
+        _accumulate_square(
+            sums, strip, table, taps, stride_h, pitch, TILE * down, width, grad, ow, TILE * ow, width, tiles, steps, used,
+            width,
+        )  # fmt: skip
+    if tiles * TILE < rows:
+        x, grad = step(strip, tiles * TILE * down), step(grad, tiles * TILE * ow)
+        rows -= tiles * TILE
+        _accumulate(sums, x, table, taps, taps, down, width, grad, ow, width, rows, steps, used, width)
 
 
 @kernel(fastmath=EXACT_ORDER)
@@ -149,14 +263,25 @@ def _add_parts(sums, parts, size):
 
 
 @device(fastmath=EXACT_ORDER)
-def _sum_region(totals, x, grad, channels, all_taps, w, ow, stride_h, stride_w, table, taps, rows, steps, width):
-    """Add the products of one region's rows, a vector of channels at a time."""
-    x_row, x_step, grad_row = stride_h * w * channels, stride_w * channels, ow * channels
+def _sum_region(
+    totals, x, grad, channels, all_taps, w, ow, stride_h, stride_w, square, table, taps, rows, steps, width
+):
+    """Add the products of one region's rows, a vector of channels at a time: NHWC, tiles of neighbours in a row."""
+    across, x_row, grad_row = stride_w * channels, stride_h * w * channels, ow * channels
+    tiles = steps // TILE if square > 0 else 0
+    done, left = tiles * TILE, steps - tiles * TILE
     for c in range(0, channels, width):
-        _accumulate(
-            step(totals, c * (all_taps + 1)), step(x, c), table, taps, all_taps, x_row, x_step, step(grad, c), grad_row,
-            channels, rows, steps, channels - c, width,
-        )  # fmt: skip
+        sums, used = step(totals, c * (all_taps + 1)), channels - c
+        if tiles > 0:
+            _accumulate_square(
+                sums, step(x, c), table, all_taps, stride_w, channels, x_row, TILE * across, step(grad, c), channels,
+                grad_row, TILE * channels, rows, tiles, used, width,
+            )  # fmt: skip
+        if left > 0:
+            _accumulate(
+                sums, step(x, c + done * across), table, taps, all_taps, x_row, across, step(grad, c + done * channels),
+                grad_row, channels, rows, left, used, width,
+            )  # fmt: skip
 
 
 @kernel(fastmath=EXACT_ORDER)
@@ -183,7 +308,7 @@ def weight_gradient_nhwc(
                         address(sums, part * size),
                         address(x, ((image * h + i0 * stride_h) * w + j0 * stride_w) * channels),
                         address(grad, ((image * oh + i0) * ow + j0) * channels),
-                        channels, all_taps, w, ow, stride_h, stride_w,
+                        channels, all_taps, w, ow, stride_h, stride_w, regions[r + 8],
                         address(table, 2 * regions[r + 6]), min(regions[r + 7], all_taps), i1 - i0, j1 - j0, width,
                     )  # fmt: skip
     _add_parts(sums, parts, size)

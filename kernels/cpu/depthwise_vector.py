@@ -60,8 +60,8 @@ def correlate(
     For 0 <= p < outputs and 0 <= i < count; outputs >= tile: where tiles do not divide them, the last two overlap.
 
     table: int64 pairs (offset[t], number of the tap's weight), `taps` of them.
-    square: a literal; 0 for any taps, 3 for a 3x3 kernel, whose taps along the tile are tap_step apart, -n for exactly
-    n taps.
+    square: a literal; 0 for any taps, -n for exactly n, 3 for a 3x3 kernel: tap (a, b) is entry 3 a + b, and lies
+    a * tap_step behind tap (0, b).
     broadcast: a literal. 1: weights[number] and bias[0] hold for all i. 0: they differ by i; weights are in blocks of
     vectors: vector v of tap t at weights[(v * all_taps + number) * lanes].
     Reads x up to the next whole vector if broadcast, else not beyond count.
@@ -102,9 +102,8 @@ class _Correlation:
             self.offsets = [self._entry(_I64(t), 0) for t in range(-self.square)]
             self.factors = [self._factor(self._entry(_I64(t), 1), None) for t in range(-self.square)]
         if self.square > 0:
-            # along the tile the taps are neighbours, so one row of offsets says where they lie
-            along = 1 if self.broadcast else self.square
-            self.offsets = [self._entry(_I64(b * along), 0) for b in range(self.square)]
+            # along the tile the taps are neighbours, so the first of them say where all lie
+            self.offsets = [self._entry(_I64(b), 0) for b in range(self.square)]
             self.numbers = [self._entry(_I64(t), 1) for t in range(self.square**2)]
             if self.broadcast:
                 self.factors = [self._factor(number, None) for number in self.numbers]
@@ -163,7 +162,7 @@ class _Correlation:
                     continue
                 value = self._load(row, builder.mul(self.tap_step, _I64(k)), mask)
                 for p, a in users:
-                    factor = factors[a * size + b if self.broadcast else b * size + a]
+                    factor = factors[a * size + b]
                     sums[p] = self.vector.multiply_add(factor, value, sums[p])
         return sums
 
@@ -226,33 +225,36 @@ def accumulate_taps(
 
 @intrinsic(prefer_literal=True)
 def accumulate_square(
-    typingctx, stride, masked, sums, x, table, tap_step, x_step, grad, grad_row, grad_step, tiles, steps, used
-):
-    """The same for all taps of a 3x3 kernel and grad itself, a tile of rows at a time.
+    typingctx, stride, masked, sums, x, table, all_taps, tap_step, x_row, x_step, grad, next_grad, grad_row, grad_step,
+    rows, steps, used,
+):  # fmt: skip
+    """The same for all taps of a 3x3 kernel and grad itself, a tile of grads at a time, next_grad apart.
 
-    A row of x meets the grads of up to three rows while it is in registers. Row i of grad meets rows i * stride to
-    i * stride + 2 of x, tap_step apart; the first three pairs of the table say where a row's taps are. stride: a
-    literal, 1 or 2, or 0 for grad alone: in the same order, as number 0. tiles: their number; other arguments as for
-    `accumulate_taps`.
+    An element of x meets up to three grads while it is in registers. The table is in the order of `correlate`: tap
+    (a, b) of grad p lies (p * stride + a) * tap_step behind tap (0, b) of the first. stride: a literal, 1 or 2, or 0 for
+    grad alone, in the same order. rows, steps: of tiles; other arguments as for `accumulate_taps`.
     """
     apart, bounded = _literal(stride), _literal(masked)
     index = types.intp
-    places = index, index, grad, index, index, index, index, index
+    places = index, index, index, index, grad, index, index, index, index, index, index
     signature = types.void(stride, masked, sums, x, table, *places)
 
     def codegen(context, builder, signature, args):
-        sums, x, table, tap_step, x_step, grad, grad_row, grad_step, tiles, steps, used = args[2:]
+        (
+            sums, x, table, all_taps, tap_step, x_row, x_step, grad, next_grad, grad_row, grad_step, rows, steps, used,
+        ) = args[2:]  # fmt: skip
         emit = _Emitter(builder, signature.args[2].dtype)
         load = _lane_loader(emit, used if bounded else None)
-        offsets = [builder.load(builder.gep(table, [_I64(2 * b)])) for b in range(3)]
+        offsets = [builder.load(builder.gep(table, [_I64(2 * b)])) for b in range(3 if apart else 0)]
+        numbers = [builder.load(builder.gep(table, [_I64(2 * t + 1)])) for t in range(9 if apart else 0)]
 
         def add_step(pixel, grads, now):
             now = list(now)
-            factors = [load(grads, builder.mul(grad_row, _I64(p))) for p in range(TILE)]
+            factors = [load(grads, builder.mul(next_grad, _I64(p))) for p in range(TILE)]
             for p in range(TILE):
-                later = builder.add(builder.mul(grad_row, _I64(p)), _I64(AHEAD // emit.itemsize))
+                later = builder.add(builder.mul(next_grad, _I64(p)), _I64(AHEAD // emit.itemsize))
                 _emit_prefetch(builder, builder.gep(grads, [later]))
-            for b, offset in enumerate(offsets if apart else ()):
+            for b, offset in enumerate(offsets):
                 row = builder.gep(pixel, [offset])
                 for k in range(apart * (TILE - 1) + 3):
                     users = [(p, k - p * apart) for p in range(TILE) if 0 <= k - p * apart < 3]
@@ -263,9 +265,8 @@ def accumulate_square(
                 now[-1] = emit.add(now[-1], factor)
             return now
 
-        x_tile, grad_tile = builder.mul(tap_step, _I64(apart * TILE)), builder.mul(grad_row, _I64(TILE))
-        places = (x, x_tile, x_step, grad, grad_tile, grad_step, tiles, steps)
-        _emit_accumulation(emit, sums, [_I64(t) for t in range(10 if apart else 1)], places, add_step)
+        places = (x, x_row, x_step, grad, grad_row, grad_step, rows, steps)
+        _emit_accumulation(emit, sums, [*numbers, all_taps], places, add_step)
         return context.get_dummy_value()
 
     return signature, codegen
