@@ -384,8 +384,11 @@ def _prepare_input_gradient(grad, x, weight, dtype, *, stride, padding, dilation
         return lambda grad, weight: np.empty(x, dtype)
     algorithm = "direct" if 2 * prod(x) * prod(weight[1:]) < DIRECT_BELOW else "gemm"
     grid = (0, 0, 1, 1, *_image_size(x, layout))
-    taps = _tap_offsets(weight[2:], dilation, padding)
-    move, no_bias = _Pass(grad, weight, x, taps, stride, grid, groups, layout, algorithm), _NO_BIAS[dtype]
+    taps, no_bias = _tap_offsets(weight[2:], dilation, padding), _NO_BIAS[dtype]
+    if groups > 1 and weight[0] == groups and weight[1] == 1:
+        move = Depthwise(grad, weight, x, [[(np.arange(t.size), t)] for t in taps], stride, layout, dtype)
+    else:
+        move = _Pass(grad, weight, x, taps, stride, grid, groups, layout, algorithm)
 
     def run(grad, weight):
         result = empty(x, dtype)

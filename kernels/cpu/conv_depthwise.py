@@ -24,7 +24,8 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_direct import ceil_div
-from tilewise.kernels.cpu.depthwise_vector import TILE, clear, correlate, deal_rows, interleave, spread, step
+from tilewise.kernels.cpu.depthwise_strip import clear, deal_rows, interleave, spread, step
+from tilewise.kernels.cpu.depthwise_vector import TILE, correlate
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
@@ -33,8 +34,10 @@ from tilewise.kernels.cpu.vector_move import copy_lanes
 
 # A strip shares the first-level cache (32 to 48 KB) with the rows of y that are written meanwhile.
 STRIP_BYTES = 16 << 10
-# A band of NHWC rows: its taps' rows are read up to three times, from the second-level cache.
+# A band of NHWC rows: every phase of the transpose reads it. Of 16, 32, 64 and 128 KB, 32 was the best or near it.
 BAND_BYTES = 32 << 10
+# Elements of y from where it is written to where it will be: a line that is there already does not hold up the next.
+WRITE_AHEAD = 512
 # Chunks of work; fewer than this many pieces are cut smaller, so that several threads find some.
 CHUNKS = 64
 FEWEST = 8
@@ -195,7 +198,7 @@ def convolve_nchw(
                         _strip_outputs(
                             strip, pitch, stride_h, entries, taps, square, factors, all_taps, value,
                             address(y, target), row_phases * ow, rows, ow,
-                            address(y, target + 512), row_phases * ow,
+                            address(y, target + WRITE_AHEAD), row_phases * ow,
                         )  # fmt: skip
                     else:
                         _strip_outputs(
@@ -249,9 +252,9 @@ class Regions:
         self.table = np.concatenate(table).astype(np.int64).ravel()
 
 
-def row_bands(images, height, row_bytes):
-    """Into how many bands to cut the rows of an image in NHWC."""
-    bands = max(_ceil(height * row_bytes, BAND_BYTES), _ceil(FEWEST, images))
+def row_bands(images, height, row_bytes, room):
+    """Into how many bands to cut the rows of an image in NHWC, each of about `room` bytes."""
+    bands = max(_ceil(height * row_bytes, room), _ceil(FEWEST, images))
     return min(bands, height)
 
 
@@ -399,7 +402,7 @@ class Depthwise:
             _, h, w, channels = x
             oh, ow = y[1:3]
             plan = Regions((h, w), channels, (oh, ow), weight[3], taps, stride)
-            bands = row_bands(n, _ceil(oh, phases[0]), w * stride[0] * channels * dtype.itemsize)
+            bands = row_bands(n, _ceil(oh, phases[0]), w * stride[0] * channels * dtype.itemsize, BAND_BYTES)
             self.kernel = convolve_nhwc.sized(work)
             head = (n, channels, h, w, oh, ow, *phases, bands, *stride)
             self.constants = (*head, plan.regions, plan.table, all_taps, activation)

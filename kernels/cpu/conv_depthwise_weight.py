@@ -17,11 +17,14 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_depthwise import FEWEST, Regions, Strips, fill_strip, row_bands
-from tilewise.kernels.cpu.depthwise_vector import TILE, accumulate_square, accumulate_taps, clear, step, sum_of_lanes
+from tilewise.kernels.cpu.depthwise_strip import clear, step
+from tilewise.kernels.cpu.depthwise_vector import TILE, accumulate_square, accumulate_taps, sum_of_lanes
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import address, lanes
 
+# A band of NHWC rows stays in the second-level cache while one vector of channels after the other passes over it.
+BAND_BYTES = 128 << 10
 # Row bands of the batch that are summed on their own in NHWC: work for this many threads.
 PARTS = 16
 # Blocks of channels in NCHW: long enough for a block's planes to lie far behind one another.
@@ -190,8 +193,8 @@ def _sum_columns(sums, strip, pitch, stride_h, square, table, taps, grad, rows, 
     down = stride_h * pitch
     if tiles > 0:
         _accumulate_square(
-            sums, strip, table, taps, stride_h, pitch, TILE * down, width, grad, ow, TILE * ow, width, tiles, steps, used,
-            width,
+            sums, strip, table, taps, stride_h, pitch, TILE * down, width, grad, ow, TILE * ow, width, tiles, steps,
+            used, width,
         )  # fmt: skip
     if tiles * TILE < rows:
         x, grad = step(strip, tiles * TILE * down), step(grad, tiles * TILE * ow)
@@ -333,7 +336,7 @@ class WeightGradient:
             _, h, w, channels = x
             oh, ow = grad[1:3]
             plan = Regions((h, w), channels, (oh, ow), weight[3], axes, stride)
-            bands = row_bands(n, oh, w * stride[0] * channels * dtype.itemsize)
+            bands = row_bands(n, oh, w * stride[0] * channels * dtype.itemsize, BAND_BYTES)
             self.kernel, self.last = weight_gradient_nhwc.sized(work), ()
             self.constants = (n, channels, h, w, oh, ow, bands, *stride, plan.regions, plan.table)
         else:
