@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conv_cases import LAYOUTS, laid, nchw
 
 from tilewise import conv2d, explain, using
 
@@ -14,6 +15,11 @@ CASES = [
     (1, 8, 29, 51, 16, 2, 1),
     (2, 65, 28, 28, 24, 1, 1),
     (1, 4, 57, 6, 5, 1, 3),
+    # few tiles of many channels: chunks own outputs, and the channels come in pieces of 128
+    (2, 130, 9, 10, 70, 1, 1),
+    (1, 64, 30, 29, 66, 2, 1),
+    # more tiles than that, in blocks of 56
+    (3, 20, 21, 22, 34, 1, 1),
 ]
 
 
@@ -30,24 +36,32 @@ def definition(x, weight, bias, groups, padding, activation=None):
         return conv2d(*arrays, groups=groups, padding=padding, activation=activation)
 
 
+def winograd(x, weight, bias, layout, **options):
+    return nchw(conv2d(laid(x, layout), weight, bias, layout=layout, algorithm="winograd", **options), layout)
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_relative_error_below_1e_5(rng, case, activation):
+@pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_relative_error_below_1e_5(rng, case, activation, layout):
     x, weight, bias = operands(rng, case)
+    weight /= weight[0].size ** 0.5  # or tanh would be 1 everywhere
     expected = definition(x, weight, bias, *case[5:], activation)
-    y = conv2d(x, weight, bias, groups=case[5], padding=case[6], activation=activation, algorithm="winograd")
+    y = winograd(x, weight, bias, layout, groups=case[5], padding=case[6], activation=activation)
     assert y.shape == expected.shape
     assert np.linalg.norm(y - expected) <= 1e-5 * np.linalg.norm(expected)
     assert np.abs(y - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_non_finite_input_reaches_only_its_windows(rng, value):
-    x, weight, bias = operands(rng, (2, 5, 13, 14, 9, 1, 1))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [5, 40])
+def test_a_non_finite_input_reaches_only_its_windows(rng, value, layout, channels):
+    x, weight, bias = operands(rng, (2, channels, 13, 14, 9, 1, 1))
     x[0, 2, 5, 6] = value
     x[1, 4, 12, 13] = value
     expected = definition(x, weight, bias, 1, 1)
-    y = conv2d(x, weight, bias, padding=1, algorithm="winograd")
+    y = winograd(x, weight, bias, layout, padding=1)
     np.testing.assert_array_equal(np.isfinite(y), np.isfinite(expected))
     np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
     finite = np.isfinite(expected)
@@ -55,20 +69,23 @@ def test_a_non_finite_input_reaches_only_its_windows(rng, value):
     assert np.abs(y[finite] - expected[finite]).max() <= 1e-4 * np.abs(expected[finite]).max()
 
 
-def test_a_non_finite_weight_reaches_its_output_alone(rng):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_non_finite_weight_reaches_its_output_alone(rng, layout):
     x, weight, bias = operands(rng, (1, 5, 13, 14, 9, 1, 1))
     weight[3, 1, 1, 1] = np.inf
-    y = conv2d(x, weight, bias, padding=1, algorithm="winograd")
+    y = winograd(x, weight, bias, layout, padding=1)
     assert not np.isfinite(y[0, 3]).any()
     assert np.isfinite(np.delete(y[0], 3, axis=0)).all()
 
 
-def test_same_bits_for_any_number_of_threads(rng):
-    x, weight, bias = operands(rng, (4, 32, 28, 28, 32, 1, 1))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("images", [1, 4])
+def test_same_bits_for_any_number_of_threads(rng, layout, images):
+    x, weight, bias = operands(rng, (images, 48, 28, 28, 66, 1, 1))
     results = []
     for threads in (1, 2, 3):
         with using(threads=threads):
-            results.append(conv2d(x, weight, bias, padding=1, algorithm="winograd"))
+            results.append(winograd(x, weight, bias, layout, padding=1))
     assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
 
 

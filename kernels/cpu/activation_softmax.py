@@ -77,7 +77,7 @@ def _softmax_row(x, y, last, last_y, log):
             y[whole + i] = last_y[i] * scale
 
 
-@device()
+@device(allocates=True)
 def _softmax_columns_run(x, y, at, n, stride, width, used, log):
     """Softmax down `width` columns from element `at` on, of n rows that are `stride` apart; of the first `used` of them
     the result is wanted."""
@@ -180,7 +180,7 @@ def softmax_backward_rows(grad, y, result, n, log):
             _softmax_backward_row(grad[at : at + n], y[at : at + n], result[at : at + n], log)
 
 
-@device()
+@device(allocates=True)
 def _softmax_backward_columns_run(grad, y, result, at, n, stride, width, log):
     prefer_widest_vectors()
     total = np.zeros(width, y.dtype)

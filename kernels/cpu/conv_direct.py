@@ -1,5 +1,4 @@
-"""Convolution without a matrix product: for groups too thin to fill a register tile (depthwise, few channels) and for
-tiny problems.
+"""Convolution without a matrix product: for groups too thin to fill a register tile and for tiny problems.
 
 The kernels walk along the axis that is contiguous: an output row in NCHW, the channels in NHWC. `definition_nhwc` is
 the definition itself: to read first.
@@ -110,7 +109,7 @@ def rows_nchw(
     x, n, groups, channels, h, w, weight, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
     y, y_start, plane, row_step, column_step, bias, activation,
 ):  # fmt: skip
-    """Row by row, for few channels a group (depthwise: one); arguments as `conv_nchw.convolve`."""
+    """Row by row, for few channels a group; arguments as `conv_nchw.convolve`."""
     taps = tap_rows.size * tap_columns.size
     for chunk in prange(n * groups * outputs):
         o = chunk % (groups * outputs)
@@ -120,76 +119,3 @@ def rows_nchw(
             x, source, channels, h, w, weight, o * channels * taps, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
             y, y_start + chunk * plane, row_step, column_step, value, activation,
         )  # fmt: skip
-
-
-@device()
-def _depthwise_pixel(x, source, weight, start, sums):
-    row = x[source : source + sums.size]
-    factors = weight[start : start + sums.size]
-    for c in range(sums.size):
-        sums[c] += row[c] * factors[c]
-
-
-@kernel()
-def depthwise_nhwc(
-    x, n, groups, channels, h, w, weight, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
-    y, y_start, image_step, row_step, column_step, bias, activation,
-):  # fmt: skip
-    """One input and one output channel a group; arguments as `conv_nhwc.convolve`, but weight is (taps, groups)."""
-    for chunk in prange(n * oh):
-        image = chunk // oh
-        i = chunk - image * oh
-        for j in range(ow):
-            target = y_start + image * image_step + i * row_step + j * column_step
-            sums = y[target : target + groups]
-            if bias.size > 0:
-                sums[:] = bias
-            else:
-                sums[:] = 0
-            for r in range(tap_rows.size):
-                row = i * stride_h + tap_rows[r]
-                if row < 0 or row >= h:
-                    continue
-                for s in range(tap_columns.size):
-                    column = j * stride_w + tap_columns[s]
-                    if 0 <= column < w:
-                        where = ((image * h + row) * w + column) * groups
-                        _depthwise_pixel(x, where, weight, (r * tap_columns.size + s) * groups, sums)
-            if activation != 0:
-                activate_row(y, target, groups, activation)
-
-
-@device()
-def _row_product(x, source, stride, grad, start, count):
-    total = x.dtype.type(0)
-    if stride == 1:
-        for j in range(count):
-            total += x[source + j] * grad[start + j]
-    else:
-        for j in range(count):
-            total += x[source + j * stride] * grad[start + j]
-    return total
-
-
-@kernel()
-def depthwise_weight_gradient_nchw(
-    x, grad, n, groups, channels, h, w, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow, result
-):
-    """result: (groups * outputs, taps), flat: each weight is one long sum over images, rows and columns."""
-    taps_w = tap_columns.size
-    for o in prange(groups * outputs):
-        g = o // outputs
-        for r in range(tap_rows.size):
-            for s in range(taps_w):
-                offset = tap_columns[s]
-                first = max(0, ceil_div(-offset, stride_w))
-                last = min(ow, ceil_div(w - offset, stride_w))
-                total = x.dtype.type(0)
-                for image in range(n):
-                    for i in range(oh):
-                        row = i * stride_h + tap_rows[r]
-                        if 0 <= row < h and first < last:
-                            source = ((image * groups + g) * h + row) * w + offset + first * stride_w
-                            start = ((image * groups * outputs + o) * oh + i) * ow + first
-                            total += _row_product(x, source, stride_w, grad, start, last - first)
-                result[(o * tap_rows.size + r) * taps_w + s] = total

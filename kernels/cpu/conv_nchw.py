@@ -78,8 +78,8 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
     offsets = _offsets(block, parts, used, plane, pitch)
     phases = np.array([_phase(r + lows[0], s + lows[1], stride[1], w, pitch) for r, s in used], np.int64).ravel()
     flat = n_taps == 1 and tuple(stride) == (1, 1) and lows == [0, 0] and (oh, ow) == (h, w)
-    # Without padding and stride the planes are x itself; but the channels of large images lie a power of two apart often
-    # enough to compete for the same few cache sets, and copies do not.
+    # Without padding and stride the planes are x itself; but the channels of large images often lie a power of two
+    # apart, so that they compete for the same few cache sets, and copies do not.
     in_place = (oh + extra_rows, pitch) == (h, w) and tuple(stride) == (1, 1) and lows == [0, 0] and images == 1
     in_place = in_place and channels * h * w * itemsize <= IN_PLACE_BYTES
     if in_place:
@@ -355,8 +355,8 @@ def _block(
                 used = min(MR, outputs - o)
                 if in_registers:
                     _product_to(
-                        vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, tile, c0,
-                        y, target + o * y_plane, y_plane, places, used, bias, bias_start + o, code,
+                        vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, tile,
+                        c0, y, target + o * y_plane, y_plane, places, used, bias, bias_start + o, code,
                     )  # fmt: skip
                     continue
                 _product(

@@ -128,7 +128,7 @@ def _write_tiles(
 
 @device()
 def _locate_tiles(first, used, tile_rows, tile_columns, padded, where, bases):
-    """where[i] = (image, tile row, tile column); bases[i]: the tile's place in V; any for what fills a register tile."""
+    """where[i] = (image, tile row, tile column); bases[i]: the tile's place in V, or any to fill a register tile."""
     for i in range(used):
         tile = first + i
         where[i, 0] = tile // (tile_rows * tile_columns)

@@ -8,7 +8,6 @@ operand is found:
   tap's pixels (conv_weight.py).
 """
 
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 

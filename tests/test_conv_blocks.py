@@ -1,0 +1,166 @@
+"""The convolution kernels around the edges of their blocks: each case says which path it is to reach, and does."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conv_cases import FLOATS, LAYOUTS, Case, laid, nchw, reference
+from tolerances import assert_close
+
+from tilewise import kernels
+from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_weight
+from tilewise.kernels.cpu.simd import CHANNEL_NV, MR, lane_count
+
+# the places of conv_nchw.plan's and conv_nhwc.plan's geometry
+NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "flat": 19, "line": 25, "in_place": 27}
+NHWC_FIELDS = {"rows": 14, "images": 15, "in_place": 18, "splits": 24}
+
+
+class Plan(NamedTuple):
+    fields: dict
+    arrays: tuple
+
+    def __getattr__(self, name):
+        return int(self.arrays[0][self.fields[name]])
+
+
+def planned(case, layout, itemsize=4):
+    """The plan of a forward convolution, through the same functions as the library's."""
+    (top, _), (left, _) = case.pads()
+    taps = [np.arange(k) * case.dilation - p for k, p in zip(case.kernel, (top, left), strict=True)]
+    stride = (case.stride, case.stride)
+    grid = tuple(
+        (size + sum(p) - case.dilation * (k - 1) - 1) // case.stride + 1
+        for size, p, k in zip((case.h, case.w), case.pads(), case.kernel, strict=True)
+    )
+    outputs, channels = case.o // case.groups, case.c // case.groups
+    if layout == "NCHW":
+        steps = (0, grid[0] * grid[1], grid[1], 1)
+        shape = (case.n, channels, case.h, case.w)
+        return Plan(NCHW_FIELDS, conv_nchw.plan(shape, outputs, taps, stride, grid, steps, case.groups, itemsize, 0))
+    steps = (0, grid[0] * grid[1] * case.o, grid[1] * case.o, case.o)
+    shape = (case.n, case.h, case.w, channels)
+    return Plan(NHWC_FIELDS, conv_nhwc.plan(shape, outputs, taps, stride, grid, steps, case.groups, 0))
+
+
+NCHW_PATHS = {
+    "read in place, the last block copied": (Case(5, 6, 14, 14, 16, (5, 5)), lambda p: p.in_place),
+    "several images a block": (Case(9, 40, 5, 5, 9, (1, 1)), lambda p: p.images > 1 and p.flat),
+    "several images a block, with a stride": (Case(9, 40, 9, 9, 9, (1, 1), 2), lambda p: p.images > 1 and not p.flat),
+    "rows as one line": (Case(2, 8, 20, 20, 9, (1, 1)), lambda p: p.line > 20),
+    "channels in blocks": (Case(2, 130, 12, 13, 17, (3, 3), 1, 1), lambda p: p.block < 130),
+    "outputs in parts": (Case(1, 8, 8, 8, 8 * 36, (3, 3), 1, 1), lambda p: p.splits > 1),
+    "a last block with fewer rows": (Case(1, 3, 75, 70, 9, (3, 3), 1, 1), lambda p: 75 % p.rows),
+    "three runs in a vector": (Case(2, 3, 9, 5, 9, (3, 3), 1, 1), lambda p: p.line < lane_count(8)),
+    "stride 3": (Case(2, 3, 31, 29, 9, (3, 3), 3, 1), lambda p: True),
+    "dilation 2, stride 2": (Case(2, 3, 31, 29, 9, (3, 3), 2, 3, 2), lambda p: True),
+    "more padding than image": (Case(1, 3, 4, 5, 9, (3, 3), 1, 4), lambda p: True),
+    "fewer taps than a vector": (Case(1, 1, 30, 30, 9, (1, 3), 1, 1), lambda p: True),
+}
+NHWC_PATHS = {
+    "read in place": (Case(2, 5, 14, 14, 33, (3, 3)), lambda p: p.in_place),
+    "read in place, groups": (Case(2, 8, 9, 9, 36, (3, 3), 2, 0, 1, 2), lambda p: p.in_place),
+    "padded rows, groups": (Case(2, 8, 9, 9, 36, (3, 3), 1, 1, 1, 2), lambda p: not p.in_place),
+    "pieces cut in two": (Case(1, 200, 8, 9, 9, (3, 3), 1, 1), lambda p: (p.arrays[2][:, 2] == 100).all()),
+    "a tap row is one piece": (Case(1, 3, 30, 31, 9, (5, 5), 1, 2), lambda p: (p.arrays[2][:, 2] == 15).all()),
+    "dilation: each tap a piece": (Case(1, 3, 30, 31, 9, (3, 3), 1, 2, 2), lambda p: (p.arrays[2][:, 2] == 3).all()),
+    "several images a block": (Case(40, 17, 5, 5, 40, (3, 3), 1, 1), lambda p: p.images > 1),
+    "outputs in parts": (Case(1, 8, 7, 7, 300, (3, 3), 1, 1), lambda p: p.splits > 1),
+    "a last block with fewer rows": (Case(1, 3, 75, 70, 9, (3, 3), 1, 1), lambda p: 75 % p.rows),
+    "one vector of outputs": (Case(1, 3, 9, 9, 3, (3, 3), 1, 1), lambda p: True),
+}
+PATHS = [pytest.param(case, "NCHW", reached, id=f"NCHW {name}") for name, (case, reached) in NCHW_PATHS.items()]
+PATHS += [pytest.param(case, "NHWC", reached, id=f"NHWC {name}") for name, (case, reached) in NHWC_PATHS.items()]
+
+
+@pytest.mark.parametrize(("case", "layout", "reached"), PATHS)
+def test_the_case_reaches_its_path(case, layout, reached):
+    assert reached(planned(case, layout))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+@pytest.mark.parametrize(("case", "layout", "reached"), PATHS)
+def test_forward(rng, case, layout, reached, activation, dtype):
+    x, weight, bias = case.arrays(rng, dtype, layout)
+    weight /= weight[0].size ** 0.5  # or tanh would be 1 everywhere
+    options = case.options | {"layout": layout, "activation": activation}
+    expected = reference(kernels.conv2d, x, weight, bias, **options)
+    y = kernels.conv2d(x, weight, bias, **options, algorithm="gemm")
+    assert_close(nchw(y, layout), nchw(expected, layout), reduction=case.taps)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("case", "layout", "reached"), PATHS)
+def test_backward(rng, case, layout, reached, dtype):
+    x, weight, _ = case.arrays(rng, dtype, layout)
+    options = case.options | {"layout": layout}
+    shape = reference(kernels.conv2d, x, weight, **options).shape
+    grad = rng.standard_normal(shape).astype(dtype)
+    expected = reference(kernels.conv2d_backward, grad, x, weight, **options)
+    results = kernels.conv2d_backward(grad, x, weight, **options)
+    sums = case.o * case.taps // case.c, grad[..., 0].size * shape[-1], grad.size
+    for result, wanted, reduction in zip(results, expected, sums, strict=True):
+        assert_close(result, wanted, reduction=reduction)
+
+
+# 1x1 on 7x7: a quarter of NCHW's lanes would be empty
+THROUGH = Case(3, 140, 7, 7, 70, (3, 3), 1, 1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", [THROUGH, THROUGH._replace(h=9, w=5, stride=2), THROUGH._replace(n=1, o=64)], ids=str)
+def test_small_images_go_through_nhwc(rng, case, dtype, monkeypatch):
+    from tilewise.kernels import dispatch
+    from tilewise.kernels.cpu import conv_pass
+
+    turned = []
+    turn = conv_pass._ThroughNHWC.__call__
+    monkeypatch.setattr(conv_pass._ThroughNHWC, "__call__", lambda self, *a: (turned.append(1), turn(self, *a))[1])
+    dispatch.forget_plans()
+    x, weight, bias = case.arrays(rng, dtype)
+    y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm")
+    expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu")
+    assert turned
+    assert_close(y, expected, reduction=case.taps)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_vector_beyond_the_image_is_never_read(rng, layout):
+    """The last rows of x lie at the end of their memory: what follows belongs to somebody else."""
+    case = Case(2, 5, 17, 19, 9, (3, 3), 1, 1)
+    x, weight, bias = case.arrays(rng, np.float32, layout)
+    guarded = np.full(x.size + 64, np.nan, np.float32)
+    guarded[: x.size] = x.ravel()
+    alike = guarded[: x.size].reshape(x.shape)
+    options = case.options | {"layout": layout, "algorithm": "gemm"}
+    np.testing.assert_array_equal(
+        kernels.conv2d(alike, weight, bias, **options), kernels.conv2d(x, weight, bias, **options)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_of_the_pixels_are_added_in_order(rng, split_everything, layout):
+    """Few weights, many pixels: the weight gradient adds up in parts, whatever the number of threads."""
+    import tilewise
+
+    case = Case(6, 1, 29, 31, 6, (5, 5), 1, 2)
+    x, weight, _ = case.arrays(rng, np.float32, layout)
+    grad = laid(rng.standard_normal((6, 6, 29, 31)).astype(np.float32), layout)
+    taps = [np.arange(5) - 2] * 2
+    sizes = {
+        "NCHW": lambda: conv_weight.plan_nchw((6, 1, 29, 31), 6, taps, (1, 1), (29, 31), 1, 4)[-1],
+        "NHWC": lambda: conv_weight.plan_nhwc((6, 29, 31, 1), 6, taps, (1, 1), (29, 31), 1)[-1],
+    }[layout]()
+    assert sizes[2] > 1
+    results = []
+    for threads in (1, 2, 3):
+        with tilewise.using(threads=threads):
+            results.append(kernels.conv2d_backward(grad, x, weight, padding=2, layout=layout)[1])
+    assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+def test_the_tiles_are_what_these_cases_were_made_for():
+    """The cases straddle 14-pixel rows of tiles and panels of 3 vectors; other widths have other edges."""
+    assert MR in (6, 8, 14)
+    assert CHANNEL_NV == 3

@@ -1,0 +1,214 @@
+"""Depthwise convolution: the strips and regions of its kernels around their edges, forward, transposed, gradients."""
+
+import numpy as np
+import pytest
+from conv_cases import FLOATS, LAYOUTS, Case, both, check, laid, nchw, reference
+
+import tilewise
+from tilewise import explain, kernels
+from tilewise.kernels.cpu import conv_depthwise
+from tilewise.kernels.cpu.depthwise_vector import TILE
+
+
+def depthwise(c, h, w, kernel=(3, 3), stride=1, padding: object = 1, dilation=1, n=1, outputs=1):
+    return Case(n, c, h, w, c * outputs, kernel, stride, padding, dilation, c)
+
+
+_HEIGHTS = [TILE - 1, TILE, TILE + 1, 1, 2, 7, 8, 2 * TILE + 1, 13]
+_WIDTHS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49]  # vectors have 4, 8 or 16 floats
+_CHANNELS = [2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33]
+CASES = {
+    # one vector, whole vectors, and a tail, in rows (NCHW) and in channels (NHWC); less than a tile, tiles, an overlap
+    "3x3": [depthwise(_CHANNELS[i % 13], _HEIGHTS[i % 9], w, n=1 + i % 2) for i, w in enumerate(_WIDTHS * 2)],
+    "3x3 stride 2": [depthwise(_CHANNELS[-i % 13], 2 * _HEIGHTS[i % 9], 2 * w - i % 2, stride=2, n=1 + i % 2)
+                     for i, w in enumerate(_WIDTHS)],
+    "padding": [
+        depthwise(5, 9, 17, padding=0),
+        depthwise(5, 9, 17, padding=5),
+        depthwise(5, 9, 40, padding=(0, 33)),  # whole vectors of padding
+        depthwise(5, 9, 40, stride=2, padding=(33, 37)),
+        depthwise(3, 8, 19, padding=((0, 2), (3, 0))),
+        depthwise(3, 8, 19, stride=2, padding=((2, 1), (0, 3))),
+        depthwise(3, 6, 7, stride=2, padding="same"),
+        depthwise(4, 3, 3, (2, 2), padding=((4, 5), (6, 1))),  # windows that see padding only
+        depthwise(4, 3, 3, (1, 1), stride=2, padding=3),
+    ],
+    "kernels": [
+        depthwise(17, 9, 18, (5, 5), padding=2),
+        depthwise(5, 12, 33, (5, 5), 2, 2),
+        depthwise(9, 9, 10, (7, 7), padding=3),
+        depthwise(3, 4, 5, (7, 7), padding=3),  # a kernel larger than the image
+        depthwise(6, 9, 17, (1, 3), padding=(0, 1)),
+        depthwise(6, 17, 9, (4, 1), padding=(2, 0)),
+        depthwise(8, 7, 9, (1, 1), padding=0),
+        depthwise(8, 11, 12, (3, 3), 1, 2, 2),
+        depthwise(8, 13, 21, (3, 3), 2, 2, 2),
+        depthwise(8, 13, 21, (3, 3), 1, (3, 1), (3, 1)),
+        depthwise(8, 13, 37, (3, 3), (1, 2)),
+        depthwise(8, 13, 37, (3, 3), (2, 1)),
+        depthwise(7, 14, 40, (3, 3), 3),
+        depthwise(7, 14, 40, (5, 4), (1, 3), 2),
+        depthwise(7, 9, 9, (2, 2), 3, 0),  # pixels of x that no window sees
+        depthwise(7, 14, 40, (5, 5), 5, ((0, 3), (4, 4))),
+    ],
+    "outputs": [
+        depthwise(3, 9, 17, outputs=2),
+        depthwise(3, 9, 18, stride=2, outputs=3, n=2),
+        depthwise(2, 9, 18, (5, 5), padding=2, outputs=4),
+    ],
+    # planes larger than a strip, images larger than a band, more pieces than chunks
+    "blocks": [
+        depthwise(2, 70, 75, n=2),
+        depthwise(2, 141, 70, stride=2),
+        depthwise(2, 6, 1100),
+        depthwise(40, 30, 40),
+        depthwise(67, 5, 6, n=3),
+        depthwise(2, 4, 5, n=70),
+        depthwise(2, 29, 300, (9, 9), padding=4),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", CASES)
+def test_forward(rng, kind, layout, dtype):
+    for case in CASES[kind]:
+        x, weight, bias = case.arrays(rng, dtype, layout)
+        options = case.options | {"layout": layout}
+        for b, activation in ((bias, None), (None, None), (bias, "relu"), (bias, "tanh")):
+            expected = reference(kernels.conv2d, x, weight, b, **options, activation=activation)
+            with tilewise.using(backend="cpu"):
+                y = kernels.conv2d(x, weight, b, **options, activation=activation)
+            check(y, expected, case.taps + 1, (case, layout, activation), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", CASES)
+def test_gradients(rng, kind, layout, dtype):
+    for case in CASES[kind]:
+        x, weight, _ = case.arrays(rng, dtype, layout)
+        options = case.options | {"layout": layout}
+        y = reference(kernels.conv2d, x, weight, **options)
+        grad = rng.standard_normal(y.shape).astype(dtype)
+        expected = reference(kernels.conv2d_backward, grad, x, weight, **options)
+        lengths = (case.taps * case.o // case.c, y.size // case.o, y.size // case.o)
+        for needs in (("x", "weight", "bias"), ("x",), ("weight",), ("bias",)):
+            with tilewise.using(backend="cpu"):
+                gradients = kernels.conv2d_backward(grad, x, weight, **options, needs=needs)
+            for name, actual, right, length in zip(("x", "weight", "bias"), gradients, expected, lengths, strict=True):
+                assert (actual is None) == (name not in needs)
+                if actual is not None:
+                    check(actual, right, length, (case, layout, name), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transposed_convolution(rng, layout, dtype):
+    for case in CASES["kernels"] + CASES["3x3 stride 2"]:
+        if np.maximum(*case.pads()).max() > min(case.kernel):
+            continue
+        x, weight, bias = case.arrays(rng, dtype, layout)
+        options = {"stride": case.stride, "dilation": case.dilation, "groups": case.c, "layout": layout}
+        extra = tuple(max(s, d) - 1 for s, d in zip(both(case.stride), both(case.dilation), strict=True))
+        for output_padding in ((0, 0), extra):
+            expected = reference(kernels.conv_transpose2d, x, weight, bias, output_padding=output_padding, **options)
+            with tilewise.using(backend="cpu"):
+                y = kernels.conv_transpose2d(x, weight, bias, output_padding=output_padding, **options)
+            check(y, expected, case.taps + 1, (case, layout, output_padding), dtype)
+            grad = rng.standard_normal(y.shape).astype(dtype)
+            options_back = options | {"output_padding": output_padding}
+            expected = reference(kernels.conv_transpose2d_backward, grad, x, weight, **options_back)
+            with tilewise.using(backend="cpu"):
+                gradients = kernels.conv_transpose2d_backward(grad, x, weight, **options_back)
+            lengths = (case.taps, x.size // case.c, y.size // case.c)
+            for actual, right, length in zip(gradients, expected, lengths, strict=True):
+                check(actual, right, length, (case, layout, output_padding), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_stays_with_its_windows(rng, value, layout, dtype):
+    """In particular, what a vector loads beyond the end of a row or of the channels reaches nobody."""
+    for case in (depthwise(17, 9, 18), depthwise(17, 9, 18, stride=2), depthwise(7, 11, 13, (5, 5), padding=2)):
+        x, weight, _ = case.arrays(rng, dtype)
+        options = case.options | {"layout": layout}
+        x[0, 1, 3, 0] = x[0, 2, 3, case.w - 1] = x[0, 5, 0, 4] = x[0, case.c - 1, case.h - 1, case.w - 1] = value
+        y = reference(kernels.conv2d, laid(x, layout), weight, **options)
+        grad = laid(rng.standard_normal(nchw(y, layout).shape).astype(dtype), layout)
+        with tilewise.using(backend="cpu"):
+            check(kernels.conv2d(laid(x, layout), weight, **options), y, case.taps, case, dtype)
+            gradients = kernels.conv2d_backward(grad, laid(x, layout), weight, **options)
+        expected = reference(kernels.conv2d_backward, grad, laid(x, layout), weight, **options)
+        for actual, right in zip(gradients, expected, strict=True):
+            check(actual, right, y.size // case.o, case, dtype)
+        assert np.isfinite(gradients[0]).all()
+        assert np.isnan(gradients[1]).any(axis=(1, 2, 3)).sum() <= 4
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_bits_for_any_number_of_threads(rng, split_everything, layout, dtype):
+    for case in (
+        depthwise(96, 28, 28, n=2),
+        depthwise(13, 27, 29, stride=2, n=7),
+        depthwise(3, 50, 49, (5, 5), padding=2),
+        depthwise(2, 60, 40, n=5),
+    ):
+        x, weight, bias = case.arrays(rng, dtype, layout)
+        options = case.options | {"layout": layout}
+        results = []
+        for threads in (1, 2, 3):
+            with tilewise.using(backend="cpu", threads=threads):
+                y = kernels.conv2d(x, weight, bias, **options)
+                results.append([y, *kernels.conv2d_backward(y, x, weight, **options)])
+        for other in results[1:]:
+            assert all(one.tobytes() == more.tobytes() for one, more in zip(results[0], other, strict=True)), case
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_around_the_operands_is_read_or_written(rng, layout):
+    """Operands and results inside memory that is full of NaN."""
+    for case in (depthwise(17, 6, 13), depthwise(5, 9, 17, stride=2), depthwise(3, 5, 5, (5, 5), padding=2)):
+        x, weight, bias = case.arrays(rng, np.float32, layout)
+        options = case.options | {"layout": layout}
+        y = reference(kernels.conv2d, x, weight, bias, **options).astype(np.float32)
+        grad = rng.standard_normal(y.shape, dtype=np.float32)
+        memory = {name: np.full(a.size + 128, np.nan, np.float32) for name, a in (("x", x), ("y", y), ("grad", grad))}
+        inside = {name: memory[name][64:-64].reshape(a.shape) for name, a in (("x", x), ("y", y), ("grad", grad))}
+        inside["x"][...], inside["grad"][...] = x, grad
+        with tilewise.using(backend="cpu"):
+            kernels.conv2d(inside["x"], weight, bias, **options, out=inside["y"])
+            gradients = kernels.conv2d_backward(inside["grad"], inside["x"], weight, **options)
+        check(inside["y"], y, case.taps + 1, case)
+        assert all(np.isnan(m[:64]).all() and np.isnan(m[-64:]).all() for m in memory.values())
+        expected = reference(kernels.conv2d_backward, grad, x, weight, **options)
+        for actual, right in zip(gradients, expected, strict=True):
+            check(actual, right, y.size // case.o, case)
+
+
+def test_chosen_where_it_applies():
+    x, weight = np.ones((1, 8, 9, 9), np.float32), np.ones((8, 1, 3, 3), np.float32)
+    with tilewise.using(backend="cpu"):
+        assert explain(kernels.conv2d, x, weight, groups=8).algorithm == "depthwise"
+        last = explain(kernels.conv2d, laid(x, "NHWC"), np.ones((16, 1, 3, 3), np.float32), groups=8, layout="NHWC")
+    assert "one output channel a group" in last.rejected["depthwise"]
+
+
+def test_the_cases_reach_every_path():
+    """Less than a tile, the code for 3x3 kernels at both strides, several bands, and every way of dealing columns."""
+    seen = set()
+    for case in (case for cases in CASES.values() for case in cases):
+        pads, stride, dilation = np.array(case.pads()), both(case.stride), both(case.dilation)
+        offsets = [np.arange(k) * d - p for k, d, p in zip(case.kernel, dilation, pads[:, 0], strict=True)]
+        axes = [[(np.arange(o.size), o)] for o in offsets]
+        sizes = zip((case.h, case.w), pads.sum(1), dilation, case.kernel, stride, strict=True)
+        size = tuple(int(n + p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
+        strips = conv_depthwise.Strips(case.n * case.c, size, case.kernel[1], axes, stride, np.dtype("f4"))
+        seen |= {("stride", stride[1]), ("square", strips.square, stride[0])}
+        seen |= {("bands", strips.constants[1] > 1), ("rows", size[0] < TILE)}
+    assert seen >= {("stride", 1), ("stride", 2), ("stride", 3), ("square", 3, 1), ("square", 3, 2), ("square", 0, 1)}
+    assert seen >= {("bands", True), ("bands", False), ("rows", True), ("rows", False)}
