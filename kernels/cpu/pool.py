@@ -5,7 +5,9 @@ from math import prod
 
 import numpy as np
 
-from tilewise.kernels.cpu import pool_backward, pool_forward
+from tilewise.kernels.cpu import pool_backward, pool_bins, pool_indices, pool_windows
+from tilewise.kernels.cpu.pool_bins import bin_divisors
+from tilewise.kernels.cpu.pool_windows import divisors_of, plan_of
 from tilewise.kernels.cpu.scratch import empty
 from tilewise.kernels.shapes import output_size as window_count
 
@@ -21,10 +23,14 @@ _BYTE, _TAP, _INDEXED = 0.05, 0.5, 1.5
 
 def _pooled(shape, layout, kernel_size, stride, padding, dilation, ceil_mode):
     """The shape of windows' results."""
-    h, w = shape[2:] if layout == "NCHW" else shape[1:3]
+    h, w = _plane(shape, layout)
     oh = window_count(h, kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode)
     ow = window_count(w, kernel_size[1], stride[1], padding[1], dilation[1], ceil_mode)
     return _resized(shape, layout, oh, ow)
+
+
+def _plane(shape, layout):
+    return shape[2:] if layout == "NCHW" else shape[1:3]
 
 
 def _resized(shape, layout, height, width):
@@ -34,24 +40,24 @@ def _resized(shape, layout, height, width):
 def prepare_max_pool2d(shapes, dtype, *, kernel_size, stride, padding, dilation, ceil_mode, return_indices, layout):
     """max_pool2d for one shape, with everything but the work itself done beforehand."""
     shape = _pooled(shapes[0], layout, kernel_size, stride, padding, dilation, ceil_mode)
-    (top, _), (left, _) = padding
-    window = (layout == "NHWC", *kernel_size, *stride, top, left, *dilation)
     work = prod(shapes[0]) * dtype.itemsize * _BYTE
-    lowest = _LOWEST[dtype]
     if not return_indices:
-        kernel = pool_forward.max_values.sized(work)
+        plan = plan_of(shapes[0], shape, dtype.itemsize, layout, kernel_size, stride, padding, dilation)
+        lowest, kernel = _LOWEST[dtype], pool_windows.max_values.sized(work)
 
         def run(x):
             y = empty(shape, dtype)
-            kernel(x, y, lowest, *window)
+            kernel(x, y, lowest, plan)
             return y
 
         return run
+    (top, _), (left, _) = padding
+    window = (layout == "NHWC", *kernel_size, *stride, top, left, *dilation)
     work += prod(shape) * prod(kernel_size) * _TAP
 
     def run_with_indices(x):
         y, indices = np.empty(shape, dtype), np.empty(shape, np.int64)
-        pool_forward.max_with_indices(work, x, y, indices, *window)
+        pool_indices.max_with_indices(work, x, y, indices, *window)
         return y, indices
 
     return run_with_indices
@@ -72,13 +78,14 @@ def prepare_avg_pool2d(
 ):
     """avg_pool2d for one shape, with everything but the work itself done beforehand."""
     shape = _pooled(shapes[0], layout, kernel_size, stride, padding, (1, 1), ceil_mode)
-    window = (layout == "NHWC", *kernel_size, *stride, *padding[0], *padding[1])
-    window = (*window, count_include_pad, divisor_override or 0)
-    kernel = pool_forward.averages.sized(prod(shapes[0]) * dtype.itemsize * _BYTE)
+    plan = plan_of(shapes[0], shape, dtype.itemsize, layout, kernel_size, stride, padding, (1, 1))
+    pixels, counts = _plane(shapes[0], layout), _plane(shape, layout)
+    divisors = divisors_of(pixels, counts, dtype, kernel_size, stride, padding, count_include_pad, divisor_override)
+    kernel = pool_windows.averages.sized(prod(shapes[0]) * dtype.itemsize * _BYTE)
 
     def run(x):
         y = empty(shape, dtype)
-        kernel(x, y, *window)
+        kernel(x, y, plan, divisors)
         return y
 
     return run
@@ -100,10 +107,22 @@ def avg_pool2d_backward(
     return result
 
 
+def prepare_adaptive_avg_pool2d(shapes, dtype, *, output_size, layout):
+    """adaptive_avg_pool2d for one shape, with everything but the work itself done beforehand."""
+    shape = _resized(shapes[0], layout, *output_size)
+    divisors = bin_divisors(_plane(shapes[0], layout), output_size, dtype)
+    kernel, nhwc = pool_bins.adaptive_averages.sized(prod(shapes[0]) * dtype.itemsize * _BYTE), layout == "NHWC"
+
+    def run(x):
+        y = empty(shape, dtype)
+        kernel(x, y, nhwc, divisors)
+        return y
+
+    return run
+
+
 def adaptive_avg_pool2d(x, *, output_size, layout):
-    y = np.empty(_resized(x.shape, layout, *output_size), x.dtype)
-    pool_forward.adaptive_averages(x.nbytes * _BYTE, x, y, layout == "NHWC")
-    return y
+    return prepare_adaptive_avg_pool2d((x.shape,), x.dtype, output_size=output_size, layout=layout)(x)
 
 
 def adaptive_avg_pool2d_backward(grad, *, input_shape, layout):
@@ -116,10 +135,10 @@ def adaptive_max_pool2d(x, *, output_size, return_indices, layout):
     shape = _resized(x.shape, layout, *output_size)
     y = np.empty(shape, x.dtype)
     if not return_indices:
-        pool_forward.adaptive_max_values(x.nbytes * _BYTE, x, y, layout == "NHWC")
+        pool_bins.adaptive_max_values(x.nbytes * _BYTE, x, y, layout == "NHWC")
         return y
     indices = np.empty(shape, np.int64)
-    pool_forward.adaptive_max_with_indices(x.size * _TAP, x, y, indices, layout == "NHWC")
+    pool_indices.adaptive_max_with_indices(x.size * _TAP, x, y, indices, layout == "NHWC")
     return y, indices
 
 
@@ -152,7 +171,7 @@ def _scattered(function, values, indices, shape, layout, add):
 
 
 def _raise_outside(function, indices, shape, layout):
-    h, w = shape[2:] if layout == "NCHW" else shape[1:3]
+    h, w = _plane(shape, layout)
     raise ValueError(
         f"{function}: indices must lie in 0 to {h * w - 1} (a plane of {h} x {w}), "
         f"got {indices.min()} to {indices.max()}"

@@ -9,8 +9,8 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.pool_fold import move, sum_contiguous
-from tilewise.kernels.cpu.pool_forward import bin_sizes, bins, chunk_rows, extents, sizes
+from tilewise.kernels.cpu.pool_bins import bins
+from tilewise.kernels.cpu.pool_fold import chunk_rows, move, sizes, sum_contiguous
 from tilewise.kernels.cpu.simd import address
 
 # Channels of an NHWC plane that one chunk scatters to, where the batch alone makes too few chunks: two cache lines of
@@ -253,3 +253,24 @@ def _gather_pixels(values, indices, result, outside, count, size, c, first, last
                 wrong = 1
     if wrong:
         outside[0] = 1
+
+
+@device()
+def extents(like, count, n, k, s, low, high, pad, override):
+    """What the windows along one axis contribute to the divisor: their extent, or an override."""
+    sizes = np.empty(count, like.dtype)
+    for o in range(count):
+        start = o * s - low
+        end = min(start + k, n + high)
+        if not pad:
+            start, end = max(start, 0), min(end, n)
+        sizes[o] = override if override else end - start
+    return sizes
+
+
+@device()
+def bin_sizes(like, starts, ends):
+    sizes = np.empty(starts.size, like.dtype)
+    for i in range(sizes.size):
+        sizes[i] = ends[i] - starts[i]
+    return sizes
