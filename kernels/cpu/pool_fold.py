@@ -158,42 +158,52 @@ def fill_rows(typingctx, out, pitch, rows, value, count):
 
 
 @intrinsic
-def sum_row(typingctx, source, count):
-    """The sum of `count` elements side by side, in an order that does not depend on the compiler.
+def sum_rows(typingctx, out, source, source_pitch, rows, count):
+    """out[r] = the sum of `count` elements from source + r * source_pitch on, in an order that no compiler changes.
 
     Four vectors of sums take turns, as an addition waits four cycles for the one before it; the last vector is masked.
     """
-    signature = source.dtype(source, types.intp)
+    signature = types.void(out, source, types.intp, types.intp, types.intp)
 
     def codegen(context, builder, signature, args):
-        source, count = args
-        emit = _Emitter(builder, signature.return_type)
-        totals = [cgutils.alloca_once_value(builder, emit.zero) for _ in range(4)]
-        step = _I64(4 * emit.lanes)
-        rest = builder.and_(count, _I64(-4 * emit.lanes))
+        out, source, source_pitch, rows, count = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        lanes = emit.lanes
+        rest, whole = builder.and_(count, _I64(-4 * lanes)), builder.and_(count, _I64(-lanes))
+        mask = emit.mask(_I64(0), builder.sub(count, whole))
+        totals = [cgutils.alloca_once(builder, emit.vector) for _ in range(4)]
 
         def add(total, value):
             builder.store(builder.fadd(builder.load(total), value), total)
 
-        with cgutils.for_range_slice(builder, _I64(0), rest, step, inc=True) as (i, _):
-            for k, total in enumerate(totals):
-                add(total, emit.load(source, builder.add(i, _I64(k * emit.lanes))))
-        whole = builder.and_(count, _I64(-emit.lanes))
-        with cgutils.for_range_slice(builder, rest, whole, _I64(emit.lanes), inc=True) as (i, _):
-            add(totals[0], emit.load(source, i))
-        mask = emit.mask(_I64(0), builder.sub(count, whole))
-        add(totals[1], emit.masked_load(source, whole, mask))
-        a, b, c, d = (builder.load(total) for total in totals)
-        value = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
-        lanes = emit.lanes
-        while lanes > 1:
-            lanes //= 2
-            halves = [ir.Constant(ir.VectorType(_I32, lanes), list(range(k, k + lanes))) for k in (0, lanes)]
-            low, high = (builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), half) for half in halves)
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, _I32(0))
+        with cgutils.for_range(builder, rows) as row:
+            start = builder.gep(source, [builder.mul(row.index, source_pitch)])
+            for total in totals:
+                builder.store(emit.zero, total)
+            with cgutils.for_range_slice(builder, _I64(0), rest, _I64(4 * lanes), inc=True) as (i, _):
+                for k, total in enumerate(totals):
+                    add(total, emit.load(start, builder.add(i, _I64(k * lanes))))
+            with cgutils.for_range_slice(builder, rest, whole, _I64(lanes), inc=True) as (i, _):
+                add(totals[0], emit.load(start, i))
+            add(totals[1], emit.masked_load(start, whole, mask))
+            a, b, c, d = (builder.load(total) for total in totals)
+            total = _total(builder, builder.fadd(builder.fadd(a, b), builder.fadd(c, d)))
+            builder.store(total, builder.gep(out, [row.index]))
+        return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _total(builder, value):
+    """The sum of a vector's lanes, by halves."""
+    lanes = value.type.count
+    while lanes > 1:
+        lanes //= 2
+        numbers = ir.VectorType(_I32, lanes)
+        halves = [ir.Constant(numbers, list(range(first, first + lanes))) for first in (0, lanes)]
+        low, high = (builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), half) for half in halves)
+        value = builder.fadd(low, high)
+    return builder.extract_element(value, _I32(0))
 
 
 @intrinsic(prefer_literal=True)
@@ -263,7 +273,7 @@ def _itemsize(scalar) -> int:
 
 
 def _load(builder, pointer, every, lanes):
-    """`lanes` elements from the pointer on, or every second of twice as many."""
+    """`lanes` elements from the pointer on, the first of `every` each."""
     if lanes == 1:
         return builder.load(pointer)
     scalar = pointer.type.pointee
@@ -272,8 +282,8 @@ def _load(builder, pointer, every, lanes):
     value.align = _itemsize(scalar)
     if every == 1:
         return value
-    even = ir.Constant(ir.VectorType(_I32, lanes), [2 * i for i in range(lanes)])
-    return builder.shuffle_vector(value, ir.Constant(vector, ir.Undefined), even)
+    chosen = ir.Constant(ir.VectorType(_I32, lanes), [every * i for i in range(lanes)])
+    return builder.shuffle_vector(value, ir.Constant(vector, ir.Undefined), chosen)
 
 
 def _store(builder, value, pointer):
@@ -304,7 +314,8 @@ def _combine(builder, element, kind, v, total):
 
 
 def folds(operation):
-    """`fold` and `fold_rows` for one operation as functions: contiguous windows, every second window, rows of both.
+    """`fold` and `fold_rows` for one operation as functions: contiguous windows, every second window, rows of both,
+    rows of every third element.
 
     Functions, because a kernel folds in several places, and the vector loops are to be compiled once.
     """
@@ -326,6 +337,8 @@ def folds(operation):
             fold_rows(operation, 1, 2, out, out_pitch, source, source_pitch, rows, step, taps, count)
         elif taps == 3:
             fold_rows(operation, 1, 3, out, out_pitch, source, source_pitch, rows, step, taps, count)
+        elif taps == 5:
+            fold_rows(operation, 1, 5, out, out_pitch, source, source_pitch, rows, step, taps, count)
         else:
             fold_rows(operation, 1, 0, out, out_pitch, source, source_pitch, rows, step, taps, count)
 
@@ -336,7 +349,12 @@ def folds(operation):
         else:
             fold_rows(operation, 2, 0, out, out_pitch, source, source_pitch, rows, step, taps, count)
 
-    return contiguous, every_second, contiguous_rows, every_second_rows
+    @device()
+    def pick_rows(out, out_pitch, source, source_pitch, rows, count):
+        """Every third element."""
+        fold_rows(operation, 3, 1, out, out_pitch, source, source_pitch, rows, 1, 1, count)
+
+    return contiguous, every_second, contiguous_rows, every_second_rows, pick_rows
 
 
 MAXIMA, SUMS = folds(MAXIMUM), folds(SUM)

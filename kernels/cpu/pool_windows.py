@@ -78,7 +78,7 @@ def _rounded(count, lanes):
 
 def _rows_of_windows(operation):
     """The walk over output rows [first, last) for one operation."""
-    contiguous, every_second, contiguous_rows, every_second_rows = operation
+    contiguous, every_second, contiguous_rows, every_second_rows, pick_rows = operation
 
     @device()
     def fold_down(part, x, plan, p, o, r, g, w, inside):
@@ -129,7 +129,9 @@ def _rows_of_windows(operation):
                 every_second(move(out, i * size), move(part, i * pitch), dw, kw, count)
         else:  # windows from every column on, of which every sw-th is picked
             contiguous_rows(dense, pitch, part, pitch, g, dw, kw, (count - 1) * sw + 1)
-            for i in range(g):
+            whole = whole if sw == 3 else 0
+            pick_rows(out, size, dense, pitch, whole, count)
+            for i in range(whole, g):
                 source, target = move(dense, i * pitch), move(out, i * size)
                 for j in range(count):
                     target[j] = source[j * sw]
