@@ -99,19 +99,20 @@ def fold(typingctx, operation, stride, out, source, step, taps, count):
 
 @intrinsic(prefer_literal=True)
 def fold_rows(
-    typingctx, operation, stride, unrolled, out, out_pitch, source, source_pitch, rows, step, taps, count
+    typingctx, operation, stride, unrolled, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead
 ):
     """`fold` for many rows: row r reads from source + r * source_pitch and goes to out + r * out_pitch.
 
     Whole vectors only, which is what makes short rows fast: `count` is rounded up to a multiple of the lanes, in reading
     and in writing. What is written behind a row is overwritten by the next one, as rows are done in order; the caller
-    sees to what lies behind the last. unrolled: a literal; the number of taps where it is known, else 0.
+    sees to what lies behind the last. unrolled: a literal; the number of taps where it is known, else 0. ahead: the
+    distance of an element that will be wanted soon.
     """
     kind, every, known = _literal(operation), _literal(stride), _literal(unrolled)
-    signature = types.void(operation, stride, unrolled, out, types.intp, source, *[types.intp] * 5)
+    signature = types.void(operation, stride, unrolled, out, types.intp, source, *[types.intp] * 6)
 
     def codegen(context, builder, signature, args):
-        _, _, _, out, out_pitch, source, source_pitch, rows, step, taps, count = args
+        _, _, _, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead = args
         element = signature.args[3].dtype
         lanes = lane_count(element.bitwidth // 8)
 
@@ -133,6 +134,7 @@ def fold_rows(
                     with cgutils.for_range_slice(builder, _I64(1), taps, _I64(1), inc=True) as (t, _):
                         builder.store(_combine(builder, element, kind, tap(first, t), builder.load(total)), total)
                     value = builder.load(total)
+                _prefetch(builder, builder.gep(first, [ahead]))
                 _store(builder, value, builder.gep(target, [i]))
         return context.get_dummy_value()
 
@@ -272,6 +274,13 @@ def _itemsize(scalar) -> int:
     return {ir.FloatType(): 4, ir.DoubleType(): 8}.get(scalar) or scalar.width // 8
 
 
+def _prefetch(builder, pointer):
+    place = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [place, _I32(0), _I32(3), _I32(1)])  # read, keep in all levels, data
+
+
 def _load(builder, pointer, every, lanes):
     """`lanes` elements from the pointer on, the first of `every` each."""
     if lanes == 1:
@@ -332,27 +341,27 @@ def folds(operation):
         fold(operation, 2, out, source, step, taps, count)
 
     @device()
-    def contiguous_rows(out, out_pitch, source, source_pitch, rows, step, taps, count):
+    def contiguous_rows(out, out_pitch, source, source_pitch, rows, step, taps, count, ahead):
         if taps == 2:
-            fold_rows(operation, 1, 2, out, out_pitch, source, source_pitch, rows, step, taps, count)
+            fold_rows(operation, 1, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
         elif taps == 3:
-            fold_rows(operation, 1, 3, out, out_pitch, source, source_pitch, rows, step, taps, count)
+            fold_rows(operation, 1, 3, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
         elif taps == 5:
-            fold_rows(operation, 1, 5, out, out_pitch, source, source_pitch, rows, step, taps, count)
+            fold_rows(operation, 1, 5, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
         else:
-            fold_rows(operation, 1, 0, out, out_pitch, source, source_pitch, rows, step, taps, count)
+            fold_rows(operation, 1, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
 
     @device()
     def every_second_rows(out, out_pitch, source, source_pitch, rows, step, taps, count):
         if taps == 3:
-            fold_rows(operation, 2, 3, out, out_pitch, source, source_pitch, rows, step, taps, count)
+            fold_rows(operation, 2, 3, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
         else:
-            fold_rows(operation, 2, 0, out, out_pitch, source, source_pitch, rows, step, taps, count)
+            fold_rows(operation, 2, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
 
     @device()
     def pick_rows(out, out_pitch, source, source_pitch, rows, count):
         """Every third element."""
-        fold_rows(operation, 3, 1, out, out_pitch, source, source_pitch, rows, 1, 1, count)
+        fold_rows(operation, 3, 1, out, out_pitch, source, source_pitch, rows, 1, 1, count, 0)
 
     return contiguous, every_second, contiguous_rows, every_second_rows, pick_rows
 
