@@ -5,9 +5,10 @@ from math import prod
 
 import numpy as np
 
-from tilewise.kernels.cpu import pool_backward, pool_bins, pool_indices, pool_windows
-from tilewise.kernels.cpu.pool_bins import bin_divisors
-from tilewise.kernels.cpu.pool_windows import divisors_of, plan_of
+from tilewise.kernels.cpu import pool_bins, pool_indices, pool_scatter, pool_spread, pool_windows
+from tilewise.kernels.cpu.pool_bins import bounds as bin_bounds
+from tilewise.kernels.cpu.pool_spread import windows
+from tilewise.kernels.cpu.pool_windows import as_divisors, extents_of, inverse_divisors, plan_of
 from tilewise.kernels.cpu.scratch import empty
 from tilewise.kernels.shapes import output_size as window_count
 
@@ -80,7 +81,8 @@ def prepare_avg_pool2d(
     shape = _pooled(shapes[0], layout, kernel_size, stride, padding, (1, 1), ceil_mode)
     plan = plan_of(shapes[0], shape, dtype.itemsize, layout, kernel_size, stride, padding, (1, 1))
     pixels, counts = _plane(shapes[0], layout), _plane(shape, layout)
-    divisors = divisors_of(pixels, counts, dtype, kernel_size, stride, padding, count_include_pad, divisor_override)
+    extents = extents_of(pixels, counts, kernel_size, stride, padding, count_include_pad)
+    divisors = as_divisors(extents, divisor_override, dtype)
     kernel = pool_windows.averages.sized(prod(shapes[0]) * dtype.itemsize * _BYTE)
 
     def run(x):
@@ -97,20 +99,43 @@ def avg_pool2d(x, *, kernel_size, stride, padding, ceil_mode, count_include_pad,
     return prepare_avg_pool2d((x.shape,), x.dtype, **window, **divisor, layout=layout)(x)
 
 
-def avg_pool2d_backward(
-    grad, *, input_shape, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout
+def prepare_avg_pool2d_backward(
+    shapes, dtype, *, input_shape, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout
 ):
-    result = np.empty(input_shape, grad.dtype)
-    window = (layout == "NHWC", *kernel_size, *stride, *padding[0], *padding[1])
-    work = result.nbytes * _BYTE
-    pool_backward.averages_backward(work, grad, result, *window, count_include_pad, divisor_override or 0)
-    return result
+    """avg_pool2d_backward for one shape, with everything but the work itself done beforehand."""
+    pixels, counts = _plane(input_shape, layout), _plane(shapes[0], layout)
+    extents = extents_of(pixels, counts, kernel_size, stride, padding, count_include_pad)
+    weights = inverse_divisors(extents, divisor_override)
+    bounds = [
+        windows(count, n, k, s, low)
+        for count, n, k, s, (low, _) in zip(counts, pixels, kernel_size, stride, padding, strict=True)
+    ]
+    rows, columns = ((*bound, weight) for bound, weight in zip(bounds, weights, strict=True))
+    return _spreading(shapes[0], input_shape, dtype, layout, rows, columns, kernel_size[1], stride[1])
+
+
+def _spreading(grad_shape, shape, dtype, layout, rows, columns, kernel_width=0, stride=0):
+    """The gradient of averages, as a function of grad."""
+    arguments = pool_spread.plan_of(shape, grad_shape, dtype, layout, rows, columns, kernel_width, stride)
+    kernel = pool_spread.averages_backward.sized(prod(shape) * dtype.itemsize * _BYTE)
+
+    def run(grad):
+        result = empty(shape, dtype)
+        kernel(grad, result, *arguments)
+        return result
+
+    return run
+
+
+def avg_pool2d_backward(grad, **options):
+    return prepare_avg_pool2d_backward((grad.shape,), grad.dtype, **options)(grad)
 
 
 def prepare_adaptive_avg_pool2d(shapes, dtype, *, output_size, layout):
     """adaptive_avg_pool2d for one shape, with everything but the work itself done beforehand."""
     shape = _resized(shapes[0], layout, *output_size)
-    divisors = bin_divisors(_plane(shapes[0], layout), output_size, dtype)
+    bounds = [bin_bounds(n, count) for n, count in zip(_plane(shapes[0], layout), output_size, strict=True)]
+    divisors = as_divisors([ends - starts for starts, ends in bounds], None, dtype)
     kernel, nhwc = pool_bins.adaptive_averages.sized(prod(shapes[0]) * dtype.itemsize * _BYTE), layout == "NHWC"
 
     def run(x):
@@ -125,10 +150,17 @@ def adaptive_avg_pool2d(x, *, output_size, layout):
     return prepare_adaptive_avg_pool2d((x.shape,), x.dtype, output_size=output_size, layout=layout)(x)
 
 
+def prepare_adaptive_avg_pool2d_backward(shapes, dtype, *, input_shape, layout):
+    """adaptive_avg_pool2d_backward for one shape, with everything but the work itself done beforehand."""
+    sizes = zip(_plane(input_shape, layout), _plane(shapes[0], layout), strict=True)
+    bounds = [bin_bounds(n, count) for n, count in sizes]
+    weights = inverse_divisors([ends - starts for starts, ends in bounds], None)
+    rows, columns = ((*bound, weight) for bound, weight in zip(bounds, weights, strict=True))
+    return _spreading(shapes[0], input_shape, dtype, layout, rows, columns)
+
+
 def adaptive_avg_pool2d_backward(grad, *, input_shape, layout):
-    result = np.empty(input_shape, grad.dtype)
-    pool_backward.adaptive_averages_backward(result.nbytes * _BYTE, grad, result, layout == "NHWC")
-    return result
+    return prepare_adaptive_avg_pool2d_backward((grad.shape,), grad.dtype, input_shape=input_shape, layout=layout)(grad)
 
 
 def adaptive_max_pool2d(x, *, output_size, return_indices, layout):
@@ -153,7 +185,7 @@ def max_unpool2d(x, indices, *, output_size, layout):
 def max_unpool2d_backward(grad, indices, *, layout):
     result = np.empty(indices.shape, grad.dtype)
     outside = np.zeros(1, np.int64)
-    pool_backward.gather(indices.size * _INDEXED, grad, indices, result, outside, layout == "NHWC")
+    pool_scatter.gather(indices.size * _INDEXED, grad, indices, result, outside, layout == "NHWC")
     if outside[0]:
         _raise_outside("max_unpool2d_backward", indices, grad.shape, layout)
     return result
@@ -164,7 +196,7 @@ def _scattered(function, values, indices, shape, layout, add):
     result = np.empty(shape, values.dtype)
     outside = np.zeros(1, np.int64)
     work = result.nbytes * _BYTE + indices.size * _INDEXED
-    pool_backward.scatter(work, values, indices, result, outside, layout == "NHWC", add)
+    pool_scatter.scatter(work, values, indices, result, outside, layout == "NHWC", add)
     if outside[0]:
         _raise_outside(function, indices, shape, layout)
     return result

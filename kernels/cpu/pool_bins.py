@@ -19,7 +19,7 @@ from tilewise.kernels.cpu.pool_fold import (
     sum_contiguous,
     sum_rows,
 )
-from tilewise.kernels.cpu.pool_windows import as_divisors, divide
+from tilewise.kernels.cpu.pool_windows import divide
 from tilewise.kernels.cpu.simd import address
 
 # Rows folded in one go: each is a stream for the hardware's prefetcher, which follows about 16.
@@ -127,10 +127,7 @@ def adaptive_averages(x, y, nhwc, divisors):
         divide(address(y, first * ow_n * c), divisors, first, last - first, ow_n, c)
 
 
-def bin_divisors(pixels, counts, dtype):
-    """The heights and the widths of bins, as `divide` takes them."""
-    extents = []
-    for n, count in zip(pixels, counts, strict=True):
-        i = np.arange(count)
-        extents.append(((i + 1) * n + count - 1) // count - i * n // count)
-    return as_divisors(extents, dtype)
+def bounds(n, count):
+    """`bins` in NumPy."""
+    i = np.arange(count)
+    return i * n // count, ((i + 1) * n + count - 1) // count

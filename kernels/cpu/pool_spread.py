@@ -29,7 +29,9 @@ from tilewise.kernels.cpu.simd import _I32, _I64, VECTOR_BYTES, _Emitter, _liter
 # Elements of parts that are worked on at once: 8 KB of float32; the rows of grad_x that they make are larger.
 PART = 2048
 CHUNK = 32768  # elements of grad_x in a chunk
-ADD, PERMUTE, GATHER = range(3)  # how columns are spread in NCHW
+# How a part is spread: pixel by pixel in NHWC; for windows one column apart as the sum of a moving window; else by table.
+PIXELS, SLIDE, PERMUTE, GATHER = range(4)
+_REGISTERS = PERMUTE if VECTOR_BYTES == 64 else GATHER  # other machines have no such permutation
 
 
 @intrinsic
@@ -125,7 +127,7 @@ def _gathered(emit, pointer, where, present):
 
 
 @device()
-def _add_columns(out, part, c, width, whole, near, taps):
+def _add_pixels(out, part, c, width, whole, near, taps):
     """A row whose pixel w is the sum of taps[w] pixels of the part from near[w] on; c elements to a pixel.
 
     The first `whole` pixels are written in whole vectors, which the following pixels overwrite.
@@ -141,46 +143,121 @@ def _add_columns(out, part, c, width, whole, near, taps):
             sum_contiguous(target, source, c, taps[w], c)
 
 
+@device()
+def _spread(out, number, part, plan, table, places):
+    """One part, spread over the columns of `number` rows."""
+    w_n, c, way, taps, whole, vectors = plan[4], plan[5], plan[10], plan[11], plan[13], plan[14]
+    if way == PERMUTE:
+        spread_columns(_REGISTERS, out, number, w_n, part, table, places, taps, vectors)
+    elif way == GATHER:
+        spread_columns(GATHER, out, number, w_n, part, table, places, taps, vectors)
+    else:
+        if way == SLIDE:
+            sum_contiguous(out, move(part, table[0]), 1, taps, w_n)
+        else:
+            _add_pixels(out, part, c, w_n, whole, table, move(table, w_n))
+        for k in range(1, number):
+            sum_contiguous(move(out, k * w_n * c), out, 0, 1, w_n * c)
+
+
 @kernel()
-def averages_backward(g, gx, plan, rows, columns, index, weights):
-    """Gradient of averages. rows: first row, number of rows, first window and number of windows of each band; columns:
-    what the way of spreading needs; weights: of the windows' rows, then of the elements of a row of windows."""
-    units, per_chunk, bands, h_n, w_n, c, oh_n, ow_n = plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6], plan[7]
-    pitch, group, way, taps, margin, whole = plan[8], plan[9], plan[10], plan[11], plan[12], plan[13]
-    size, width = ow_n * c, w_n * c
-    heights, widths = address(weights, 0), address(weights, oh_n)
-    table, far, places = address(columns, 0), address(columns, w_n), address(index, 0)
+def averages_backward(g, gx, plan, bands, table, index, weights):
+    """Gradient of averages; the arguments after gx are what `plan_of` made."""
+    units, per_chunk, band_n, h_n, w_n, c, oh_n = plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]
+    size, pitch, group, margin = plan[7] * c, plan[8], plan[9], plan[12]
     for chunk in prange((units + per_chunk - 1) // per_chunk):
-        first, last = chunk * per_chunk, min((chunk + 1) * per_chunk, units)
+        last = min((chunk + 1) * per_chunk, units)
         memory = scratch(pitch * group + 2 * margin, g)
         memory[:] = 0
-        part = address(memory, margin)
-        for start in range(first, last, group):
+        part, heights = address(memory, margin), address(weights, 0)
+        for start in range(chunk * per_chunk, last, group):
             count = min(group, last - start)
-            p = start // bands
-            b = start - p * bands
+            p = start // band_n
+            b = start - p * band_n
             for i in range(count):
-                top, number = rows[4 * b + 2], rows[4 * b + 3]
+                top, number = bands[4 * b + 2], bands[4 * b + 3]
                 source = address(g, (p * oh_n + top) * size)
-                weighted_rows(move(part, i * pitch), source, size, move(heights, top), number, widths, size)
+                target = move(part, i * pitch)
+                weighted_rows(target, source, size, move(heights, top), number, move(heights, oh_n), size)
                 b += 1
-                if b == bands:
+                if b == band_n:
                     b = 0
                     p += 1
-            p = start // bands
-            b = start - p * bands
+            p = start // band_n
+            b = start - p * band_n
             for i in range(count):
-                source, number = move(part, i * pitch), rows[4 * b + 1]
-                out = address(gx, (p * h_n + rows[4 * b]) * width)
-                if way == ADD:
-                    _add_columns(out, source, c, w_n, whole, table, far)
-                    for k in range(1, number):
-                        sum_contiguous(move(out, k * width), out, 0, 1, width)
-                elif way == PERMUTE:
-                    spread_columns(_PERMUTE, out, number, width, source, table, places, taps, (width + lanes(g) - 1) // lanes(g))
-                else:
-                    spread_columns(GATHER, out, number, width, source, table, places, taps, (width + lanes(g) - 1) // lanes(g))
+                out = address(gx, (p * h_n + bands[4 * b]) * w_n * c)
+                _spread(out, bands[4 * b + 1], move(part, i * pitch), plan, address(table, 0), address(index, 0))
                 b += 1
-                if b == bands:
+                if b == band_n:
                     b = 0
                     p += 1
+
+
+def plan_of(x_shape, grad_shape, dtype, layout, rows, columns, kernel_width, stride):
+    """The arguments of averages_backward after gx.
+
+    rows, columns: (starts, ends, weights) of the windows along an axis. kernel_width, stride: of evenly spaced columns,
+    else 0.
+    """
+    (n, a, b, d), (_, e, f, k), lanes = x_shape, grad_shape, lane_count(dtype.itemsize)
+    planes, h, w, oh, ow, c = (n * a, b, d, f, k, 1) if layout == "NCHW" else (n, a, b, e, f, d)
+    top, height = _covering(h, *rows[:2])
+    near, taps = _covering(w, *columns[:2])
+    if c == oh == ow == 1 and height.all() and taps.all():  # a plane is one window: it may as well be one row
+        h, w, top, height, near, taps = 1, h * w, np.zeros(1, int), np.ones(1, int), np.zeros(h * w, int), np.ones(h * w, int)
+    first = np.flatnonzero(np.diff(top, prepend=-1) | np.diff(height, prepend=-1))
+    bands = np.stack((first, np.diff(first, append=h), top[first], height[first]), 1)
+    most, index = int(taps.max(initial=0)), np.zeros((0, 0, lanes), int)
+    if c > 1:
+        way, table = PIXELS, np.concatenate((near, taps))
+    elif stride == 1:
+        way, table, most = SLIDE, near[:1] + taps[:1] - kernel_width, kernel_width
+    else:
+        way, table, index = _columns_of_vectors(near, taps, most, lanes)
+    size = ow * c
+    margin = _rounded(max(kernel_width, 1), lanes)
+    pitch = _rounded(size, lanes) + margin
+    units = planes * len(bands)
+    per_chunk = max(CHUNK * len(bands) // max(w * c * h, 1), 1)
+    whole = w - -(-(_rounded(c, lanes) - c) // c)
+    plan = (units, per_chunk, len(bands), h, w, c, oh, ow, pitch, max(PART // pitch, 1), way, most, margin, whole)
+    integers = np.int32 if dtype.itemsize == 4 else np.int64
+    weights = np.concatenate((rows[2], np.repeat(columns[2], c), np.zeros(lanes))).astype(dtype)
+    return (
+        np.array((*plan, index.shape[0]), np.int64),
+        bands.astype(np.int64).ravel(),
+        table.astype(np.int64).ravel(),
+        index.astype(integers).ravel(),
+        weights,
+    )
+
+
+def _covering(n, starts, ends):
+    """For each pixel of an axis: the first window that it lies in, and their number."""
+    pixels = np.arange(n)
+    first = np.searchsorted(ends, pixels, "right")
+    return first, np.maximum(np.searchsorted(starts, pixels, "right") - first, 0)
+
+
+def _columns_of_vectors(near, taps, most, lanes):
+    """(way, table, index) of `spread_columns`. The last vector of a row ends with it, where the row is that long."""
+    vectors = -(-near.size // lanes)
+    first = np.minimum(np.arange(vectors) * lanes, max(near.size - lanes, 0))
+    base = near[first]
+    column = first[:, None, None] + np.arange(lanes)
+    tap = np.arange(most)[:, None]
+    inside = np.minimum(column, near.size - 1)
+    index = np.where((column < near.size) & (tap < taps[inside]), near[inside] + tap - base[:, None, None], -1)
+    way = PERMUTE if VECTOR_BYTES == 64 and index.max(initial=0) < lanes else GATHER
+    return way, np.stack((first, base), 1), index
+
+
+def _rounded(count, lanes):
+    return -(-count // lanes) * lanes
+
+
+def windows(count, n, k, s, low):
+    """Starts and ends of windows along an axis of n pixels."""
+    starts = np.arange(count) * s - low
+    return np.maximum(starts, 0), np.minimum(starts + k, n)

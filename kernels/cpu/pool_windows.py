@@ -155,9 +155,11 @@ def _rows_of_windows(operation):
             span = (count - 1) * sw + reach
             before = max(-w, 0)
             inside = min(w + span, w_n) - (w + before)
-            fill_rows(part, pitch, g, empty, before * c)
+            if before:
+                fill_rows(part, pitch, g, empty, before * c)
             fold_down(move(part, before * c), x, plan, p, o, r, g, w + before, inside)
-            fill_rows(move(part, (before + inside) * c), pitch, g, empty, (span - before - inside) * c)
+            if span > before + inside:
+                fill_rows(move(part, (before + inside) * c), pitch, g, empty, (span - before - inside) * c)
             fold_across(y, part, dense, plan, r, g, whole, start, count)
 
     return windows
@@ -243,22 +245,32 @@ def divide(y, divisors, first, rows, ow_n, c):
             o = 0
 
 
-def divisors_of(shape, counts, dtype, kernel_size, stride, padding, count_include_pad, override):
-    """The heights of the windows along one axis, then the widths along the other, whose products are the divisors; or
-    what `divide` takes for a single divisor."""
-    if override:
-        return as_divisors((np.array([override]), np.ones(1, np.int64)), dtype)
+def extents_of(shape, counts, kernel_size, stride, padding, count_include_pad):
+    """The heights and the widths of windows, whose products are the divisors."""
     axes = zip(counts, shape, kernel_size, stride, padding, strict=True)
-    return as_divisors([_extents(*axis, count_include_pad) for axis in axes], dtype)
+    return [_extents(*axis, count_include_pad) for axis in axes]
 
 
-def as_divisors(extents, dtype):
-    """What `divide` takes, from the windows' heights and widths."""
-    heights, widths = extents
-    if (heights == heights[0]).all() and (widths == widths[0]).all():
-        divisor = int(heights[0] * widths[0])
+def as_divisors(extents, override, dtype):
+    """What `divide` takes, from the windows' heights and widths; override: the divisor of all, or None."""
+    divisor = override or single_divisor(*extents)
+    if divisor:
         return np.array((1 / divisor if divisor & (divisor - 1) == 0 else 0, divisor), dtype)
-    return np.concatenate((heights, widths)).astype(dtype)
+    return np.concatenate(extents).astype(dtype)
+
+
+def single_divisor(heights, widths) -> int:
+    """The product of heights and widths where it is always the same, else 0."""
+    return int(heights[0] * widths[0]) if (heights == heights[0]).all() and (widths == widths[0]).all() else 0
+
+
+def inverse_divisors(extents, override):
+    """Weights of rows and of columns whose products are one over the divisors."""
+    heights, widths = extents
+    divisor = override or single_divisor(heights, widths)
+    if divisor:
+        return np.full(heights.size, 1 / divisor), np.ones(widths.size)
+    return 1 / heights, 1 / widths
 
 
 def _extents(count, n, k, s, sides, pad):

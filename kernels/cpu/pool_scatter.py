@@ -1,0 +1,102 @@
+"""Gradient of maxima, and unpooling: what follows indices.
+
+Each chunk owns some planes (in NHWC: some channels of an image), so no two chunks write to the same place, and the
+order of the additions is that of the windows whatever the number of threads.
+"""
+
+from numba import prange
+
+from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.pool_fold import chunk_rows, move, sizes
+from tilewise.kernels.cpu.simd import address
+
+# Channels of an NHWC plane that one chunk scatters to, where the batch alone makes too few chunks: two cache lines of
+# float32. Fewer would occupy more threads, but each pixel's line is then fetched for little work.
+CHANNELS = 32
+# A batch of this many images makes chunks enough.
+IMAGES = 8
+
+
+@kernel()
+def scatter(values, indices, result, outside, nhwc, add):
+    """result[p, indices[p, o]] += values[p, o], or = with add = 0, for all o of each plane p; zero elsewhere.
+
+    A chunk owns whole planes, or some channels of an NHWC one. An index outside the plane is not written; outside[0]
+    becomes 1.
+    """
+    planes, h_n, w_n, c = sizes(result, nhwc)
+    _, oh_n, ow_n, _ = sizes(values, nhwc)
+    size, count = h_n * w_n, oh_n * ow_n
+    # `channels` of one plane to a chunk (all of them where the batch alone makes enough chunks), or, in NCHW, planes
+    channels = chunk_rows(size) if c == 1 else c if planes >= IMAGES else CHANNELS
+    blocks = (c + channels - 1) // channels
+    chunks = planes * blocks if c > 1 else (planes + channels - 1) // channels
+    for chunk in prange(chunks):
+        if c > 1:
+            p = chunk // blocks
+            low = (chunk - p * blocks) * channels
+            _scatter_plane(values, indices, result, outside, p, count, size, c, low, min(low + channels, c), add)
+        else:
+            for p in range(chunk * channels, min((chunk + 1) * channels, planes)):
+                _scatter_plane(values, indices, result, outside, p, count, size, 1, 0, 1, add)
+
+
+@device()
+def _scatter_plane(values, indices, result, outside, p, count, size, c, low, high, add):
+    target = address(result, p * size * c)
+    source, where = address(values, p * count * c), address(indices, p * count * c)
+    if high - low == c:
+        for i in range(size * c):
+            target[i] = 0
+    elif high - low == CHANNELS:
+        for i in range(size):
+            for k in range(CHANNELS):  # a constant: one or two vector stores, not a call of memset
+                target[i * c + low + k] = 0
+    else:
+        for i in range(size):
+            for k in range(low, high):
+                target[i * c + k] = 0
+    wrong = 0
+    for o in range(count):
+        for k in range(low, high):
+            index = where[o * c + k]
+            if 0 <= index < size:
+                place = index * c + k
+                target[place] = target[place] + source[o * c + k] if add else source[o * c + k]
+            else:
+                wrong = 1
+    if wrong:
+        outside[0] = 1  # several chunks may do so, all with the same value
+
+
+@kernel()
+def gather(values, indices, result, outside, nhwc):
+    """result[p, o] = values[p, indices[p, o]] for all o of each plane p."""
+    _, h_n, w_n, _ = sizes(values, nhwc)
+    planes, oh_n, ow_n, c = sizes(indices, nhwc)
+    size, count = h_n * w_n, oh_n * ow_n
+    rows, per_chunk = planes * count, chunk_rows(c)
+    for chunk in prange((rows + per_chunk - 1) // per_chunk):
+        first = chunk * per_chunk
+        _gather_pixels(values, indices, result, outside, count, size, c, first, min(first + per_chunk, rows))
+
+
+@device()
+def _gather_pixels(values, indices, result, outside, count, size, c, first, last):
+    target, where = address(result, 0), address(indices, 0)
+    p = first // count
+    end = (p + 1) * count
+    source = address(values, p * size * c)
+    wrong = 0
+    for r in range(first, last):
+        if r == end:
+            source = move(source, size * c)
+            end += count
+        for k in range(c):
+            index = where[r * c + k]
+            if 0 <= index < size:
+                target[r * c + k] = source[index * c + k]
+            else:
+                wrong = 1
+    if wrong:
+        outside[0] = 1
