@@ -8,7 +8,7 @@ windows are equal: such a group of rows, a band, is computed once and stored as 
     rows      0-2   3-4   5   6-7   8   9-10   11-13
     windows    0    0 1   1   1 2   2    2 3      3
 
-First the weighted sum of a band's rows of grad goes to a part, for several bands, then each part is spread: every column
+First the weighted sum of a band's rows of grad goes to a part, for several planes, then each part is spread: every column
 gathers from the windows that it lies in, as told by a table, so nothing is scattered. In NCHW a vector of columns lies
 in few windows, which one vector of the part holds: the gather is a permutation of a register (AVX-512).
 
@@ -26,81 +26,119 @@ from tilewise.kernels.cpu.pool_fold import move, sum_contiguous, sum_contiguous_
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import _I32, _I64, VECTOR_BYTES, _Emitter, _literal, address, lane_count
 
-# Elements of parts that are worked on at once: 8 KB of float32; the rows of grad_x that they make are larger.
-PART = 2048
+# Elements of grad_x in the planes that are worked on at once, and of their parts: 16 KB of float32 each, to stay in L1.
+PART = 4096
 CHUNK = 32768  # elements of grad_x in a chunk
 # How a part is spread: pixel by pixel in NHWC; for windows one column apart as the sum of a moving window; else by table.
 PIXELS, SLIDE, PERMUTE, GATHER = range(4)
 _REGISTERS = PERMUTE if VECTOR_BYTES == 64 else GATHER  # other machines have no such permutation
 
 
-@intrinsic
-def weighted_rows(typingctx, out, source, step, heights, taps, widths, count):
-    """out[i] = widths[i] * (sum over t < taps of heights[t] * source[t * step + i]) for i < count.
+@intrinsic(prefer_literal=True)
+def weighted_rows(
+    typingctx, known, out, out_pitch, source, source_pitch, planes, step, heights, taps, widths, count
+):
+    """In each of `planes` planes, a pitch apart: out[i] = widths[i] * (sum over t < taps of heights[t] *
+    source[t * step + i]) for i < count.
 
     Whole vectors are written, zeros behind the last element; nothing but the elements is read. widths must be readable
-    in whole vectors.
+    in whole vectors. known: a literal; the number of taps where it is known, else 0.
     """
-    signature = types.void(out, source, types.intp, heights, types.intp, widths, types.intp)
+    unrolled = _literal(known)
+    signature = types.void(
+        known, out, types.intp, source, types.intp, types.intp, types.intp, heights, types.intp, widths, types.intp
+    )
 
     def codegen(context, builder, signature, args):
-        out, source, step, heights, taps, widths, count = args
-        emit = _Emitter(builder, signature.args[0].dtype)
+        _, out, out_pitch, source, source_pitch, planes, step, heights, taps, widths, count = args
+        emit = _Emitter(builder, signature.args[1].dtype)
         total = cgutils.alloca_once(builder, emit.vector)
 
-        def vector(i, load):
-            builder.store(emit.zero, total)
-            with cgutils.for_range(builder, taps) as tap:
-                weight = emit.splat(builder.load(builder.gep(heights, [tap.index])))
-                value = load(source, builder.add(builder.mul(tap.index, step), i))
-                builder.store(emit.multiply_add(weight, value, builder.load(total)), total)
-            emit.store(builder.fmul(builder.load(total), emit.load(widths, i)), out, i)
+        def weight(t):
+            return emit.splat(builder.load(builder.gep(heights, [t])))
 
+        weights = [weight(_I64(t)) for t in range(unrolled)]
         whole = builder.and_(count, _I64(-emit.lanes))
-        with cgutils.for_range_slice(builder, _I64(0), whole, _I64(emit.lanes), inc=True) as (i, _):
-            vector(i, emit.load)
-        with builder.if_then(builder.icmp_signed("<", whole, count)):
-            mask = emit.mask(_I64(0), builder.sub(count, whole))
-            vector(whole, lambda pointer, offset: emit.masked_load(pointer, offset, mask))
+        mask = emit.mask(_I64(0), builder.sub(count, whole))
+
+        def vector(pointer, i, load):
+            builder.store(emit.zero, total)
+
+            def add(t, factor):
+                value = load(pointer, builder.add(builder.mul(t, step), i))
+                builder.store(emit.multiply_add(factor, value, builder.load(total)), total)
+
+            for t in range(unrolled):
+                add(_I64(t), weights[t])
+            if not unrolled:
+                with cgutils.for_range(builder, taps) as tap:
+                    add(tap.index, weight(tap.index))
+            return builder.fmul(builder.load(total), emit.load(widths, i))
+
+        with cgutils.for_range(builder, planes) as plane:
+            start = builder.gep(source, [builder.mul(plane.index, source_pitch)])
+            target = builder.gep(out, [builder.mul(plane.index, out_pitch)])
+            with cgutils.for_range_slice(builder, _I64(0), whole, _I64(emit.lanes), inc=True) as (i, _):
+                emit.store(vector(start, i, emit.load), target, i)
+            with builder.if_then(builder.icmp_signed("<", whole, count)):
+                rest = vector(start, whole, lambda pointer, offset: emit.masked_load(pointer, offset, mask))
+                emit.store(rest, target, whole)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 @intrinsic(prefer_literal=True)
-def spread_columns(typingctx, way, out, rows, width, part, table, index, taps, vectors):
-    """For each of `vectors` vectors of columns, in `rows` rows of `width`: out[first + i] = sum over taps of
-    part[base + index[i]], where an index below zero stands for 0.
+def spread_columns(
+    typingctx, way, known, out, out_pitch, planes, rows, width, part, part_pitch, table, index, taps, vectors
+):
+    """In each of `planes` planes, for each of `vectors` vectors of columns, in `rows` rows of `width`: out[first + i] =
+    the sum over taps of part[base + index[i]], where an index below zero stands for 0.
 
-    way: PERMUTE, where every index is less than the lanes, or GATHER. table: first and base of each vector; index: its
-    `taps` vectors of indices, integers as wide as the elements.
+    way: PERMUTE, where every index is less than the lanes, or GATHER. known: the number of taps where it is known, else
+    0. table: first and base of each vector; index: its `taps` vectors of indices, integers as wide as the elements.
     """
-    how = _literal(way)
-    signature = types.void(way, out, types.intp, types.intp, part, table, index, types.intp, types.intp)
+    how, unrolled = _literal(way), _literal(known)
+    signature = types.void(
+        way, known, out, *[types.intp] * 4, part, types.intp, table, index, types.intp, types.intp
+    )
 
     def codegen(context, builder, signature, args):
-        _, out, rows, width, part, table, index, taps, vectors = args
-        emit = _Emitter(builder, signature.args[1].dtype)
-        places = _Emitter(builder, signature.args[6].dtype)
+        _, _, out, out_pitch, planes, rows, width, part, part_pitch, table, index, taps, vectors = args
+        emit = _Emitter(builder, signature.args[2].dtype)
+        places = _Emitter(builder, signature.args[10].dtype)
         total = cgutils.alloca_once(builder, emit.vector)
         mask = emit.mask(_I64(0), width)
+
+        def entry(v, k):
+            return builder.load(builder.gep(table, [builder.add(builder.mul(v, _I64(2)), _I64(k))]))
+
+        def indices(v, t):
+            where = places.load(index, builder.mul(builder.add(builder.mul(v, taps), t), _I64(emit.lanes)))
+            return where, builder.icmp_signed(">=", where, places.zero)
+
+        def take(pointer, where, present):
+            value = _permuted(emit, pointer, where) if how == PERMUTE else _gathered(emit, pointer, where, present)
+            return builder.select(present, value, emit.zero)
+
         with cgutils.for_range(builder, vectors) as loop:
-            v = loop.index
-            entry = builder.mul(v, _I64(2))
-            first = builder.load(builder.gep(table, [entry]))
-            base = builder.gep(part, [builder.load(builder.gep(table, [builder.add(entry, _I64(1))]))])
-            builder.store(emit.zero, total)
-            with cgutils.for_range(builder, taps) as tap:
-                number = builder.add(builder.mul(v, taps), tap.index)
-                where = places.load(index, builder.mul(number, _I64(emit.lanes)))
-                present = builder.icmp_signed(">=", where, places.zero)
-                value = _permuted(emit, base, where) if how == PERMUTE else _gathered(emit, base, where, present)
-                value = builder.select(present, value, emit.zero)
-                builder.store(emit.add(builder.load(total), value), total)
-            value = builder.load(total)
-            with cgutils.for_range(builder, rows) as row:
-                place = builder.add(builder.mul(row.index, width), first)
-                emit.masked_store(value, out, place, mask)
+            first, base = entry(loop.index, 0), entry(loop.index, 1)
+            chosen = [indices(loop.index, _I64(t)) for t in range(unrolled)]
+            with cgutils.for_range(builder, planes) as plane:
+                source = builder.gep(part, [builder.add(builder.mul(plane.index, part_pitch), base)])
+                target = builder.gep(out, [builder.add(builder.mul(plane.index, out_pitch), first)])
+                if unrolled:
+                    value = take(source, *chosen[0])
+                    for where, present in chosen[1:]:
+                        value = emit.add(value, take(source, where, present))
+                else:
+                    builder.store(emit.zero, total)
+                    with cgutils.for_range(builder, taps) as tap:
+                        value = take(source, *indices(loop.index, tap.index))
+                        builder.store(emit.add(builder.load(total), value), total)
+                    value = builder.load(total)
+                with cgutils.for_range(builder, rows) as row:
+                    emit.masked_store(value, target, builder.mul(row.index, width), mask)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -144,54 +182,70 @@ def _add_pixels(out, part, c, width, whole, near, taps):
 
 
 @device()
-def _spread(out, number, part, plan, table, places):
-    """One part, spread over the columns of `number` rows."""
-    w_n, c, way, taps, whole, vectors = plan[4], plan[5], plan[10], plan[11], plan[13], plan[14]
-    if way == PERMUTE:
-        spread_columns(_REGISTERS, out, number, w_n, part, table, places, taps, vectors)
-    elif way == GATHER:
-        spread_columns(GATHER, out, number, w_n, part, table, places, taps, vectors)
+def _weighted(out, out_pitch, source, source_pitch, planes, step, heights, taps, widths, count):
+    if taps == 1:
+        weighted_rows(1, out, out_pitch, source, source_pitch, planes, step, heights, 1, widths, count)
+    elif taps == 2:
+        weighted_rows(2, out, out_pitch, source, source_pitch, planes, step, heights, 2, widths, count)
     else:
-        if way == SLIDE:
-            sum_contiguous(out, move(part, table[0]), 1, taps, w_n)
+        weighted_rows(0, out, out_pitch, source, source_pitch, planes, step, heights, taps, widths, count)
+
+
+@device()
+def _spread(out, planes, rows, part, plan, table, index):
+    """The parts of one band, spread over the columns of its rows in each of some planes."""
+    h_n, w_n, c, pitch, way, taps, whole, vectors = (
+        plan[2], plan[3], plan[4], plan[7], plan[9], plan[10], plan[12], plan[13]
+    )  # fmt: skip
+    width = w_n * c
+    size = h_n * width
+    if way == PERMUTE:
+        if taps == 1:
+            spread_columns(_REGISTERS, 1, out, size, planes, rows, width, part, pitch, table, index, 1, vectors)
+        elif taps == 2:
+            spread_columns(_REGISTERS, 2, out, size, planes, rows, width, part, pitch, table, index, 2, vectors)
         else:
-            _add_pixels(out, part, c, w_n, whole, table, move(table, w_n))
-        for k in range(1, number):
-            sum_contiguous(move(out, k * w_n * c), out, 0, 1, w_n * c)
+            spread_columns(_REGISTERS, 0, out, size, planes, rows, width, part, pitch, table, index, taps, vectors)
+    elif way == GATHER:
+        spread_columns(GATHER, 0, out, size, planes, rows, width, part, pitch, table, index, taps, vectors)
+    else:
+        for p in range(planes):
+            target, source = move(out, p * size), move(part, p * pitch)
+            if way == SLIDE:
+                sum_contiguous(target, move(source, table[0]), 1, taps, width)
+            else:
+                _add_pixels(target, source, c, w_n, whole, table, move(table, w_n))
+            for k in range(1, rows):
+                sum_contiguous(move(target, k * width), target, 0, 1, width)
 
 
 @kernel()
 def averages_backward(g, gx, plan, bands, table, index, weights):
-    """Gradient of averages; the arguments after gx are what `plan_of` made."""
-    units, per_chunk, band_n, h_n, w_n, c, oh_n = plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]
-    size, pitch, group, margin = plan[7] * c, plan[8], plan[9], plan[12]
-    for chunk in prange((units + per_chunk - 1) // per_chunk):
-        last = min((chunk + 1) * per_chunk, units)
+    """Gradient of averages; the arguments after gx are what `plan_of` made.
+
+    A chunk owns some planes, or some bands of one.
+    """
+    planes, band_n, h_n, w_n, c, oh_n, size, pitch = (
+        plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6], plan[7]
+    )  # fmt: skip
+    group, margin, own_planes, own_bands = plan[8], plan[11], plan[14], plan[15]
+    cuts = (band_n + own_bands - 1) // own_bands
+    for chunk in prange((planes + own_planes - 1) // own_planes * cuts):
+        start = chunk // cuts
+        band = (chunk - start * cuts) * own_bands
+        start *= own_planes
+        end = min(start + own_planes, planes)
         memory = scratch(pitch * group + 2 * margin, g)
-        memory[:] = 0
+        memory[:] = 0  # windows that slide over the part's ends find zeros
         part, heights = address(memory, margin), address(weights, 0)
-        for start in range(chunk * per_chunk, last, group):
-            count = min(group, last - start)
-            p = start // band_n
-            b = start - p * band_n
-            for i in range(count):
-                top, number = bands[4 * b + 2], bands[4 * b + 3]
-                source = address(g, (p * oh_n + top) * size)
-                target = move(part, i * pitch)
-                weighted_rows(target, source, size, move(heights, top), number, move(heights, oh_n), size)
-                b += 1
-                if b == band_n:
-                    b = 0
-                    p += 1
-            p = start // band_n
-            b = start - p * band_n
-            for i in range(count):
-                out = address(gx, (p * h_n + bands[4 * b]) * w_n * c)
-                _spread(out, bands[4 * b + 1], move(part, i * pitch), plan, address(table, 0), address(index, 0))
-                b += 1
-                if b == band_n:
-                    b = 0
-                    p += 1
+        widths = move(heights, oh_n)
+        for p in range(start, end, group):
+            count = min(group, end - p)
+            for b in range(band, min(band + own_bands, band_n)):
+                row, rows, top, taps = bands[4 * b], bands[4 * b + 1], bands[4 * b + 2], bands[4 * b + 3]
+                source, out = address(g, (p * oh_n + top) * size), address(gx, (p * h_n + row) * w_n * c)
+                _weighted(part, pitch, source, oh_n * size, count, size, move(heights, top), taps, widths, size)
+                _spread(out, count, rows, part, plan, address(table, 0), address(index, 0))
 
 
 def plan_of(x_shape, grad_shape, dtype, layout, rows, columns, kernel_width, stride):
@@ -215,17 +269,18 @@ def plan_of(x_shape, grad_shape, dtype, layout, rows, columns, kernel_width, str
         way, table, most = SLIDE, near[:1] + taps[:1] - kernel_width, kernel_width
     else:
         way, table, index = _columns_of_vectors(near, taps, most, lanes)
-    size = ow * c
     margin = _rounded(max(kernel_width, 1), lanes)
-    pitch = _rounded(size, lanes) + margin
-    units = planes * len(bands)
-    per_chunk = max(CHUNK * len(bands) // max(w * c * h, 1), 1)
+    pitch = _rounded(ow * c, lanes) + margin
+    plane = max(h * w * c, 1)
+    group = max(min(PART // pitch, PART // plane), 1)
+    own_planes = max(CHUNK // plane, 1)
+    own_bands = max(CHUNK * len(bands) // plane, 1) if own_planes == 1 else max(len(bands), 1)
     whole = w - -(-(_rounded(c, lanes) - c) // c)
-    plan = (units, per_chunk, len(bands), h, w, c, oh, ow, pitch, max(PART // pitch, 1), way, most, margin, whole)
+    plan = (planes, len(bands), h, w, c, oh, ow * c, pitch, group, way, most, margin, whole, index.shape[0])
     integers = np.int32 if dtype.itemsize == 4 else np.int64
     weights = np.concatenate((rows[2], np.repeat(columns[2], c), np.zeros(lanes))).astype(dtype)
     return (
-        np.array((*plan, index.shape[0]), np.int64),
+        np.array((*plan, own_planes, own_bands), np.int64),
         bands.astype(np.int64).ravel(),
         table.astype(np.int64).ravel(),
         index.astype(integers).ravel(),
