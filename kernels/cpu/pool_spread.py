@@ -121,10 +121,10 @@ def spread_columns(
             value = _permuted(emit, pointer, where) if how == PERMUTE else _gathered(emit, pointer, where, present)
             return builder.select(present, value, emit.zero)
 
-        with cgutils.for_range(builder, vectors) as loop:
-            first, base = entry(loop.index, 0), entry(loop.index, 1)
-            chosen = [indices(loop.index, _I64(t)) for t in range(unrolled)]
-            with cgutils.for_range(builder, planes) as plane:
+        with cgutils.for_range(builder, planes) as plane:
+            with cgutils.for_range(builder, vectors) as loop:
+                first, base = entry(loop.index, 0), entry(loop.index, 1)
+                chosen = [indices(loop.index, _I64(t)) for t in range(unrolled)]
                 source = builder.gep(part, [builder.add(builder.mul(plane.index, part_pitch), base)])
                 target = builder.gep(out, [builder.add(builder.mul(plane.index, out_pitch), first)])
                 if unrolled:
