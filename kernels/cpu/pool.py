@@ -5,7 +5,7 @@ from math import prod
 
 import numpy as np
 
-from tilewise.kernels.cpu import pool_bins, pool_indices, pool_scatter, pool_spread, pool_windows
+from tilewise.kernels.cpu import pool_bins, pool_indices, pool_match, pool_scatter, pool_spread, pool_windows
 from tilewise.kernels.cpu.pool_bins import bounds as bin_bounds
 from tilewise.kernels.cpu.pool_spread import windows
 from tilewise.kernels.cpu.pool_windows import as_divisors, extents_of, inverse_divisors, plan_of
@@ -70,8 +70,26 @@ def max_pool2d(x, *, kernel_size, stride, padding, dilation, ceil_mode, return_i
     return prepare_max_pool2d((x.shape,), x.dtype, **window, **options)(x)
 
 
-def max_pool2d_backward(grad, indices, *, input_shape, kernel_size, stride, padding, dilation, ceil_mode, layout):
-    return _scattered("max_pool2d_backward", grad, indices, input_shape, layout, True)
+def prepare_max_pool2d_backward(
+    shapes, dtype, *, input_shape, kernel_size, stride, padding, dilation, ceil_mode, layout
+):
+    """max_pool2d_backward for one shape, with everything but the work itself done beforehand."""
+    scattered = _scattering("max_pool2d_backward", shapes[0], input_shape, dtype, layout, True)
+    if layout == "NCHW" or dilation != (1, 1):
+        return scattered
+    pixels, counts = _plane(input_shape, layout), _plane(shapes[0], layout)
+    table = pool_match.table_of(pixels, _bounds(counts, pixels, kernel_size, stride, padding))
+    kernel = pool_match.match.sized(prod(input_shape) * dtype.itemsize * _BYTE + prod(shapes[0]) * _INDEXED)
+
+    def run(grad, indices):
+        result = empty(input_shape, dtype)
+        return scattered(grad, indices) if kernel(grad, indices, result, table) else result
+
+    return run
+
+
+def max_pool2d_backward(grad, indices, **options):
+    return prepare_max_pool2d_backward((grad.shape,), grad.dtype, **options)(grad, indices)
 
 
 def prepare_avg_pool2d(
@@ -106,12 +124,15 @@ def prepare_avg_pool2d_backward(
     pixels, counts = _plane(input_shape, layout), _plane(shapes[0], layout)
     extents = extents_of(pixels, counts, kernel_size, stride, padding, count_include_pad)
     weights = inverse_divisors(extents, divisor_override)
-    bounds = [
-        windows(count, n, k, s, low)
-        for count, n, k, s, (low, _) in zip(counts, pixels, kernel_size, stride, padding, strict=True)
-    ]
+    bounds = _bounds(counts, pixels, kernel_size, stride, padding)
     rows, columns = ((*bound, weight) for bound, weight in zip(bounds, weights, strict=True))
     return _spreading(shapes[0], input_shape, dtype, layout, rows, columns, kernel_size[1], stride[1])
+
+
+def _bounds(counts, pixels, kernel_size, stride, padding):
+    """Starts and ends of the windows along both axes."""
+    axes = zip(counts, pixels, kernel_size, stride, padding, strict=True)
+    return [windows(count, n, k, s, low) for count, n, k, s, (low, _) in axes]
 
 
 def _spreading(grad_shape, shape, dtype, layout, rows, columns, kernel_width=0, stride=0):
@@ -174,32 +195,52 @@ def adaptive_max_pool2d(x, *, output_size, return_indices, layout):
     return y, indices
 
 
+def prepare_adaptive_max_pool2d_backward(shapes, dtype, *, input_shape, layout):
+    return _scattering("adaptive_max_pool2d_backward", shapes[0], input_shape, dtype, layout, True)
+
+
 def adaptive_max_pool2d_backward(grad, indices, *, input_shape, layout):
-    return _scattered("adaptive_max_pool2d_backward", grad, indices, input_shape, layout, True)
+    options = {"input_shape": input_shape, "layout": layout}
+    return prepare_adaptive_max_pool2d_backward((grad.shape,), grad.dtype, **options)(grad, indices)
+
+
+def prepare_max_unpool2d(shapes, dtype, *, output_size, layout):
+    return _scattering("max_unpool2d", shapes[0], _resized(shapes[0], layout, *output_size), dtype, layout, False)
 
 
 def max_unpool2d(x, indices, *, output_size, layout):
-    return _scattered("max_unpool2d", x, indices, _resized(x.shape, layout, *output_size), layout, False)
+    return prepare_max_unpool2d((x.shape,), x.dtype, output_size=output_size, layout=layout)(x, indices)
+
+
+def prepare_max_unpool2d_backward(shapes, dtype, *, layout):
+    shape, places = shapes
+    kernel, nhwc = pool_scatter.gather.sized(prod(places) * _INDEXED), layout == "NHWC"
+
+    def run(grad, indices):
+        result = empty(places, dtype)
+        if kernel(grad, indices, result, nhwc):
+            _raise_outside("max_unpool2d_backward", indices, shape, layout)
+        return result
+
+    return run
 
 
 def max_unpool2d_backward(grad, indices, *, layout):
-    result = np.empty(indices.shape, grad.dtype)
-    outside = np.zeros(1, np.int64)
-    pool_scatter.gather(indices.size * _INDEXED, grad, indices, result, outside, layout == "NHWC")
-    if outside[0]:
-        _raise_outside("max_unpool2d_backward", indices, grad.shape, layout)
-    return result
+    return prepare_max_unpool2d_backward((grad.shape, indices.shape), grad.dtype, layout=layout)(grad, indices)
 
 
-def _scattered(function, values, indices, shape, layout, add):
-    """values at their indices in planes of zeros; the result is thrown away if an index lies outside its plane."""
-    result = np.empty(shape, values.dtype)
-    outside = np.zeros(1, np.int64)
-    work = result.nbytes * _BYTE + indices.size * _INDEXED
-    pool_scatter.scatter(work, values, indices, result, outside, layout == "NHWC", add)
-    if outside[0]:
-        _raise_outside(function, indices, shape, layout)
-    return result
+def _scattering(function, values_shape, shape, dtype, layout, add):
+    """Values at their indices in planes of zeros, as a function of both; it raises if an index lies outside its plane."""
+    work = prod(shape) * dtype.itemsize * _BYTE + prod(values_shape) * _INDEXED
+    kernel, nhwc = pool_scatter.scatter.sized(work), layout == "NHWC"
+
+    def run(values, indices):
+        result = empty(shape, dtype)
+        if kernel(values, indices, result, nhwc, add):
+            _raise_outside(function, indices, shape, layout)
+        return result
+
+    return run
 
 
 def _raise_outside(function, indices, shape, layout):

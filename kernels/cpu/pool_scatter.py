@@ -4,6 +4,7 @@ Each chunk owns some planes (in NHWC: some channels of an image), so no two chun
 order of the additions is that of the windows whatever the number of threads.
 """
 
+import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.jit import device, kernel
@@ -15,14 +16,16 @@ from tilewise.kernels.cpu.simd import address
 CHANNELS = 32
 # A batch of this many images makes chunks enough.
 IMAGES = 8
+# Elements of the result that small NCHW planes are zeroed and checked together for: 8 KB of float32.
+GROUP = 2048
 
 
 @kernel()
-def scatter(values, indices, result, outside, nhwc, add):
+def scatter(values, indices, result, nhwc, add):
     """result[p, indices[p, o]] += values[p, o], or = with add = 0, for all o of each plane p; zero elsewhere.
 
-    A chunk owns whole planes, or some channels of an NHWC one. An index outside the plane is not written; outside[0]
-    becomes 1.
+    A chunk owns whole planes, or some channels of an NHWC one. Returns how many chunks met an index outside the plane;
+    that index, and in NCHW the planes done together with its own, are not written.
     """
     planes, h_n, w_n, c = sizes(result, nhwc)
     _, oh_n, ow_n, _ = sizes(values, nhwc)
@@ -31,18 +34,49 @@ def scatter(values, indices, result, outside, nhwc, add):
     channels = chunk_rows(size) if c == 1 else c if planes >= IMAGES else CHANNELS
     blocks = (c + channels - 1) // channels
     chunks = planes * blocks if c > 1 else (planes + channels - 1) // channels
+    wrong = np.zeros(chunks, np.int64)
+    group = max(GROUP // max(size, 1), 1)
     for chunk in prange(chunks):
         if c > 1:
             p = chunk // blocks
             low = (chunk - p * blocks) * channels
-            _scatter_plane(values, indices, result, outside, p, count, size, c, low, min(low + channels, c), add)
+            wrong[chunk] = _scatter_channels(
+                values, indices, result, p, count, size, c, low, min(low + channels, c), add
+            )
         else:
-            for p in range(chunk * channels, min((chunk + 1) * channels, planes)):
-                _scatter_plane(values, indices, result, outside, p, count, size, 1, 0, 1, add)
+            last = min((chunk + 1) * channels, planes)
+            for p in range(chunk * channels, last, group):
+                wrong[chunk] |= _scatter_planes(values, indices, result, p, min(group, last - p), count, size, add)
+    total = 0
+    for chunk in range(chunks):
+        total += wrong[chunk]
+    return total
 
 
 @device()
-def _scatter_plane(values, indices, result, outside, p, count, size, c, low, high, add):
+def _scatter_planes(values, indices, result, p, planes, count, size, add):
+    """Some NCHW planes. The indices are checked beforehand, many at a time."""
+    target, source, where = address(result, p * size), address(values, p * count), address(indices, p * count)
+    for i in range(planes * size):
+        target[i] = 0
+    limit, wrong = np.uint64(size), 0
+    for o in range(planes * count):
+        wrong |= np.uint64(where[o]) >= limit
+    if wrong:
+        return 1
+    for _ in range(planes):
+        if add:
+            for o in range(count):
+                target[where[o]] += source[o]
+        else:
+            for o in range(count):
+                target[where[o]] = source[o]
+        target, source, where = move(target, size), move(source, count), move(where, count)
+    return 0
+
+
+@device()
+def _scatter_channels(values, indices, result, p, count, size, c, low, high, add):
     target = address(result, p * size * c)
     source, where = address(values, p * count * c), address(indices, p * count * c)
     if high - low == c:
@@ -65,24 +99,30 @@ def _scatter_plane(values, indices, result, outside, p, count, size, c, low, hig
                 target[place] = target[place] + source[o * c + k] if add else source[o * c + k]
             else:
                 wrong = 1
-    if wrong:
-        outside[0] = 1  # several chunks may do so, all with the same value
+    return wrong
 
 
 @kernel()
-def gather(values, indices, result, outside, nhwc):
-    """result[p, o] = values[p, indices[p, o]] for all o of each plane p."""
+def gather(values, indices, result, nhwc):
+    """result[p, o] = values[p, indices[p, o]] for all o of each plane p. Returns as `scatter` does."""
     _, h_n, w_n, _ = sizes(values, nhwc)
     planes, oh_n, ow_n, c = sizes(indices, nhwc)
     size, count = h_n * w_n, oh_n * ow_n
     rows, per_chunk = planes * count, chunk_rows(c)
-    for chunk in prange((rows + per_chunk - 1) // per_chunk):
+    chunks = (rows + per_chunk - 1) // per_chunk
+    wrong = np.zeros(chunks, np.int64)
+    for chunk in prange(chunks):
         first = chunk * per_chunk
-        _gather_pixels(values, indices, result, outside, count, size, c, first, min(first + per_chunk, rows))
+        last = min(first + per_chunk, rows)
+        wrong[chunk] = _gather_pixels(values, indices, result, count, size, c, first, last)
+    total = 0
+    for chunk in range(chunks):
+        total += wrong[chunk]
+    return total
 
 
 @device()
-def _gather_pixels(values, indices, result, outside, count, size, c, first, last):
+def _gather_pixels(values, indices, result, count, size, c, first, last):
     target, where = address(result, 0), address(indices, 0)
     p = first // count
     end = (p + 1) * count
@@ -98,5 +138,4 @@ def _gather_pixels(values, indices, result, outside, count, size, c, first, last
                 target[r * c + k] = source[index * c + k]
             else:
                 wrong = 1
-    if wrong:
-        outside[0] = 1
+    return wrong

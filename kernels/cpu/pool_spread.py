@@ -256,8 +256,8 @@ def plan_of(x_shape, grad_shape, dtype, layout, rows, columns, kernel_width, str
     """
     (n, a, b, d), (_, e, f, k), lanes = x_shape, grad_shape, lane_count(dtype.itemsize)
     planes, h, w, oh, ow, c = (n * a, b, d, f, k, 1) if layout == "NCHW" else (n, a, b, e, f, d)
-    top, height = _covering(h, *rows[:2])
-    near, taps = _covering(w, *columns[:2])
+    top, height = covering(h, *rows[:2])
+    near, taps = covering(w, *columns[:2])
     if c == oh == ow == 1 and height.all() and taps.all():  # a plane is one window: it may as well be one row
         h, w, top, height, near, taps = 1, h * w, np.zeros(1, int), np.ones(1, int), np.zeros(h * w, int), np.ones(h * w, int)
     first = np.flatnonzero(np.diff(top, prepend=-1) | np.diff(height, prepend=-1))
@@ -288,7 +288,7 @@ def plan_of(x_shape, grad_shape, dtype, layout, rows, columns, kernel_width, str
     )
 
 
-def _covering(n, starts, ends):
+def covering(n, starts, ends):
     """For each pixel of an axis: the first window that it lies in, and their number."""
     pixels = np.arange(n)
     first = np.searchsorted(ends, pixels, "right")
