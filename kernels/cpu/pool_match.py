@@ -20,60 +20,81 @@ COUNTERS = VECTOR_BYTES // 4  # as many as a vector of float32 has lanes
 
 
 @intrinsic
-def match_pixel(typingctx, out, values, indices, pixel, rows, row_step, columns, column_step, count, counters):
-    """out[i] = the sum of values[o + i] where indices[o + i] == pixel, over o = r * row_step + s * column_step for
-    r < rows and s < columns; i < count. counters: 32-bit integers, to whose sum the number of matches is added.
+def match_row(typingctx, out, values, indices, pixel, rows, row_step, columns, width, count, counters):
+    """A row of `width` pixels of `count` channels, numbered from `pixel` on. Pixel w lies in `rows` x columns[2 w + 1]
+    windows, from column columns[2 w] on:
+
+        out[w, i] = the sum of values[o + i] where indices[o + i] == pixel + w,
+                    over o = r * row_step + s * count, for r < rows and columns[2 w] <= s < columns[2 w] + columns[2 w + 1]
+
+    counters: 32-bit integers, to whose sum the number of matches is added.
     """
-    signature = types.void(out, values, indices, *[types.intp] * 6, counters)
+    signature = types.void(out, values, indices, *[types.intp] * 3, columns, types.intp, types.intp, counters)
 
     def codegen(context, builder, signature, args):
-        out, values, indices, pixel, rows, row_step, columns, column_step, count, counters = args
+        out, values, indices, pixel, rows, row_step, columns, width, count, counters = args
         emit = _Emitter(builder, signature.args[0].dtype)
         places, tally = ir.VectorType(_I64, emit.lanes), ir.VectorType(_I32, emit.lanes)
+        one = ir.Constant(tally, [1] * emit.lanes)
         total, matches = cgutils.alloca_once(builder, emit.vector), cgutils.alloca_once(builder, tally)
-        wanted = emit.splat(pixel, scalar=_I64)
         counters = builder.bitcast(counters, tally.as_pointer())
-        before = builder.load(counters)
-        before.align = 4
-        builder.store(before, matches)
+        _move_tally(builder, counters, matches)
+        whole = builder.and_(count, _I64(-emit.lanes))
+        mask = emit.mask(_I64(0), builder.sub(count, whole))
 
-        def vector(i, load_indices, load):
+        def vector(start, windows, wanted, load_indices, load):
             builder.store(emit.zero, total)
-            with cgutils.for_range(builder, rows) as row, cgutils.for_range(builder, columns) as column:
-                offset = builder.add(builder.mul(row.index, row_step), builder.mul(column.index, column_step))
-                offset = builder.add(offset, i)
+            with cgutils.for_range(builder, rows) as row, cgutils.for_range(builder, windows) as column:
+                offset = builder.add(builder.mul(row.index, row_step), builder.mul(column.index, count))
+                offset = builder.add(offset, start)
                 where = builder.bitcast(builder.gep(indices, [offset]), places.as_pointer())
                 found = builder.icmp_signed("==", load_indices(where), wanted)
                 sum_, number = builder.load(total), builder.load(matches)
                 builder.store(builder.select(found, emit.add(sum_, load(values, offset)), sum_), total)
-                one = ir.Constant(tally, [1] * emit.lanes)
                 builder.store(builder.select(found, builder.add(number, one), number), matches)
             return builder.load(total)
 
-        def whole_indices(where):
-            value = builder.load(where)
-            value.align = 8
-            return value
-
-        whole = builder.and_(count, _I64(-emit.lanes))
-        with cgutils.for_range_slice(builder, _I64(0), whole, _I64(emit.lanes), inc=True) as (i, _):
-            emit.store(vector(i, whole_indices, emit.load), out, i)
-        with builder.if_then(builder.icmp_signed("<", whole, count)):
-            mask = emit.mask(_I64(0), builder.sub(count, whole))
-            absent = ir.Constant(places, [-1] * emit.lanes)
-            kind = ir.FunctionType(places, [places.as_pointer(), _I32, ir.VectorType(_I1, emit.lanes), places])
-            name = f"llvm.masked.load.v{emit.lanes}i64.p0"
-            function = cgutils.get_or_insert_function(builder.module, kind, name)
-            value = vector(
-                whole,
-                lambda where: builder.call(function, [where, _I32(8), mask, absent]),
-                lambda pointer, offset: emit.masked_load(pointer, offset, mask),
-            )
-            emit.masked_store(value, out, whole, mask)
-        builder.store(builder.load(matches), counters).align = 4
+        with cgutils.for_range(builder, width) as loop:
+            entry = builder.mul(loop.index, _I64(2))
+            window = builder.mul(builder.load(builder.gep(columns, [entry])), count)
+            windows = builder.load(builder.gep(columns, [builder.add(entry, _I64(1))]))
+            wanted = emit.splat(builder.add(pixel, loop.index), scalar=_I64)
+            target = builder.gep(out, [builder.mul(loop.index, count)])
+            with cgutils.for_range_slice(builder, _I64(0), whole, _I64(emit.lanes), inc=True) as (i, _):
+                value = vector(
+                    builder.add(window, i), windows, wanted, lambda where: _whole_indices(builder, where), emit.load
+                )
+                emit.store(value, target, i)
+            with builder.if_then(builder.icmp_signed("<", whole, count)):
+                value = vector(
+                    builder.add(window, whole), windows, wanted,
+                    lambda where: _masked_indices(builder, where, mask),
+                    lambda pointer, offset: emit.masked_load(pointer, offset, mask),
+                )  # fmt: skip
+                emit.masked_store(value, target, whole, mask)
+        _move_tally(builder, matches, counters)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _move_tally(builder, source, target):
+    value = builder.load(source)
+    value.align = 4
+    builder.store(value, target).align = 4
+
+
+def _whole_indices(builder, where):
+    value = builder.load(where)
+    value.align = 8
+    return value
+
+
+def _masked_indices(builder, where, mask):
+    places = where.type.pointee
+    kind = ir.FunctionType(places, [where.type, _I32, ir.VectorType(_I1, places.count), places])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{places.count}i64.p0")
+    return builder.call(function, [where, _I32(8), mask, ir.Constant(places, [-1] * places.count)])
 
 
 @kernel()
@@ -91,13 +112,11 @@ def match(g, indices, gx, table):
         counters = address(matches, chunk * COUNTERS)
         for r in range(first, min(first + per_chunk, rows)):
             top, height = table[2 * h], table[2 * h + 1]
-            for w in range(w_n):
-                left, width = table[2 * (h_n + w)], table[2 * (h_n + w) + 1]
-                window = ((p * oh_n + top) * ow_n + left) * c
-                match_pixel(
-                    address(gx, (r * w_n + w) * c), address(g, window), address(indices, window),
-                    h * w_n + w, height, ow_n * c, width, c, c, counters,
-                )  # fmt: skip
+            window = (p * oh_n + top) * ow_n * c
+            match_row(
+                address(gx, r * w_n * c), address(g, window), address(indices, window),
+                h * w_n, height, ow_n * c, address(table, 2 * h_n), w_n, c, counters,
+            )  # fmt: skip
             h += 1
             if h == h_n:
                 h = 0

@@ -16,7 +16,7 @@ from tilewise.kernels.cpu.simd import address
 CHANNELS = 32
 # A batch of this many images makes chunks enough.
 IMAGES = 8
-# Elements of the result that small NCHW planes are zeroed and checked together for: 8 KB of float32.
+# Elements of the result that small NCHW planes are zeroed together for: 8 KB of float32.
 GROUP = 2048
 
 
@@ -24,8 +24,8 @@ GROUP = 2048
 def scatter(values, indices, result, nhwc, add):
     """result[p, indices[p, o]] += values[p, o], or = with add = 0, for all o of each plane p; zero elsewhere.
 
-    A chunk owns whole planes, or some channels of an NHWC one. Returns how many chunks met an index outside the plane;
-    that index, and in NCHW the planes done together with its own, are not written.
+    A chunk owns whole planes, or some channels of an NHWC one. Returns how many chunks met an index outside the plane,
+    which is not written.
     """
     planes, h_n, w_n, c = sizes(result, nhwc)
     _, oh_n, ow_n, _ = sizes(values, nhwc)
@@ -55,24 +55,22 @@ def scatter(values, indices, result, nhwc, add):
 
 @device()
 def _scatter_planes(values, indices, result, p, planes, count, size, add):
-    """Some NCHW planes. The indices are checked beforehand, many at a time."""
+    """Some NCHW planes."""
     target, source, where = address(result, p * size), address(values, p * count), address(indices, p * count)
     for i in range(planes * size):
         target[i] = 0
     limit, wrong = np.uint64(size), 0
-    for o in range(planes * count):
-        wrong |= np.uint64(where[o]) >= limit
-    if wrong:
-        return 1
     for _ in range(planes):
-        if add:
-            for o in range(count):
-                target[where[o]] += source[o]
-        else:
-            for o in range(count):
-                target[where[o]] = source[o]
+        for o in range(count):
+            index = where[o]
+            if np.uint64(index) >= limit:
+                wrong = 1
+            elif add:
+                target[index] += source[o]
+            else:
+                target[index] = source[o]
         target, source, where = move(target, size), move(source, count), move(where, count)
-    return 0
+    return wrong
 
 
 @device()
