@@ -42,17 +42,57 @@ def match_row(typingctx, out, values, indices, pixel, rows, row_step, columns, w
         whole = builder.and_(count, _I64(-emit.lanes))
         mask = emit.mask(_I64(0), builder.sub(count, whole))
 
+        def add(offset, wanted, load_indices, load):
+            where = builder.bitcast(builder.gep(indices, [offset]), places.as_pointer())
+            found = builder.icmp_signed("==", load_indices(where), wanted)
+            sum_, number = builder.load(total), builder.load(matches)
+            builder.store(builder.select(found, emit.add(sum_, load(values, offset)), sum_), total)
+            builder.store(builder.select(found, builder.add(number, one), number), matches)
+
         def vector(start, windows, wanted, load_indices, load):
             builder.store(emit.zero, total)
             with cgutils.for_range(builder, rows) as row, cgutils.for_range(builder, windows) as column:
                 offset = builder.add(builder.mul(row.index, row_step), builder.mul(column.index, count))
-                offset = builder.add(offset, start)
-                where = builder.bitcast(builder.gep(indices, [offset]), places.as_pointer())
-                found = builder.icmp_signed("==", load_indices(where), wanted)
-                sum_, number = builder.load(total), builder.load(matches)
-                builder.store(builder.select(found, emit.add(sum_, load(values, offset)), sum_), total)
-                builder.store(builder.select(found, builder.add(number, one), number), matches)
+                add(builder.add(offset, start), wanted, load_indices, load)
             return builder.load(total)
+
+        def whole_indices(where):
+            return _whole_indices(builder, where)
+
+        def whole_vectors(window, wanted, target, value):
+            with cgutils.for_range_slice(builder, _I64(0), whole, _I64(emit.lanes), inc=True) as (i, _):
+                emit.store(value(builder.add(window, i)), target, i)
+
+        def whole_pixel(window, windows, wanted, target):
+            """The vectors of one pixel, in straight-line code for the usual numbers of windows."""
+            end = builder.append_basic_block("pixel_done")
+            for m, n in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 3)):
+                same = builder.and_(
+                    builder.icmp_signed("==", rows, _I64(m)), builder.icmp_signed("==", windows, _I64(n))
+                )
+                usual, other = builder.append_basic_block("usual"), builder.append_basic_block("other")
+                builder.cbranch(same, usual, other)
+                builder.position_at_end(usual)
+                steps = [
+                    builder.add(builder.mul(_I64(r), row_step), builder.mul(_I64(c), count))
+                    for r in range(m)
+                    for c in range(n)
+                ]
+
+                def unrolled(start, steps=steps):
+                    builder.store(emit.zero, total)
+                    for step in steps:
+                        add(builder.add(start, step), wanted, whole_indices, emit.load)
+                    return builder.load(total)
+
+                whole_vectors(window, wanted, target, unrolled)
+                builder.branch(end)
+                builder.position_at_end(other)
+            whole_vectors(
+                window, wanted, target, lambda start: vector(start, windows, wanted, whole_indices, emit.load)
+            )
+            builder.branch(end)
+            builder.position_at_end(end)
 
         with cgutils.for_range(builder, width) as loop:
             entry = builder.mul(loop.index, _I64(2))
@@ -60,11 +100,7 @@ def match_row(typingctx, out, values, indices, pixel, rows, row_step, columns, w
             windows = builder.load(builder.gep(columns, [builder.add(entry, _I64(1))]))
             wanted = emit.splat(builder.add(pixel, loop.index), scalar=_I64)
             target = builder.gep(out, [builder.mul(loop.index, count)])
-            with cgutils.for_range_slice(builder, _I64(0), whole, _I64(emit.lanes), inc=True) as (i, _):
-                value = vector(
-                    builder.add(window, i), windows, wanted, lambda where: _whole_indices(builder, where), emit.load
-                )
-                emit.store(value, target, i)
+            whole_pixel(window, windows, wanted, target)
             with builder.if_then(builder.icmp_signed("<", whole, count)):
                 value = vector(
                     builder.add(window, whole), windows, wanted,
