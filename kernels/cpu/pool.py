@@ -9,7 +9,7 @@ from tilewise.kernels.cpu import pool_bins, pool_indices, pool_match, pool_scatt
 from tilewise.kernels.cpu.pool_bins import bounds as bin_bounds
 from tilewise.kernels.cpu.pool_spread import windows
 from tilewise.kernels.cpu.pool_windows import as_divisors, extents_of, inverse_divisors, plan_of
-from tilewise.kernels.cpu.scratch import empty
+from tilewise.kernels.cpu.scratch import ALIGNED_FROM, empty
 from tilewise.kernels.shapes import output_size as window_count
 
 # What a tap in the padding counts as in a maximum.
@@ -30,6 +30,11 @@ def _pooled(shape, layout, kernel_size, stride, padding, dilation, ceil_mode):
     return _resized(shape, layout, oh, ow)
 
 
+def _allocator(shape, dtype):
+    """What makes a result of this shape: `empty`, or NumPy's where that comes to the same and saves a detour."""
+    return np.empty if prod(shape) * dtype.itemsize < ALIGNED_FROM else empty
+
+
 def _plane(shape, layout):
     return shape[2:] if layout == "NCHW" else shape[1:3]
 
@@ -44,10 +49,10 @@ def prepare_max_pool2d(shapes, dtype, *, kernel_size, stride, padding, dilation,
     work = prod(shapes[0]) * dtype.itemsize * _BYTE
     if not return_indices:
         plan = plan_of(shapes[0], shape, dtype.itemsize, layout, kernel_size, stride, padding, dilation)
-        lowest, kernel = _LOWEST[dtype], pool_windows.max_values.sized(work)
+        lowest, kernel, new = _LOWEST[dtype], pool_windows.max_values.sized(work), _allocator(shape, dtype)
 
         def run(x):
-            y = empty(shape, dtype)
+            y = new(shape, dtype)
             kernel(x, y, lowest, plan)
             return y
 
@@ -81,8 +86,10 @@ def prepare_max_pool2d_backward(
     table = pool_match.table_of(pixels, _bounds(counts, pixels, kernel_size, stride, padding))
     kernel = pool_match.match.sized(prod(input_shape) * dtype.itemsize * _BYTE + prod(shapes[0]) * _INDEXED)
 
+    new = _allocator(input_shape, dtype)
+
     def run(grad, indices):
-        result = empty(input_shape, dtype)
+        result = new(input_shape, dtype)
         return scattered(grad, indices) if kernel(grad, indices, result, table) else result
 
     return run
@@ -103,8 +110,10 @@ def prepare_avg_pool2d(
     divisors = as_divisors(extents, divisor_override, dtype)
     kernel = pool_windows.averages.sized(prod(shapes[0]) * dtype.itemsize * _BYTE)
 
+    new = _allocator(shape, dtype)
+
     def run(x):
-        y = empty(shape, dtype)
+        y = new(shape, dtype)
         kernel(x, y, plan, divisors)
         return y
 
@@ -140,8 +149,10 @@ def _spreading(grad_shape, shape, dtype, layout, rows, columns, kernel_width=0, 
     arguments = pool_spread.plan_of(shape, grad_shape, dtype, layout, rows, columns, kernel_width, stride)
     kernel = pool_spread.averages_backward.sized(prod(shape) * dtype.itemsize * _BYTE)
 
+    new = _allocator(shape, dtype)
+
     def run(grad):
-        result = empty(shape, dtype)
+        result = new(shape, dtype)
         kernel(grad, result, *arguments)
         return result
 
@@ -159,8 +170,10 @@ def prepare_adaptive_avg_pool2d(shapes, dtype, *, output_size, layout):
     divisors = as_divisors([ends - starts for starts, ends in bounds], None, dtype)
     kernel, nhwc = pool_bins.adaptive_averages.sized(prod(shapes[0]) * dtype.itemsize * _BYTE), layout == "NHWC"
 
+    new = _allocator(shape, dtype)
+
     def run(x):
-        y = empty(shape, dtype)
+        y = new(shape, dtype)
         kernel(x, y, nhwc, divisors)
         return y
 
@@ -216,8 +229,10 @@ def prepare_max_unpool2d_backward(shapes, dtype, *, layout):
     shape, places = shapes
     kernel, nhwc = pool_scatter.gather.sized(prod(places) * _INDEXED), layout == "NHWC"
 
+    new = _allocator(places, dtype)
+
     def run(grad, indices):
-        result = empty(places, dtype)
+        result = new(places, dtype)
         if kernel(grad, indices, result, nhwc):
             _raise_outside("max_unpool2d_backward", indices, shape, layout)
         return result
@@ -234,8 +249,10 @@ def _scattering(function, values_shape, shape, dtype, layout, add):
     work = prod(shape) * dtype.itemsize * _BYTE + prod(values_shape) * _INDEXED
     kernel, nhwc = pool_scatter.scatter.sized(work), layout == "NHWC"
 
+    new = _allocator(shape, dtype)
+
     def run(values, indices):
-        result = empty(shape, dtype)
+        result = new(shape, dtype)
         if kernel(values, indices, result, nhwc, add):
             _raise_outside(function, indices, shape, layout)
         return result

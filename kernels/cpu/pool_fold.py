@@ -367,7 +367,7 @@ def folds(operation):
 
 
 MAXIMA, SUMS = folds(MAXIMUM), folds(SUM)
-max_contiguous, sum_contiguous, sum_contiguous_rows = MAXIMA[0], SUMS[0], SUMS[2]
+max_contiguous, sum_contiguous = MAXIMA[0], SUMS[0]
 
 
 @device()

@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.pool_fold import move, sum_contiguous, sum_contiguous_rows
+from tilewise.kernels.cpu.pool_fold import SUM, fold_rows, move, sum_contiguous
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import _I32, _I64, VECTOR_BYTES, _Emitter, _literal, address, lane_count
 
@@ -175,8 +175,10 @@ def _add_pixels(out, part, c, width, whole, near, taps):
         if taps[w] == 0:
             for i in range(c):
                 target[i] = 0
-        elif w < whole:
-            sum_contiguous_rows(target, c, source, 0, 1, c, taps[w], c, 0)
+        elif w < whole and taps[w] == 1:
+            fold_rows(SUM, 1, 1, target, c, source, 0, 1, c, 1, c, 0)
+        elif w < whole and taps[w] == 2:
+            fold_rows(SUM, 1, 2, target, c, source, 0, 1, c, 2, c, 0)
         else:
             sum_contiguous(target, source, c, taps[w], c)
 
@@ -272,7 +274,7 @@ def plan_of(x_shape, grad_shape, dtype, layout, rows, columns, kernel_width, str
     margin = _rounded(max(kernel_width, 1), lanes)
     pitch = _rounded(ow * c, lanes) + margin
     plane = max(h * w * c, 1)
-    group = max(min(PART // pitch, PART // plane), 1)
+    group = max(min(PART // pitch, PART // plane, planes), 1)
     own_planes = max(CHUNK // plane, 1)
     own_bands = max(CHUNK * len(bands) // plane, 1) if own_planes == 1 else max(len(bands), 1)
     whole = w - -(-(_rounded(c, lanes) - c) // c)

@@ -69,7 +69,7 @@ def plan_of(x_shape, y_shape, itemsize, layout, kernel_size, stride, padding, di
     reading = oh - min(max(-(-(h - rest + top - tall + 1) // sh), 0), oh) if rest else 0
     readable = max(rows - full * oh - reading, 0)
     overshoot = -(-(lanes - 1 if cut else _rounded(unit, lanes) - unit) // (ow * c))
-    group = max(PART // max(pitch, 1), 1) if block == ow else 1
+    group = max(min(PART // max(pitch, 1), rows), 1) if block == ow else 1
     per_chunk = max(CHUNK // max(w * sh * c, 1), 1)
     values = (rows, per_chunk, h, w, oh, ow, c, kh, kw, sh, sw, top, left, dh, dw, inner_first, inner_last)
     return np.array((*values, readable, overshoot, block, pitch, group, flat), np.int64)
