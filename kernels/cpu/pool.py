@@ -1,5 +1,9 @@
-"""Pooling on the CPU: the results' sizes, and the estimate of the work; the kernels are in pool_forward and
-pool_backward."""
+"""Pooling on the CPU: the results' sizes, the estimate of the work, and what is worked out once per signature.
+
+The kernels: pool_windows (maxima and averages of windows), pool_indices (maxima with their places), pool_bins (adaptive
+forms), pool_spread (gradient of averages), pool_match and pool_scatter (gradient of maxima, unpooling); pool_fold has
+the vector loops under them.
+"""
 
 from math import prod
 
@@ -245,7 +249,7 @@ def max_unpool2d_backward(grad, indices, *, layout):
 
 
 def _scattering(function, values_shape, shape, dtype, layout, add):
-    """Values at their indices in planes of zeros, as a function of both; it raises if an index lies outside its plane."""
+    """Values at their indices in planes of zeros, as a function of both; it raises where an index leaves its plane."""
     work = prod(shape) * dtype.itemsize * _BYTE + prod(values_shape) * _INDEXED
     kernel, nhwc = pool_scatter.scatter.sized(work), layout == "NHWC"
 

@@ -103,10 +103,10 @@ def fold_rows(
 ):
     """`fold` for many rows: row r reads from source + r * source_pitch and goes to out + r * out_pitch.
 
-    Whole vectors only, which is what makes short rows fast: `count` is rounded up to a multiple of the lanes, in reading
-    and in writing. What is written behind a row is overwritten by the next one, as rows are done in order; the caller
-    sees to what lies behind the last. unrolled: a literal; the number of taps where it is known, else 0. ahead: the
-    distance of an element that will be wanted soon.
+    Whole vectors only, which is what makes short rows fast: `count` is rounded up to a multiple of the lanes, in
+    reading and in writing. What is written behind a row is overwritten by the next one, as rows are done in order; the
+    caller sees to what lies behind the last. unrolled: a literal; the number of taps where it is known, else 0. ahead:
+    the distance of an element that will be wanted soon, from the one that is read.
     """
     kind, every, known = _literal(operation), _literal(stride), _literal(unrolled)
     signature = types.void(operation, stride, unrolled, out, types.intp, source, *[types.intp] * 6)

@@ -24,8 +24,8 @@ def match_row(typingctx, out, values, indices, pixel, rows, row_step, columns, w
     """A row of `width` pixels of `count` channels, numbered from `pixel` on. Pixel w lies in `rows` x columns[2 w + 1]
     windows, from column columns[2 w] on:
 
-        out[w, i] = the sum of values[o + i] where indices[o + i] == pixel + w,
-                    over o = r * row_step + s * count, for r < rows and columns[2 w] <= s < columns[2 w] + columns[2 w + 1]
+        out[w, i] = the sum of values[o + i] where indices[o + i] == pixel + w, over o = r * row_step + s * count,
+                    for r < rows and 0 <= s - columns[2 w] < columns[2 w + 1]
 
     counters: 32-bit integers, to whose sum the number of matches is added.
     """

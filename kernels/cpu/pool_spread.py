@@ -8,9 +8,9 @@ windows are equal: such a group of rows, a band, is computed once and stored as 
     rows      0-2   3-4   5   6-7   8   9-10   11-13
     windows    0    0 1   1   1 2   2    2 3      3
 
-First the weighted sum of a band's rows of grad goes to a part, for several planes, then each part is spread: every column
-gathers from the windows that it lies in, as told by a table, so nothing is scattered. In NCHW a vector of columns lies
-in few windows, which one vector of the part holds: the gather is a permutation of a register (AVX-512).
+First the weighted sum of a band's rows of grad goes to a part, for several planes, then each part is spread: every
+column gathers from the windows that it lies in, as told by a table, so nothing is scattered. In NCHW a vector of
+columns lies in few windows, which one vector of the part holds: the gather is a permutation of a register (AVX-512).
 
 Everything that follows from the shapes alone is in `plan`, made once per signature (`plan_of`).
 """
@@ -29,15 +29,20 @@ from tilewise.kernels.cpu.simd import _I32, _I64, VECTOR_BYTES, _Emitter, _liter
 # Elements of grad_x in the planes that are worked on at once, and of their parts: 16 KB of float32 each, to stay in L1.
 PART = 4096
 CHUNK = 32768  # elements of grad_x in a chunk
-# How a part is spread: pixel by pixel in NHWC; for windows one column apart as the sum of a moving window; else by table.
+# The fields of a plan. SIZE: elements of a row of grad; PITCH: the distance of parts; GROUP: planes worked on at once;
+# WAY, TAPS, VECTORS: of spreading; MARGIN: zeros before a part; WHOLE: pixels of an NHWC row that are written in whole
+# vectors; OWN_PLANES, OWN_BANDS: of a chunk.
+(
+    PLANES, BANDS, H, W, C, OH, SIZE, PITCH, GROUP, WAY, TAPS, MARGIN, WHOLE, VECTORS, OWN_PLANES, OWN_BANDS
+) = range(16)  # fmt: skip
+# How a part is spread: pixel by pixel in NHWC; for windows one column apart as the sum of a moving window; else by
+# table.
 PIXELS, SLIDE, PERMUTE, GATHER = range(4)
 _REGISTERS = PERMUTE if VECTOR_BYTES == 64 else GATHER  # other machines have no such permutation
 
 
 @intrinsic(prefer_literal=True)
-def weighted_rows(
-    typingctx, known, out, out_pitch, source, source_pitch, planes, step, heights, taps, widths, count
-):
+def weighted_rows(typingctx, known, out, out_pitch, source, source_pitch, planes, step, heights, taps, widths, count):
     """In each of `planes` planes, a pitch apart: out[i] = widths[i] * (sum over t < taps of heights[t] *
     source[t * step + i]) for i < count.
 
@@ -99,9 +104,7 @@ def spread_columns(
     0. table: first and base of each vector; index: its `taps` vectors of indices, integers as wide as the elements.
     """
     how, unrolled = _literal(way), _literal(known)
-    signature = types.void(
-        way, known, out, *[types.intp] * 4, part, types.intp, table, index, types.intp, types.intp
-    )
+    signature = types.void(way, known, out, *[types.intp] * 4, part, types.intp, table, index, types.intp, types.intp)
 
     def codegen(context, builder, signature, args):
         _, _, out, out_pitch, planes, rows, width, part, part_pitch, table, index, taps, vectors = args
@@ -121,24 +124,23 @@ def spread_columns(
             value = _permuted(emit, pointer, where) if how == PERMUTE else _gathered(emit, pointer, where, present)
             return builder.select(present, value, emit.zero)
 
-        with cgutils.for_range(builder, planes) as plane:
-            with cgutils.for_range(builder, vectors) as loop:
-                first, base = entry(loop.index, 0), entry(loop.index, 1)
-                chosen = [indices(loop.index, _I64(t)) for t in range(unrolled)]
-                source = builder.gep(part, [builder.add(builder.mul(plane.index, part_pitch), base)])
-                target = builder.gep(out, [builder.add(builder.mul(plane.index, out_pitch), first)])
-                if unrolled:
-                    value = take(source, *chosen[0])
-                    for where, present in chosen[1:]:
-                        value = emit.add(value, take(source, where, present))
-                else:
-                    builder.store(emit.zero, total)
-                    with cgutils.for_range(builder, taps) as tap:
-                        value = take(source, *indices(loop.index, tap.index))
-                        builder.store(emit.add(builder.load(total), value), total)
-                    value = builder.load(total)
-                with cgutils.for_range(builder, rows) as row:
-                    emit.masked_store(value, target, builder.mul(row.index, width), mask)
+        with cgutils.for_range(builder, planes) as plane, cgutils.for_range(builder, vectors) as loop:
+            first, base = entry(loop.index, 0), entry(loop.index, 1)
+            chosen = [indices(loop.index, _I64(t)) for t in range(unrolled)]
+            source = builder.gep(part, [builder.add(builder.mul(plane.index, part_pitch), base)])
+            target = builder.gep(out, [builder.add(builder.mul(plane.index, out_pitch), first)])
+            if unrolled:
+                value = take(source, *chosen[0])
+                for where, present in chosen[1:]:
+                    value = emit.add(value, take(source, where, present))
+            else:
+                builder.store(emit.zero, total)
+                with cgutils.for_range(builder, taps) as tap:
+                    value = take(source, *indices(loop.index, tap.index))
+                    builder.store(emit.add(builder.load(total), value), total)
+                value = builder.load(total)
+            with cgutils.for_range(builder, rows) as row:
+                emit.masked_store(value, target, builder.mul(row.index, width), mask)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -197,7 +199,7 @@ def _weighted(out, out_pitch, source, source_pitch, planes, step, heights, taps,
 def _spread(out, planes, rows, part, plan, table, index):
     """The parts of one band, spread over the columns of its rows in each of some planes."""
     h_n, w_n, c, pitch, way, taps, whole, vectors = (
-        plan[2], plan[3], plan[4], plan[7], plan[9], plan[10], plan[12], plan[13]
+        plan[H], plan[W], plan[C], plan[PITCH], plan[WAY], plan[TAPS], plan[WHOLE], plan[VECTORS]
     )  # fmt: skip
     width = w_n * c
     size = h_n * width
@@ -228,9 +230,9 @@ def averages_backward(g, gx, plan, bands, table, index, weights):
     A chunk owns some planes, or some bands of one.
     """
     planes, band_n, h_n, w_n, c, oh_n, size, pitch = (
-        plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6], plan[7]
+        plan[PLANES], plan[BANDS], plan[H], plan[W], plan[C], plan[OH], plan[SIZE], plan[PITCH]
     )  # fmt: skip
-    group, margin, own_planes, own_bands = plan[8], plan[11], plan[14], plan[15]
+    group, margin, own_planes, own_bands = plan[GROUP], plan[MARGIN], plan[OWN_PLANES], plan[OWN_BANDS]
     cuts = (band_n + own_bands - 1) // own_bands
     for chunk in prange((planes + own_planes - 1) // own_planes * cuts):
         start = chunk // cuts
@@ -261,7 +263,14 @@ def plan_of(x_shape, grad_shape, dtype, layout, rows, columns, kernel_width, str
     top, height = covering(h, *rows[:2])
     near, taps = covering(w, *columns[:2])
     if c == oh == ow == 1 and height.all() and taps.all():  # a plane is one window: it may as well be one row
-        h, w, top, height, near, taps = 1, h * w, np.zeros(1, int), np.ones(1, int), np.zeros(h * w, int), np.ones(h * w, int)
+        h, w, top, height, near, taps = (
+            1,
+            h * w,
+            np.zeros(1, int),
+            np.ones(1, int),
+            np.zeros(h * w, int),
+            np.ones(h * w, int),
+        )
     first = np.flatnonzero(np.diff(top, prepend=-1) | np.diff(height, prepend=-1))
     bands = np.stack((first, np.diff(first, append=h), top[first], height[first]), 1)
     most, index = int(taps.max(initial=0)), np.zeros((0, 0, lanes), int)

@@ -12,7 +12,7 @@ first step before the second one begins: a vector that is read across two vector
 short rows, which are most of a network's, cost more in calls and branches than in arithmetic.
 
 A chunk is a range of output rows; it writes these rows and nothing else. Everything that follows from the shapes alone
-is in `plan`, an array of integers made once per signature (`plan_of`); its fields are named in FIELDS.
+is in `plan`, an array of integers made once per signature (`plan_of`).
 """
 
 import numpy as np
@@ -31,18 +31,19 @@ AHEAD = 4096
 # Elements that a chunk reads: some tens of microseconds, well above what handing out a chunk costs.
 CHUNK = 32768
 
-FIELDS = (
-    "rows", "per_chunk", "h", "w", "oh", "ow", "c", "kh", "kw", "sh", "sw", "top", "left", "dh", "dw",
-    "inner_first", "inner_last",  # the output rows of a plane whose windows lie inside it
-    "readable",  # the output rows whose windows' rows can be read in whole vectors without leaving x
-    "overshoot",  # the last rows of a chunk, whose whole vectors would write behind it
-    "block", "pitch", "group",  # output columns done at once, the distance of folded rows, their number
-    "flat",  # whether windows follow each other through all folded rows without a gap
-)  # fmt: skip
+# The fields of a plan. OH: of a plane; ROWS: output rows of all planes; PER_CHUNK: of a chunk. From INNER_FIRST to
+# INNER_LAST - 1: the output rows of a plane whose windows lie inside it. READABLE: the output rows whose windows' rows
+# can be read in whole vectors without leaving x. OVERSHOOT: the last rows of a chunk, whose whole vectors would write
+# behind it. BLOCK: output columns done at once; PITCH, GROUP: the distance of folded rows, and how many are folded down
+# before they are folded across. FLAT: windows follow each other through all folded rows without a gap.
+(
+    ROWS, PER_CHUNK, H, W, OH, OW, C, KH, KW, SH, SW, TOP, LEFT, DH, DW, INNER_FIRST, INNER_LAST,
+    READABLE, OVERSHOOT, BLOCK, PITCH, GROUP, FLAT,
+) = range(23)  # fmt: skip
 
 
 def plan_of(x_shape, y_shape, itemsize, layout, kernel_size, stride, padding, dilation):
-    """What the kernels need to know of one signature, as an array of FIELDS."""
+    """What the kernels need to know of one signature, as an array."""
     (kh, kw), (sh, sw), (dh, dw), lanes = kernel_size, stride, dilation, lane_count(itemsize)
     (top, _), (left, _) = padding
     (n, a, b, d), (_, e, f, g) = x_shape, y_shape
@@ -60,7 +61,9 @@ def plan_of(x_shape, y_shape, itemsize, layout, kernel_size, stride, padding, di
         pitch = ow * sw
     else:  # whole vectors of a folded row, or of the padding behind it, do not reach the next one
         inside = min(span, w)
-        pitch = max(_rounded(left * c, lanes), (left * c) + _rounded(inside * c, lanes), _rounded(span * c, lanes) + lanes)
+        pitch = max(
+            _rounded(left * c, lanes), (left * c) + _rounded(inside * c, lanes), _rounded(span * c, lanes) + lanes
+        )
     # Whole vectors reach beyond a row of x, and of y; beyond the end of a block, by an unknown part of a vector.
     longest, unit = min(span, w) * c, c if c > 1 and sw > 1 else block * c
     cut = block < ow
@@ -86,9 +89,16 @@ def _rows_of_windows(operation):
     @device()
     def fold_down(part, x, plan, p, o, r, g, w, inside):
         """Fold the rows of windows: `inside` pixels from column w on, for g output rows from row o of plane p on."""
-        h_n, width, oh_n = plan[2], plan[3] * plan[6], plan[4]
-        kh, sh, top, dh, inner_first, inner_last = plan[7], plan[9], plan[11], plan[13], plan[15], plan[16]
-        readable, pitch, size = plan[17], plan[20], inside * plan[6]
+        h_n, width, oh_n = plan[H], plan[W] * plan[C], plan[OH]
+        kh, sh, top, dh, inner_first, inner_last = (
+            plan[KH],
+            plan[SH],
+            plan[TOP],
+            plan[DH],
+            plan[INNER_FIRST],
+            plan[INNER_LAST],
+        )
+        readable, pitch, size = plan[READABLE], plan[PITCH], inside * plan[C]
         ahead = dh * width + AHEAD // x.itemsize
         i = 0
         while i < g:
@@ -101,7 +111,7 @@ def _rows_of_windows(operation):
                     taps -= 1
                 while h + (taps - 1) * dh >= h_n:
                     taps -= 1
-            source, target = address(x, (p * h_n + h) * width + w * plan[6]), move(part, i * pitch)
+            source, target = address(x, (p * h_n + h) * width + w * plan[C]), move(part, i * pitch)
             whole = max(min(run, readable - r - i), 0)
             contiguous_rows(target, pitch, source, sh * width, whole, dh * width, taps, size, ahead)
             for k in range(whole, run):
@@ -115,7 +125,7 @@ def _rows_of_windows(operation):
     @device()
     def fold_across(y, part, dense, plan, r, g, whole, start, count):
         """Fold the columns of windows, of g folded rows; the first `whole` of them in whole vectors."""
-        ow_n, c, kw, sw, dw, pitch = plan[5], plan[6], plan[8], plan[10], plan[14], plan[20]
+        ow_n, c, kw, sw, dw, pitch = plan[OW], plan[C], plan[KW], plan[SW], plan[DW], plan[PITCH]
         out, size = address(y, (r * ow_n + start) * c), ow_n * c
         if sw == 1:
             contiguous_rows(out, size, part, pitch, whole, dw * c, kw, count * c, 0)
@@ -143,9 +153,9 @@ def _rows_of_windows(operation):
     @device()
     def windows(x, y, empty, plan, p, o, r, g, part, dense, whole):
         """g output rows from row r on, which is row o of plane p. empty: what a tap in the padding counts as."""
-        w_n, ow_n, c, sw, left, pitch = plan[3], plan[5], plan[6], plan[10], plan[12], plan[20]
-        reach, block = plan[14] * (plan[8] - 1) + 1, plan[19]
-        if plan[22]:
+        w_n, ow_n, c, sw, left, pitch = plan[W], plan[OW], plan[C], plan[SW], plan[LEFT], plan[PITCH]
+        reach, block = plan[DW] * (plan[KW] - 1) + 1, plan[BLOCK]
+        if plan[FLAT]:
             fold_down(part, x, plan, p, o, r, g, 0, (ow_n - 1) * sw + reach)
             fold_across(y, part, dense, plan, r, 1, 0, 0, g * ow_n)
             return
@@ -171,14 +181,14 @@ _max_windows, _sum_windows = _rows_of_windows(MAXIMA), _rows_of_windows(SUMS)
 @device()
 def _scratch(like, plan):
     """Folded rows, with room for the vectors that reach beyond the last; twice where columns are picked afterwards."""
-    size = plan[20] * plan[21] + plan[14] * plan[8] + 256 // like.itemsize
-    return scratch(size * (2 if plan[10] > 2 else 1), like), size * (plan[10] > 2)
+    size = plan[PITCH] * plan[GROUP] + plan[DW] * plan[KW] + 256 // like.itemsize
+    return scratch(size * (2 if plan[SW] > 2 else 1), like), size * (plan[SW] > 2)
 
 
 @kernel()
 def max_values(x, y, lowest, plan):
     """Maxima of windows; the indices are not computed."""
-    rows, per_chunk, oh_n, group = plan[0], plan[1], plan[4], plan[21]
+    rows, per_chunk, oh_n, group = plan[ROWS], plan[PER_CHUNK], plan[OH], plan[GROUP]
     for chunk in prange((rows + per_chunk - 1) // per_chunk):
         first = chunk * per_chunk
         last = min(first + per_chunk, rows)
@@ -187,14 +197,14 @@ def max_values(x, y, lowest, plan):
         for r in range(first, last, group):
             g = min(group, last - r)
             p = r // oh_n
-            whole = max(min(g, last - plan[18] - r), 0)
+            whole = max(min(g, last - plan[OVERSHOOT] - r), 0)
             _max_windows(x, y, lowest, plan, p, r - p * oh_n, r, g, part, dense, whole)
 
 
 @kernel()
 def averages(x, y, plan, divisors):
     """Averages of windows. divisors: what `divisors_of` made."""
-    rows, per_chunk, oh_n, ow_n, c, group = plan[0], plan[1], plan[4], plan[5], plan[6], plan[21]
+    rows, per_chunk, oh_n, ow_n, c, group = plan[ROWS], plan[PER_CHUNK], plan[OH], plan[OW], plan[C], plan[GROUP]
     zero = x.dtype.type(0)
     for chunk in prange((rows + per_chunk - 1) // per_chunk):
         first = chunk * per_chunk
@@ -204,7 +214,7 @@ def averages(x, y, plan, divisors):
         for r in range(first, last, group):
             g = min(group, last - r)
             p = r // oh_n
-            whole = max(min(g, last - plan[18] - r), 0)
+            whole = max(min(g, last - plan[OVERSHOOT] - r), 0)
             _sum_windows(x, y, zero, plan, p, r - p * oh_n, r, g, part, dense, whole)
             divide(address(y, r * ow_n * c), divisors, r, g, ow_n, c)
 
