@@ -23,8 +23,9 @@ from tilewise.kernels.cpu.pool_fold import MAXIMA, SUMS, fill_rows, move
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import address, lane_count
 
-# Elements of the folded rows that are worked on at once: 16 KB of float32, a third of L1.
-PART = 4096
+# Bytes of a block of a folded row, a third of L1; and of half of what is worked on at once: the folded rows of a
+# group, and what they are folded from.
+PART = 16384
 # Bytes to prefetch ahead of the second row of a window: far enough for memory's latency (100 ns at 20 GB/s are 2 KB),
 # near enough for L1.
 AHEAD = 4096
@@ -54,16 +55,17 @@ def plan_of(x_shape, y_shape, itemsize, layout, kernel_size, stride, padding, di
     inner_first = min(-(-top // sh), oh)
     inner_last = max(min((h + top - tall) // sh + 1, oh), inner_first) if h + top >= tall else inner_first
     reach = dw * (kw - 1) + 1
-    block = min(max((PART // c - reach) // sw + 1, 1), ow)
+    block = min(max((PART // itemsize // c - reach) // sw + 1, 1), ow)
     span = (block - 1) * sw + reach
     flat = c == 1 and left == 0 and reach <= sw and block == ow and span <= w
     if flat:
         pitch = ow * sw
+    elif block < ow:
+        pitch = _rounded(span * c, lanes) + (left + 1) * c + lanes
     else:  # whole vectors of a folded row, or of the padding behind it, do not reach the next one
-        inside = min(span, w)
-        pitch = max(
-            _rounded(left * c, lanes), (left * c) + _rounded(inside * c, lanes), _rounded(span * c, lanes) + lanes
-        )
+        inside = min(span - left, w)
+        padded = _rounded((span - left - inside) * c, lanes)
+        pitch = left * c + max(_rounded(inside * c, lanes), inside * c + padded)
     # Whole vectors reach beyond a row of x, and of y; beyond the end of a block, by an unknown part of a vector.
     longest, unit = min(span, w) * c, c if c > 1 and sw > 1 else block * c
     cut = block < ow
@@ -72,7 +74,8 @@ def plan_of(x_shape, y_shape, itemsize, layout, kernel_size, stride, padding, di
     reading = oh - min(max(-(-(h - rest + top - tall + 1) // sh), 0), oh) if rest else 0
     readable = max(rows - full * oh - reading, 0)
     overshoot = -(-(lanes - 1 if cut else _rounded(unit, lanes) - unit) // (ow * c))
-    group = max(min(PART // max(pitch, 1), rows), 1) if block == ow else 1
+    footprint = sh * w * c + pitch * (2 if sw > 2 else 1)
+    group = max(min(rows, 2 * PART // itemsize // max(footprint, 1)), 1) if block == ow else 1
     per_chunk = max(CHUNK // max(w * sh * c, 1), 1)
     values = (rows, per_chunk, h, w, oh, ow, c, kh, kw, sh, sw, top, left, dh, dw, inner_first, inner_last)
     return np.array((*values, readable, overshoot, block, pitch, group, flat), np.int64)
