@@ -99,8 +99,10 @@ def prepare_max_pool2d_backward(
     return run
 
 
-def max_pool2d_backward(grad, indices, **options):
-    return prepare_max_pool2d_backward((grad.shape,), grad.dtype, **options)(grad, indices)
+def max_pool2d_backward(grad, indices, *, input_shape, kernel_size, stride, padding, dilation, ceil_mode, layout):
+    window = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    options = {"input_shape": input_shape, "ceil_mode": ceil_mode, "layout": layout}
+    return prepare_max_pool2d_backward((grad.shape,), grad.dtype, **window, **options)(grad, indices)
 
 
 def prepare_avg_pool2d(
@@ -163,8 +165,13 @@ def _spreading(grad_shape, shape, dtype, layout, rows, columns, kernel_width=0, 
     return run
 
 
-def avg_pool2d_backward(grad, **options):
-    return prepare_avg_pool2d_backward((grad.shape,), grad.dtype, **options)(grad)
+def avg_pool2d_backward(
+    grad, *, input_shape, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout
+):
+    window = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "ceil_mode": ceil_mode}
+    options = {"input_shape": input_shape, "layout": layout}
+    options |= {"count_include_pad": count_include_pad, "divisor_override": divisor_override}
+    return prepare_avg_pool2d_backward((grad.shape,), grad.dtype, **window, **options)(grad)
 
 
 def prepare_adaptive_avg_pool2d(shapes, dtype, *, output_size, layout):
