@@ -26,6 +26,9 @@ WINDOWS = [
     {"kernel_size": (4, 1), "stride": (3, 2), "padding": (1, 0)},
     {"kernel_size": (2, 7), "stride": (3, 1), "padding": ((0, 1), (6, 2))},
     {"kernel_size": 5, "stride": 3, "padding": 2, "ceil_mode": True},
+    {"kernel_size": 5, "stride": 1, "padding": 2},
+    {"kernel_size": 3},
+    {"kernel_size": (2, 4), "stride": (1, 4)},
 ]
 DILATED = [
     {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 2},
@@ -114,10 +117,84 @@ def test_adaptive_pools(rng, bins, dtype, layout):
 def test_rows_longer_than_a_part_are_cut(rng, layout):
     shape = (1, 1, 4, 9001) if layout == "NCHW" else (1, 4, 61, 300)
     x = rng.standard_normal(shape).astype(np.float32)
-    for options in ({"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (2, 3), "stride": 1, "padding": 1}):
+    for options in (
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (2, 3), "stride": 1, "padding": 1},
+        {"kernel_size": (2, 5), "stride": 3, "padding": (0, 2)},
+    ):
         for function in (kernels.max_pool2d, kernels.avg_pool2d):
             y, expected = both(function, x, **options, layout=layout)
             assert_close(y, expected, reduction=9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", [(2, 2), (3, 2, 1), (3, 1, 1), (5, 3), (3, 4), (7, 7)], ids=str)
+def test_small_planes_in_large_numbers(rng, options, dtype, layout):
+    """Groups of planes, bands of equal rows of many planes, chunks of many planes: more than one of each."""
+    for n, c, size in ((3, 97, 14), (1, 130, 13), (2, 33, 7)):
+        x = laid(rng.integers(-9, 9, (n, c, size, size + 1)).astype(dtype), layout)
+        y, indices = kernels.max_pool2d(x, *options, return_indices=True, layout=layout)
+        np.testing.assert_array_equal(*both(kernels.max_pool2d, x, *options, layout=layout))
+        grad = rng.integers(-9, 9, y.shape).astype(dtype)
+        ours, theirs = both(kernels.max_pool2d_backward, grad, indices, x.shape, *options, layout=layout)
+        np.testing.assert_array_equal(ours, theirs)
+        assert_close(*both(kernels.avg_pool2d, x, *options, layout=layout), reduction=49, scale=9.0)
+        ours, theirs = both(kernels.avg_pool2d_backward, grad, x.shape, *options, layout=layout)
+        assert_close(ours, theirs, reduction=9, scale=9.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradient_of_averages_of_wide_windows_and_of_large_planes(rng, dtype):
+    """Windows so close that a vector of columns lies in more of them than it has lanes; bands in several chunks."""
+    for shape, options in (
+        ((1, 3, 5, 90), ((2, 40), (2, 2))),
+        ((1, 2, 310, 230), (3, 2, 1)),
+        ((1, 1, 300, 200), (2, 5)),
+    ):
+        y, expected = both(kernels.avg_pool2d, rng.standard_normal(shape).astype(dtype), *options)
+        assert_close(y, expected, reduction=80, scale=1.0)
+        grad = rng.standard_normal(y.shape).astype(dtype)
+        ours, theirs = both(kernels.avg_pool2d_backward, grad, shape, *options)
+        assert_close(ours, theirs, reduction=40)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_global_averages_of_every_length(rng, dtype, layout):
+    for height, width in (
+        (1, 1),
+        (3, 5),
+        (4, 4),
+        (1, 17),
+        (7, 7),
+        (8, 8),
+        (1, 63),
+        (5, 13),
+        (64, 64),
+        (65, 64),
+        (91, 97),
+    ):
+        x = laid(rng.standard_normal((2, 3, height, width)).astype(dtype), layout)
+        for bins in (1, (min(2, height), 1)):
+            y, expected = both(kernels.adaptive_avg_pool2d, x, bins, layout=layout)
+            assert_close(y, expected, reduction=height * width, scale=1.0)
+            ours, theirs = both(kernels.adaptive_avg_pool2d_backward, y, x.shape, layout=layout)
+            assert_close(ours, theirs, reduction=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 7, 16, 33])
+def test_a_maximum_outside_its_window_still_gets_its_gradient(rng, channels, layout):
+    """max_pool2d never returns such indices, but a caller may bring them."""
+    x = laid(rng.permutation(2 * channels * 60).reshape(2, channels, 6, 10).astype(np.float32), layout)
+    for options in ((2, 2), (3, 2, 1), (3, 1, 1)):
+        y, indices = kernels.max_pool2d(x, *options, return_indices=True, layout=layout)
+        strange = indices.copy()
+        strange.flat[rng.integers(indices.size)] = 59 - strange.flat[0]
+        for where in (strange, rng.integers(0, 60, indices.shape)):
+            ours, theirs = both(kernels.max_pool2d_backward, y, where, x.shape, *options, layout=layout)
+            assert_close(ours, theirs, reduction=60)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -246,6 +323,11 @@ def test_any_number_of_threads_gives_the_same_bits(rng, layout):
             kernels.adaptive_max_pool2d_backward(m, where, x.shape, layout=layout),
             kernels.max_unpool2d(y, indices, 3, 2, 1, (60, 57), layout=layout),
             kernels.max_unpool2d_backward(x, indices, layout=layout),
+            *[
+                f(x, *o, layout=layout)
+                for f in (kernels.max_pool2d, kernels.avg_pool2d)
+                for o in ((2,), (3, 1), (5, 3))
+            ],
         ]
 
     with tilewise.using(backend="cpu", threads=1):
@@ -257,29 +339,51 @@ def test_any_number_of_threads_gives_the_same_bits(rng, layout):
 
 
 BEFORE_A_FENCE = """
-import ctypes, mmap
+import ctypes, math, mmap
 import numpy as np
 from tilewise import kernels
+from tilewise.kernels import dispatch
+from tilewise.kernels.cpu import pool
 
 page = mmap.PAGESIZE
-memory = mmap.mmap(-1, 4 * page)
-start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + 3 * page), page, 0) == 0
-for width in (8, 16, 17, 34, 35):
-    x = np.frombuffer(memory, np.float32, 6 * width, 3 * page - 24 * width).reshape(1, 1, 6, width)
-    for options in ((2, 2), (3, 2, 1), (3, 2), (2, 1), (3, 1, 1)):
-        y, indices = kernels.max_pool2d(x, *options, return_indices=True)
-        assert (kernels.max_pool2d(x, *options) == y).all()
-        kernels.avg_pool2d(x, *options)
-        kernels.adaptive_max_pool2d(x, 2, True)
-        kernels.adaptive_avg_pool2d(x, 2)
-        kernels.adaptive_avg_pool2d(x, 1)
+
+
+def fenced(shape, dtype=np.float32):
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    pages = size // page + 1
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
+    return np.frombuffer(memory, dtype, math.prod(shape), pages * page - size).reshape(shape)
+
+
+def copy(x):
+    result = fenced(x.shape, x.dtype)
+    result[...] = x
+    return result
+
+
+pool._allocator = lambda shape, dtype: fenced  # results end before a fence, too
+for layout, channels in (("NCHW", 1), ("NCHW", 3), ("NHWC", 1), ("NHWC", 3), ("NHWC", 16)):
+    for width in (8, 16, 17, 34, 35):
+        x = fenced((1, channels, 6, width) if layout == "NCHW" else (1, 6, width, channels))
+        for options in ((2, 2), (3, 2, 1), (3, 2), (2, 1), (3, 1, 1), (5, 3, 1), (4, 4)):
+            y, indices = kernels.max_pool2d(x, *options, return_indices=True, layout=layout)
+            assert (kernels.max_pool2d(x, *options, layout=layout) == y).all()
+            grad, indices = copy(y), copy(indices)
+            kernels.max_pool2d_backward(grad, indices, x.shape, *options, layout=layout)
+            kernels.avg_pool2d(x, *options, layout=layout)
+            kernels.avg_pool2d_backward(grad, x.shape, *options, layout=layout)
+        for bins in (1, 2, (2, 3)):
+            y, indices = kernels.adaptive_max_pool2d(x, bins, True, layout=layout)
+            kernels.adaptive_avg_pool2d(x, bins, layout=layout)
+            kernels.adaptive_avg_pool2d_backward(copy(y), x.shape, layout=layout)
 print("unharmed")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects a page with mprotect, as Linux has it")
-def test_nothing_after_the_image_is_read():
-    """The image ends where the process may not read on: vector loads that overrun it would kill the process."""
+def test_nothing_after_an_operand_or_a_result_is_touched():
+    """The arrays end where the process may not go on: vectors that overrun them would kill it."""
     done = subprocess.run([sys.executable, "-c", BEFORE_A_FENCE], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "unharmed", f"exit status {done.returncode}: {done.stderr}"

@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device
-from tilewise.kernels.cpu.simd import _I32, _I64, _literal, lane_count
+from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal, lane_count
 
 MAXIMUM, SUM = 0, 1
 
@@ -98,6 +98,117 @@ def fold(typingctx, operation, stride, out, source, step, taps, count):
 
 
 @intrinsic(prefer_literal=True)
+def fold_rows(
+    typingctx, operation, stride, unrolled, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead
+):
+    """`fold` for many rows: row r reads from source + r * source_pitch and goes to out + r * out_pitch.
+
+    Whole vectors only, which is what makes short rows fast: `count` is rounded up to a multiple of the lanes, in
+    reading and in writing. What is written behind a row is overwritten by the next one, as rows are done in order; the
+    caller sees to what lies behind the last. unrolled: a literal; the number of taps where it is known, else 0. ahead:
+    the distance of an element that will be wanted soon, from the one that is read.
+    """
+    kind, every, known = _literal(operation), _literal(stride), _literal(unrolled)
+    signature = types.void(operation, stride, unrolled, out, types.intp, source, *[types.intp] * 6)
+
+    def codegen(context, builder, signature, args):
+        _, _, _, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead = args
+        element = signature.args[3].dtype
+        lanes = lane_count(element.bitwidth // 8)
+
+        def tap(first, t):
+            return _load(builder, builder.gep(first, [builder.mul(t, step)]), every, lanes)
+
+        with cgutils.for_range(builder, rows) as row:
+            start = builder.gep(source, [builder.mul(row.index, source_pitch)])
+            target = builder.gep(out, [builder.mul(row.index, out_pitch)])
+            with cgutils.for_range_slice(builder, _I64(0), count, _I64(lanes), inc=True) as (i, _):
+                first = builder.gep(start, [builder.mul(i, _I64(every))])
+                value = _load(builder, first, every, lanes)
+                if known:
+                    for t in range(1, known):
+                        value = _combine(builder, element, kind, tap(first, _I64(t)), value)
+                else:
+                    total = cgutils.alloca_once(builder, value.type)
+                    builder.store(value, total)
+                    with cgutils.for_range_slice(builder, _I64(1), taps, _I64(1), inc=True) as (t, _):
+                        builder.store(_combine(builder, element, kind, tap(first, t), builder.load(total)), total)
+                    value = builder.load(total)
+                _prefetch(builder, builder.gep(first, [ahead]))
+                _store(builder, value, builder.gep(target, [i]))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def fill_rows(typingctx, out, pitch, rows, value, count):
+    """out[r * pitch + i] = value for r < rows, i < count; whole vectors, as in `fold_rows`."""
+    signature = types.void(out, types.intp, types.intp, out.dtype, types.intp)
+
+    def codegen(context, builder, signature, args):
+        out, pitch, rows, value, count = args
+        lanes = lane_count(signature.args[0].dtype.bitwidth // 8)
+        vector = _splat(builder, value, lanes)
+        with cgutils.for_range(builder, rows) as row:
+            target = builder.gep(out, [builder.mul(row.index, pitch)])
+            with cgutils.for_range_slice(builder, _I64(0), count, _I64(lanes), inc=True) as (i, _):
+                _store(builder, vector, builder.gep(target, [i]))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def sum_rows(typingctx, out, source, source_pitch, rows, count):
+    """out[r] = the sum of `count` elements from source + r * source_pitch on, in an order that no compiler changes.
+
+    Four vectors of sums take turns, as an addition waits four cycles for the one before it; the last vector is masked.
+    """
+    signature = types.void(out, source, types.intp, types.intp, types.intp)
+
+    def codegen(context, builder, signature, args):
+        out, source, source_pitch, rows, count = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        lanes = emit.lanes
+        rest, whole = builder.and_(count, _I64(-4 * lanes)), builder.and_(count, _I64(-lanes))
+        mask = emit.mask(_I64(0), builder.sub(count, whole))
+        totals = [cgutils.alloca_once(builder, emit.vector) for _ in range(4)]
+
+        def add(total, value):
+            builder.store(builder.fadd(builder.load(total), value), total)
+
+        with cgutils.for_range(builder, rows) as row:
+            start = builder.gep(source, [builder.mul(row.index, source_pitch)])
+            for total in totals:
+                builder.store(emit.zero, total)
+            with cgutils.for_range_slice(builder, _I64(0), rest, _I64(4 * lanes), inc=True) as (i, _):
+                for k, total in enumerate(totals):
+                    add(total, emit.load(start, builder.add(i, _I64(k * lanes))))
+            with cgutils.for_range_slice(builder, rest, whole, _I64(lanes), inc=True) as (i, _):
+                add(totals[0], emit.load(start, i))
+            add(totals[1], emit.masked_load(start, whole, mask))
+            a, b, c, d = (builder.load(total) for total in totals)
+            total = _total(builder, builder.fadd(builder.fadd(a, b), builder.fadd(c, d)))
+            builder.store(total, builder.gep(out, [row.index]))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _total(builder, value):
+    """The sum of a vector's lanes, by halves."""
+    lanes = value.type.count
+    while lanes > 1:
+        lanes //= 2
+        numbers = ir.VectorType(_I32, lanes)
+        halves = [ir.Constant(numbers, list(range(first, first + lanes))) for first in (0, lanes)]
+        low, high = (builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), half) for half in halves)
+        value = builder.fadd(low, high)
+    return builder.extract_element(value, _I32(0))
+
+
+@intrinsic(prefer_literal=True)
 def fold_indexed(
     typingctx, stride, out, where, source, rows, row_step, columns, column_step, count, index, lane, width, dilation
 ):
@@ -163,8 +274,15 @@ def _itemsize(scalar) -> int:
     return {ir.FloatType(): 4, ir.DoubleType(): 8}.get(scalar) or scalar.width // 8
 
 
+def _prefetch(builder, pointer):
+    place = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [place, _I32(0), _I32(3), _I32(1)])  # read, keep in all levels, data
+
+
 def _load(builder, pointer, every, lanes):
-    """`lanes` elements from the pointer on, or every second of twice as many."""
+    """`lanes` elements from the pointer on, the first of `every` each."""
     if lanes == 1:
         return builder.load(pointer)
     scalar = pointer.type.pointee
@@ -173,8 +291,8 @@ def _load(builder, pointer, every, lanes):
     value.align = _itemsize(scalar)
     if every == 1:
         return value
-    even = ir.Constant(ir.VectorType(_I32, lanes), [2 * i for i in range(lanes)])
-    return builder.shuffle_vector(value, ir.Constant(vector, ir.Undefined), even)
+    chosen = ir.Constant(ir.VectorType(_I32, lanes), [every * i for i in range(lanes)])
+    return builder.shuffle_vector(value, ir.Constant(vector, ir.Undefined), chosen)
 
 
 def _store(builder, value, pointer):
@@ -205,7 +323,8 @@ def _combine(builder, element, kind, v, total):
 
 
 def folds(operation):
-    """`fold` for one operation as functions: (contiguous windows, every second window).
+    """`fold` and `fold_rows` for one operation as functions: contiguous windows, every second window, rows of both,
+    rows of every third element.
 
     Functions, because a kernel folds in several places, and the vector loops are to be compiled once.
     """
@@ -221,8 +340,48 @@ def folds(operation):
     def every_second(out, source, step, taps, count):
         fold(operation, 2, out, source, step, taps, count)
 
-    return contiguous, every_second
+    @device()
+    def contiguous_rows(out, out_pitch, source, source_pitch, rows, step, taps, count, ahead):
+        if taps == 2:
+            fold_rows(operation, 1, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
+        elif taps == 3:
+            fold_rows(operation, 1, 3, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
+        elif taps == 5:
+            fold_rows(operation, 1, 5, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
+        else:
+            fold_rows(operation, 1, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
+
+    @device()
+    def every_second_rows(out, out_pitch, source, source_pitch, rows, step, taps, count):
+        if taps == 3:
+            fold_rows(operation, 2, 3, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
+        else:
+            fold_rows(operation, 2, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
+
+    @device()
+    def pick_rows(out, out_pitch, source, source_pitch, rows, count):
+        """Every third element."""
+        fold_rows(operation, 3, 1, out, out_pitch, source, source_pitch, rows, 1, 1, count, 0)
+
+    return contiguous, every_second, contiguous_rows, every_second_rows, pick_rows
 
 
-max_contiguous, max_every_second = folds(MAXIMUM)
-sum_contiguous, sum_every_second = folds(SUM)
+MAXIMA, SUMS = folds(MAXIMUM), folds(SUM)
+max_contiguous, sum_contiguous = MAXIMA[0], SUMS[0]
+
+
+@device()
+def sizes(image, nhwc):
+    """(planes, height, width, channels side by side)"""
+    a, b, c, d = image.shape
+    return (a, b, c, d) if nhwc else (a * b, c, d, 1)
+
+
+# Elements that a chunk reads: some tens of microseconds, well above what handing out a chunk costs.
+CHUNK = 32768
+
+
+@device()
+def chunk_rows(width):
+    """How many rows of this many elements make a chunk."""
+    return max(CHUNK // max(width, 1), 1)

@@ -1,0 +1,169 @@
+"""Gradient of maxima of evenly spaced windows in NHWC, by gathering.
+
+Every pixel looks at the few windows that it lies in, and adds up the gradients of those that name it as their maximum:
+vectors of channels, no scattered writes, and no pass that sets zeros. A window's index is expected inside that window,
+as max_pool2d has it, and so matches once. Whether each did is counted, and if not, the caller scatters instead.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tilewise.kernels.cpu.jit import kernel
+from tilewise.kernels.cpu.pool_fold import chunk_rows
+from tilewise.kernels.cpu.pool_spread import covering
+from tilewise.kernels.cpu.simd import _I1, _I32, _I64, VECTOR_BYTES, _Emitter, address
+
+COUNTERS = VECTOR_BYTES // 4  # as many as a vector of float32 has lanes
+
+
+@intrinsic
+def match_row(typingctx, out, values, indices, pixel, rows, row_step, columns, width, count, counters):
+    """A row of `width` pixels of `count` channels, numbered from `pixel` on. Pixel w lies in `rows` x columns[2 w + 1]
+    windows, from column columns[2 w] on:
+
+        out[w, i] = the sum of values[o + i] where indices[o + i] == pixel + w, over o = r * row_step + s * count,
+                    for r < rows and 0 <= s - columns[2 w] < columns[2 w + 1]
+
+    counters: 32-bit integers, to whose sum the number of matches is added.
+    """
+    signature = types.void(out, values, indices, *[types.intp] * 3, columns, types.intp, types.intp, counters)
+
+    def codegen(context, builder, signature, args):
+        out, values, indices, pixel, rows, row_step, columns, width, count, counters = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        places, tally = ir.VectorType(_I64, emit.lanes), ir.VectorType(_I32, emit.lanes)
+        one = ir.Constant(tally, [1] * emit.lanes)
+        total, matches = cgutils.alloca_once(builder, emit.vector), cgutils.alloca_once(builder, tally)
+        counters = builder.bitcast(counters, tally.as_pointer())
+        _move_tally(builder, counters, matches)
+        whole = builder.and_(count, _I64(-emit.lanes))
+        mask = emit.mask(_I64(0), builder.sub(count, whole))
+
+        def add(offset, wanted, load_indices, load):
+            where = builder.bitcast(builder.gep(indices, [offset]), places.as_pointer())
+            found = builder.icmp_signed("==", load_indices(where), wanted)
+            sum_, number = builder.load(total), builder.load(matches)
+            builder.store(builder.select(found, emit.add(sum_, load(values, offset)), sum_), total)
+            builder.store(builder.select(found, builder.add(number, one), number), matches)
+
+        def vector(start, windows, wanted, load_indices, load):
+            builder.store(emit.zero, total)
+            with cgutils.for_range(builder, rows) as row, cgutils.for_range(builder, windows) as column:
+                offset = builder.add(builder.mul(row.index, row_step), builder.mul(column.index, count))
+                add(builder.add(offset, start), wanted, load_indices, load)
+            return builder.load(total)
+
+        def whole_indices(where):
+            return _whole_indices(builder, where)
+
+        def whole_vectors(window, wanted, target, value):
+            with cgutils.for_range_slice(builder, _I64(0), whole, _I64(emit.lanes), inc=True) as (i, _):
+                emit.store(value(builder.add(window, i)), target, i)
+
+        def whole_pixel(window, windows, wanted, target):
+            """The vectors of one pixel, in straight-line code for the usual numbers of windows."""
+            end = builder.append_basic_block("pixel_done")
+            for m, n in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 3)):
+                same = builder.and_(
+                    builder.icmp_signed("==", rows, _I64(m)), builder.icmp_signed("==", windows, _I64(n))
+                )
+                usual, other = builder.append_basic_block("usual"), builder.append_basic_block("other")
+                builder.cbranch(same, usual, other)
+                builder.position_at_end(usual)
+                steps = [
+                    builder.add(builder.mul(_I64(r), row_step), builder.mul(_I64(c), count))
+                    for r in range(m)
+                    for c in range(n)
+                ]
+
+                def unrolled(start, steps=steps):
+                    builder.store(emit.zero, total)
+                    for step in steps:
+                        add(builder.add(start, step), wanted, whole_indices, emit.load)
+                    return builder.load(total)
+
+                whole_vectors(window, wanted, target, unrolled)
+                builder.branch(end)
+                builder.position_at_end(other)
+            whole_vectors(
+                window, wanted, target, lambda start: vector(start, windows, wanted, whole_indices, emit.load)
+            )
+            builder.branch(end)
+            builder.position_at_end(end)
+
+        with cgutils.for_range(builder, width) as loop:
+            entry = builder.mul(loop.index, _I64(2))
+            window = builder.mul(builder.load(builder.gep(columns, [entry])), count)
+            windows = builder.load(builder.gep(columns, [builder.add(entry, _I64(1))]))
+            wanted = emit.splat(builder.add(pixel, loop.index), scalar=_I64)
+            target = builder.gep(out, [builder.mul(loop.index, count)])
+            whole_pixel(window, windows, wanted, target)
+            with builder.if_then(builder.icmp_signed("<", whole, count)):
+                value = vector(
+                    builder.add(window, whole), windows, wanted,
+                    lambda where: _masked_indices(builder, where, mask),
+                    lambda pointer, offset: emit.masked_load(pointer, offset, mask),
+                )  # fmt: skip
+                emit.masked_store(value, target, whole, mask)
+        _move_tally(builder, matches, counters)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _move_tally(builder, source, target):
+    value = builder.load(source)
+    value.align = 4
+    builder.store(value, target).align = 4
+
+
+def _whole_indices(builder, where):
+    value = builder.load(where)
+    value.align = 8
+    return value
+
+
+def _masked_indices(builder, where, mask):
+    places = where.type.pointee
+    kind = ir.FunctionType(places, [where.type, _I32, ir.VectorType(_I1, places.count), places])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{places.count}i64.p0")
+    return builder.call(function, [where, _I32(8), mask, ir.Constant(places, [-1] * places.count)])
+
+
+@kernel()
+def match(g, indices, gx, table):
+    """The gradient; returns the number of windows that name a pixel outside themselves. table: `table_of`."""
+    planes, h_n, w_n, c = gx.shape
+    _, oh_n, ow_n, _ = g.shape
+    rows, per_chunk = planes * h_n, chunk_rows(w_n * c)
+    chunks = (rows + per_chunk - 1) // per_chunk
+    matches = np.zeros(chunks * COUNTERS, np.int32)
+    for chunk in prange(chunks):
+        first = chunk * per_chunk
+        p = first // h_n
+        h = first - p * h_n
+        counters = address(matches, chunk * COUNTERS)
+        for r in range(first, min(first + per_chunk, rows)):
+            top, height = table[2 * h], table[2 * h + 1]
+            window = (p * oh_n + top) * ow_n * c
+            match_row(
+                address(gx, r * w_n * c), address(g, window), address(indices, window),
+                h * w_n, height, ow_n * c, address(table, 2 * h_n), w_n, c, counters,
+            )  # fmt: skip
+            h += 1
+            if h == h_n:
+                h = 0
+                p += 1
+    total = g.size
+    for k in range(matches.size):
+        total -= matches[k]
+    return total
+
+
+def table_of(pixels, bounds):
+    """For each row, then each column of the image: the first window over it, and the number of them."""
+    axes = [np.stack(covering(n, *bound), 1).ravel() for n, bound in zip(pixels, bounds, strict=True)]
+    return np.concatenate(axes).astype(np.int64)
