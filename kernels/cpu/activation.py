@@ -224,7 +224,7 @@ def _softmax_row(x, y, last, last_y, log):
             y[whole + i] = last_y[i] * scale
 
 
-@device()
+@device(allocates=True)
 def _softmax_columns_run(x, y, start, stop, log):
     """Softmax along the first axis of x (n, inner) for the columns from start to stop."""
     prefer_widest_vectors()
@@ -320,7 +320,7 @@ def _softmax_backward_rows(grad, y, result, log):
             _softmax_backward_row(grad[row], y[row], result[row], log)
 
 
-@device()
+@device(allocates=True)
 def _softmax_backward_columns_run(grad, y, result, start, stop, log):
     prefer_widest_vectors()
     n, width = y.shape[0], stop - start

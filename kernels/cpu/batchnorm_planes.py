@@ -33,7 +33,7 @@ def _normalise(x, y, centre, scale, offset):
         y[i] = minus(x[i], centre) * scale + offset
 
 
-@device()
+@device(allocates=True)
 def _forward_channels(
     x, y, first, last, running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps, code
 ):
@@ -186,7 +186,7 @@ def _run_gradient(grad, x, result, centre, a, b, offset, training):
             result[i] = grad[i] * a
 
 
-@device()
+@device(allocates=True)
 def _backward_channels(grad, x, result, first, last, mean, invstd, weight, grad_weight, grad_bias, training):
     images, _, plane = x.shape
     totals, products = np.zeros(last - first), np.zeros(last - first)

@@ -26,7 +26,6 @@ from tilewise.kernels.cpu.scratch import empty
 
 _NO_BIAS = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)}
 _KERNELS = {
-    ("NCHW", "gemm"): conv_nchw.convolve,
     ("NCHW", "winograd"): conv_winograd.convolve,
     ("NCHW", "direct"): conv_direct.rows_nchw,
     ("NCHW", "depthwise"): conv_direct.rows_nchw,
@@ -158,6 +157,31 @@ class _Pass:
         )  # fmt: skip
 
 
+class _ImplicitProduct:
+    """One NCHW convolution by `conv_nchw.convolve`; arguments as `_Pass`."""
+
+    __slots__ = ("kernel", "plan")
+
+    def __init__(self, x, weight, y, dtype, taps, stride, grid, groups, activation):
+        outputs, channels = weight[0] // groups, weight[1]
+        height, width = y[2:]
+        first_row, first_column, row_step, column_step, oh, ow = grid
+        y_steps = (first_row * width + first_column, height * width, row_step * width, column_step)
+        shape = (x[0], channels, *x[2:])
+        itemsize = dtype.itemsize
+        self.plan = conv_nchw.plan(shape, outputs, taps, stride, (oh, ow), y_steps, groups, itemsize, activation)
+        self.kernel = conv_nchw.convolve.sized(2 * x[0] * prod(weight) * oh * ow * _COST["gemm"])
+
+    def __call__(self, x, weight, y, bias):
+        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, _NO_BIAS[x.dtype], *self.plan)
+
+
+def _prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algorithm, activation=0):
+    if (layout, algorithm) == ("NCHW", "gemm"):
+        return _ImplicitProduct(x, weight, y, dtype, taps, stride, grid, groups, activation)
+    return _Pass(x, weight, y, taps, stride, grid, groups, layout, algorithm, activation)
+
+
 def prepare_conv2d(shapes, dtype, *, stride, padding, dilation, groups, layout, activation, algorithm):
     x, weight, _ = shapes
     options = {"stride": stride, "padding": padding, "dilation": dilation, "layout": layout}
@@ -168,7 +192,7 @@ def prepare_conv2d(shapes, dtype, *, stride, padding, dilation, groups, layout, 
         return lambda x, weight, bias, *, out=None: np.empty(shape, dtype) if out is None else out
     taps = _tap_offsets(weight[2:], dilation, padding)
     code = ACTIVATION_CODES[activation]
-    forward = _Pass(x, weight, shape, taps, stride, (0, 0, 1, 1, oh, ow), groups, layout, algorithm, code)
+    forward = _prepare_pass(x, weight, shape, dtype, taps, stride, (0, 0, 1, 1, oh, ow), groups, layout, algorithm, code)
 
     def run(x, weight, bias, *, out=None):
         if out is None:
@@ -245,7 +269,7 @@ class _TransposedConvolution:
                     shape = (groups * channels, outputs, rows.size, columns.size)
                     grid = (i, j, *stride, -(-(size[0] - i) // stride[0]), -(-(size[1] - j) // stride[1]))
                     taps = (row_offsets, column_offsets)
-                    move = _Pass(grad, shape, result, taps, (1, 1), grid, groups, layout, algorithm)
+                    move = _prepare_pass(grad, shape, result, dtype, taps, (1, 1), grid, groups, layout, algorithm)
                     self.phases.append((shape, rows, columns, move))
         # pixels that no tap meets keep the bias alone
         self.fill_first = len(self.phases) < min(stride[0], size[0]) * min(stride[1], size[1])
@@ -374,7 +398,7 @@ def _prepare_input_gradient(grad, x, weight, dtype, *, stride, padding, dilation
     algorithm = "direct" if 2 * prod(x) * prod(weight[1:]) < DIRECT_BELOW else "gemm"
     grid = (0, 0, 1, 1, *_image_size(x, layout))
     taps = _tap_offsets(weight[2:], dilation, padding)
-    move, no_bias = _Pass(grad, weight, x, taps, stride, grid, groups, layout, algorithm), _NO_BIAS[dtype]
+    move, no_bias = _prepare_pass(grad, weight, x, dtype, taps, stride, grid, groups, layout, algorithm), _NO_BIAS[dtype]
 
     def run(grad, weight):
         result = empty(x, dtype)

@@ -77,7 +77,7 @@ def _add_tap(x, source, stride, factor, sums, first, last):
             sums[j] += factor * x[source + j * stride]
 
 
-@device()
+@device(allocates=True)
 def _plane(
     x, base, channels, h, w, weight, start, tap_rows, tap_columns, stride_h, stride_w, oh, ow, y, target, row_step,
     column_step, value, activation,

@@ -1,312 +1,392 @@
-"""Convolution in NCHW as an implicit matrix product: no im2col matrix in memory, no padded copy of the image.
+"""Convolution in NCHW as an implicit matrix product on phase planes: no im2col matrix, no gather per tap.
 
 For one image and group, with k running over (channel, tap row, tap column):
 
-    y[o, pixel] = sum over k of weight[o, k] * columns[k, pixel],   columns[k, pixel] = x[channel, row, column] or 0
+    y[o, pixel] = sum over k of weight[o, k] * x[channel, pixel's row and column shifted by the tap], 0 outside x
 
-The weights are packed once into panels of MR outputs. A block of pixels takes its columns from x straight into panels
-of NR pixels: along an output row neighbouring pixels are neighbours in x (or `stride` apart), so a panel row is one
-or more masked vector copies, and the lanes that fall into the padding are masked off. Each chunk owns a block of
-pixels of one image and a range of outputs; nobody else writes there.
+A block of output rows copies the rows of x that it needs into planes, with the padding as zeros, and one plane for
+each phase of the stride. In a plane all taps of neighbouring pixels are neighbours, whatever stride, dilation or
+padding were:
+
+    plane (stride 1, 3x3, width 5)      output pixel p = i * 7 + j, flattened over the padded width
+    0 0 0 0 0 0 0                       tap (r, s) of pixel p lies at p + r * 7 + s
+    0 a b c d e 0                       pixels with j >= 5 are waste: computed, never written
+    0 f g h i j 0
+
+So a vector of pixels is one unaligned load at an offset that depends on k alone, and the product reads x from the
+planes through a table of offsets (`offset_product`). Each element of x is copied about once, where columns would be
+copied KH * KW times; the waste is (KW - 1) / width of the arithmetic.
 
 A tap is given by its offset in x, not by kernel size and dilation: the gradient with respect to x is the same sum with
-other offsets, one for each phase of the stride (see conv.py), written to every stride-th pixel.
+other offsets, one for each phase of its stride (see conv.py), written to every stride-th pixel. What follows from the
+shapes is worked out once, by `plan`. Each chunk owns a block of rows of one image (or of a few small ones) and a range
+of outputs.
 """
+
+from math import ceil
 
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.conv_direct import ceil_div
-from tilewise.kernels.cpu.epilogue import activate_row
-from tilewise.kernels.cpu.gemm_blocks import make_pack_left
+from tilewise.kernels.cpu.epilogue import activate_row, apply_activation
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.micro_kernels import offset_product, offset_product_to
+from tilewise.kernels.cpu.row_moves import clear_row, copy_row, finish_row, gather_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
-from tilewise.kernels.cpu.simd import address, lanes, micro_kernel
-from tilewise.kernels.cpu.vector_move import copy_lanes, prefetch
+from tilewise.kernels.cpu.simd import address, lane_count, lanes
+from tilewise.kernels.cpu.vector_move import transpose_rows
 
-pack_weight = make_pack_left(MR)
+# Steps k per block, whole channels. All of them where they are few: sums then never leave L1. Otherwise few enough that
+# the lines of a panel's columns stay in L1 while all outputs pass by.
+WHOLE_DEPTH = 640
+DEPTH = 200
+# Pixels a block: 8 panels of 48, so that the rows shared with the next block are few beside its own; fewer where there
+# would not be CHUNKS chunks to share out.
+BLOCK_PIXELS = 8 * 48
+CHUNKS = 8
+IN_PLACE_BYTES = 32 << 10
+PLANE_BYTES = 64 << 10
 
-# Steps k per block: whole channels up to this many. A panel of pixels is 288 * 48 * 4 = 55 KB, one of weights 9 KB.
-DEPTH = 288
-# Pixel panels per block: 8 * 55 KB of columns in L2, used by every panel of weights before the next are gathered. Of
-# 1, 2, 4, 8 and 12, 8 was the fastest or within 3 % of it; with few panels a visit to a channel's page moves too
-# little.
-PANELS = 8
+
+def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation):
+    """(geometry, offsets, phases) for `convolve`.
+
+    x: (n, channels a group, h, w). outputs: a group. taps: the taps' offsets in x, rows and columns. grid: rows and
+    columns of output pixels. y_steps: (start, plane, row step, column step) of y.
+    """
+    n, channels, h, w = x
+    oh, ow = grid
+    lows = [int(t.min()) for t in taps]
+    parts = [[divmod(int(t) - low, s) for t in axis] for axis, low, s in zip(taps, lows, stride, strict=True)]
+    used = list(dict.fromkeys((r, s) for _, r in parts[0] for _, s in parts[1]))
+    extra_rows, extra_columns = (max(q for q, _ in axis) for axis in parts)
+    pitch = ow + extra_columns
+    n_taps = len(parts[0]) * len(parts[1])
+    whole = channels * n_taps
+    block = channels if whole <= WHOLE_DEPTH else max(1, DEPTH // n_taps)
+    lane = lane_count(itemsize)
+    row_bytes = block * len(used) * pitch * itemsize
+    block_rows, images, splits = _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes)
+    plane = (block_rows + extra_rows) * pitch * images
+    offsets = _offsets(block, parts, used, plane, pitch)
+    phases = np.array([_phase(r + lows[0], s + lows[1], stride[1], w, pitch) for r, s in used], np.int64).ravel()
+    flat = n_taps == 1 and tuple(stride) == (1, 1) and lows == [0, 0] and (oh, ow) == (h, w)
+    # Without padding and stride the planes are x itself; but the channels of large images lie a power of two apart often
+    # enough to compete for the same few cache sets, and copies do not.
+    in_place = (oh + extra_rows, pitch) == (h, w) and tuple(stride) == (1, 1) and lows == [0, 0] and images == 1
+    in_place = in_place and channels * h * w * itemsize <= IN_PLACE_BYTES
+    if in_place:
+        offsets = np.concatenate([offsets, _offsets(block, parts, used, h * w, w)])
+    line, lines = ow, block_rows
+    if pitch == ow and y_steps[2] == ow and y_steps[3] == 1:  # rows are neighbours in the planes and in y
+        line, lines = block_rows * ow, 1
+    geometry = np.array(
+        [n, groups, channels, h, w, outputs, oh, ow, stride[0], stride[1], n_taps, len(used), extra_rows, pitch,
+         block_rows, images, splits, block, plane, flat, *y_steps, activation, line, lines, in_place],
+        np.int64,
+    )  # fmt: skip
+    return geometry, offsets, phases
+
+
+def _offsets(channels, parts, phases, plane, pitch):
+    """Where step k = (channel, tap row, tap column) finds pixel 0."""
+    return np.array(
+        [
+            (c * len(phases) + phases.index((rp, cp))) * plane + r * pitch + s
+            for c in range(channels)
+            for r, rp in parts[0]
+            for s, cp in parts[1]
+        ],
+        np.int64,
+    )
+
+
+def _phase(first_row, first_column, stride_w, w, pitch):
+    """(first row, leading zeros, columns inside x, first of them): how to fill a plane's rows."""
+    left = min(pitch, max(0, ceil(-first_column / stride_w)))
+    end = max(left, min(pitch, ceil((w - first_column) / stride_w)))
+    return first_row, left, end - left, first_column + left * stride_w
+
+
+def _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes):
+    """(output rows a block, images a block, parts of the outputs); fixed by the problem."""
+    if extra_rows == 0 and pitch == ow and oh * ow <= BLOCK_PIXELS // 2:
+        # pixels are neighbours from image to image
+        most = min(n, BLOCK_PIXELS // (oh * ow), max(1, n * groups // CHUNKS))
+        rows, images = oh, most
+    else:
+        most = max(1, BLOCK_PIXELS // pitch, PLANE_BYTES // row_bytes - extra_rows)
+        while most > 1 and n * groups * ceil(oh / most) < CHUNKS // 2 and most * pitch > 4 * lane * NV:
+            most = ceil(most / 2)
+        rows = min(range(1, min(oh, most) + 1), key=lambda rows: (_vectors(oh, rows, ow, pitch, extra_rows, lane)))
+        images = 1
+    chunks, splits = groups * ceil(n / images) * ceil(oh / rows), 1
+    while chunks * splits < CHUNKS and outputs // MR >= 4 * splits:
+        splits *= 2
+    return rows, images, splits
+
+
+def _vectors(oh, rows, ow, pitch, extra_rows, lane):
+    """Vectors of pixels that an image takes in blocks of so many rows; a block's own cost counts as two, and as one for
+    each row that it shares with the next."""
+    sizes = [min(rows, oh - first) for first in range(0, oh, rows)]
+    return sum(ceil(((size - 1) * pitch + ow) / lane) + 2 + extra_rows * pitch / lane / 4 for size in sizes)
 
 
 @device()
-def find_runs(p0, used, width, count, ow, runs):
-    """Split `count` vectors of `width` pixels from p0 on into runs of lanes that lie in one output row.
+def pack_weight(weight, start, step, outputs, depth, panels, target):
+    """Panels of MR outputs: panels[target + o // MR * MR * depth + k * MR + o % MR] = weight[start + o * step + k]."""
+    width = lanes(weight)
+    for first in range(0, outputs, MR):
+        source, panel = start + first * step, target + first * depth
+        if first + MR <= outputs and depth >= width:
+            for k in range(0, depth, width):
+                at = min(k, depth - width)  # the last block overlaps the one before
+                transpose_rows(MR, address(panels, panel + at * MR), address(weight, source + at), step)
+            continue
+        for r in range(MR):
+            for k in range(depth):
+                value = weight[source + r * step + k] if first + r < outputs else weight.dtype.type(0)
+                panels[panel + k * MR + r] = value
 
-    runs[r] = (first lane of the vector, low, high, output row, output column of lane 0); returns the number of runs.
-    The columns of lane 0 may be negative: what counts is that lane l of the run is column + l. A vector without
-    pixels gets one empty run, so that it is set to zero.
-    """
+
+@device()
+def _copy_plane_row(x, base, h, w, row, stride_w, phases, phase, pitch, planes, target):
+    left, count = phases[phase + 1], phases[phase + 2]
+    if row < 0 or row >= h or count == 0:
+        clear_row(address(planes, target), pitch)
+        return
+    source = address(x, base + row * w + phases[phase + 3])
+    if left > 0:
+        clear_row(address(planes, target), left)
+    if stride_w > 2 or base + row * w + phases[phase + 3] + (count + lanes(x)) * stride_w > x.size:
+        gather_row(address(planes, target + left), source, count, stride_w)
+    elif stride_w == 1:
+        copy_row(1, address(planes, target + left), source, count)
+    else:
+        copy_row(2, address(planes, target + left), source, count)
+    if left + count < pitch:
+        clear_row(address(planes, target + left + count), pitch - left - count)
+
+
+@device()
+def _copy_planes(x, base, image_step, images, channels, row0, rows, geometry, phases, planes):
+    """planes[(c * phases + phase) * plane + (image * rows + i) * pitch + j]; `rows` with those that taps add."""
+    h, w, stride_h, stride_w = geometry[3], geometry[4], geometry[8], geometry[9]
+    n_phases, pitch, plane, flat = geometry[11], geometry[13], geometry[18], geometry[19]
+    for c in range(channels):
+        for image in range(images):
+            source = base + image * image_step + c * h * w
+            if flat:
+                target = c * plane + image * rows * pitch
+                first = source + row0 * w
+                if first + rows * w + lanes(x) > x.size:
+                    gather_row(address(planes, target), address(x, first), rows * w, 1)
+                else:
+                    copy_row(1, address(planes, target), address(x, first), rows * w)
+                continue
+            for phase in range(n_phases):
+                target = (c * n_phases + phase) * plane + image * rows * pitch
+                for i in range(rows):
+                    row = (row0 + i) * stride_h + phases[4 * phase]
+                    _copy_plane_row(x, source, h, w, row, stride_w, phases, 4 * phase, pitch, planes, target)
+                    target += pitch
+
+
+@device()
+def _find_runs(p0, end, ow, pitch, rows, image_step, row_step, column_step, runs):
+    """Lanes of the panel p0 .. end that are pixels, not waste: runs[r] = (lane, count, offset in y)."""
     n = 0
-    for j in range(count):
-        lane = 0
-        while True:
-            pixel = p0 + j * width + lane
-            row = pixel // ow
-            column = pixel - row * ow
-            end = min(lane + ow - column, min(width, used - j * width))
-            runs[n, 0] = j * width
-            runs[n, 1] = lane
-            runs[n, 2] = max(end, lane)
-            runs[n, 3] = row
-            runs[n, 4] = column - lane
+    line = p0 // pitch
+    column = p0 - line * pitch
+    lane = 0
+    while p0 + lane < end:
+        count = min(ow - column, end - p0 - lane)
+        if count > 0:
+            image = line // rows
+            runs[n, 0], runs[n, 1] = lane, count
+            runs[n, 2] = image * image_step + (line - image * rows) * row_step + column * column_step
             n += 1
-            if end <= lane or end >= min(width, used - j * width):
-                break
-            lane = end
+        lane += pitch - column
+        column = 0
+        line += 1
     return n
 
 
 @device()
-def _copy_run(x, source, channel_step, columns, target, target_step, channels, low, high, stride, merge, ahead):
-    """The run's lanes for one tap of every channel."""
-    if stride == 1:
-        if merge:
-            for c in range(channels):
-                copy_lanes(
-                    1,
-                    1,
-                    address(columns, target + c * target_step),
-                    address(x, source + c * channel_step),
-                    low,
-                    high,
-                    1,
-                )
-        else:
-            for c in range(channels):
-                copy_lanes(
-                    1,
-                    0,
-                    address(columns, target + c * target_step),
-                    address(x, source + c * channel_step),
-                    low,
-                    high,
-                    1,
-                )
-                prefetch(address(x, source + c * channel_step + ahead))
-    elif stride == 2:
-        if merge:
-            for c in range(channels):
-                copy_lanes(
-                    2,
-                    1,
-                    address(columns, target + c * target_step),
-                    address(x, source + c * channel_step),
-                    low,
-                    high,
-                    2,
-                )
-        else:
-            for c in range(channels):
-                copy_lanes(
-                    2,
-                    0,
-                    address(columns, target + c * target_step),
-                    address(x, source + c * channel_step),
-                    low,
-                    high,
-                    2,
-                )
-    else:
-        if not merge:
-            for c in range(channels):
-                copy_lanes(1, 0, address(columns, target + c * target_step), address(x, 0), 0, 0, 1)
-        for c in range(channels):
-            for lane in range(low, high):
-                columns[target + c * target_step + lane] = x[source + c * channel_step + lane * stride]
-
-
-@device()
-def gather_columns(
-    x, base, h, w, channels, tap_rows, tap_columns, stride_h, stride_w, runs, n_runs, columns, target, panel_width
-):
-    """columns[target + k * panel_width + lane] for one panel of pixels and `channels` channels from x[base] on."""
-    taps = tap_rows.size * tap_columns.size
-    for i in range(tap_rows.size):
-        for j in range(tap_columns.size):
-            tap = target + (i * tap_columns.size + j) * panel_width
-            for r in range(n_runs):
-                row = runs[r, 3] * stride_h + tap_rows[i]
-                column = runs[r, 4] * stride_w + tap_columns[j]
-                low, high = runs[r, 1], runs[r, 2]
-                merge = low > 0
-                if row < 0 or row >= h:
-                    high = low
-                else:
-                    low = max(low, ceil_div(-column, stride_w))
-                    high = min(high, ceil_div(w - column, stride_w))
-                if high > low:
-                    source = base + row * w + column
-                else:
-                    low = high = 0
-                    source = 0
-                if high > low or not merge:
-                    _copy_run(
-                        x,
-                        source,
-                        h * w,
-                        columns,
-                        tap + runs[r, 0],
-                        taps * panel_width,
-                        channels,
-                        low,
-                        high,
-                        stride_w,
-                        merge,
-                        panel_width * stride_w,
-                    )
-
-
-@device()
-def gather_flat(x, base, plane, channels, pixels, columns, panel_width):
-    """The same for a 1x1 kernel of stride 1 without padding: pixels are neighbours through the whole plane.
-
-    Channel by channel, so that each visit to a channel's memory page moves a whole block of pixels; the next block is
-    fetched meanwhile.
-    """
-    width = lanes(x)
-    for c in range(channels):
-        source = base + c * plane
-        for p in range(0, pixels, width):
-            panel = p // panel_width
-            target = (panel * channels + c) * panel_width + (p - panel * panel_width)
-            copy_lanes(1, 0, address(columns, target), address(x, source + p), 0, pixels - p, 1)
-            prefetch(address(x, source + p + pixels))
-
-
-@device()
-def _multiply_block(panels, start, outputs, columns, pixels, depth, c, c_start, c_step, accumulate):
-    """A packed block of weights times the gathered columns of a block of pixels."""
-    width = NV * lanes(c)
-    for i in range(0, outputs, MR):
-        for p in range(0, pixels, width):
-            where = address(c, c_start + i * c_step + p)
-            left = address(panels, start + i * depth)
-            right = address(columns, p * depth)
-            if pixels - p > lanes(c):
-                micro_kernel(MR, NV, left, MR, right, width, depth, where, c_step, outputs - i, pixels - p, accumulate)
+def _finish_tile(sums, tile, width, outputs, runs, n_runs, y, target, plane, column_step, bias, first, extra, code):
+    """Bias, extra summand and activation, on the way from a register tile's sums to y."""
+    has_extra = 1 if extra.size > 0 else 0
+    for o in range(outputs):
+        shift = bias[first + o] if bias.size > 0 else sums.dtype.type(0)
+        for r in range(n_runs):
+            source, count = tile + o * width + runs[r, 0], runs[r, 1]
+            where = target + o * plane + runs[r, 2]
+            if column_step == 1:
+                more = where if has_extra else 0
+                finish_row(
+                    address(y, where), address(sums, source), count, shift, 1 if code == 1 else 0,
+                    address(extra, more), has_extra,
+                )  # fmt: skip
+                if code > 1:
+                    activate_row(y, where, count, code)
             else:
-                micro_kernel(MR, 1, left, MR, right, width, depth, where, c_step, outputs - i, pixels - p, accumulate)
+                for j in range(count):
+                    value = sums[source + j] + shift
+                    if has_extra:
+                        value += extra[where + j * column_step]
+                    y[where + j * column_step] = apply_activation(value, code)
 
 
 @device()
-def _finish(c, c_start, c_step, outputs, pixels, bias, bias_start, activation):
-    for o in range(outputs):
-        row = c_start + o * c_step
-        if bias.size > 0:
-            value = bias[bias_start + o]
-            for p in range(pixels):
-                c[row + p] += value
-        if activation != 0:
-            activate_row(c, row, pixels, activation)
+def _place_vectors(runs, n_runs, vectors, lane_width, places):
+    """The runs vector by vector, for `offset_product_to`; False where a vector has more than two."""
+    at = 0
+    for j in range(vectors):
+        begin, end = j * lane_width, (j + 1) * lane_width
+        while at < n_runs and runs[at, 0] + runs[at, 1] <= begin:
+            at += 1
+        if at + 2 < n_runs and runs[at + 2, 0] < end:
+            return False
+        for part in range(2):
+            field, run = 6 * j + 3 * part, at + part
+            if run < n_runs and runs[run, 0] < end:
+                places[field] = max(0, runs[run, 0] - begin)
+                places[field + 1] = min(lane_width, runs[run, 0] + runs[run, 1] - begin)
+                places[field + 2] = runs[run, 2] + begin - runs[run, 0]
+            else:
+                places[field] = places[field + 1] = 0
+                places[field + 2] = places[6 * j + 2] if part else runs[0, 2]
+    return True
 
 
 @device()
-def _scatter(block, pixels, outputs, y, y_start, plane, row_step, column_step, p0, ow):
-    """Copy a finished block to its pixels, which are `column_step` apart."""
-    for o in range(outputs):
-        for p in range(pixels):
-            row = (p0 + p) // ow
-            column = (p0 + p) - row * ow
-            y[y_start + o * plane + row * row_step + column * column_step] = block[o * pixels + p]
+def _product(vectors, panels, left, source, p, offsets, table, depth, sums, tile, accumulate):
+    a, b, c, steps = address(panels, left), address(source, p), address(sums, tile), address(offsets, table)
+    if vectors >= NV:
+        offset_product(MR, NV, a, b, steps, depth, c, accumulate)
+    elif vectors == 2:
+        offset_product(MR, 2, a, b, steps, depth, c, accumulate)
+    else:
+        offset_product(MR, 1, a, b, steps, depth, c, accumulate)
 
 
 @device()
-def _pixel_block(
-    x, base, h, w, channels, panels, padded_outputs, first_output, outputs, tap_rows, tap_columns, stride_h, stride_w,
-    p0, pixels, oh, ow, y, y_start, plane, row_step, column_step, bias, bias_start, activation,
+def _product_to(
+    vectors, panels, left, source, p, offsets, table, depth, sums, tile, accumulate, y, target, plane, places,
+    used, bias, first, relu,
 ):  # fmt: skip
-    width = lanes(x)
-    panel_width = NV * width
-    taps = tap_rows.size * tap_columns.size
-    channel_block = min(channels, max(1, DEPTH // max(taps, 1)))
-    n_panels = (pixels + panel_width - 1) // panel_width
-    columns = scratch(n_panels * panel_width * channel_block * taps, x)
-    runs = np.empty((panel_width + NV, 5), np.int64)
-    flat = taps == 1 and tap_rows[0] == 0 and tap_columns[0] == 0 and stride_h * stride_w == 1 and oh == h and ow == w
-    in_order = column_step == 1 and row_step == ow
-    block = y if in_order else scratch(outputs * pixels, y)
-    c_start = y_start + p0 if in_order else 0
-    c_step = plane if in_order else pixels
-    for c0 in range(0, channels, channel_block):
-        some = min(channel_block, channels - c0)
-        depth = some * taps
-        if flat:
-            gather_flat(x, base + c0 * h * w + p0, h * w, some, pixels, columns, panel_width)
-        for t in range(0 if flat else n_panels):
-            used = pixels - t * panel_width
-            vectors = NV if used > width else 1
-            n_runs = find_runs(p0 + t * panel_width, used, width, vectors, ow, runs)
-            gather_columns(
-                x, base + c0 * h * w, h, w, some, tap_rows, tap_columns, stride_h, stride_w, runs, n_runs, columns,
-                t * panel_width * depth, panel_width,
-            )  # fmt: skip
-        start = c0 * taps * padded_outputs + first_output * depth
-        _multiply_block(panels, start, outputs, columns, pixels, depth, block, c_start, c_step, 1 if c0 > 0 else 0)
-    _finish(block, c_start, c_step, outputs, pixels, bias, bias_start, activation)
-    if not in_order:
-        _scatter(block, pixels, outputs, y, y_start, plane, row_step, column_step, p0, ow)
+    a, b, c, steps = address(panels, left), address(source, p), address(sums, tile), address(offsets, table)
+    to, where = address(y, target), address(places, 0)
+    has_bias = 1 if bias.size > 0 else 0
+    shift = address(bias, first if has_bias else 0)
+    if vectors >= NV:
+        offset_product_to(MR, NV, a, b, steps, depth, c, accumulate, to, plane, where, used, shift, has_bias, relu)
+    elif vectors == 2:
+        offset_product_to(MR, 2, a, b, steps, depth, c, accumulate, to, plane, where, used, shift, has_bias, relu)
+    else:
+        offset_product_to(MR, 1, a, b, steps, depth, c, accumulate, to, plane, where, used, shift, has_bias, relu)
+
+
+@device(allocates=True)
+def _block(
+    x, base, image_step, images, row0, rows, panels, start, padded, first, outputs, geometry, offsets, phases,
+    in_place, y, target, bias, bias_start, extra,
+):  # fmt: skip
+    channels, ow, n_taps, n_phases, extra_rows = geometry[2], geometry[7], geometry[10], geometry[11], geometry[12]
+    pitch, block, plane = geometry[13], geometry[17], geometry[18]
+    y_plane, row_step, column_step, code = geometry[21], geometry[22], geometry[23], geometry[24]
+    y_image = geometry[1] * geometry[5] * y_plane
+    line, lines = geometry[25], geometry[26]
+    width = NV * lanes(x)
+    pixels = (images * rows - 1) * pitch + ow
+    n_panels = (pixels + width - 1) // width
+    tiles = (outputs + MR - 1) // MR
+    size = min(block, channels) * n_phases * plane if not in_place else 0
+    planes = scratch(size + 2 * width, x)
+    clear_row(address(planes, size), width)
+    sums = scratch(MR * width * (n_panels * tiles if block < channels else 1), x)
+    runs, places = np.empty((width + 1, 3), np.int64), np.empty(6 * NV, np.int64)
+    n_runs = 0
+    in_registers = False
+    for c0 in range(0, channels, block):
+        some = min(block, channels - c0)
+        depth = some * n_taps
+        channel = base + c0 * geometry[3] * geometry[4]
+        if in_place:
+            source, start_source, table = x, channel + row0 * pitch, block * n_taps
+        else:
+            source, start_source, table = planes, 0, 0
+            _copy_planes(x, channel, image_step, images, some, row0, rows + extra_rows, geometry, phases, planes)
+        left = start + c0 * n_taps * padded + first * depth
+        last = c0 + some == channels
+        for panel in range(n_panels):
+            p = panel * width
+            vectors = (pixels - p + lanes(x) - 1) // lanes(x)
+            if last:
+                n_runs = _find_runs(
+                    p, min(pixels, p + width), line, line + pitch - ow, lines, y_image, row_step, column_step, runs
+                )
+                placed = _place_vectors(runs, n_runs, min(vectors, NV), lanes(x), places)
+                in_registers = placed and column_step == 1 and code < 2 and extra.size == 0
+            for t in range(tiles):
+                tile = (panel * tiles + t) * MR * width if block < channels else 0
+                o = t * MR
+                used = min(MR, outputs - o)
+                if in_registers:
+                    _product_to(
+                        vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, tile, c0,
+                        y, target + o * y_plane, y_plane, places, used, bias, bias_start + o, code,
+                    )  # fmt: skip
+                    continue
+                _product(vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, tile, c0)
+                if last:
+                    step = min(vectors, NV) * lanes(x)
+                    _finish_tile(
+                        sums, tile, step, used, runs, n_runs, y, target + o * y_plane, y_plane, column_step, bias,
+                        bias_start + o, extra, code,
+                    )  # fmt: skip
 
 
 @kernel()
-def convolve(
-    x, n, groups, channels, h, w, weight, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
-    y, y_start, plane, row_step, column_step, bias, activation,
-):  # fmt: skip
-    """y = activation(convolution(x, weight) + bias) for n images.
+def convolve(x, weight, y, bias, extra, geometry, offsets, phases):
+    """y = activation(convolution(x, weight) + bias + extra), all arrays flat, for a `plan`.
 
-    channels, outputs: per group. weight: (groups * outputs, channels, taps), flat. oh, ow: the grid of output pixels;
-    pixel (i, j) of output o of image b is y[(b * groups * outputs + o) * plane + y_start + i * row_step + j *
-    column_step]. tap_rows, tap_columns: tap (r, s) of pixel (i, j) is x[i * stride_h + tap_rows[r], j * stride_w +
-    tap_columns[s]].
+    weight: (groups * outputs, channels, taps). Pixel (i, j) of output o of image b is y[(b * groups * outputs + o) *
+    plane + start + i * row step + j * column step]. extra: empty, or laid out as y.
     """
-    taps = tap_rows.size * tap_columns.size
-    whole = channels * taps
+    n, groups, channels, h, w = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
+    outputs, oh, n_taps = geometry[5], geometry[6], geometry[10]
+    block_rows, images, splits, block = geometry[14], geometry[15], geometry[16], geometry[17]
+    y_start, y_plane = geometry[20], geometry[21]
+    whole = channels * n_taps
     padded = ((outputs + MR - 1) // MR) * MR
-    channel_block = min(channels, max(1, DEPTH // max(taps, 1)))
-    blocks = (channels + channel_block - 1) // channel_block
+    blocks = (channels + block - 1) // block
     panels = scratch(groups * padded * whole, x)
     for i in prange(groups * blocks):
         g = i // blocks
-        c0 = (i % blocks) * channel_block
-        depth = min(channel_block, channels - c0) * taps
-        pack_weight(
-            weight,
-            g * outputs * whole + c0 * taps,
-            whole,
-            1,
-            outputs,
-            depth,
-            panels,
-            g * padded * whole + c0 * taps * padded,
-        )
-    pixels = oh * ow
-    block_pixels = PANELS * NV * lanes(x)
-    pixel_blocks = (pixels + block_pixels - 1) // block_pixels
-    # Few images with few pixels: split the outputs too, in whole panels, so that there is work for several threads.
-    splits = 1
-    while n * groups * pixel_blocks * splits < 8 and padded // MR >= 4 * splits:
-        splits *= 2
+        c0 = (i - g * blocks) * block
+        depth = min(block, channels - c0) * n_taps
+        source = g * outputs * whole + c0 * n_taps
+        pack_weight(weight, source, whole, outputs, depth, panels, g * padded * whole + c0 * n_taps * padded)
+    row_blocks = (oh + block_rows - 1) // block_rows
+    image_blocks = (n + images - 1) // images
     split_outputs = (((padded // MR) + splits - 1) // splits) * MR
-    for chunk in prange(n * groups * pixel_blocks * splits):
-        part = chunk % splits
-        p0 = (chunk // splits) % pixel_blocks * block_pixels
-        g = chunk // (splits * pixel_blocks) % groups
-        image = chunk // (splits * pixel_blocks * groups)
-        first = part * split_outputs
+    for chunk in prange(image_blocks * groups * row_blocks * splits):
+        first = chunk % splits * split_outputs
+        row0 = chunk // splits % row_blocks * block_rows
+        g = chunk // (splits * row_blocks) % groups
+        image = chunk // (splits * row_blocks * groups) * images
         some = min(split_outputs, outputs - first)
         if some > 0:
-            _pixel_block(
-                x, (image * groups + g) * channels * h * w, h, w, channels,
-                panels[g * padded * whole :], padded, first, some, tap_rows, tap_columns, stride_h, stride_w,
-                p0, min(block_pixels, pixels - p0), oh, ow,
-                y, y_start + ((image * groups + g) * outputs + first) * plane, plane, row_step, column_step,
-                bias, g * outputs + first, activation,
+            # the last block of all would read a panel's width beyond x
+            in_place = geometry[27] == 1 and (image + 1 < n or g + 1 < groups or row0 + block_rows < oh)
+            _block(
+                x, (image * groups + g) * channels * h * w, groups * channels * h * w, min(images, n - image),
+                row0, min(block_rows, oh - row0), panels, g * padded * whole, padded, first, some,
+                geometry, offsets, phases, in_place,
+                y, y_start + ((image * groups + g) * outputs + first) * y_plane + row0 * geometry[22], bias,
+                g * outputs + first, extra,
             )  # fmt: skip

@@ -128,7 +128,7 @@ def _scatter(block, first, pixels, oh, ow, outputs, y, y_start, image_step, row_
             y[target + o] = block[p * outputs + o]
 
 
-@device()
+@device(allocates=True)
 def _pixel_block(
     x, first_channel, h, w, all_channels, channels, panels_b, outputs, tap_rows, tap_columns, joined, stride_h,
     stride_w,

@@ -11,7 +11,7 @@ order. The split follows from the problem's shape, so the bits do not depend on 
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.conv_nchw import find_runs, gather_columns
+from tilewise.kernels.cpu.conv_columns import find_runs, gather_columns
 from tilewise.kernels.cpu.conv_nhwc import _segment_bounds, locate_pixels
 from tilewise.kernels.cpu.gemm_blocks import multiply_rows, pack_left, pack_right_panel
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
@@ -51,7 +51,7 @@ def _columns_of_pixels(
             pack_right_panel(columns, k * panel_width, 1, panel_width, used, depth - k, panels_b, target)
 
 
-@device()
+@device(allocates=True)
 def _nchw_chunk(
     x, grad, first_image, last_image, g, groups, channels, c0, some, h, w, outputs, tap_rows, tap_columns,
     stride_h, stride_w, oh, ow, result, start,
@@ -154,7 +154,7 @@ def _rows_of_pixels(
             segment += 1
 
 
-@device()
+@device(allocates=True)
 def _nhwc_chunk(
     x, grad, first_pixel, last_pixel, g, groups, channels, k0, depth, joined, h, w, outputs, tap_rows, tap_columns,
     stride_h, stride_w, oh, ow, result, start,

@@ -116,7 +116,7 @@ def _transform_input(x, first_channel, image_step, channels, h, w, top, left, ru
             input_transform(target, apart(channels * TILES), address(stage, v * LANES), TILES)
 
 
-@device()
+@device(allocates=True)
 def transform_weights(weight, start, outputs, channels, block, transformed, target):
     """U of a block of LANES outputs: transformed[target + xi * apart(channels * LANES) + c * LANES + lane]."""
     taps = scratch(channels * 9 * LANES, weight)
@@ -201,7 +201,7 @@ def output_block(channels):
     return 16 if channels <= 64 else (32 if channels <= 128 else 64)
 
 
-@device()
+@device(allocates=True)
 def _tile_block(
     x, first_channel, x_step, channels, h, w, top, left, weight, start, transformed, outputs, first, used,
     tile_rows, tile_columns, y, first_output, y_step, oh, ow, bias, bias_start, activation,

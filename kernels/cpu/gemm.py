@@ -6,6 +6,7 @@
 """
 
 from functools import lru_cache, partial
+from math import prod
 
 import numpy as np
 from numba import prange
@@ -20,7 +21,7 @@ from tilewise.kernels.cpu.gemm_in_place import (
     small_linear_backward,
 )
 from tilewise.kernels.cpu.jit import kernel
-from tilewise.kernels.cpu.scratch import empty
+from tilewise.kernels.cpu.scratch import ALIGNED_FROM, empty
 from tilewise.kernels.cpu.simd import MR, NV, lane_count
 
 # Integers are multiplied in a type at least as wide as theirs: sums that wrap there wrap to the same bits in the narrow
@@ -139,6 +140,11 @@ def _blocks(m, n, panel, matrices):
     return rows, columns
 
 
+def _allocator(shape, dtype):
+    """How to make a result of this size: small ones need no alignment, and save its cost."""
+    return np.empty if prod(shape) * dtype.itemsize < ALIGNED_FROM else empty
+
+
 def prepare_matmul(shapes, dtype):
     """The function for these shapes: `matmul`, or for plain matrices one without its detours."""
     a, b = shapes
@@ -147,6 +153,7 @@ def prepare_matmul(shapes, dtype):
     if len(a) > 2 or len(b) > 2:
         return partial(_matmul_stacked, lead=np.broadcast_shapes(a[:-2], b[:-2]))
     product, shape, no_bias = _plan(a[0], b[1], a[1], True, True, dtype), (a[0], b[1]), _NO_BIAS[dtype]
+    empty = _allocator(shape, dtype)
 
     def run(a, b, *, out=None):
         if out is None:
@@ -302,7 +309,7 @@ def prepare_linear(shapes, dtype, *, activation):
     if len(x) != 2 or 0 in x + weight:
         return partial(linear, activation=activation)
     shape, code, no_bias = (x[0], weight[0]), ACTIVATION_CODES[activation], _NO_BIAS[dtype]
-    product = _plan(x[0], weight[0], x[1], True, False, dtype)
+    product, empty = _plan(x[0], weight[0], x[1], True, False, dtype), _allocator(shape, dtype)
 
     def run(x, weight, bias, *, out=None):
         if out is None:

@@ -19,26 +19,36 @@ from numba import prange
 
 from tilewise.kernels.cpu.gemm_dots import finish_rows
 from tilewise.kernels.cpu.gemm_in_place import multiply_rows_in_place, tall_tiles
+from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes, micro_kernel
-from tilewise.kernels.cpu.vector_move import copy_lanes, copy_rows, copy_vector, transpose_block, transpose_whole
+from tilewise.kernels.cpu.vector_move import (
+    copy_lanes,
+    copy_rows,
+    copy_vector,
+    transpose_block,
+    transpose_whole,
+)
 
 # KC steps of the sum: a panel of B (KC * NR * 4 = 32 KB) stays in L1 while A's rows (KC * MR * 4 = 14 KB a tile) come
 # from L2.
 KC = 256
-# Panels of B packed at a time: 4 * NR columns are 512 bytes in a row of B, long enough for the prefetchers.
-GROUP = 4
 # Panels of A hold MR rows and up to a whole number of vectors.
 PAD = 16
 # Blocks of C, and so the block of A that a task copies: 448 * KC * 4 = 450 KB stay in L2.
 BLOCK_ROWS, BLOCK_COLUMNS = 32 * MR, 1024
+# Rows of B at most so far apart, in bytes, are packed by the tile that first reads them. Rows many pages apart compete
+# for the same places of the cache, and are better copied in one go.
+NEAR = 8192
+# Sums of more steps are collected beside C: C would be read and written too often.
+COLLECTED_FROM = 4 * KC
 
 
 def make_pack_left(height):
     """The packing of A for register tiles of `height` rows."""
 
-    @device()
+    @device(allocates=True)
     def pack_left(a, start, row_step, column_step, rows, depth, panels, panels_start):
         """Pack a rows x depth block of A, element (i, k) at a[start + i * row_step + k * column_step], into panels.
 
@@ -134,7 +144,7 @@ def _pack_right_transposed(b, start, column_step, depth, columns, panel, target)
             _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel, target)
 
 
-@device()
+@device(allocates=True)
 def _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel, target):
     width = lanes(b)
     count = NV * width
@@ -241,59 +251,77 @@ def _copy_left(a, start, row_step, column_step, rows, depth, panels):
 
 
 @device()
-def _pack_group(b, start, row_step, column_step, depth, columns, panels):
-    """A few panels of B, row after row where B lies in rows."""
-    width = lanes(b)
-    count = NV * width
-    whole = columns // count * count if column_step == 1 else 0
-    for k in range(depth if whole > 0 else 0):
-        for p in range(0, whole, count):
-            for j in range(0, count, width):
-                copy_vector(address(panels, p * depth + k * count + j), address(b, start + k * row_step + p + j))
-    for p in range(whole, columns, count):
-        pack_right_panel(
-            b, start + p * column_step, row_step, column_step, depth, columns - p, panels, p * depth
-        )  # fmt: skip
-
-
-@device()
 def _multiply_panel(
-    panels_a, tile_step, a_row, a_column, rows, panels_b, b_at, depth, c, c_at, c_step, columns, accumulate
+    a, tile_step, a_row, a_column, rows, b, b_at, b_row, b_column, panel, depth, c, c_at, c_step, columns, accumulate
 ):  # fmt: skip
-    """All rows of the task's C under one panel of B, which stays in L1."""
+    """C[:rows, :columns] (+)= A B under one panel of B, which stays in L1: the first tile that reads it packs it."""
     count = NV * lanes(c)
-    whole = rows // MR
-    for i in range(whole):
+    i = 0
+    if b_column == 1 and columns >= count and rows >= MR and b_row * b.itemsize <= NEAR:
+        multiply_and_pack_tile(
+            MR, NV, address(a, 0), a_row, a_column, address(b, b_at), b_row, depth, address(c, c_at), c_step,
+            accumulate, address(panel, 0),
+        )  # fmt: skip
+        i = MR
+    else:
+        pack_right_panel(b, b_at, b_row, b_column, depth, columns, panel, 0)
+    while i + MR <= rows:
         tall_tiles(
-            panels_a, i * tile_step, a_row, a_column, panels_b, b_at, count, depth, c, c_at + i * MR * c_step, c_step,
+            address(a, i // MR * tile_step), a_row, a_column, address(panel, 0), count, depth,
+            address(c, c_at + i * c_step), c_step, columns, accumulate,
+        )  # fmt: skip
+        i += MR
+    if i < rows:
+        multiply_rows_in_place(
+            a, i // MR * tile_step, a_row, a_column, panel, 0, count, depth, c, c_at + i * c_step, c_step, rows - i,
             columns, accumulate,
         )  # fmt: skip
-    if whole * MR < rows:
-        multiply_rows_in_place(
-            panels_a, whole * tile_step, a_row, a_column, panels_b, b_at, count, depth, c, c_at + whole * MR * c_step,
-            c_step, rows - whole * MR, columns, accumulate,
-        )  # fmt: skip
 
 
-@device()
+@device(allocates=True)
 def _multiply_block(
     a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole
 ):  # fmt: skip
-    """One task: C[:rows, :columns] = A B."""
+    """One task: C[:rows, :columns] = A B. Sums of many steps are collected beside C, where a tile's lie together."""
     count = NV * lanes(c)
+    collected = whole > COLLECTED_FROM
+    across = (columns + count - 1) // count * count
     panels_a = scratch((rows + MR - 1) // MR * _tile_stride(c) * (KC + PAD), c)
-    panels_b = scratch(GROUP * count * KC, c)
+    panel = scratch(count * KC, c)
+    sums = scratch(across * rows if collected else 1, c)
     for k0 in range(0, max(whole, 1), KC):
         depth = min(KC, whole - k0)
+        accumulate = 1 if k0 > 0 else 0
         tile_step, row, column = _copy_left(a, a_at + k0 * a_column, a_row, a_column, rows, depth, panels_a)
-        for j0 in range(0, columns, GROUP * count):
-            some = min(GROUP * count, columns - j0)
-            _pack_group(b, b_at + k0 * b_row + j0 * b_column, b_row, b_column, depth, some, panels_b)
-            for j in range(0, some, count):
+        for j in range(0, columns, count):
+            right = b_at + k0 * b_row + j * b_column
+            used = min(count, columns - j)
+            if collected:
                 _multiply_panel(
-                    panels_a, tile_step, row, column, rows, panels_b, j * depth, depth, c, c_at + j0 + j, c_step,
-                    min(count, some - j), 1 if k0 > 0 else 0,
+                    panels_a, tile_step, row, column, rows, b, right, b_row, b_column, panel, depth,
+                    sums, j * rows, count, used, accumulate,
                 )  # fmt: skip
+            else:
+                _multiply_panel(
+                    panels_a, tile_step, row, column, rows, b, right, b_row, b_column, panel, depth,
+                    c, c_at + j, c_step, used, accumulate,
+                )  # fmt: skip
+    if collected:
+        _store_sums(sums, rows, columns, c, c_at, c_step)
+
+
+@device()
+def _store_sums(sums, rows, columns, c, c_at, c_step):
+    """C[:rows, :columns] from the panels in which the sums were collected."""
+    width = lanes(c)
+    count = NV * width
+    for i in range(rows):
+        for j in range(0, columns, width):
+            place, origin = c_at + i * c_step + j, j // count * count * rows + i * count + j % count
+            if j + width <= columns:
+                copy_vector(address(c, place), address(sums, origin))
+            else:
+                copy_lanes(1, 1, address(c, place), address(sums, origin), 0, columns - j, 1)
 
 
 @kernel()

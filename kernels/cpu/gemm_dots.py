@@ -12,7 +12,7 @@ Adding up costs about 100 cycles a tile, 3 to 10 % of a long sum; packing costs 
 from numba import prange
 
 from tilewise.kernels.cpu.epilogue import activate_row
-from tilewise.kernels.cpu.gemm_tile import dot_tile
+from tilewise.kernels.cpu.gemm_tile import beyond, dot_tile
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lanes
@@ -29,20 +29,18 @@ BLOCK = 63
 
 def _make_dot_tiles(height):
     @device()
-    def dot_tiles(a, a_at, a_step, b, b_at, b_step, depth, c, c_at, c_step, columns, accumulate):
-        """C[:height, :columns] (+)= A B^T, register tile by register tile; the next tile's rows are prefetched."""
-        left = address(a, a_at)
+    def dot_tiles(a, a_step, b, b_step, depth, c, c_step, columns, accumulate):
+        """C[:height, :columns] (+)= A B^T, tile by tile, the next one's rows prefetched; a, b and c are pointers."""
         j = 0
         while j + COLUMNS <= columns:
             dot_tile(
-                height, COLUMNS, left, a_step, address(b, b_at + j * b_step), b_step, depth,
-                address(c, c_at + j), c_step, accumulate, COLUMNS * b_step,
+                height, COLUMNS, a, a_step, beyond(b, j * b_step), b_step, depth, beyond(c, j), c_step, accumulate,
+                COLUMNS * b_step,
             )  # fmt: skip
             j += COLUMNS
         while j < columns:
             dot_tile(
-                height, 1, left, a_step, address(b, b_at + j * b_step), b_step, depth,
-                address(c, c_at + j), c_step, accumulate, b_step,
+                height, 1, a, a_step, beyond(b, j * b_step), b_step, depth, beyond(c, j), c_step, accumulate, b_step
             )  # fmt: skip
             j += 1
 
@@ -54,28 +52,32 @@ tall_dots, middle_dots, short_dots, single_dots = (_make_dot_tiles(height) for h
 
 @device()
 def dot_block(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, c_step, accumulate):
-    """C[:rows, :columns] (+)= A B^T"""
+    """C[:rows, :columns] (+)= A B^T, in tiles of ROWS and fewer rows."""
+    right = address(b, b_at)
     i = 0
     while i + ROWS <= rows:
         tall_dots(
-            a, a_at + i * a_step, a_step, b, b_at, b_step, depth, c, c_at + i * c_step, c_step, columns, accumulate,
+            address(a, a_at + i * a_step), a_step, right, b_step, depth, address(c, c_at + i * c_step), c_step, columns,
+            accumulate,
         )  # fmt: skip
         i += ROWS
     if i + ROWS // 2 <= rows:
         middle_dots(
-            a, a_at + i * a_step, a_step, b, b_at, b_step, depth, c, c_at + i * c_step, c_step, columns, accumulate,
+            address(a, a_at + i * a_step), a_step, right, b_step, depth, address(c, c_at + i * c_step), c_step, columns,
+            accumulate,
         )  # fmt: skip
         i += ROWS // 2
     if i + 2 <= rows:
         short_dots(
-            a, a_at + i * a_step, a_step, b, b_at, b_step, depth, c, c_at + i * c_step, c_step, columns, accumulate,
+            address(a, a_at + i * a_step), a_step, right, b_step, depth, address(c, c_at + i * c_step), c_step, columns,
+            accumulate,
         )  # fmt: skip
         i += 2
-    while i < rows:
+    if i < rows:
         single_dots(
-            a, a_at + i * a_step, a_step, b, b_at, b_step, depth, c, c_at + i * c_step, c_step, columns, accumulate,
+            address(a, a_at + i * a_step), a_step, right, b_step, depth, address(c, c_at + i * c_step), c_step, columns,
+            accumulate,
         )  # fmt: skip
-        i += 1
 
 
 @device()
@@ -90,7 +92,7 @@ def finish_rows(c, start, c_step, rows, columns, bias, bias_start, activation):
             activate_row(c, row, columns, activation)
 
 
-@device()
+@device(allocates=True)
 def _dot_chunk(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, c_step, step):
     """One chunk of C, the sum in steps: where there are several, A's part of each is copied."""
     copied = step < depth

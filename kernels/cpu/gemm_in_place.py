@@ -15,7 +15,7 @@ B is read in steps of a few whole rows, in the order of the memory, each step ad
 
 from numba import prange
 
-from tilewise.kernels.cpu.gemm_tile import multiply_tile
+from tilewise.kernels.cpu.gemm_tile import beyond, multiply_tile
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 
@@ -25,21 +25,20 @@ MIDDLE = 8 if MR > 8 else 4
 
 def _make_row_tiles(height):
     @device()
-    def row_tiles(a, a_at, a_row, a_column, b, b_at, b_step, depth, c, c_at, c_step, columns, accumulate):
-        """C[:height, :columns] (+)= A B, register tile by register tile."""
+    def row_tiles(a, a_row, a_column, b, b_step, depth, c, c_step, columns, accumulate):
+        """C[:height, :columns] (+)= A B, register tile by register tile; a, b and c are pointers."""
         width = lanes(c)
-        left = address(a, a_at)
         j = 0
         while j + NV * width <= columns:
             multiply_tile(
-                height, NV, 0, left, a_row, a_column, address(b, b_at + j), b_step, depth,
-                address(c, c_at + j), c_step, height, NV * width, accumulate,
+                height, NV, 0, a, a_row, a_column, beyond(b, j), b_step, depth, beyond(c, j), c_step,
+                height, NV * width, accumulate,
             )  # fmt: skip
             j += NV * width
         while j < columns:
             multiply_tile(
-                height, 1, 1, left, a_row, a_column, address(b, b_at + j), b_step, depth,
-                address(c, c_at + j), c_step, height, columns - j, accumulate,
+                height, 1, 1, a, a_row, a_column, beyond(b, j), b_step, depth, beyond(c, j), c_step,
+                height, columns - j, accumulate,
             )  # fmt: skip
             j += width
 
@@ -56,35 +55,36 @@ def multiply_rows_in_place(
     a, a_at, a_row, a_column, b, b_at, b_step, depth, c, c_at, c_step, rows, columns, accumulate
 ):  # fmt: skip
     """C[:rows, :columns] (+)= A B; a's element (i, k) at a[a_at + i * a_row + k * a_column], b's rows b_step apart."""
+    right = address(b, b_at)
     i = 0
     while i + MR <= rows and i + 2 * MIDDLE != rows:
         tall_tiles(
-            a, a_at + i * a_row, a_row, a_column, b, b_at, b_step, depth, c, c_at + i * c_step, c_step, columns,
-            accumulate,
+            address(a, a_at + i * a_row), a_row, a_column, right, b_step, depth, address(c, c_at + i * c_step), c_step,
+            columns, accumulate,
         )  # fmt: skip
         i += MR
     while i + MIDDLE <= rows:
         middle_tiles(
-            a, a_at + i * a_row, a_row, a_column, b, b_at, b_step, depth, c, c_at + i * c_step, c_step, columns,
-            accumulate,
+            address(a, a_at + i * a_row), a_row, a_column, right, b_step, depth, address(c, c_at + i * c_step), c_step,
+            columns, accumulate,
         )  # fmt: skip
         i += MIDDLE
     if i + MIDDLE // 2 <= rows:
         short_tiles(
-            a, a_at + i * a_row, a_row, a_column, b, b_at, b_step, depth, c, c_at + i * c_step, c_step, columns,
-            accumulate,
+            address(a, a_at + i * a_row), a_row, a_column, right, b_step, depth, address(c, c_at + i * c_step), c_step,
+            columns, accumulate,
         )  # fmt: skip
         i += MIDDLE // 2
     if i + MIDDLE // 4 <= rows and MIDDLE // 4 > 1:
         pair_tiles(
-            a, a_at + i * a_row, a_row, a_column, b, b_at, b_step, depth, c, c_at + i * c_step, c_step, columns,
-            accumulate,
+            address(a, a_at + i * a_row), a_row, a_column, right, b_step, depth, address(c, c_at + i * c_step), c_step,
+            columns, accumulate,
         )  # fmt: skip
         i += MIDDLE // 4
     while i < rows:
         single_tiles(
-            a, a_at + i * a_row, a_row, a_column, b, b_at, b_step, depth, c, c_at + i * c_step, c_step, columns,
-            accumulate,
+            address(a, a_at + i * a_row), a_row, a_column, right, b_step, depth, address(c, c_at + i * c_step), c_step,
+            columns, accumulate,
         )  # fmt: skip
         i += 1
 

@@ -87,9 +87,13 @@ def kernel(*, fastmath: frozenset = FASTMATH, parallel: bool = True) -> Callable
     return lambda function: Kernel(function, fastmath, parallel)
 
 
-def device(*, fastmath: frozenset = FASTMATH, inline: str = "never") -> Callable:
-    """Decorator for a function that only kernels call; compiled with, and cached inside, each kernel that uses it."""
-    return _njit(fastmath=set(fastmath), nogil=True, inline=inline, error_model="numpy")
+def device(*, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: bool = False) -> Callable:
+    """Decorator for a function that only kernels call; compiled with, and cached inside, each kernel that uses it.
+
+    Arrays are borrowed from the caller: counting references would cost two atomic operations for each array of each
+    call, 120 cycles for three, more than copying a short row. A function that makes arrays must count them: allocates.
+    """
+    return _njit(fastmath=set(fastmath), nogil=True, inline=inline, error_model="numpy", _nrt=allocates)
 
 
 def compiled(function: Callable, fastmath: frozenset, parallel: bool):

@@ -62,7 +62,7 @@ def _inverse(sizes):
     return sizes
 
 
-@device()
+@device(allocates=True)
 def _window_bounds(count, n, k, s, low):
     starts, ends = np.empty(count, np.int64), np.empty(count, np.int64)
     for o in range(count):
@@ -72,7 +72,7 @@ def _window_bounds(count, n, k, s, low):
     return starts, ends
 
 
-@device()
+@device(allocates=True)
 def _gather_rows(
     g, gx, starts_h, ends_h, heights, starts_w, ends_w, widths, h_n, w_n, c, kw, stride, left, first, last
 ):

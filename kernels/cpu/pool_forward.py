@@ -69,7 +69,7 @@ def _rows_of_windows(operation, contiguous, every_second):
                 else:
                     out[i] += tap[i * stride]
 
-    @device()
+    @device(allocates=True)
     def windows(x, y, empty, h_n, w_n, oh_n, ow_n, c, kh, kw, sh, sw, top, left, dh, dw, first, last):
         """empty: what a tap in the padding counts as: the lowest number, or zero."""
         reach = dw * (kw - 1) + 1
@@ -154,7 +154,7 @@ def averages(x, y, nhwc, kh, kw, sh, sw, top, bottom, left, right, pad, override
         _divide(y, heights, widths, c, first, last)
 
 
-@device()
+@device(allocates=True)
 def extents(like, count, n, k, s, low, high, pad, override):
     """What the windows along one axis contribute to the divisor: their extent, or an override."""
     sizes = np.empty(count, like.dtype)
@@ -188,7 +188,7 @@ def _divide(y, heights, widths, c, first, last):
             o = 0
 
 
-@device()
+@device(allocates=True)
 def bins(n, count):
     """Starts and ends of `count` bins over n pixels: floor(i n / count) and ceil((i + 1) n / count)."""
     starts, ends = np.empty(count, np.int64), np.empty(count, np.int64)
@@ -198,7 +198,7 @@ def bins(n, count):
     return starts, ends
 
 
-@device()
+@device(allocates=True)
 def bin_sizes(like, starts, ends):
     sizes = np.empty(starts.size, like.dtype)
     for i in range(sizes.size):
@@ -209,7 +209,7 @@ def bin_sizes(like, starts, ends):
 def _rows_of_bins(operation, contiguous):
     """The walk over output rows of an adaptive pool: a bin's rows are folded in groups, then each bin's columns."""
 
-    @device()
+    @device(allocates=True)
     def rows_of_bins(x, y, tops, bottoms, lefts, rights, h_n, w_n, c, first, last):
         size = w_n * c
         oh_n, ow_n = tops.size, lefts.size

@@ -30,7 +30,7 @@ def _elements_to_alignment(typingctx, array):
     return types.intp(array), codegen
 
 
-@device()
+@device(inline="always", allocates=True)
 def scratch(count, like):
     """An uninitialised, aligned 1-D array of `count` elements of like's dtype, with a vector's length to spare
     behind.

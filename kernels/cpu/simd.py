@@ -157,6 +157,14 @@ class _Emitter:
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         self.builder.call(function, [value, where, _I32(self.itemsize), mask])
 
+    def prefetch(self, pointer, locality: int, write: bool = False):
+        """Ask for the cache line there. locality: 3 for L1, 2 for L2."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        place = self.builder.bitcast(pointer, byte)
+        self.builder.call(function, [place, _I32(int(write)), _I32(locality), _I32(1)])
+
 
 @intrinsic(prefer_literal=True)
 def micro_kernel(typingctx, rows, vectors, a, a_step, b, b_step, depth, c, c_step, used_rows, used_columns, accumulate):

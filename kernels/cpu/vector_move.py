@@ -108,17 +108,10 @@ def prefetch(typingctx, pointer):
     signature = types.void(pointer)
 
     def codegen(context, builder, signature, args):
-        emit_prefetch(builder, builder.bitcast(args[0], ir.IntType(8).as_pointer()), level=3)
+        _Emitter(builder, signature.args[0].dtype).prefetch(args[0], 3)
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-def emit_prefetch(builder, place, level):
-    """level: 3 into all caches, 2 into the second level on."""
-    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [place, _I32(0), _I32(level), _I32(1)])  # read, data
 
 
 @intrinsic(prefer_literal=True)
@@ -167,14 +160,16 @@ def _transposed(emit, values):
     """The transpose of a square of vectors.
 
     With element (r, c) numbered by the bits r, then c, interleaving vector i with vector i + half rotates the number by
-    one bit; after log2(lanes) rounds the bits of r and c have changed places.
+    one bit; after log2(lanes) rounds the bits of r and c have changed places. With fewer rows, a power of two, as many
+    rounds as r has bits bring r to the end: the numbers then count (c, r).
     """
     count, half = emit.lanes, emit.lanes // 2
     numbers = ir.VectorType(_I32, count)
     lower = ir.Constant(numbers, [i // 2 + (count if i % 2 else 0) for i in range(count)])
     upper = ir.Constant(numbers, [half + i // 2 + (count if i % 2 else 0) for i in range(count)])
-    for _ in range(count.bit_length() - 1):
-        pairs = [(values[i], values[i + half]) for i in range(half)]
+    apart = len(values) // 2
+    for _ in range(len(values).bit_length() - 1):
+        pairs = [(values[i], values[i + apart]) for i in range(apart)]
         values = [emit.builder.shuffle_vector(a, b, order) for a, b in pairs for order in (lower, upper)]
     return values
 
@@ -245,3 +240,23 @@ def copy_rows(source, at, step, rows, columns, target, target_at, target_step):
             copy_vector(address(target, place + j), address(source, start + j))
         if whole < columns:
             copy_lanes(1, 0, address(target, place + whole), address(source, start + whole), 0, columns - whole, 1)
+
+
+@intrinsic(prefer_literal=True)
+def transpose_rows(typingctx, rows, target, source, row_step):
+    """target[k * rows + r] = source[r * row_step + k] for r < rows and one vector's length of k, without masks.
+
+    rows: a literal, a power of two.
+    """
+    count = _literal(rows)
+    signature = types.void(rows, target, source, types.intp)
+
+    def codegen(context, builder, signature, args):
+        _, target, source, row_step = args
+        emit = _Emitter(builder, signature.args[1].dtype)
+        values = [emit.load(source, builder.mul(row_step, _I64(r))) for r in range(count)]
+        for i, value in enumerate(_transposed(emit, values)):
+            emit.store(value, target, _I64(i * emit.lanes))
+        return context.get_dummy_value()
+
+    return signature, codegen

@@ -1,0 +1,139 @@
+"""Whole rows moved by vectors: copied with or without a stride, cleared, and finished on their way to the result.
+
+The loops are emitted on pointers: a slice of an array in a Numba loop costs two atomic reference counts, more than a
+short row. Whole vectors move without a mask; only the last one pays for it.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
+from tilewise.kernels.cpu.vector_move import _gather
+
+
+def _loop(builder, emit, last, body, start=None):
+    """for (i = start; i + lanes <= last; i += lanes) body(i); returns the first i that is left over."""
+    start = _I64(0) if start is None else start
+    entry = builder.block
+    loop, done = builder.append_basic_block("vectors"), builder.append_basic_block("rest")
+    step = _I64(emit.lanes)
+    builder.cbranch(builder.icmp_signed("<=", builder.add(start, step), last), loop, done)
+    builder.position_at_end(loop)
+    i = builder.phi(_I64)
+    i.add_incoming(start, entry)
+    body(i)
+    following = builder.add(i, step)
+    i.add_incoming(following, builder.block)
+    again = builder.icmp_signed("<=", builder.add(following, step), last)
+    end_of_loop = builder.block
+    builder.cbranch(again, loop, done)
+    builder.position_at_end(done)
+    rest = builder.phi(_I64)
+    rest.add_incoming(start, entry)
+    rest.add_incoming(following, end_of_loop)
+    return rest
+
+
+def _tail(builder, emit, i, count, body):
+    """If lanes i .. count are left: body(i, their mask)."""
+    with builder.if_then(builder.icmp_signed("<", i, count)):
+        body(i, emit.mask(_I64(0), builder.sub(count, i)))
+
+
+@intrinsic(prefer_literal=True)
+def copy_row(typingctx, stride, target, source, count):
+    """target[i] = source[i * stride] for i < count, in whole vectors: up to one vector more is read and written.
+
+    stride: a literal, 1 or 2 (two loads and a shuffle).
+    """
+    kind = _literal(stride)
+    signature = types.void(stride, target, source, types.intp)
+
+    def codegen(context, builder, signature, args):
+        _, target, source, count = args
+        emit = _Emitter(builder, signature.args[1].dtype)
+        even = ir.Constant(ir.VectorType(_I32, emit.lanes), [2 * i for i in range(emit.lanes)])
+
+        def move(i):
+            if kind == 1:
+                value = emit.load(source, i)
+            else:
+                place = builder.mul(i, _I64(2))
+                parts = emit.load(source, place), emit.load(source, builder.add(place, _I64(emit.lanes)))
+                value = builder.shuffle_vector(*parts, even)
+            emit.store(value, target, i)
+
+        _loop(builder, emit, builder.add(count, _I64(emit.lanes - 1)), move)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def gather_row(typingctx, target, source, count, stride):
+    """target[i] = source[i * stride] for i < count; reads nothing else, but may write up to one vector more."""
+    signature = types.void(target, source, types.intp, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, source, count, stride = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+
+        def move(i):
+            mask = emit.mask(_I64(0), builder.sub(count, i))
+            place = builder.gep(source, [builder.mul(i, stride)])
+            emit.store(_gather(emit, place, stride, mask), target, i)
+
+        _loop(builder, emit, builder.add(count, _I64(emit.lanes - 1)), move)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def clear_row(typingctx, target, count):
+    """target[i] = 0 for i < count, and for up to a vector behind."""
+    signature = types.void(target, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, count = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        rounded = builder.add(count, _I64(emit.lanes - 1))
+        _loop(builder, emit, rounded, lambda i: emit.store(emit.zero, target, i))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def finish_row(typingctx, target, source, count, shift, relu, extra, has_extra):
+    """target[i] = f(source[i] + shift + extra[i]) for i < count, f(v) = v, or max(v, 0) where relu is not 0.
+
+    extra is read where has_extra is not 0 only. A NaN stays a NaN.
+    """
+    signature = types.void(target, source, types.intp, shift, types.intp, extra, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, source, count, shift, relu, extra, has_extra = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        shifts = emit.splat(shift)
+        clamp = emit.splat(builder.icmp_signed("!=", relu, _I64(0)), scalar=_I1)
+        add = emit.splat(builder.icmp_signed("!=", has_extra, _I64(0)), scalar=_I1)
+
+        def finished(value, i, mask):
+            more = emit.masked_load(extra, i, builder.and_(add, mask) if mask else add)
+            total = emit.add(emit.add(value, shifts), more)
+            negative = builder.fcmp_ordered("<", total, emit.zero)
+            return builder.select(builder.and_(negative, clamp), emit.zero, total)
+
+        def whole(i):
+            emit.store(finished(emit.load(source, i), i, None), target, i)
+
+        def rest(i, mask):
+            emit.masked_store(finished(emit.load(source, i), i, mask), target, i, mask)
+
+        _tail(builder, emit, _loop(builder, emit, count, whole), count, rest)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
