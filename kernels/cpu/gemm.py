@@ -42,10 +42,14 @@ NANOSECONDS_PER_BYTE = 0.05  # a core reading 20 GB/s
 
 # Bytes of B that may stay in L2 (512 KB in the smallest in use) while the rows of A pass by, unpacked.
 IN_CACHE = 256 << 10
+# From this many rows and steps on, packing B, which aligns it, pays for itself.
+PACKED_ROWS, PACKED_DEPTH = 64, 96
 # Rows up to which a large B is read in place, once, and in steps of how many rows.
 FEW_ROWS, STEP_ROWS = 16, 16
 # Rows (or columns) of one operand up to which dot products beat packing the other.
 DOT_ROWS, DOT_COLUMNS = 96, 8
+# Bytes of one matrix in a stack up to which both are read in place.
+IN_STACK = 64 << 10
 # Multiply-adds up to which a dense layer's three gradients are one serial call.
 SMALL_BACKWARD = 8 << 20
 # Chunks of the result that threads share, if there are that many.
@@ -73,32 +77,33 @@ def _plan(m, n, depth, a_by_rows, b_by_rows, dtype):
     itemsize = dtype.itemsize
     work = _work(m, n, depth, itemsize)
     if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
-        return _plan_dots(m, n, depth, itemsize, work)
+        return _plan_dots(m, n, depth, itemsize)
     if b_by_rows and _fits_in_place(m, n, depth, a_by_rows, itemsize):
         return _plan_in_place(m, n, depth, a_by_rows, itemsize, work)
     if a_by_rows and n <= DOT_COLUMNS:
-        dots = _plan_dots(m, n, depth, itemsize, work)
+        dots = _plan_dots(m, n, depth, itemsize)
         return lambda a, b, *rest: dots(a, np.ascontiguousarray(b.T), *rest)
     return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize)
 
 
 def _fits_in_place(m, n, depth, a_by_rows, itemsize):
-    if m > FEW_ROWS and n * depth * itemsize > IN_CACHE:
+    if m > FEW_ROWS and (n * depth * itemsize > IN_CACHE or (m >= PACKED_ROWS and depth >= PACKED_DEPTH)):
         return False
     # Rows of A whole pages apart share the same few places of L1; columns of A touch a page each.
     return m <= ROWS or depth <= 128 or (a_by_rows and depth * itemsize % 4096 != 0)
 
 
-def _plan_dots(m, n, depth, itemsize, work):
+def _dots(m, n, depth, itemsize):
+    """The kernel of dot products, and its rows and columns a chunk and step of the sum."""
     step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // itemsize
     rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else _chunk(m, ROWS, 64)
     columns = _chunk(n, BLOCK, max(4 * BLOCK, n // 4))
-    kernel_ = multiply_dots.sized(work)
+    return multiply_dots.sized(_work(m, n, depth, itemsize)), (rows, columns, max(step, 1))
 
-    def run(a, b, c, bias, activation):
-        kernel_(a, b, c, bias, activation, rows, columns, max(step, 1))
 
-    return run
+def _plan_dots(m, n, depth, itemsize):
+    product, sizes = _dots(m, n, depth, itemsize)
+    return lambda *args: product(*args, *sizes)
 
 
 def _plan_in_place(m, n, depth, a_by_rows, itemsize, work):
@@ -150,8 +155,10 @@ def prepare_matmul(shapes, dtype):
     a, b = shapes
     if dtype in _COMPUTED_AS or min(len(a), len(b)) < 2 or 0 in a + b:
         return matmul
+    if len(a) > 2 and len(b) > 2:
+        return _prepare_stack(a, b, dtype)
     if len(a) > 2 or len(b) > 2:
-        return partial(_matmul_stacked, lead=np.broadcast_shapes(a[:-2], b[:-2]))
+        return matmul
     product, shape, no_bias = _plan(a[0], b[1], a[1], True, True, dtype), (a[0], b[1]), _NO_BIAS[dtype]
     empty = _allocator(shape, dtype)
 
@@ -162,6 +169,25 @@ def prepare_matmul(shapes, dtype):
             product(a, b, out, no_bias, 0)
         else:
             _product(a, b, out, no_bias, 0)
+        return out
+
+    return run
+
+
+def _prepare_stack(a, b, dtype):
+    """Two stacks of matrices: the plan for contiguous ones is made beforehand."""
+    lead = np.broadcast_shapes(a[:-2], b[:-2])
+    shape, no_bias = (*lead, a[-2], b[-1]), _NO_BIAS[dtype]
+    product = _plan_stack(a[-2], b[-1], a[-1], a[:-2], b[:-2], lead, True, True, dtype)
+    flat_a, flat_b, flat_c = ((prod(s[:-1]), s[-1]) for s in (a, b, shape))
+
+    def run(a, b, *, out=None):
+        if out is None:
+            out = empty(shape, dtype)
+        if a.flags.carray and b.flags.carray:
+            product(a.reshape(flat_a), b.reshape(flat_b), out.reshape(flat_c), no_bias, 0)
+        else:
+            _product_stack(a, b, lead, out)
         return out
 
     return run
@@ -187,12 +213,11 @@ def _matmul_narrow(a, b, out):
     return out
 
 
-def _matmul_stacked(a, b, out=None, lead=None):
+def _matmul_stacked(a, b, out=None):
     """1-D operands, and stacks of matrices whose leading axes broadcast."""
     rows = a if a.ndim > 1 else a[None, :]
     columns = b if b.ndim > 1 else b[:, None]
-    if lead is None:
-        lead = np.broadcast_shapes(rows.shape[:-2], columns.shape[:-2])
+    lead = np.broadcast_shapes(rows.shape[:-2], columns.shape[:-2])
     shape = (*lead, rows.shape[-2], columns.shape[-1])
     result = empty(shape, a.dtype) if out is None else out.reshape(shape)
     if len(lead) == 0:
@@ -250,7 +275,7 @@ def _plan_stack(m, n, depth, a_lead, b_lead, lead, a_by_rows, b_by_rows, dtype):
     count = starts[0].size
     work = _work(m, n, depth, itemsize) * count
     together = max(1, -(-count // 32))
-    if b_by_rows and n * depth * itemsize <= IN_CACHE and _fits_in_place(m, n, depth, a_by_rows, itemsize):
+    if b_by_rows and max(m, n) * depth * itemsize <= IN_STACK:
         steps, in_place = (depth, 1) if a_by_rows else (1, m), multiply_stack_in_place.sized(work)
         return lambda a, b, c, *_: in_place(a, starts[0], *steps, b, starts[1], c, m, n, depth, together)
     if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
@@ -309,14 +334,18 @@ def prepare_linear(shapes, dtype, *, activation):
     if len(x) != 2 or 0 in x + weight:
         return partial(linear, activation=activation)
     shape, code, no_bias = (x[0], weight[0]), ACTIVATION_CODES[activation], _NO_BIAS[dtype]
-    product, empty = _plan(x[0], weight[0], x[1], True, False, dtype), _allocator(shape, dtype)
+    # a constant of this closure, not a closure of its own: a tenth of a microsecond
+    product, sizes = _plan(x[0], weight[0], x[1], True, False, dtype), ()
+    if x[0] <= DOT_ROWS or weight[0] <= DOT_COLUMNS:
+        product, sizes = _dots(x[0], weight[0], x[1], dtype.itemsize)
+    empty = _allocator(shape, dtype)
 
     def run(x, weight, bias, *, out=None):
         if out is None:
             out = empty(shape, dtype)
         bias = no_bias if bias is None else bias if bias.flags.carray else canonical(bias)
         if x.flags.carray and weight.flags.carray:
-            product(x, weight, out, bias, code)
+            product(x, weight, out, bias, code, *sizes)
         else:
             _product(x, weight.T, out, bias, code)
         return out

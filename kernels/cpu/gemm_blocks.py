@@ -252,14 +252,15 @@ def _copy_left(a, start, row_step, column_step, rows, depth, panels):
 
 @device()
 def _multiply_panel(
-    a, tile_step, a_row, a_column, rows, b, b_at, b_row, b_column, panel, depth, c, c_at, c_step, columns, accumulate
+    a, a_at, tile_step, a_row, a_column, rows, b, b_at, b_row, b_column, panel, depth, c, c_at, c_step, columns,
+    accumulate,
 ):  # fmt: skip
     """C[:rows, :columns] (+)= A B under one panel of B, which stays in L1: the first tile that reads it packs it."""
     count = NV * lanes(c)
     i = 0
     if b_column == 1 and columns >= count and rows >= MR and b_row * b.itemsize <= NEAR:
         multiply_and_pack_tile(
-            MR, NV, address(a, 0), a_row, a_column, address(b, b_at), b_row, depth, address(c, c_at), c_step,
+            MR, NV, address(a, a_at), a_row, a_column, address(b, b_at), b_row, depth, address(c, c_at), c_step,
             accumulate, address(panel, 0),
         )  # fmt: skip
         i = MR
@@ -267,14 +268,14 @@ def _multiply_panel(
         pack_right_panel(b, b_at, b_row, b_column, depth, columns, panel, 0)
     while i + MR <= rows:
         tall_tiles(
-            address(a, i // MR * tile_step), a_row, a_column, address(panel, 0), count, depth,
+            address(a, a_at + i // MR * tile_step), a_row, a_column, address(panel, 0), count, depth,
             address(c, c_at + i * c_step), c_step, columns, accumulate,
         )  # fmt: skip
         i += MR
     if i < rows:
         multiply_rows_in_place(
-            a, i // MR * tile_step, a_row, a_column, panel, 0, count, depth, c, c_at + i * c_step, c_step, rows - i,
-            columns, accumulate,
+            a, a_at + i // MR * tile_step, a_row, a_column, panel, 0, count, depth, c, c_at + i * c_step, c_step,
+            rows - i, columns, accumulate,
         )  # fmt: skip
 
 
@@ -286,24 +287,28 @@ def _multiply_block(
     count = NV * lanes(c)
     collected = whole > COLLECTED_FROM
     across = (columns + count - 1) // count * count
-    panels_a = scratch((rows + MR - 1) // MR * _tile_stride(c) * (KC + PAD), c)
+    copied = a_column != 1 or whole > KC or a_row * a.itemsize % 4096 == 0
+    panels_a = scratch((rows + MR - 1) // MR * _tile_stride(c) * (KC + PAD), c) if copied else a
     panel = scratch(count * KC, c)
     sums = scratch(across * rows if collected else 1, c)
     for k0 in range(0, max(whole, 1), KC):
         depth = min(KC, whole - k0)
         accumulate = 1 if k0 > 0 else 0
-        tile_step, row, column = _copy_left(a, a_at + k0 * a_column, a_row, a_column, rows, depth, panels_a)
+        left, tile_step, row, column = a_at, MR * a_row, a_row, 1
+        if copied:
+            left = 0
+            tile_step, row, column = _copy_left(a, a_at + k0 * a_column, a_row, a_column, rows, depth, panels_a)
         for j in range(0, columns, count):
             right = b_at + k0 * b_row + j * b_column
             used = min(count, columns - j)
             if collected:
                 _multiply_panel(
-                    panels_a, tile_step, row, column, rows, b, right, b_row, b_column, panel, depth,
+                    panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel, depth,
                     sums, j * rows, count, used, accumulate,
                 )  # fmt: skip
             else:
                 _multiply_panel(
-                    panels_a, tile_step, row, column, rows, b, right, b_row, b_column, panel, depth,
+                    panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel, depth,
                     c, c_at + j, c_step, used, accumulate,
                 )  # fmt: skip
     if collected:

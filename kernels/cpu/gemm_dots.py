@@ -23,6 +23,8 @@ ROWS, COLUMNS = (4 if VECTOR_BYTES == 32 else 8), 3
 # The sum goes in steps of 3 KB a row: 8 rows of A, 3 of B and the next 3 are 42 KB, in L1. Between the copied rows lies
 # a vector, so that rows a power of two apart do not share the same few places of the cache.
 STEP_BYTES = 3072
+# Rows of B from which, and bytes of A up to which, A is copied only to be aligned: a vector across two lines costs two.
+COPIED_FROM, COPIED_BYTES = 64, 256 << 10
 # Rows of B a block: 190 KB of a step stay in L2 while all rows of A pass by; a multiple of COLUMNS.
 BLOCK = 63
 
@@ -94,9 +96,10 @@ def finish_rows(c, start, c_step, rows, columns, bias, bias_start, activation):
 
 @device(allocates=True)
 def _dot_chunk(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, c_step, step):
-    """One chunk of C, the sum in steps: where there are several, A's part of each is copied."""
-    copied = step < depth
-    stride = step + lanes(a) if copied else a_step
+    """One chunk of C, the sum in steps: where there are several, or it pays, A's part of each is copied."""
+    width = lanes(a)
+    copied = step < depth or (rows > 1 and columns >= COPIED_FROM and rows * depth * a.itemsize <= COPIED_BYTES)
+    stride = (min(step, depth) + width - 1) // width * width + width if copied else a_step
     panel = scratch(rows * stride if copied else 1, c)
     for k0 in range(0, max(depth, 1), step):
         used = min(step, depth - k0)
@@ -104,11 +107,11 @@ def _dot_chunk(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, 
         if copied:
             copy_rows(a, a_at + k0, a_step, rows, used, panel, 0, stride)
         for j in range(0, columns, BLOCK):
-            some, right, result = min(BLOCK, columns - j), b_at + k0 + j * b_step, c_at + j
+            some, right = min(BLOCK, columns - j), b_at + k0 + j * b_step
             if copied:
-                dot_block(panel, 0, stride, rows, b, right, b_step, some, used, c, result, c_step, accumulate)
+                dot_block(panel, 0, stride, rows, b, right, b_step, some, used, c, c_at + j, c_step, accumulate)
             else:
-                dot_block(a, a_at, a_step, rows, b, right, b_step, some, used, c, result, c_step, accumulate)
+                dot_block(a, a_at, a_step, rows, b, right, b_step, some, used, c, c_at + j, c_step, accumulate)
 
 
 @kernel(parallel=False)
