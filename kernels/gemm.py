@@ -10,6 +10,8 @@ from tilewise.kernels.dispatch import Operation, Problem
 
 _INTEGERS = tuple(np.dtype(kind + bits) for kind in ("int", "uint") for bits in ("8", "16", "32", "64"))
 _WIDENED = (np.dtype(np.int8), np.dtype(np.uint8))  # their products go into int32
+# What `needs` is by default: then it is no option of the call, whose signature is looked up faster without one.
+_BOTH, _ALL = ("a", "b"), ("x", "weight", "bias")
 
 
 def matmul(a, b, *, out=None):
@@ -33,7 +35,7 @@ def matmul(a, b, *, out=None):
     return _MATMUL((a, b), (), out)
 
 
-def matmul_backward(grad, a, b, *, needs=("a", "b")):
+def matmul_backward(grad, a, b, *, needs=_BOTH):
     """The gradients of `matmul`: grad_a = grad @ b^T and grad_b = a^T @ grad, summed over the axes that were broadcast.
 
     Args:
@@ -47,7 +49,7 @@ def matmul_backward(grad, a, b, *, needs=("a", "b")):
     Raises:
         TypeError, ValueError: as `matmul`; also a grad whose shape is not the result's, or an unknown name in `needs`.
     """
-    return _MATMUL_BACKWARD((grad, a, b), (needs,))
+    return _MATMUL_BACKWARD((grad, a, b), () if needs is _BOTH else (needs,))
 
 
 def linear(x, weight, bias=None, *, activation=None, out=None):
@@ -68,10 +70,10 @@ def linear(x, weight, bias=None, *, activation=None, out=None):
         ValueError: shapes that do not fit together, an unknown activation, a wrong `out`.
         NotImplementedError: float16.
     """
-    return _LINEAR((x, weight, bias), (activation,), out)
+    return _LINEAR((x, weight, bias), () if activation is None else (activation,), out)
 
 
-def linear_backward(grad, x, weight, *, needs=("x", "weight", "bias")):
+def linear_backward(grad, x, weight, *, needs=_ALL):
     """The gradients of `linear` without its activation.
 
     grad_x = grad @ weight; grad_weight = grad^T @ x and grad_bias = sum of grad, both over all rows.
@@ -88,7 +90,7 @@ def linear_backward(grad, x, weight, *, needs=("x", "weight", "bias")):
     Raises:
         TypeError, ValueError: as `linear`; also a grad whose shape is not the result's, or an unknown name in `needs`.
     """
-    return _LINEAR_BACKWARD((grad, x, weight), (needs,))
+    return _LINEAR_BACKWARD((grad, x, weight), () if needs is _ALL else (needs,))
 
 
 def _product_shape(function: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
@@ -122,7 +124,7 @@ def _check_matmul(a, b) -> Problem:
     return Problem({}, flops=2 * prod(shape) * a.shape[-1], bytes=moved, out=(shape, result))
 
 
-def _check_matmul_backward(grad, a, b, needs) -> Problem:
+def _check_matmul_backward(grad, a, b, needs=_BOTH) -> Problem:
     required("matmul_backward", grad=grad, a=a, b=b)
     dtype = common_dtype("matmul_backward", {"grad": grad, "a": a, "b": b})
     expected = _product_shape("matmul_backward", a.shape, b.shape)
@@ -146,7 +148,7 @@ def _dense_shape(function: str, x, weight) -> tuple[int, ...]:
     return (*x.shape[:-1], weight.shape[0])
 
 
-def _check_linear(x, weight, bias, activation) -> Problem:
+def _check_linear(x, weight, bias, activation=None) -> Problem:
     required("linear", x=x, weight=weight)
     dtype = common_dtype("linear", {"x": x, "weight": weight, "bias": bias})
     shape = _dense_shape("linear", x, weight)
@@ -156,7 +158,7 @@ def _check_linear(x, weight, bias, activation) -> Problem:
     return Problem(options, flops=2 * prod(shape) * x.shape[-1], bytes=moved, out=(shape, dtype))
 
 
-def _check_linear_backward(grad, x, weight, needs) -> Problem:
+def _check_linear_backward(grad, x, weight, needs=_ALL) -> Problem:
     required("linear_backward", grad=grad, x=x, weight=weight)
     dtype = common_dtype("linear_backward", {"grad": grad, "x": x, "weight": weight})
     expected = _dense_shape("linear_backward", x, weight)

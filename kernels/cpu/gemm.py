@@ -1,26 +1,28 @@
-"""Matrix multiplication and the dense layer on the CPU: shapes and strides here, the kernels in gemm_blocks.py (packed,
-register-tiled) and gemm_skinny.py (a few rows or columns)."""
+"""Matrix multiplication and the dense layer on the CPU: shapes and strides here, and which kernel takes them.
 
-from functools import partial
+- gemm_in_place.py reads both operands where they lie: small products, and those with few rows.
+- gemm_dots.py multiplies rows by rows: a dense layer, a matrix and a vector.
+- gemm_blocks.py copies blocks into the caches: everything large.
+"""
+
+from functools import lru_cache, partial
+from math import prod
 
 import numpy as np
 from numba import prange
 
 from tilewise.kernels.arrays import canonical
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
-from tilewise.kernels.cpu.gemm_blocks import multiply, multiply_batch
-from tilewise.kernels.cpu.gemm_skinny import (
-    FEW,
-    TINY,
-    add_rows,
-    dot_rows,
-    tiny_linear,
-    tiny_linear_backward,
-    tiny_product,
-    tiny_product_backward,
+from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, multiply_blocks
+from tilewise.kernels.cpu.gemm_dots import BLOCK, ROWS, STEP_BYTES, finish, multiply_dots, multiply_stack_dots
+from tilewise.kernels.cpu.gemm_in_place import (
+    multiply_in_place,
+    multiply_stack_in_place,
+    small_linear_backward,
 )
 from tilewise.kernels.cpu.jit import kernel
-from tilewise.kernels.cpu.scratch import empty
+from tilewise.kernels.cpu.scratch import ALIGNED_FROM, empty
+from tilewise.kernels.cpu.simd import MR, NV, lane_count
 
 # Integers are multiplied in a type at least as wide as theirs: sums that wrap there wrap to the same bits in the narrow
 # one, signed or not. int8 and uint8 keep the wide type.
@@ -34,21 +36,158 @@ _COMPUTED_AS = {
 }
 _RESULT_DTYPE = {np.dtype(np.int8): np.dtype(np.int32), np.dtype(np.uint8): np.dtype(np.int32)}
 _NO_BIAS = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64, np.int32, np.int64)}
-_ZERO_START = np.zeros(1, np.int64)
+_ONE_START = np.zeros(1, np.int64)
 NANOSECONDS_PER_FLOP = 0.01  # a core at 100 GFLOP/s, float32
+NANOSECONDS_PER_BYTE = 0.05  # a core reading 20 GB/s
+
+# Bytes of B that may stay in L2 (512 KB in the smallest in use) while the rows of A pass by, unpacked.
+IN_CACHE = 256 << 10
+# From this many rows and steps on, packing B, which aligns it, pays for itself.
+PACKED_ROWS, PACKED_DEPTH = 64, 96
+# Rows up to which a large B is read in place, once, and in steps of how many rows.
+FEW_ROWS, STEP_ROWS = 16, 16
+# Rows (or columns) of one operand up to which dot products beat packing the other.
+DOT_ROWS, DOT_COLUMNS = 96, 8
+# Bytes of one matrix in a stack up to which both are read in place.
+IN_STACK = 64 << 10
+# Multiply-adds up to which a dense layer's three gradients are one serial call.
+SMALL_BACKWARD = 8 << 20
+# Chunks of the result that threads share, if there are that many.
+CHUNKS = 8
+
+
+def _work(m, n, depth, itemsize):
+    """Nanoseconds, roughly, on one core."""
+    flops = 2 * m * n * depth * NANOSECONDS_PER_FLOP * itemsize / 4
+    return max(flops, (m * depth + depth * n + m * n) * itemsize * NANOSECONDS_PER_BYTE)
+
+
+def _chunk(size, unit, most):
+    """Equal chunks of whole units, at most `most` (in elements) each."""
+    count = -(-size // most)
+    return -(-size // (count * unit)) * unit
+
+
+@lru_cache(maxsize=4096)
+def _plan(m, n, depth, a_by_rows, b_by_rows, dtype):
+    """How to multiply matrices of these shapes, stored by rows or by columns: run(a, b, c, bias, activation).
+
+    a, b: the memory as a C-contiguous matrix, so transposed where it is stored by columns.
+    """
+    itemsize = dtype.itemsize
+    work = _work(m, n, depth, itemsize)
+    if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
+        return _plan_dots(m, n, depth, itemsize)
+    if b_by_rows and _fits_in_place(m, n, depth, a_by_rows, itemsize):
+        return _plan_in_place(m, n, depth, a_by_rows, itemsize, work)
+    if a_by_rows and n <= DOT_COLUMNS:
+        dots = _plan_dots(m, n, depth, itemsize)
+        return lambda a, b, *rest: dots(a, np.ascontiguousarray(b.T), *rest)
+    return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize)
+
+
+def _fits_in_place(m, n, depth, a_by_rows, itemsize):
+    if m > FEW_ROWS and (n * depth * itemsize > IN_CACHE or (m >= PACKED_ROWS and depth >= PACKED_DEPTH)):
+        return False
+    # Rows of A whole pages apart share the same few places of L1; columns of A touch a page each.
+    return m <= ROWS or depth <= 128 or (a_by_rows and depth * itemsize % 4096 != 0)
+
+
+def _dots(m, n, depth, itemsize):
+    """The kernel of dot products, and its rows and columns a chunk and step of the sum."""
+    step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // itemsize
+    rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else _chunk(m, ROWS, 64)
+    columns = _chunk(n, BLOCK, max(4 * BLOCK, n // 4))
+    return multiply_dots.sized(_work(m, n, depth, itemsize)), (rows, columns, max(step, 1))
+
+
+def _plan_dots(m, n, depth, itemsize):
+    product, sizes = _dots(m, n, depth, itemsize)
+    return lambda *args: product(*args, *sizes)
+
+
+def _plan_in_place(m, n, depth, a_by_rows, itemsize, work):
+    steps = (depth, 1) if a_by_rows else (1, m)
+    step = depth if n * depth * itemsize <= IN_CACHE else STEP_ROWS
+    rows = _chunk(m, MR, 8 * MR)
+    columns = n if m > FEW_ROWS else _chunk(n, NV * lane_count(itemsize), 1024)
+    kernel_ = multiply_in_place.sized(work)
+
+    def run(a, b, c, bias, activation):
+        kernel_(a, *steps, b, c, m, n, depth, rows, columns, max(step, 1))
+        if bias.size > 0 or activation != 0:
+            finish(work, c, bias, activation)
+
+    return run
+
+
+def _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts=None):
+    steps_a = (depth, 1) if a_by_rows else (1, m)
+    steps_b = (n, 1) if b_by_rows else (1, depth)
+    rows, columns = _blocks(m, n, NV * lane_count(itemsize), 1 if starts is None else starts[0].size)
+    kernel_ = multiply_blocks.sized(work)
+    a_starts, b_starts = (_ONE_START, _ONE_START) if starts is None else starts
+
+    def run(a, b, c, bias, activation):
+        kernel_(a, a_starts, *steps_a, b, b_starts, *steps_b, c, m, n, depth, rows, columns, bias, activation)
+
+    return run
+
+
+def _blocks(m, n, panel, matrices):
+    """Rows and columns of a task's block: as large as the caches allow, as small as CHUNKS tasks demand."""
+    rows, columns = _chunk(m, MR, BLOCK_ROWS), _chunk(n, panel, BLOCK_COLUMNS)
+    while -(-m // rows) * -(-n // columns) * matrices < CHUNKS and max(rows, columns) > 256:
+        if columns >= rows:
+            columns = _chunk(columns, panel, columns // 2)
+        else:
+            rows = _chunk(rows, MR, rows // 2)
+    return rows, columns
+
+
+def _allocator(shape, dtype):
+    """How to make a result of this size: small ones need no alignment, and save its cost."""
+    return np.empty if prod(shape) * dtype.itemsize < ALIGNED_FROM else empty
 
 
 def prepare_matmul(shapes, dtype):
-    """The function for these shapes: `matmul`, or for tiny matrices one without its detours."""
+    """The function for these shapes: `matmul`, or for plain matrices one without its detours."""
     a, b = shapes
-    if dtype in _COMPUTED_AS or len(a) != 2 or len(b) != 2 or a[0] * a[1] * b[1] > TINY:
+    if dtype in _COMPUTED_AS or min(len(a), len(b)) < 2 or 0 in a + b:
         return matmul
-    shape, product = (a[0], b[1]), tiny_product.serial
+    if len(a) > 2 and len(b) > 2:
+        return _prepare_stack(a, b, dtype)
+    if len(a) > 2 or len(b) > 2:
+        return matmul
+    product, shape, no_bias = _plan(a[0], b[1], a[1], True, True, dtype), (a[0], b[1]), _NO_BIAS[dtype]
+    empty = _allocator(shape, dtype)
 
     def run(a, b, *, out=None):
         if out is None:
-            out = np.empty(shape, dtype)
-        product(a if a.flags.carray else canonical(a), b if b.flags.carray else canonical(b), out)
+            out = empty(shape, dtype)
+        if a.flags.carray and b.flags.carray:
+            product(a, b, out, no_bias, 0)
+        else:
+            _product(a, b, out, no_bias, 0)
+        return out
+
+    return run
+
+
+def _prepare_stack(a, b, dtype):
+    """Two stacks of matrices: the plan for contiguous ones is made beforehand."""
+    lead = np.broadcast_shapes(a[:-2], b[:-2])
+    shape, no_bias = (*lead, a[-2], b[-1]), _NO_BIAS[dtype]
+    product = _plan_stack(a[-2], b[-1], a[-1], a[:-2], b[:-2], lead, True, True, dtype)
+    flat_a, flat_b, flat_c = ((prod(s[:-1]), s[-1]) for s in (a, b, shape))
+
+    def run(a, b, *, out=None):
+        if out is None:
+            out = empty(shape, dtype)
+        if a.flags.carray and b.flags.carray:
+            product(a.reshape(flat_a), b.reshape(flat_b), out.reshape(flat_c), no_bias, 0)
+        else:
+            _product_stack(a, b, lead, out)
         return out
 
     return run
@@ -74,13 +213,13 @@ def _matmul_narrow(a, b, out):
     return out
 
 
-def _matmul_stacked(a, b, out):
+def _matmul_stacked(a, b, out=None):
     """1-D operands, and stacks of matrices whose leading axes broadcast."""
     rows = a if a.ndim > 1 else a[None, :]
     columns = b if b.ndim > 1 else b[:, None]
     lead = np.broadcast_shapes(rows.shape[:-2], columns.shape[:-2])
     shape = (*lead, rows.shape[-2], columns.shape[-1])
-    result = np.empty(shape, a.dtype) if out is None else out.reshape(shape)
+    result = empty(shape, a.dtype) if out is None else out.reshape(shape)
     if len(lead) == 0:
         _product(rows, columns, result, _NO_BIAS[a.dtype], 0)
     elif columns.ndim == 2 and rows.flags.c_contiguous:
@@ -88,94 +227,77 @@ def _matmul_stacked(a, b, out):
         count = rows.size // max(rows.shape[-1], 1) if rows.shape[-1] else int(np.prod(rows.shape[:-1]))
         flat = result.reshape(count, shape[-1])
         _product(rows.reshape(count, rows.shape[-1]), columns, flat, _NO_BIAS[a.dtype], 0)
-    else:
+    elif result.size > 0:
         _product_stack(rows, columns, lead, result)
     if out is not None:
         return out
-    final = (*lead, *((shape[-2],) if a.ndim > 1 else ()), *((shape[-1],) if b.ndim > 1 else ()))
-    return result.reshape(final)
+    if a.ndim > 1 and b.ndim > 1:
+        return result
+    return result.reshape((*lead, *((shape[-2],) if a.ndim > 1 else ()), *((shape[-1],) if b.ndim > 1 else ())))
 
 
-def _flat(matrix):
-    """(memory in order, row step, column step) of a matrix; a copy if neither it nor its transpose is contiguous."""
+def _stored(matrix):
+    """(the memory as a C-contiguous matrix, is it stored by rows); a copy if it is stored in neither order."""
     if matrix.flags.carray:
-        return matrix.reshape(-1), matrix.shape[1], 1
+        return matrix, True
     if matrix.T.flags.carray:
-        return matrix.T.reshape(-1), 1, matrix.shape[0]
+        return matrix.T, False
     if matrix.T.flags.c_contiguous:
-        return canonical(matrix.T).reshape(-1), 1, matrix.shape[0]
-    return canonical(matrix).reshape(-1), matrix.shape[1], 1
+        return canonical(matrix.T), False
+    return canonical(matrix), True
 
 
 def _product(a, b, out, bias, activation):
     """out = activation(a @ b + bias) for matrices; out is C-contiguous."""
-    m, whole = a.shape
+    m, depth = a.shape
     n = b.shape[1]
     if m == 0 or n == 0:
         return
-    fa, a_row, a_column = _flat(a)
-    fb, b_row, b_column = _flat(b)
-    work = 2 * m * n * whole * NANOSECONDS_PER_FLOP
-    c = out.reshape(-1)
-    if bias.size == 0 and activation == 0 and (m <= FEW or n <= FEW):
-        if m > FEW:  # few columns: the same product, transposed
-            _few_rows(work, fb, b_column, b_row, fa, a_column, a_row, n, m, whole, c, 1, n)
-        else:
-            _few_rows(work, fa, a_row, a_column, fb, b_row, b_column, m, n, whole, c, n, 1)
-        return
-    multiply(work, fa, 0, a_row, a_column, fb, 0, b_row, b_column, c, 0, m, n, whole, bias, activation)
-
-
-def _few_rows(work, p, p_row, p_column, q, q_row, q_column, few, many, whole, c, few_step, many_step):
-    """c[i, j] = sum over k of p[i, k] q[k, j] with few rows i; q is read in its own order."""
-    work *= 4  # bound by memory, not by multiplications
-    if q_row != 1:
-        add_rows(work, p, 0, p_row, p_column, q, 0, q_row, few, many, whole, c, 0, few_step, many_step)
-        return
-    if p_column != 1:
-        p, p_row = np.ascontiguousarray(p.reshape(whole, few).T).reshape(-1), whole
-    dot_rows(work, p, 0, p_row, q, 0, q_column, few, many, whole, c, 0, few_step, many_step)
+    a_memory, a_by_rows = _stored(a)
+    b_memory, b_by_rows = _stored(b)
+    _plan(m, n, depth, a_by_rows, b_by_rows, out.dtype)(a_memory, b_memory, out, bias, activation)
 
 
 def _product_stack(a, b, lead, out):
-    m, whole = a.shape[-2:]
+    m, depth = a.shape[-2:]
     n = b.shape[-1]
-    if out.size == 0:
-        return
-    fa, a_row, a_column, a_starts = _flat_stack(a, lead)
-    fb, b_row, b_column, b_starts = _flat_stack(b, lead)
-    work = 2 * out.size * whole * NANOSECONDS_PER_FLOP
-    c, bias = out.reshape(-1), _NO_BIAS[a.dtype]
-    multiply_batch(work, fa, a_starts, a_row, a_column, fb, b_starts, b_row, b_column, c, m, n, whole, bias, 0)
+    a_memory, a_by_rows = _stored_stack(a)
+    b_memory, b_by_rows = _stored_stack(b)
+    run = _plan_stack(m, n, depth, a.shape[:-2], b.shape[:-2], lead, a_by_rows, b_by_rows, out.dtype)
+    run(a_memory, b_memory, out.reshape(-1, n), _NO_BIAS[out.dtype], 0)
 
 
-def _flat_stack(stack, lead):
-    """Memory in order, the steps within a matrix, and where each matrix of the broadcast stack begins."""
-    rows, columns = stack.shape[-2:]
-    swapped = stack.swapaxes(-1, -2)
-    if not stack.flags.c_contiguous and swapped.flags.c_contiguous:
-        memory, row, column = swapped, 1, rows
-    else:
-        memory, row, column = np.ascontiguousarray(stack), columns, 1
-    memory = canonical(memory)
-    count = int(np.prod(stack.shape[:-2]))
-    starts = (np.arange(count, dtype=np.int64) * (rows * columns)).reshape(stack.shape[:-2])
-    return memory.reshape(-1), row, column, np.ascontiguousarray(np.broadcast_to(starts, lead)).reshape(-1)
+@lru_cache(maxsize=64)
+def _plan_stack(m, n, depth, a_lead, b_lead, lead, a_by_rows, b_by_rows, dtype):
+    """As `_plan`, for stacks of matrices with these leading axes."""
+    itemsize = dtype.itemsize
+    starts = _starts(a_lead, lead, m * depth), _starts(b_lead, lead, depth * n)
+    count = starts[0].size
+    work = _work(m, n, depth, itemsize) * count
+    together = max(1, -(-count // 32))
+    if b_by_rows and max(m, n) * depth * itemsize <= IN_STACK:
+        steps, in_place = (depth, 1) if a_by_rows else (1, m), multiply_stack_in_place.sized(work)
+        return lambda a, b, c, *_: in_place(a, starts[0], *steps, b, starts[1], c, m, n, depth, together)
+    if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
+        dots = multiply_stack_dots.sized(work)
+        return lambda a, b, c, *_: dots(a, starts[0], b, starts[1], c, m, n, depth, together)
+    return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts)
 
 
-def prepare_matmul_backward(shapes, dtype, *, needs):
-    """As `prepare_matmul`."""
-    _, a, b = shapes
-    if len(a) != 2 or len(b) != 2 or a[0] * a[1] * b[1] > TINY:
-        return partial(matmul_backward, needs=needs)
-    products = tiny_product_backward.serial
+def _starts(own, lead, size):
+    """Where each matrix of the broadcast stack begins."""
+    first = (np.arange(int(np.prod(own)), dtype=np.int64) * size).reshape(own)
+    return np.ascontiguousarray(np.broadcast_to(first, lead)).reshape(-1)
 
-    def run(grad, of_a, of_b):
-        grad_a, grad_b = np.empty(a, dtype), np.empty(b, dtype)
-        products(grad, of_a, of_b, grad_a, grad_b)
-        return grad_a if "a" in needs else None, grad_b if "b" in needs else None
 
-    return run
+def _stored_stack(stack):
+    """As `_stored`, one matrix below the other."""
+    by_rows = True
+    if not stack.flags.c_contiguous and stack.swapaxes(-1, -2).flags.c_contiguous:
+        stack, by_rows = stack.swapaxes(-1, -2), False
+    columns = stack.shape[-1]
+    stack = canonical(stack)
+    return stack.reshape(stack.size // columns if columns else 0, columns), by_rows
 
 
 def matmul_backward(grad, a, b, *, needs):
@@ -193,6 +315,10 @@ def matmul_backward(grad, a, b, *, needs):
     return grad_a, grad_b
 
 
+def prepare_matmul_backward(shapes, dtype, *, needs):
+    return partial(matmul_backward, needs=needs)
+
+
 def _sum_to(array, shape):
     """Sum over the leading axes along which `shape` was broadcast."""
     if array.shape == shape:
@@ -205,17 +331,23 @@ def _sum_to(array, shape):
 def prepare_linear(shapes, dtype, *, activation):
     """As `prepare_matmul`."""
     x, weight, _ = shapes
-    if len(x) != 2 or x[0] * weight[0] * weight[1] > TINY:
+    if len(x) != 2 or 0 in x + weight:
         return partial(linear, activation=activation)
-    shape, code, product, no_bias = (x[0], weight[0]), ACTIVATION_CODES[activation], tiny_linear.serial, _NO_BIAS[dtype]
+    shape, code, no_bias = (x[0], weight[0]), ACTIVATION_CODES[activation], _NO_BIAS[dtype]
+    # a constant of this closure, not a closure of its own: a tenth of a microsecond
+    product, sizes = _plan(x[0], weight[0], x[1], True, False, dtype), ()
+    if x[0] <= DOT_ROWS or weight[0] <= DOT_COLUMNS:
+        product, sizes = _dots(x[0], weight[0], x[1], dtype.itemsize)
+    empty = _allocator(shape, dtype)
 
     def run(x, weight, bias, *, out=None):
         if out is None:
-            out = np.empty(shape, dtype)
-        x = x if x.flags.carray else canonical(x)
-        weight = weight if weight.flags.carray else canonical(weight)
+            out = empty(shape, dtype)
         bias = no_bias if bias is None else bias if bias.flags.carray else canonical(bias)
-        product(x, weight, bias, out, code)
+        if x.flags.carray and weight.flags.carray:
+            product(x, weight, out, bias, code, *sizes)
+        else:
+            _product(x, weight.T, out, bias, code)
         return out
 
     return run
@@ -224,28 +356,31 @@ def prepare_linear(shapes, dtype, *, activation):
 def linear(x, weight, bias, *, activation, out=None):
     if out is None:
         out = empty((*x.shape[:-1], weight.shape[0]), x.dtype)
-    rows, flat = (x, out) if x.ndim == 2 else (_matrix(x), _matrix(out))
     bias = _NO_BIAS[x.dtype] if bias is None else canonical(bias)
-    _product(rows, weight.T, flat, bias, ACTIVATION_CODES[activation])
+    _product(_matrix(x), weight.T, _matrix(out), bias, ACTIVATION_CODES[activation])
     return out
 
 
 def _matrix(array):
     """All leading axes as one; reshape(-1, ...) cannot tell where an axis is 0."""
-    return array.reshape(int(np.prod(array.shape[:-1])), array.shape[-1])
+    return array if array.ndim == 2 else array.reshape(int(np.prod(array.shape[:-1])), array.shape[-1])
 
 
 def prepare_linear_backward(shapes, dtype, *, needs):
     """As `prepare_matmul`."""
     _, x, weight = shapes
-    if len(x) != 2 or x[0] * weight[0] * weight[1] > TINY:
+    in_cache = max(weight[0] * weight[1], x[0] * weight[1] if len(x) == 2 else 0) * dtype.itemsize <= IN_CACHE
+    if len(x) != 2 or 0 in x + weight or not in_cache or x[0] * weight[0] * weight[1] > SMALL_BACKWARD:
         return partial(linear_backward, needs=needs)
-    products = tiny_linear_backward.serial
+    products = small_linear_backward.serial
+    wanted = tuple(int(name in needs) for name in ("x", "weight", "bias"))
 
     def run(grad, of_x, of_weight):
-        results = np.empty(x, dtype), np.empty(weight, dtype), np.empty(weight[0], dtype)
-        products(grad, of_x, of_weight, *results)
-        return tuple(r if name in needs else None for name, r in zip(("x", "weight", "bias"), results, strict=True))
+        grad_x, grad_weight, grad_bias = np.empty(x, dtype), np.empty(weight, dtype), np.empty(weight[0], dtype)
+        products(grad, of_x, of_weight, grad_x, grad_weight, grad_bias, *wanted)
+        if wanted == (1, 1, 1):
+            return grad_x, grad_weight, grad_bias
+        return tuple(r if w else None for w, r in zip(wanted, (grad_x, grad_weight, grad_bias), strict=True))
 
     return run
 
@@ -257,7 +392,7 @@ def linear_backward(grad, x, weight, *, needs):
         grad_x = empty(x.shape, x.dtype)
         _product(flat_grad, weight, _matrix(grad_x), _NO_BIAS[x.dtype], 0)
     if "weight" in needs:
-        grad_weight = np.empty(weight.shape, x.dtype)
+        grad_weight = empty(weight.shape, x.dtype)
         _product(flat_grad.T, rows, grad_weight, _NO_BIAS[x.dtype], 0)
     if "bias" in needs:
         grad_bias = np.empty(weight.shape[0], x.dtype)

@@ -1,40 +1,48 @@
-"""The blocked matrix product around the register micro-kernel, after Goto and van de Geijn (2008) and BLIS (Van Zee and
-van de Geijn 2015).
+"""The blocked matrix product around the register tile, after Goto and van de Geijn (2008) and BLIS (Van Zee and van de
+Geijn 2015).
 
-              N                          KC x NR panel of B: stays in L1/L2 while
-        +-----------+                    every row block of A passes by
-    K   |     B     |                    MC x KC block of A: stays in L2 while
-        +-----------+                    every panel of B passes by
-    +---+-----------+
-  M | A |     C     |   for each NC columns, each KC of the sum: pack B; for each chunk of MC rows: pack A,
-    +---+-----------+   then a register tile of MR x NR at a time
+              N                      a task is a block of C, with nothing shared between tasks:
+        +-----------+
+    K   |     B     |                for each KC of the sum:
+        +-----------+                    copy the task's rows of A, KC x rows: stays in L2
+    +---+-----------+                    for each few panels of the task's columns of B, KC x NR:
+  M | A |     C     |                        pack them: a panel stays in L1
+    +---+-----------+                        for each panel: a register tile of MR x NR after another
 
-Panels are packed so that the micro-kernel reads both operands front to back. Rows are split over threads in chunks of
-MC; the order of every sum is fixed by KC alone, so the thread count never changes a bit.
+B is packed so that the tile reads it front to back. A needs no order, since its elements are broadcast one by one: its
+rows are copied as they are, to lie a fixed and harmless distance apart. Every sum is in the order that KC fixes, so
+that neither the blocks nor the thread count changes a bit.
 """
 
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.epilogue import activate_row
+from tilewise.kernels.cpu.gemm_dots import finish_rows
+from tilewise.kernels.cpu.gemm_in_place import multiply_rows_in_place, tall_tiles
+from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes, micro_kernel
-from tilewise.kernels.cpu.vector_move import copy_lanes, transpose_block
+from tilewise.kernels.cpu.vector_move import (
+    copy_lanes,
+    copy_rows,
+    copy_vector,
+    transpose_block,
+    transpose_whole,
+)
 
-# KC steps of the sum: a panel of A (KC * MR * 4 = 21 KB) stays in L1 while a panel of B (KC * NR * 4 = 48 KB) streams
-# from L2 at 128 bytes in 14 cycles. Of 192, 256 and 384, 384 was the fastest at sizes 512 to 2048: fewer passes over C.
-KC = 384
-# MC rows: a block of A is KC * MC * 4 = 172 KB, a third of the smallest L2 in use (512 KB).
-MC = 8 * MR
-# NC columns: a packed block of B is KC * NC * 4 = 6 MB, which a shared L3 holds.
-NC = 4096
-
-
-@device()
-def clear_lanes(array, start, count):
-    for i in range(start, start + count):
-        array[i] = 0
+# KC steps of the sum: a panel of B (KC * NR * 4 = 32 KB) stays in L1 while A's rows (KC * MR * 4 = 14 KB a tile) come
+# from L2.
+KC = 256
+# Panels of A hold MR rows and up to a whole number of vectors.
+PAD = 16
+# Blocks of C, and so the block of A that a task copies: 448 * KC * 4 = 450 KB stay in L2.
+BLOCK_ROWS, BLOCK_COLUMNS = 32 * MR, 1024
+# Rows of B at most so far apart, in bytes, are packed by the tile that first reads them. Rows many pages apart compete
+# for the same places of the cache, and are better copied in one go.
+NEAR = 8192
+# Sums of more steps are collected beside C: C would be read and written too often.
+COLLECTED_FROM = 4 * KC
 
 
 def make_pack_left(height):
@@ -59,7 +67,12 @@ def make_pack_left(height):
                 for r in range(height):
                     offsets[r] = r * row_step
                     highs[r] = depth if r < used else 0
-                for k in range(0, depth, width):
+                whole = depth // width * width if used == height else 0
+                for k in range(0, whole, width):
+                    transpose_whole(
+                        height, address(panels, target + k * height), height, address(a, source + k), row_step
+                    )
+                for k in range(whole, depth, width):
                     transpose_block(
                         height,
                         address(panels, target + k * height),
@@ -71,21 +84,14 @@ def make_pack_left(height):
                         depth - k,
                     )
             elif row_step == 1:
-                for k in range(depth):
+                # whole vectors, front to back: lanes beyond height belong to the next step, which overwrites them
+                for k in range(depth - 1):
                     for r in range(0, height, width):
-                        # the lanes beyond height belong to the next step: clear what is missing, then merge what is
-                        # there
-                        clear_lanes(panels, target + k * height + r, min(width, height - r))
-                        part = min(used - r, width)
-                        copy_lanes(
-                            1,
-                            1,
-                            address(panels, target + k * height + r),
-                            address(a, source + k * column_step + r),
-                            0,
-                            part,
-                            1,
-                        )
+                        place, origin = target + k * height + r, source + k * column_step + r
+                        copy_lanes(1, 0, address(panels, place), address(a, origin), 0, used - r, 1)
+                for r in range(height if depth > 0 else 0):
+                    last = source + (depth - 1) * column_step + r
+                    panels[target + (depth - 1) * height + r] = a[last] if r < used else a.dtype.type(0)
             else:
                 for k in range(depth):
                     for r in range(height):
@@ -106,18 +112,15 @@ def pack_right_panel(b, start, row_step, column_step, depth, columns, panel, tar
     """
     width = lanes(b)
     count = NV * width
-    if column_step == 1:
+    if column_step == 1 and columns >= count:
         for k in range(depth):
             for j in range(0, count, width):
-                copy_lanes(
-                    1,
-                    0,
-                    address(panel, target + k * count + j),
-                    address(b, start + k * row_step + j),
-                    0,
-                    columns - j,
-                    1,
-                )
+                copy_vector(address(panel, target + k * count + j), address(b, start + k * row_step + j))
+    elif column_step == 1:
+        for k in range(depth):
+            for j in range(0, count, width):
+                place, origin = target + k * count + j, start + k * row_step + j
+                copy_lanes(1, 0, address(panel, place), address(b, origin), 0, columns - j, 1)
     elif row_step == 1:
         _pack_right_transposed(b, start, column_step, depth, columns, panel, target)
     else:
@@ -127,23 +130,48 @@ def pack_right_panel(b, start, row_step, column_step, depth, columns, panel, tar
                 panel[target + k * count + j] = value
 
 
-@device(allocates=True)
+@device()
 def _pack_right_transposed(b, start, column_step, depth, columns, panel, target):
+    """Whole squares of vectors are turned in registers; what is left goes through a stage, under masks."""
+    width = lanes(b)
+    count = NV * width
+    whole = depth // width * width
+    for j in range(0, count, width):
+        first = whole if j + width <= columns else 0
+        for k in range(0, first, width):
+            _turn_square(panel, target + k * count + j, count, b, start + j * column_step + k, column_step)
+        if first < depth:
+            _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel, target)
+
+
+@device(allocates=True)
+def _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel, target):
     width = lanes(b)
     count = NV * width
     stage = scratch(width * width, b)
     offsets = np.empty(width, np.int64)
     lows = np.zeros(width, np.int64)
     highs = np.empty(width, np.int64)
-    for j in range(0, count, width):
-        for r in range(width):
-            offsets[r] = r * column_step
-            highs[r] = depth if j + r < columns else 0
-        for k in range(0, depth, width):
-            transpose_square(stage, b, start + j * column_step, offsets, lows, highs, k)
-            for i in range(min(width, depth - k)):
-                where = target + (k + i) * count + j
-                copy_lanes(1, 0, address(panel, where), address(stage, i * width), 0, width, 1)
+    for r in range(width):
+        offsets[r] = r * column_step
+        highs[r] = depth if j + r < columns else 0
+    for k in range(first, depth, width):
+        transpose_square(stage, b, start + j * column_step, offsets, lows, highs, k)
+        for i in range(min(width, depth - k)):
+            copy_vector(address(panel, target + (k + i) * count + j), address(stage, i * width))
+
+
+@device()
+def _turn_square(target, at, step, source, start, source_step):
+    """target[at + k * step + r] = source[start + r * source_step + k] for r, k < lanes."""
+    if lanes(source) == 16:
+        transpose_whole(16, address(target, at), step, address(source, start), source_step)
+    elif lanes(source) == 8:
+        transpose_whole(8, address(target, at), step, address(source, start), source_step)
+    elif lanes(source) == 4:
+        transpose_whole(4, address(target, at), step, address(source, start), source_step)
+    else:
+        transpose_whole(2, address(target, at), step, address(source, start), source_step)
 
 
 @device()
@@ -197,92 +225,126 @@ def multiply_rows(panels_a, rows, panels_b, columns, depth, c, start, c_step, ac
 
 
 @device()
-def finish_rows(c, start, c_step, rows, columns, bias, bias_start, activation):
-    """Add the bias (one number a column, if there is any) and apply the activation, on rows still in the cache."""
-    for i in range(rows):
-        row = start + i * c_step
-        if bias.size > 0:
-            for j in range(columns):
-                c[row + j] += bias[bias_start + j]
-        if activation != 0:
-            activate_row(c, row, columns, activation)
+def _tile_stride(array):
+    """MR rounded up to whole vectors."""
+    width = lanes(array)
+    return (MR + width - 1) // width * width
+
+
+@device()
+def _copy_left(a, start, row_step, column_step, rows, depth, panels):
+    """The task's rows of A for KC of the sum; returns what is between two tiles' panels, two rows and two steps.
+
+    Rows that lie in a row stay rows. Columns become a panel for every tile, since a tile walks over all of them.
+    """
+    if column_step == 1:
+        copy_rows(a, start, row_step, rows, depth, panels, 0, KC + PAD)
+        return MR * (KC + PAD), KC + PAD, 1
+    width, stride = lanes(a), _tile_stride(a)
+    for i in range(0, rows, MR):
+        used = min(MR, rows - i)
+        for k in range(depth):
+            for r in range(0, stride, width):
+                place, origin = (i // MR * KC + k) * stride + r, start + i + k * column_step + r
+                copy_lanes(1, 0, address(panels, place), address(a, origin), 0, used - r, 1)
+    return KC * stride, 1, stride
+
+
+@device()
+def _multiply_panel(
+    a, a_at, tile_step, a_row, a_column, rows, b, b_at, b_row, b_column, panel, depth, c, c_at, c_step, columns,
+    accumulate,
+):  # fmt: skip
+    """C[:rows, :columns] (+)= A B under one panel of B, which stays in L1: the first tile that reads it packs it."""
+    count = NV * lanes(c)
+    i = 0
+    if b_column == 1 and columns >= count and rows >= MR and b_row * b.itemsize <= NEAR:
+        multiply_and_pack_tile(
+            MR, NV, address(a, a_at), a_row, a_column, address(b, b_at), b_row, depth, address(c, c_at), c_step,
+            accumulate, address(panel, 0),
+        )  # fmt: skip
+        i = MR
+    else:
+        pack_right_panel(b, b_at, b_row, b_column, depth, columns, panel, 0)
+    while i + MR <= rows:
+        tall_tiles(
+            address(a, a_at + i // MR * tile_step), a_row, a_column, address(panel, 0), count, depth,
+            address(c, c_at + i * c_step), c_step, columns, accumulate,
+        )  # fmt: skip
+        i += MR
+    if i < rows:
+        multiply_rows_in_place(
+            a, a_at + i // MR * tile_step, a_row, a_column, panel, 0, count, depth, c, c_at + i * c_step, c_step,
+            rows - i, columns, accumulate,
+        )  # fmt: skip
 
 
 @device(allocates=True)
-def _row_chunk(
-    a, a_start, a_row, a_column, panels_b, c, c_start, c_step, rows, columns, k0, depth, whole, bias, j0, activation
-):
-    """One chunk of rows against a packed block of B: pack its part of A, multiply, and finish after the last block."""
-    panels_a = scratch((rows + MR) * depth, a)
-    pack_left(a, a_start + k0 * a_column, a_row, a_column, rows, depth, panels_a, 0)
-    multiply_rows(panels_a, rows, panels_b, columns, depth, c, c_start + j0, c_step, 1 if k0 > 0 else 0)
-    if k0 + depth == whole:
-        finish_rows(c, c_start + j0, c_step, rows, columns, bias, j0, activation)
+def _multiply_block(
+    a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole
+):  # fmt: skip
+    """One task: C[:rows, :columns] = A B. Sums of many steps are collected beside C, where a tile's lie together."""
+    count = NV * lanes(c)
+    collected = whole > COLLECTED_FROM
+    across = (columns + count - 1) // count * count
+    copied = a_column != 1 or whole > KC or a_row * a.itemsize % 4096 == 0
+    panels_a = scratch((rows + MR - 1) // MR * _tile_stride(c) * (KC + PAD), c) if copied else a
+    panel = scratch(count * KC, c)
+    sums = scratch(across * rows if collected else 1, c)
+    for k0 in range(0, max(whole, 1), KC):
+        depth = min(KC, whole - k0)
+        accumulate = 1 if k0 > 0 else 0
+        left, tile_step, row, column = a_at, MR * a_row, a_row, 1
+        if copied:
+            left = 0
+            tile_step, row, column = _copy_left(a, a_at + k0 * a_column, a_row, a_column, rows, depth, panels_a)
+        for j in range(0, columns, count):
+            right = b_at + k0 * b_row + j * b_column
+            used = min(count, columns - j)
+            if collected:
+                _multiply_panel(
+                    panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel, depth,
+                    sums, j * rows, count, used, accumulate,
+                )  # fmt: skip
+            else:
+                _multiply_panel(
+                    panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel, depth,
+                    c, c_at + j, c_step, used, accumulate,
+                )  # fmt: skip
+    if collected:
+        _store_sums(sums, rows, columns, c, c_at, c_step)
 
 
-def _multiply(a, a_start, a_row, a_column, b, b_start, b_row, b_column, c, c_start, m, n, whole, bias, activation):
-    width = NV * lanes(c)
-    chunks = (m + MC - 1) // MC
-    # equal chunks of whole register tiles, so that no thread is left with a sliver
-    chunk_rows = (((m + chunks - 1) // chunks + MR - 1) // MR) * MR
-    block = min(NC, ((n + width - 1) // width) * width)
-    panels_b = scratch(min(KC, whole) * block + width, a)
-    for j0 in range(0, n, NC):
-        columns = min(NC, n - j0)
-        for k0 in range(0, max(whole, 1), KC):
-            depth = min(KC, whole - k0)
-            for p in prange((columns + width - 1) // width):
-                first = p * width
-                origin = b_start + k0 * b_row + (j0 + first) * b_column
-                pack_right_panel(b, origin, b_row, b_column, depth, columns - first, panels_b, first * depth)
-            for chunk in prange(chunks):
-                i0 = chunk * chunk_rows
-                rows = min(chunk_rows, m - i0)
-                if rows > 0:
-                    _row_chunk(
-                        a,
-                        a_start + i0 * a_row,
-                        a_row,
-                        a_column,
-                        panels_b,
-                        c,
-                        c_start + i0 * n,
-                        n,
-                        rows,
-                        columns,
-                        k0,
-                        depth,
-                        whole,
-                        bias,
-                        j0,
-                        activation,
-                    )
-
-
-_multiply_one = device(allocates=True)(_multiply)
-
-# C = activation(A B + bias) for one matrix, rows split over threads.
-multiply = kernel()(_multiply)
+@device()
+def _store_sums(sums, rows, columns, c, c_at, c_step):
+    """C[:rows, :columns] from the panels in which the sums were collected."""
+    width = lanes(c)
+    count = NV * width
+    for i in range(rows):
+        for j in range(0, columns, width):
+            place, origin = c_at + i * c_step + j, j // count * count * rows + i * count + j % count
+            if j + width <= columns:
+                copy_vector(address(c, place), address(sums, origin))
+            else:
+                copy_lanes(1, 1, address(c, place), address(sums, origin), 0, columns - j, 1)
 
 
 @kernel()
-def multiply_batch(a, a_starts, a_row, a_column, b, b_starts, b_row, b_column, c, m, n, whole, bias, activation):
-    """The same for many matrices, a matrix at a time on each thread; matrix i of A begins at a[a_starts[i]]."""
-    for i in prange(a_starts.size):
-        _multiply_one(
-            a,
-            a_starts[i],
-            a_row,
-            a_column,
-            b,
-            b_starts[i],
-            b_row,
-            b_column,
-            c,
-            i * m * n,
-            m,
-            n,
-            whole,
-            bias,
-            activation,
-        )
+def multiply_blocks(
+    a, a_starts, a_row, a_column, b, b_starts, b_row, b_column, c, m, n, whole, block_rows, block_columns, bias,
+    activation,
+):  # fmt: skip
+    """C = activation(A B + bias) for one or many matrices; matrix i of A begins at a[a_starts[i]]."""
+    flat_a, flat_b, flat_c = a.reshape(a.size), b.reshape(b.size), c.reshape(c.size)
+    across = (n + block_columns - 1) // block_columns
+    tasks = (m + block_rows - 1) // block_rows * across
+    for number in prange(a_starts.size * tasks):
+        matrix, task = number // tasks, number % tasks
+        i0, j0 = task // across * block_rows, task % across * block_columns
+        rows, columns = min(block_rows, m - i0), min(block_columns, n - j0)
+        start = (matrix * m + i0) * n + j0
+        _multiply_block(
+            flat_a, a_starts[matrix] + i0 * a_row, a_row, a_column,
+            flat_b, b_starts[matrix] + j0 * b_column, b_row, b_column, flat_c, start, n, rows, columns, whole,
+        )  # fmt: skip
+        finish_rows(flat_c, start, n, rows, columns, bias, j0, activation)

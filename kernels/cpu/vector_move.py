@@ -10,7 +10,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
+from tilewise.kernels.cpu.jit import device
+from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal, address, lanes
 
 
 @intrinsic(prefer_literal=True)
@@ -185,6 +186,60 @@ def _store_columns(emit, columns, target, first, height, step, used):
         emit.masked_store(value, target, _I64(k * step + first), within)
     builder.branch(end)
     builder.position_at_end(end)
+
+
+@intrinsic
+def copy_vector(typingctx, target, source):
+    """One whole vector from source to target."""
+    signature = types.void(target, source)
+
+    def codegen(context, builder, signature, args):
+        emit = _Emitter(builder, signature.args[0].dtype)
+        emit.store(emit.load(args[1], _I64(0)), args[0], _I64(0))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def transpose_whole(typingctx, rows, target, target_step, source, source_step):
+    """A block of `rows` (a literal) x one vector's length, all of it there: no masks on the way in.
+
+    target[k * target_step + r] = source[r * source_step + k] for r < rows, k < lanes.
+    """
+    count = _literal(rows)
+    signature = types.void(rows, target, types.intp, source, types.intp)
+
+    def codegen(context, builder, signature, args):
+        _, target, target_step, source, source_step = args
+        emit = _Emitter(builder, signature.args[1].dtype)
+        for first in range(0, count, emit.lanes):
+            height = min(emit.lanes, count - first)
+            values = [emit.load(source, builder.mul(source_step, _I64(first + r))) for r in range(height)]
+            values = _transposed(emit, values + [emit.zero] * (emit.lanes - height))
+            within = ir.Constant(ir.VectorType(_I1, emit.lanes), [int(i < height) for i in range(emit.lanes)])
+            for k, value in enumerate(values):
+                at = builder.add(builder.mul(target_step, _I64(k)), _I64(first))
+                if height == emit.lanes:
+                    emit.store(value, target, at)
+                else:
+                    emit.masked_store(value, target, at, within)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@device()
+def copy_rows(source, at, step, rows, columns, target, target_at, target_step):
+    """A rows x columns block of one matrix to another; behind the last column, zeros up to a whole vector."""
+    width = lanes(source)
+    whole = columns // width * width
+    for i in range(rows):
+        start, place = at + i * step, target_at + i * target_step
+        for j in range(0, whole, width):
+            copy_vector(address(target, place + j), address(source, start + j))
+        if whole < columns:
+            copy_lanes(1, 0, address(target, place + whole), address(source, start + whole), 0, columns - whole, 1)
 
 
 @intrinsic(prefer_literal=True)

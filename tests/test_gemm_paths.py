@@ -1,0 +1,120 @@
+"""Every way the CPU takes through a matrix product: in place, by dot products, in blocks; at the edges of their tiles,
+steps and chunks, in all orders of storage, with any number of threads."""
+
+import numpy as np
+import pytest
+from tolerances import assert_close
+
+import tilewise
+from tilewise import kernels
+
+FLOATS = (np.float32, np.float64)
+
+# (M, N, K); the tile has 14 x 32 float32 in AVX-512, 6 x 16 in AVX2
+IN_PLACE = [
+    (1, 33, 5), (2, 31, 9), (3, 32, 7), (4, 65, 16), (5, 17, 3), (8, 40, 8), (13, 16, 4), (14, 33, 2), (15, 48, 6),
+    (16, 15, 11), (17, 64, 10), (28, 97, 30), (30, 20, 31), (113, 21, 20), (63, 70, 95), (64, 40, 47),
+]  # fmt: skip
+# B too large for the cache: read once, in steps of 16 rows, in chunks of 1024 columns
+FEW_ROWS = [(1, 1500, 210), (2, 1024, 129), (3, 1023, 130), (7, 1025, 127), (13, 1056, 145), (16, 2050, 64)]
+# 8 x 3 rows to a tile, 63 to a block, at most a quarter of the columns a chunk, steps of 3072 bytes
+DOTS = [
+    (1, 3, 16), (2, 2, 17), (3, 4, 15), (4, 5, 33), (7, 62, 31), (8, 63, 84), (9, 64, 100), (11, 253, 40),
+    (12, 10, 769), (15, 127, 384), (16, 6, 385), (33, 65, 800), (95, 20, 1537), (96, 30, 50), (97, 8, 70),
+    (200, 1, 300), (131, 7, 900),
+]  # fmt: skip
+# 448 rows and 1024 columns a block, 256 steps; from 1024 steps on the sums are collected beside C
+BLOCKS = [
+    (97, 96, 96), (98, 127, 255), (112, 128, 256), (113, 129, 257), (449, 65, 100), (100, 1030, 97), (99, 70, 1024),
+    (98, 33, 1025), (105, 95, 1300), (97, 2100, 100), (64, 1100, 130),
+]  # fmt: skip
+
+
+def stored(array, by_columns):
+    return np.asfortranarray(array) if by_columns else array
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("orders", ["rows rows", "columns rows", "rows columns", "columns columns"])
+@pytest.mark.parametrize("sizes", [IN_PLACE, FEW_ROWS, DOTS, BLOCKS], ids=["in place", "few rows", "dots", "blocks"])
+def test_products_at_the_edges(rng, sizes, orders, dtype):
+    a_order, b_order = orders.split()
+    for m, n, depth in sizes:
+        a, b = rng.standard_normal((m, depth)).astype(dtype), rng.standard_normal((depth, n)).astype(dtype)
+        a, b = stored(a, a_order == "columns"), stored(b, b_order == "columns")
+        with tilewise.using(backend="cpu", threads=1):
+            y = kernels.matmul(a, b)
+        try:
+            assert_close(y, a.astype(np.float64) @ b.astype(np.float64), reduction=depth)
+        except AssertionError as error:
+            raise AssertionError(f"M={m}, N={n}, K={depth}: {error}") from None
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_integers_take_the_same_ways(rng, dtype):
+    for m, n, depth in (IN_PLACE[8], FEW_ROWS[4], DOTS[12], BLOCKS[7]):
+        a, b = rng.integers(-99, 99, (m, depth), dtype), rng.integers(-99, 99, (depth, n), dtype)
+        with tilewise.using(backend="cpu"):
+            for left in (a, np.asfortranarray(a)):
+                for right in (b, np.asfortranarray(b)):
+                    np.testing.assert_array_equal(kernels.matmul(left, right), a @ b)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("swapped", ["", "a", "b", "ab"])
+def test_stacks_take_the_same_ways(rng, swapped, dtype):
+    for count, m, n, depth in ((70, 16, 16, 16), (3, 17, 33, 9), (2, 130, 20, 200), (5, 1, 40, 30), (3, 150, 170, 20)):
+        a, b = (
+            rng.standard_normal((count, m, depth)).astype(dtype),
+            rng.standard_normal((count, depth, n)).astype(dtype),
+        )
+        expected = a.astype(np.float64) @ b.astype(np.float64)
+        left = np.ascontiguousarray(a.swapaxes(1, 2)).swapaxes(1, 2) if "a" in swapped else a
+        right = np.ascontiguousarray(b.swapaxes(1, 2)).swapaxes(1, 2) if "b" in swapped else b
+        with tilewise.using(backend="cpu"):
+            out = np.full(expected.shape, np.nan, dtype)
+            assert kernels.matmul(left, right, out=out) is out
+        assert_close(out, expected, reduction=depth)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dense_layers_take_the_same_ways(rng, dtype):
+    """Forward with bias and activation, and the three gradients, in one call where they are small."""
+    for rows, features, outputs in ((8, 84, 10), (64, 40, 130), (9, 900, 64), (100, 300, 120), (16, 33, 3000)):
+        x, weight = (rng.standard_normal((n, features)).astype(dtype) for n in (rows, outputs))
+        bias, grad = rng.standard_normal(outputs).astype(dtype), rng.standard_normal((rows, outputs)).astype(dtype)
+        exact = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+        with tilewise.using(backend="cpu"):
+            y, plain = kernels.linear(x, weight, bias, activation="relu"), kernels.linear(x, weight)
+            columns_first = kernels.linear(np.asfortranarray(x), np.asfortranarray(weight), bias, activation="relu")
+            grads = kernels.linear_backward(grad, x, weight)
+            only_weight = kernels.linear_backward(grad, x, weight, needs=("weight",))
+        scale = float(np.abs(exact).max())
+        assert_close(y, np.maximum(exact, 0), reduction=features, scale=scale)
+        assert_close(columns_first, np.maximum(exact, 0), reduction=features, scale=scale)
+        assert_close(plain, exact - bias, reduction=features, scale=scale)
+        wide = grad.astype(np.float64)
+        assert_close(grads[0], wide @ weight.astype(np.float64), reduction=outputs)
+        assert_close(grads[1], wide.T @ x.astype(np.float64), reduction=rows)
+        assert_close(grads[2], wide.sum(0), reduction=rows)
+        assert only_weight[0] is None
+        np.testing.assert_array_equal(only_weight[1], grads[1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_no_way_depends_on_the_thread_count(rng, split_everything, dtype):
+    sizes = [IN_PLACE[13], FEW_ROWS[0], FEW_ROWS[5], DOTS[7], DOTS[12], DOTS[16], BLOCKS[4], BLOCKS[5], BLOCKS[8]]
+    operands = [
+        (rng.standard_normal((m, depth)).astype(dtype), rng.standard_normal((depth, n)).astype(dtype))
+        for m, n, depth in sizes
+    ]
+    stacks = rng.standard_normal((70, 16, 20)).astype(dtype), rng.standard_normal((70, 20, 17)).astype(dtype)
+    results = []
+    for threads in (1, 2, 3):
+        with tilewise.using(backend="cpu", threads=threads):
+            some = [kernels.matmul(a, np.asfortranarray(b) if i % 2 else b) for i, (a, b) in enumerate(operands)]
+            swapped = kernels.matmul(stacks[0], np.ascontiguousarray(stacks[1].swapaxes(1, 2)).swapaxes(1, 2))
+            results.append([*some, kernels.matmul(*stacks), swapped])
+    for other in results[1:]:
+        for one, more in zip(results[0], other, strict=True):
+            assert one.tobytes() == more.tobytes()
