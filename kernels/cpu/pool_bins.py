@@ -28,7 +28,7 @@ GROUP = 8
 BLOCK = 4096
 
 
-@device()
+@device(allocates=True)
 def bins(n, count):
     """Starts and ends of `count` bins over n pixels: floor(i n / count) and ceil((i + 1) n / count)."""
     starts, ends = np.empty(count, np.int64), np.empty(count, np.int64)
@@ -41,7 +41,7 @@ def bins(n, count):
 def _rows_of_bins(operation, contiguous):
     """The walk over output rows of an adaptive pool: a bin's rows are folded in groups, then each bin's columns."""
 
-    @device()
+    @device(allocates=True)
     def rows_of_bins(x, y, tops, bottoms, lefts, rights, h_n, w_n, c, first, last):
         size = w_n * c
         oh_n, ow_n = tops.size, lefts.size
@@ -74,7 +74,7 @@ _max_bins = _rows_of_bins(MAXIMUM, max_contiguous)
 _sum_bins = _rows_of_bins(SUM, sum_contiguous)
 
 
-@device()
+@device(allocates=True)
 def _sum_whole_rows(x, y, tops, bottoms, h_n, w_n, first, last):
     """Bins as wide as the image, in NCHW: contiguous memory, summed in blocks so that rounding errors stay small."""
     out = address(y, 0)

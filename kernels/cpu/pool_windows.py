@@ -181,7 +181,7 @@ def _rows_of_windows(operation):
 _max_windows, _sum_windows = _rows_of_windows(MAXIMA), _rows_of_windows(SUMS)
 
 
-@device()
+@device(allocates=True)
 def _scratch(like, plan):
     """Folded rows, with room for the vectors that reach beyond the last; twice where columns are picked afterwards."""
     size = plan[PITCH] * plan[GROUP] + plan[DW] * plan[KW] + 256 // like.itemsize
