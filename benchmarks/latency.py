@@ -67,8 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         figures.append(figure)
     of = report.machine()
     table.show([f.row() for f in figures], report.title(of), HEADER, left=3)
-    if not args.only:
-        print(f"saved as {save(of, figures, args.results)}")
+    print(f"saved in {save(of, figures, args.results)}")
     return 0
 
 
@@ -98,9 +97,12 @@ def measurements(only: str = "") -> Iterator[Figure]:
 
 
 def save(of: dict, figures: list[Figure], folder: Path) -> Path:
+    """Into the device's file; figures in it that were not measured this time stay."""
     path = report.result_file(of, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = of | {"command": "make latency", "figures": [asdict(f) for f in figures]}
+    before = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else []
+    merged = {(f["what"], f["form"]): f for f in [*before, *map(asdict, figures)]}
+    content = of | {"command": "make latency", "figures": list(merged.values())}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
