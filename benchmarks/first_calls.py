@@ -13,14 +13,13 @@ SERIAL, PARALLEL = "serial", "parallel"
 # (batch, channels, height and width) of the images, and (rows, depth, columns) of the matrices, for each form.
 _IMAGE = {SERIAL: (1, 16, 12), PARALLEL: (8, 64, 56)}
 _MATRIX = {SERIAL: (48, 48, 48), PARALLEL: (512, 512, 512)}
-Call = Callable[[], object]
 
 
 def names() -> list[str]:
     return [name for name, _, _ in _calls(SERIAL)]
 
 
-def prepared(name: str, form: str) -> Call:
+def prepared(name: str, form: str) -> partial:
     """The call; its function, NumPy, Numba and the modules of its family are loaded, none of its kernels is."""
     ((op, arguments),) = [(op, arguments) for known, op, arguments in _calls(form) if known == name]
     import tilewise

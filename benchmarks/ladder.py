@@ -78,7 +78,7 @@ def register_tile(a, b, c):
     """MR rows x NV vectors of C in registers over the whole sum; A and B are read where they lie."""
     depth, columns = b.shape
     starts, origin = np.arange(MR) * depth, np.zeros(1, np.int64)
-    for j in range(0, columns, NV * lanes(c)):
+    for j in range(0, columns, NV * lanes(c)):  # pyright: ignore[reportCallIssue]
         for i in range(0, c.shape[0], MR):
             row_product(
                 MR, NV, address(a, i * depth), address(starts, 0), 1, address(origin, 0), 1, depth,

@@ -153,8 +153,9 @@ def _time_first_call(name: str, form: str) -> dict:
 
     call = first_calls.prepared(name, form)
     begin, cpu = time.perf_counter(), time.process_time()
-    cpu_target.typing_context.refresh()  # what the first call of any jitted function does; timed on its own
-    cpu_target.target_context.refresh()
+    # what the first call of any jitted function does; timed on its own
+    cpu_target.typing_context.refresh()  # pyright: ignore[reportAttributeAccessIssue]
+    cpu_target.target_context.refresh()  # pyright: ignore[reportAttributeAccessIssue]
     start = time.perf_counter() - begin
     call()
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
