@@ -1,7 +1,8 @@
 # Two commands on a fresh machine (python3 with venv and pip, make, git):
 #   make bench    time every kernel against its NumPy reference and print the table
 #   make test     run the tests
-# Others: bench-full, bench-peers, targets, report, lint, typecheck, clean. Settings: PYTHON=python3.12, VENV=folder,
+# Others: bench-full, bench-peers, latency (imports, first calls, other pools, forks), ladder (docs/cpu-kernels.md),
+# targets, report, lint, typecheck, clean. Settings: PYTHON=python3.12, VENV=folder,
 # EXTRAS=peers (compare with PyTorch and ONNX Runtime in the tests), JOBS=n (test processes), ARGS="..." (for pytest).
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ RECORDS := .asv/records.jsonl
 # The figures belong to a commit where there is one (a source archive has none).
 ASV_COMMIT = $(shell git rev-parse --verify --quiet HEAD >/dev/null 2>&1 && echo --set-commit-hash=HEAD)
 
-.PHONY: bench bench-full bench-peers test lint typecheck targets report clean
+.PHONY: bench bench-full bench-peers latency ladder test lint typecheck targets report clean
 .DELETE_ON_ERROR:
 
 $(PY):
@@ -67,6 +68,14 @@ targets: $(INSTALLED)-test-peers
 # Every engine, both thread counts, batch 1, 8 and 64: about an hour. ARGS='--only "conv forward" --batch 8' for a part.
 bench-peers: $(INSTALLED)-test-peers
 	@$(PY) -m tilewise.benchmarks.peers $(ARGS)
+
+# Each figure in fresh processes, with a cache folder of their own: about ten minutes. ARGS='--only fork' for a part.
+latency: $(INSTALLED)-bench
+	@$(PY) -m tilewise.benchmarks.latency $(ARGS)
+
+# From three loops to the tuned kernels, step by step; fills the tables of docs/cpu-kernels.md. With PyTorch if installed.
+ladder: $(INSTALLED)-bench
+	@$(PY) -m tilewise.benchmarks.ladder
 
 report: $(INSTALLED)-bench
 	@$(PY) -m tilewise.benchmarks.report --readme README.md

@@ -91,15 +91,20 @@ def save(of: dict, comparisons: list[Comparison], command: str, folder: Path) ->
 
 def fill(readme: str, results: list[dict]) -> str:
     """The README with what stands between its two markers replaced by one table for each result."""
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the README must have the markers {BEGIN} and {END}, in this order")
-    parts = [begin]
+    parts = []
     for result in results:
         rows = [table.row(Comparison.from_dict(record)) for record in result["comparisons"]]
         parts += [f"{title(result)}; printed by `{result['command']}`. {table.NOTE}.", table.markdown(rows)]
-    return head + "\n\n".join([*parts, end]) + tail
+    return between(readme, BEGIN, END, "\n\n".join(parts), "README")
+
+
+def between(text: str, begin: str, end: str, content: str, what: str) -> str:
+    """The text with what stands between its two markers replaced."""
+    head, found_begin, rest = text.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"the {what} must have the markers {begin} and {end}, in this order")
+    return "\n\n".join(part for part in (head + begin, content, end + tail) if part)
 
 
 def main(argv: list[str] | None = None) -> int:

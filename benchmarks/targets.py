@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--no-digits", action="store_true", help="leave out the training of the digits")
     args = parser.parse_args(argv)
-    torch = _torch()
-    with tilewise.using(threads=1), _one_blas_thread():
+    torch = torch_on_one_thread()
+    with tilewise.using(threads=1), one_blas_thread():
         title = report.title(report.machine()) + (f", torch {torch.__version__}" if torch else "")
         print("measuring on one thread ...", file=sys.stderr, flush=True)
         rows = [*_matmul(), *_conv2d(torch), *_max_pool()]
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if args.no_digits else _digits()
 
 
-def _torch():
+def torch_on_one_thread():
+    """PyTorch, or None where it is not installed."""
     try:
         import torch
     except ImportError:
@@ -53,7 +54,7 @@ def _torch():
 
 
 @contextmanager
-def _one_blas_thread():
+def one_blas_thread():
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):

@@ -97,8 +97,8 @@ def test_two_installations_do_not_share_kernels(installed, tmp_path):
 
 def test_no_kernel_misses_the_cache_in_the_second_process(tmp_path):
     """An intrinsic made in a closure, or a dynamic global, would make every process compile anew."""
-    # not the working folder itself: the cache's own folder there, "tilewise", would shadow an editable installation
-    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    # The working folder itself: a cache folder of the package's name there would hide an editable installation.
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
     first_hits, first_misses = map(int, run_python(RUN_ALL, tmp_path, **cache).split())
     assert first_hits == 0
     assert first_misses >= 12, "six ops in two forms"

@@ -118,13 +118,14 @@ def compiled(function: Callable, fastmath: frozenset, parallel: bool):
 def cache_folder() -> Path | None:
     """Where compiled kernels are kept, or None where no folder can be written.
 
-    One folder for each installation, so that two environments of one user do not overwrite each other's kernels.
+    One folder for each installation, so that two environments of one user do not overwrite each other's kernels. It is
+    not called `tilewise`: where NUMBA_CACHE_DIR is the working folder, that would hide an editable installation.
     """
     base = os.environ.get("NUMBA_CACHE_DIR")
     if not base:
         base = os.environ.get("XDG_CACHE_HOME") or _user_cache_folder()
     place = hashlib.sha256(str(_package_folder()).encode()).hexdigest()[:12]
-    folder = Path(base) / "tilewise" / place
+    folder = Path(base) / "tilewise-kernels" / place
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
