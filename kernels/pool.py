@@ -1,8 +1,8 @@
 """Pooling: maximum, average, their adaptive forms, unpooling, and the gradients.
 
 Images are (N, C, H, W), or (C, H, W) without a batch; with `layout="NHWC"` (N, H, W, C), or (H, W, C). A result is an
-image in the same layout, of x's kind (NumPy, PyTorch) and dtype. Averages and all gradients take float16, float32 and float64;
-maxima and unpooling also integers of 8 to 64 bits.
+image in the same layout, of x's kind (NumPy, PyTorch) and dtype. Averages and all gradients take float16, float32 and
+float64; maxima and unpooling also integers of 8 to 64 bits.
 """
 
 from tilewise.kernels import pool_checks as checks
@@ -235,7 +235,8 @@ def max_unpool2d_backward(grad, indices, *, layout="NCHW"):
     Where several elements went to one pixel, each gets its gradient, as in PyTorch.
 
     Args:
-        grad: (N, C, height, width) or (C, height, width), float16, float32 or float64: the gradient of max_unpool2d's y.
+        grad: (N, C, height, width) or (C, height, width), float16, float32 or float64: the gradient of
+            max_unpool2d's y.
         indices: (N, C, H, W) or (C, H, W), int64, as given to max_unpool2d.
         layout: "NCHW" or "NHWC".
 

@@ -123,7 +123,7 @@ def _prepare_parts(parts: Cut, prepare_single: Callable, dtypes: list, changed: 
     singles = {size: prepare_single(*parts.part(size)) for size in set(sizes)}
     vectors = [view is None or len(view) == 1 < axis + 1 for view in parts.views]
 
-    def run(*operands, out=None):
+    def run(*operands):
         sources = []
         for a, dtype, view, vector in zip(operands, dtypes, parts.views, vectors, strict=True):
             if a is None or not vector:
@@ -142,7 +142,7 @@ def _prepare_parts(parts: Cut, prepare_single: Callable, dtypes: list, changed: 
             part = singles[size](*floats)
             part = part if type(part) is tuple else (part,)
             if not targets:
-                results = [_result(r, axis, length, out) for r in part]
+                results = [_whole(r, axis, length) for r in part]
                 targets = [_Sliced(r, r.shape, axis) for r in results]
             for target, r in zip(targets, part, strict=True):
                 target.write(start, size, r)
@@ -157,8 +157,8 @@ def _prepare_parts(parts: Cut, prepare_single: Callable, dtypes: list, changed: 
     return run
 
 
-def _result(part: np.ndarray, axis: int, length: int, out: np.ndarray | None) -> np.ndarray:
+def _whole(part: np.ndarray, axis: int, length: int) -> np.ndarray:
     """Room for the whole of what `part` is the first part of."""
     axis = min(axis, part.ndim - 1)
     shape = (*part.shape[:axis], length, *part.shape[axis + 1 :])
-    return empty(shape, HALF if part.dtype == SINGLE else part.dtype) if out is None else out.reshape(shape)
+    return empty(shape, HALF if part.dtype == SINGLE else part.dtype)

@@ -34,12 +34,16 @@ class Cut:
         return max(prod(view) for view in self.views if view) // max(self.length, 1)
 
 
-def _leading(shapes, options, lead: Shape, kept: int, tails, changed=None) -> Cut:
-    """The operands as (length, *tail), where the axes of `lead` are counted together."""
+def _leading(shapes, options, lead: Shape, kept: int, tails, source: Shape | None = None) -> Cut:
+    """The operands as (length, *tail), where the axes of `lead` are counted together.
+
+    source: the same of the option `input_shape`, where there is one.
+    """
     length = prod(lead)
 
     def part(count):
-        return [(count, *tail) for tail in tails], options | (changed(count) if changed else {})
+        changed = {"input_shape": (count, *source)} if source else {}
+        return [(count, *tail) for tail in tails], options | changed
 
     return Cut(length, tuple((length, *tail) for tail in tails), 0, part, lead, kept)
 
@@ -63,34 +67,23 @@ def _planes(shapes, options) -> Cut:
         lead, kept, tails = shapes[0][:1], 3, [shape[1:] for shape in shapes]
     else:
         lead, kept, tails = shapes[0][:2], 2, [(1, *shape[2:]) for shape in shapes]
-    changed = None
-    if "input_shape" in options:
-        source = options["input_shape"]
-        tail = source[1:] if options["layout"] == "NHWC" else (1, *source[2:])
-
-        def changed(count):
-            return {"input_shape": (count, *tail)}
-
-    return _leading(shapes, options, lead, kept, tails, changed)
+    source = options.get("input_shape")
+    if source:
+        source = source[1:] if options["layout"] == "NHWC" else (1, *source[2:])
+    return _leading(shapes, options, lead, kept, tails, source)
 
 
 def _padded(shapes, options) -> Cut:
     *lead, h, w = shapes[0]
-    changed = None
-    if "input_shape" in options:
-        tail = options["input_shape"][-2:]
-
-        def changed(count):
-            return {"input_shape": (count, *tail)}
-
-    return _leading(shapes, options, tuple(lead), 2, [(h, w)], changed)
+    source = options.get("input_shape")
+    return _leading(shapes, options, tuple(lead), 2, [(h, w)], source and source[-2:])
 
 
 def _channels(shapes, options) -> Cut | None:
     """Batch norm: channels where they are planes; in evaluation rows where channels come last."""
     images = [shape for shape in shapes if shape and len(shape) == 4]
     if options["layout"] == "NHWC":
-        if options["training"] or len(images) == 2 or options["return_stats"]:
+        if len(images) == 2 or options["training"] or options["return_stats"]:
             return None
         channels = images[0][3]
         lead = images[0][:3]
@@ -112,21 +105,17 @@ def _channels(shapes, options) -> Cut | None:
     return Cut(c, tuple(shapes), 1, part)
 
 
-_CUTS: dict[str, Callable] = (
-    dict.fromkeys(
-        ("relu", "leaky_relu", "sigmoid", "tanh", "step", "sign")
-        + ("relu_backward", "leaky_relu_backward", "sigmoid_backward", "tanh_backward"),
-        _elements,
-    )
-    | dict.fromkeys(("softmax", "log_softmax", "softmax_backward", "log_softmax_backward"), _lines)
-    | dict.fromkeys(
-        (kind + "_pool2d" + way for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for way in ("", "_backward")),
-        _planes,
-    )
-    | dict.fromkeys(("max_unpool2d", "max_unpool2d_backward"), _planes)
-    | dict.fromkeys(("pad", "pad_backward"), _padded)
-    | dict.fromkeys(("batch_norm", "batch_norm_backward"), _channels)
-)
+_ELEMENTWISE = ("relu", "leaky_relu", "sigmoid", "tanh")
+_POOLS = ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d", "max_unpool2d")
+_CUTS: dict[str, Callable] = {"step": _elements, "sign": _elements}
+for _names, _find in (
+    (_ELEMENTWISE, _elements),
+    (("softmax", "log_softmax"), _lines),
+    (_POOLS, _planes),
+    (("pad",), _padded),
+    (("batch_norm",), _channels),
+):
+    _CUTS |= {name + way: _find for name in _names for way in ("", "_backward")}
 
 
 def cut(name: str, shapes: list, options: dict) -> Cut | None:
