@@ -24,9 +24,7 @@ _IMAGES = (Conv, Pool, BatchNorm)
 def build(case: Case, threads: int, dtype="float32") -> dict[str, Engine]:
     """All engines that are installed and have this function."""
     args, options = case.arguments(np.random.default_rng(SEED), np.dtype(dtype))
-    engines = {OURS: _ours(case, args, options)}
-    if isinstance(case, _IMAGES):
-        engines[OURS_LAST] = _ours(case, _channels_last(case, args), options | {"layout": "NHWC"}, out_of=case)
+    engines: dict[str, Engine] = {**_both_layouts(case, args, options)}
     engines |= _torch(case, args, options)
     session = _onnx_session(case, args, options, threads)
     if session:
@@ -35,6 +33,18 @@ def build(case: Case, threads: int, dtype="float32") -> dict[str, Engine]:
     if numpy_call:
         engines[NUMPY] = numpy_call
     return engines
+
+
+def ours(case: Case, dtype="float32") -> dict[str, partial]:
+    """Our kernel alone, in each layout that it has."""
+    return _both_layouts(case, *case.arguments(np.random.default_rng(SEED), np.dtype(dtype)))
+
+
+def _both_layouts(case: Case, args: tuple, options: dict) -> dict[str, partial]:
+    calls = {OURS: _ours(case, args, options)}
+    if isinstance(case, _IMAGES):
+        calls[OURS_LAST] = _ours(case, _channels_last(case, args), options | {"layout": "NHWC"}, out_of=case)
+    return calls
 
 
 def as_arrays(name: str, case: Case, result: Any) -> tuple[np.ndarray, ...]:
@@ -63,7 +73,7 @@ def _channels_last(case: Case, args: tuple) -> tuple:
     )
 
 
-def _ours(case: Case, args: tuple, options: dict, out_of: Case | None = None) -> Engine:
+def _ours(case: Case, args: tuple, options: dict, out_of: Case | None = None) -> partial:
     import tilewise
 
     if out_of is not None and "input_shape" in options:

@@ -73,7 +73,7 @@ def required(function: str, **operands):
             raise TypeError(f"{function}: {name} must be an array, got None")
 
 
-FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 
 
 def common_dtype(function: str, operands: dict[str, np.ndarray | None], allowed: tuple = FLOATS) -> np.dtype:
@@ -81,7 +81,6 @@ def common_dtype(function: str, operands: dict[str, np.ndarray | None], allowed:
 
     Raises:
         TypeError: dtypes differ, or are not among `allowed`.
-        NotImplementedError: float16, which the CPU kernels of this version do not have.
     """
     present = {name: array.dtype for name, array in operands.items() if array is not None}
     first, dtype = next(iter(present.items()))
@@ -90,7 +89,5 @@ def common_dtype(function: str, operands: dict[str, np.ndarray | None], allowed:
             raise TypeError(f"{function}: {name} is {other} but {first} is {dtype}; the dtypes must match")
     if dtype in allowed:
         return dtype
-    if dtype == np.float16:
-        raise NotImplementedError(f"{function}: {first} is float16, which this version does not have; use float32")
     names = ", ".join(str(d) for d in allowed)
     raise TypeError(f"{function}: {first} is {dtype}, which is not supported; use one of {names}")

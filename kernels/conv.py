@@ -24,7 +24,7 @@ def conv2d(
     alike.
 
     Args:
-        x: (N, C, H, W), or unbatched (C, H, W); float32 or float64, any strides.
+        x: (N, C, H, W), or unbatched (C, H, W); float16, float16, float32 or float64, any strides.
         weight: (O, C/groups, KH, KW), in both layouts.
         bias: (O,), or None for none.
         stride, dilation: an int or a pair (height, width).
@@ -45,7 +45,6 @@ def conv2d(
         TypeError: not arrays; dtypes that differ or are not supported; an option of the wrong kind.
         ValueError: shapes or options that do not fit together, a kernel larger than the padded x, no channels or no
             pixels, an algorithm that is unknown or does not apply, a wrong `out`.
-        NotImplementedError: float16.
 
     Source: V. Dumoulin, F. Visin: A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
     """
@@ -85,7 +84,7 @@ def conv_transpose2d(
     alike.
 
     Args:
-        x: (N, C, H, W), or unbatched (C, H, W); float32 or float64, any strides.
+        x: (N, C, H, W), or unbatched (C, H, W); float16, float16, float32 or float64, any strides.
         weight: (C, O/groups, KH, KW), in both layouts.
         bias: (O,), or None for none.
         stride, dilation: an int or a pair (height, width).

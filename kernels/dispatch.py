@@ -21,6 +21,7 @@ from tilewise.kernels import settings as settings_module
 # bound once, for the hot path
 _current_settings = settings_module.current.get
 _ndarray = np.ndarray
+_HALF, _SINGLE = np.dtype(np.float16), np.dtype(np.float32)
 
 # Beyond this many signatures an operation forgets its plans, so that a program with ever new shapes stays small.
 MAX_PLANS = 4096
@@ -55,12 +56,14 @@ class Decision:
     flops: int
     bytes: int
     rejected: dict[str, str] = field(default_factory=dict)
+    note: str = ""  # what else is good to know, such as that float16 is computed in float32
 
     def __str__(self):
         lines = [
             f"{self.operation} -> device {self.device}, backend {self.backend}, algorithm {self.algorithm}",
             f"  {self.flops:,} FLOPs, {self.bytes:,} bytes",
         ]
+        lines += [f"  {self.note}"] if self.note else []
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
         return "\n".join(lines)
 
@@ -177,7 +180,8 @@ class Operation:
         if function is None:
             raise NotImplementedError(f"{self.name}: backend {backend!r} does not have it")
         shapes = _batched_shapes(operands, problem.unbatched)
-        dtype = operands[0].dtype
+        half = operands[0].dtype == _HALF
+        dtype = _SINGLE if half else operands[0].dtype  # what is computed in
         choose = getattr(module, f"choose_{self.name}", None)
         algorithm = problem.options.get("algorithm", self.name)
         if choose is not None:
@@ -189,12 +193,23 @@ class Operation:
             algorithm = backend
         if settings.explaining:
             device = settings_module.DEVICE_OF[backend]
-            raise _Explained(Decision(self.name, device, backend, algorithm, problem.flops, problem.bytes, rejected))
-        prepare = getattr(module, f"prepare_{self.name}", None)
-        if prepare is None:
-            run = partial(function, **problem.options) if problem.options else function
+            note = "float16 is computed in float32" if half else ""
+            work = problem.flops, problem.bytes
+            raise _Explained(Decision(self.name, device, backend, algorithm, *work, rejected, note))
+
+        def prepared(shapes, options):
+            prepare = getattr(module, f"prepare_{self.name}", None)
+            if prepare is None:
+                return partial(function, **options) if options else function
+            return prepare(shapes, dtype, **options)
+
+        if half:
+            changed = self.mutates if self.mutates and self.mutates_when(problem) else ()
+            dtypes = [None if a is None else a.dtype for a in operands]
+            prepare_half = implementation_module(backend, "half").prepare
+            run = prepare_half(self.name, prepared, dtypes, shapes, problem.options, changed)
         else:
-            run = prepare(shapes, dtype, **problem.options)
+            run = prepared(shapes, problem.options)
         return Plan(run, backend == "cpu" and not self.any_strides, not problem.unbatched, problem)
 
     def _call_foreign(self, operands: tuple, options: tuple, out):

@@ -18,7 +18,7 @@ def matmul(a, b, *, out=None):
     """The matrix product: result[..., i, j] = sum over k of a[..., i, k] * b[..., k, j].
 
     Args:
-        a: (..., M, K), or (K,), which counts as one row; float32, float64 or any integer type, any strides.
+        a: (..., M, K), or (K,), which counts as one row; float16, float32, float64 or any integer type, any strides.
         b: (..., K, N), or (K,), which counts as one column; a's dtype. The leading axes broadcast, as in np.matmul.
         out: an array of exactly the result's shape and dtype that overlaps neither operand; it is filled and returned.
 
@@ -30,7 +30,6 @@ def matmul(a, b, *, out=None):
     Raises:
         TypeError: not arrays, or dtypes that differ or are not supported (bool, complex).
         ValueError: a 0-D operand, a K or leading axes that do not match, a wrong `out`.
-        NotImplementedError: float16.
     """
     return _MATMUL((a, b), (), out)
 
@@ -40,7 +39,7 @@ def matmul_backward(grad, a, b, *, needs=_BOTH):
 
     Args:
         grad: the gradient of the result, of the result's shape and dtype.
-        a, b: the operands of the forward call, float32 or float64.
+        a, b: the operands of the forward call, float16, float32 or float64.
         needs: which gradients to compute, out of "a" and "b".
 
     Returns:
@@ -56,7 +55,7 @@ def linear(x, weight, bias=None, *, activation=None, out=None):
     """The dense layer: y = activation(x @ weight^T + bias).
 
     Args:
-        x: (..., in_features), float32 or float64, any strides.
+        x: (..., in_features), float16, float32 or float64, any strides.
         weight: (out_features, in_features).
         bias: (out_features,), or None for none.
         activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh", applied in the same pass.
@@ -68,7 +67,6 @@ def linear(x, weight, bias=None, *, activation=None, out=None):
     Raises:
         TypeError: not arrays, or dtypes that differ or are not supported.
         ValueError: shapes that do not fit together, an unknown activation, a wrong `out`.
-        NotImplementedError: float16.
     """
     return _LINEAR((x, weight, bias), () if activation is None else (activation,), out)
 

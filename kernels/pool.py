@@ -1,8 +1,8 @@
 """Pooling: maximum, average, their adaptive forms, unpooling, and the gradients.
 
 Images are (N, C, H, W), or (C, H, W) without a batch; with `layout="NHWC"` (N, H, W, C), or (H, W, C). A result is an
-image in the same layout, of x's kind (NumPy, PyTorch) and dtype. Averages and all gradients take float32 and float64;
-maxima and unpooling also integers of 8 to 64 bits.
+image in the same layout, of x's kind (NumPy, PyTorch) and dtype. Averages and all gradients take float16, float32 and
+float64; maxima and unpooling also integers of 8 to 64 bits.
 """
 
 from tilewise.kernels import pool_checks as checks
@@ -20,7 +20,7 @@ def max_pool2d(
     - 1) / SH) + 1, width likewise.
 
     Args:
-        x: (N, C, H, W) or (C, H, W), float32, float64 or an integer dtype, any strides.
+        x: (N, C, H, W) or (C, H, W), float16, float32, float64 or an integer dtype, any strides.
         kernel_size: KH, KW: an int or a pair of ints.
         stride: SH, SW: an int or a pair; the kernel size where None.
         padding: an int, a pair (height, width), two pairs ((top, bottom), (left, right)), or "valid", "same" (the
@@ -51,7 +51,7 @@ def max_pool2d_backward(
         grad_x[n, c].flat[indices[n, c, i, j]] += grad[n, c, i, j]
 
     Args:
-        grad: (N, C, OH, OW) or (C, OH, OW), float32 or float64: the gradient of max_pool2d's y.
+        grad: (N, C, OH, OW) or (C, OH, OW), float16, float32 or float64: the gradient of max_pool2d's y.
         indices: int64, grad's shape, as max_pool2d returned them.
         input_shape: x's shape.
         kernel_size, stride, padding, dilation, ceil_mode, layout: as in `max_pool2d`.
@@ -84,7 +84,7 @@ def avg_pool2d(
     over the taps inside the image.
 
     Args:
-        x: (N, C, H, W) or (C, H, W), float32 or float64, any strides.
+        x: (N, C, H, W) or (C, H, W), float16, float32 or float64, any strides.
         kernel_size, stride, padding, ceil_mode, layout: as in `max_pool2d`.
         count_include_pad: whether the divisor counts the window's taps in the padding (but not those beyond it, which
             ceil_mode can bring about). Otherwise it counts those inside the image.
@@ -115,7 +115,7 @@ def avg_pool2d_backward(
     """The gradient of `avg_pool2d`: every pixel gets grad / divisor from each window that it lies in.
 
     Args:
-        grad: (N, C, OH, OW) or (C, OH, OW), float32 or float64: the gradient of avg_pool2d's y.
+        grad: (N, C, OH, OW) or (C, OH, OW), float16, float32 or float64: the gradient of avg_pool2d's y.
         input_shape: x's shape.
         kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout: as in `avg_pool2d`.
 
@@ -136,7 +136,7 @@ def adaptive_avg_pool2d(x, output_size, *, layout="NCHW"):
     OH does not divide H.
 
     Args:
-        x: (N, C, H, W) or (C, H, W), float32 or float64, any strides.
+        x: (N, C, H, W) or (C, H, W), float16, float32 or float64, any strides.
         output_size: OH, OW: an int or a pair; None, alone or in the pair, is the size of x. 1 is global pooling.
         layout: "NCHW" or "NHWC".
 
@@ -154,7 +154,7 @@ def adaptive_avg_pool2d_backward(grad, input_shape, *, layout="NCHW"):
     """The gradient of `adaptive_avg_pool2d`: every pixel gets grad / size from each bin that it lies in.
 
     Args:
-        grad: (N, C, OH, OW) or (C, OH, OW), float32 or float64: the gradient of adaptive_avg_pool2d's y.
+        grad: (N, C, OH, OW) or (C, OH, OW), float16, float32 or float64: the gradient of adaptive_avg_pool2d's y.
         input_shape: x's shape.
         layout: "NCHW" or "NHWC".
 
@@ -171,7 +171,7 @@ def adaptive_max_pool2d(x, output_size, return_indices=False, *, layout="NCHW"):
     """The maximum over OH x OW bins that cover each channel evenly, whatever its size; see `adaptive_avg_pool2d`.
 
     Args:
-        x: (N, C, H, W) or (C, H, W), float32, float64 or an integer dtype, any strides.
+        x: (N, C, H, W) or (C, H, W), float16, float32, float64 or an integer dtype, any strides.
         output_size: OH, OW: an int or a pair; None, alone or in the pair, is the size of x.
         return_indices: also return where each maximum was found.
         layout: "NCHW" or "NHWC".
@@ -189,7 +189,7 @@ def adaptive_max_pool2d_backward(grad, indices, input_shape, *, layout="NCHW"):
     """The gradient of `adaptive_max_pool2d`: each element of grad is added to the pixel that was the maximum.
 
     Args:
-        grad: (N, C, OH, OW) or (C, OH, OW), float32 or float64: the gradient of adaptive_max_pool2d's y.
+        grad: (N, C, OH, OW) or (C, OH, OW), float16, float32 or float64: the gradient of adaptive_max_pool2d's y.
         indices: int64, grad's shape, as adaptive_max_pool2d returned them.
         input_shape: x's shape.
         layout: "NCHW" or "NHWC".
@@ -211,7 +211,7 @@ def max_unpool2d(x, indices, kernel_size, stride=None, padding=0, output_size=No
     Where windows shared their maximum, the last one's element stays.
 
     Args:
-        x: (N, C, H, W) or (C, H, W), float32, float64 or an integer dtype, any strides.
+        x: (N, C, H, W) or (C, H, W), float16, float32, float64 or an integer dtype, any strides.
         indices: int64, x's shape: positions in the result's plane, row * width + column.
         kernel_size, stride, padding: those of max_pool2d. They only tell the size of the result. "same" and
             "same_lower" need output_size.
@@ -235,7 +235,8 @@ def max_unpool2d_backward(grad, indices, *, layout="NCHW"):
     Where several elements went to one pixel, each gets its gradient, as in PyTorch.
 
     Args:
-        grad: (N, C, height, width) or (C, height, width), float32 or float64: the gradient of max_unpool2d's y.
+        grad: (N, C, height, width) or (C, height, width), float16, float32 or float64: the gradient of
+            max_unpool2d's y.
         indices: (N, C, H, W) or (C, H, W), int64, as given to max_unpool2d.
         layout: "NCHW" or "NHWC".
 

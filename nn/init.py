@@ -28,9 +28,9 @@ def generator(rng: Rng) -> np.random.Generator:
 
 
 def layer_dtype(function: str, dtype: DTypeLike) -> np.dtype:
-    """The dtype of a layer's parameters: float32 or float64."""
+    """The dtype of a layer's parameters: float16, float32 or float64."""
     if np.dtype(dtype) not in FLOATS:
-        raise TypeError(f"{function}: dtype must be float32 or float64, got {np.dtype(dtype)}")
+        raise TypeError(f"{function}: dtype must be float16, float32 or float64, got {np.dtype(dtype)}")
     return np.dtype(dtype)
 
 

@@ -208,6 +208,7 @@ def _elementwise(dtype: str) -> Calls:
         yield name, partial(getattr(t, name), a(4, 9))
     for name in ACTIVATIONS:
         yield f"{name}_backward", partial(getattr(t, f"{name}_backward"), a(4, 9), a(4, 9))
+    yield "relu of float16", lambda: t.relu(a(40, 40).astype(np.float16))
     for name in ("softmax", "log_softmax"):
         yield f"{name} of columns", partial(getattr(t, name), a(2, 9, 4), axis=1)
         yield f"{name}_backward of columns", partial(getattr(t, f"{name}_backward"), a(2, 9, 4), a(2, 9, 4), axis=1)

@@ -214,8 +214,11 @@ WRONG = {
     "init": (lambda: nn.Linear(2, 2, init="glorot"), ValueError, "Linear: init must be .* got 'glorot'"),
     "init's shape": (lambda: nn.Linear(2, 3, init=lambda *a: np.zeros((3, 3))), ValueError, r"gave shape \(3, 3\)"),
     "rng": (lambda: nn.Linear(2, 2, rng="0"), TypeError, "rng must be a numpy.random.Generator, an int or None"),
-    "dtype": (lambda: nn.Linear(2, 2, dtype=int), TypeError, "Linear: dtype must be float32 or float64, got int64"),
-    "half": (lambda: nn.BatchNorm1d(2, dtype=np.float16), TypeError, "BatchNorm1d: dtype must be float32 or float64"),
+    "dtype": (
+        lambda: nn.Linear(2, 2, dtype=int),
+        TypeError,
+        "Linear: dtype must be float16, float32 or float64, got int64",
+    ),
     "p": (lambda: nn.Dropout(1.5), ValueError, r"Dropout: p must be from 0 to 1, got 1\.5"),
     "BatchNorm1d of images": (
         lambda: nn.BatchNorm1d(2)(np.ones((1, 2, 3, 3))),
