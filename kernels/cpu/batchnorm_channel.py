@@ -41,14 +41,15 @@ def merge_moments(count, other_count, moments, start, step, mean, squares):
         squares[c] = squares[c] + (np.float64(seconds[c]) - deviations * excess) + distance * distance * weight
 
 
-@device(fastmath=AS_WRITTEN)
+@device(fastmath=AS_WRITTEN, inline="always")
 def _part(vector, first, count):
     """Elements of a vector from `first` on, or nothing of one that is absent.
 
     Loops run over such slices, because Numba would look whether an index `first + c` is negative, and LLVM then no
     longer sees a vector in the loop.
     """
-    return vector[first : first + count] if vector.size else vector[:0]
+    last = min(first + count, vector.size)
+    return vector[min(first, last) : last]
 
 
 @device(fastmath=AS_WRITTEN)
@@ -100,7 +101,7 @@ def settle(
     )  # fmt: skip
 
 
-@device(fastmath=AS_WRITTEN)
+@device(fastmath=AS_WRITTEN, allocates=True)
 def evaluation_factors(running_mean, running_var, eps, weight, bias, saved_mean, saved_invstd, factors, step):
     """The factors of every channel from the running statistics, in their dtype: for a small batch of many channels,
     roots and divisions in float64 would cost as much as the pixels."""

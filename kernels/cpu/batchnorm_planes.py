@@ -34,7 +34,7 @@ from tilewise.kernels.cpu.simd import address
 SPLIT = 8192  # elements in a chunk of blocks: a microsecond of work, so that two threads have as much to do
 
 
-@device(fastmath=AS_WRITTEN)
+@device(fastmath=AS_WRITTEN, allocates=True)
 def _forward_channels(
     x, y, images, channels, plane, first, own, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
     momentum, eps, code, streamed,
@@ -181,7 +181,7 @@ def _gradient_runs(grad, x, result, at, length, count, factors, first, step, mod
         at += length
 
 
-@device(fastmath=AS_WRITTEN)
+@device(fastmath=AS_WRITTEN, allocates=True)
 def _backward_channels(
     grad,
     x,
