@@ -201,7 +201,7 @@ def _onnx_session(case: Case, args: tuple, options: dict, threads: int) -> Engin
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, {"x": args[0]})
+    y: Any = session.run(None, {"x": args[0]})[0]
     binding = session.io_binding()
     x_value = onnxruntime.OrtValue.ortvalue_from_numpy(args[0])
     y_value = onnxruntime.OrtValue.ortvalue_from_numpy(y)

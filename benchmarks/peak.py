@@ -15,7 +15,7 @@ _REPEATS = 400
 
 @kernel()
 def _multiply_in_cache(example, threads, sums):
-    width = NV * lanes(example)
+    width = NV * lanes(example)  # pyright: ignore[reportCallIssue]
     for chunk in prange(threads):
         a, b, c = scratch(_DEPTH * MR, example), scratch(_DEPTH * width, example), scratch(MR * width, example)
         a[:], b[:], c[:] = 0, 0, 0

@@ -223,7 +223,7 @@ def prepare_conv2d_backward(shapes, dtype, *, stride, padding, dilation, groups,
     to_x = _TransposedConvolution(grad, weight, x, dtype, **options) if "x" in needs else None
     wants = "weight" in needs, "bias" in needs
     to_weight = _prepare_weight_gradient(grad, x, weight, dtype, **options) if any(wants) else None
-    together = isinstance(to_weight, WeightGradient) and wants[1]
+    together = to_weight if isinstance(to_weight, WeightGradient) and wants[1] else None
     to_weight, to_bias = to_weight if together or wants[0] else None, _bias_gradient if wants[1] else None
 
     def run(grad, x, weight):
@@ -232,7 +232,7 @@ def prepare_conv2d_backward(shapes, dtype, *, stride, padding, dilation, groups,
             grad_x = empty(x.shape, dtype)
             to_x(grad, weight, grad_x, no_bias)
         if together:
-            return grad_x, *to_weight.gradients(grad, x, wants[0])
+            return grad_x, *together.gradients(grad, x, wants[0])
         return grad_x, to_weight(grad, x) if to_weight else None, to_bias(grad, layout) if to_bias else None
 
     return run

@@ -128,7 +128,7 @@ def _prepare_parts(parts: Cut, prepare_single: Callable, dtypes: list, changed: 
         sources = []
         for a, dtype, view, vector in zip(operands, dtypes, parts.views, vectors, strict=True):
             if a is None or not vector:
-                sources.append(None if a is None else _Sliced(a, view, axis))
+                sources.append(None if a is None else _Sliced(a, view or (), axis))
             else:
                 sources.append(widened(a) if dtype == HALF else a)
         results, targets = (), ()
@@ -137,7 +137,7 @@ def _prepare_parts(parts: Cut, prepare_single: Callable, dtypes: list, changed: 
             floats = [
                 source if source is None or view is None
                 else source[start : start + size] if vector
-                else source.read(start, size, shape)
+                else source.read(start, size, shape or ())
                 for source, view, vector, shape in zip(sources, parts.views, vectors, shapes[size], strict=True)
             ]  # fmt: skip
             part = singles[size](*floats)
@@ -153,7 +153,7 @@ def _prepare_parts(parts: Cut, prepare_single: Callable, dtypes: list, changed: 
                 narrowed(sources[i], operands[i])
         if parts.lead is not None:
             results = [r.reshape(*parts.lead, *r.shape[r.ndim - parts.kept :]) for r in results]
-        return tuple(results) if len(results) > 1 else results[0]
+        return tuple(results) if len(results) > 1 else next(iter(results))
 
     return run
 
