@@ -120,6 +120,8 @@ def _gemm(dtype: str) -> Calls:
     yield "matmul_backward of stacks", lambda: t.matmul_backward(a(2, 9, 9), a(2, 9, 9), a(2, 9, 9))
     for activation in (None, *EPILOGUES):
         yield f"linear, {activation}", lambda f=activation: t.linear(a(4, 9), a(5, 9), a(5), activation=f)
+    turned = np.asfortranarray(a(5, 9))
+    yield "linear, weight in columns", lambda: t.linear(a(40, 9), turned, a(5), activation="relu")
     yield "linear of a few rows", lambda: t.linear(a(2, 99), a(99, 99))
     yield "linear_backward", lambda: t.linear_backward(a(4, 5), a(4, 9), a(5, 9))
 
@@ -154,8 +156,10 @@ def _convolutions(a, layout: str) -> Calls:
         yield f"conv2d_backward {of}", lambda w=w, o=o: t.conv2d_backward(x(7), x(), w, **o)
         yield f"conv_transpose2d {of}", lambda w=w, o=o: t.conv_transpose2d(x(), w, a(8), **o)
         yield f"conv_transpose2d_backward {of}", lambda w=w, o=o: t.conv_transpose2d_backward(x(11), x(), w, **o)
-    for algorithm in ("gemm", "direct", *(("winograd",) if layout == "NCHW" and a(1).dtype == np.float32 else ())):
+    for algorithm in ("gemm", "direct"):
         yield f"conv2d {algorithm}", lambda f=algorithm: t.conv2d(x(), a(8, 8, 3, 3), algorithm=f, **at)
+    for size in (9, 33) if a(1).dtype == np.float32 else ():  # few tiles and many
+        yield f"conv2d winograd {size}", lambda s=size: t.conv2d(x(s), a(8, 8, 3, 3), algorithm="winograd", **at)
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
     for activation in (None, *EPILOGUES):
         yield f"conv2d 1x1 {activation}", lambda f=activation: t.conv2d(x(), pointwise, a(8), activation=f, **at)

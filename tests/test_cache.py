@@ -49,7 +49,7 @@ RUN_ALL = """
     for below in (float("inf"), 0):
         threads.SERIAL_BELOW = below
         dispatch.forget_plans()  # they hold the form that the threshold gave
-        t.matmul(a(40, 40), a(40, 40))
+        t.matmul(a(300, 300), a(300, 300))
         t.conv2d(x, w, c)
         t.max_pool2d(x, 3, 2)
         t.batch_norm(x, c.copy(), abs(c), c, c, training=True)

@@ -1,7 +1,8 @@
 """Convolution on the CPU: the choice of algorithm, and every gradient as one of three kinds of pass.
 
-- Forward: a matrix product over implicitly gathered columns (conv_nchw.py, conv_nhwc.py), Winograd's F(4x4, 3x3)
-  (conv_winograd.py), or row by row (conv_direct.py).
+- Forward: a matrix product that reads x in place (conv_nchw.py, conv_nhwc.py), Winograd's F(4x4, 3x3)
+  (conv_winograd.py, conv_winograd_nhwc.py), depthwise in registers (conv_depthwise.py), or row by row (conv_direct.py);
+  conv_pass.py puts them behind one call.
 - Gradient with respect to x, and the transposed convolution, which is the same map: with stride 1 a convolution of grad
   with flipped weights. With a stride, the pixels of x fall into stride_h * stride_w phases; in each, only every
   stride-th tap meets a pixel of grad, and those form a convolution of stride 1 by a smaller kernel. No zeros are
