@@ -15,7 +15,7 @@ import numpy as np
 from .layers import Case
 
 SEED = 20261121
-PAUSE = 0.02  # seconds; an idle OpenMP pool spins for a few milliseconds
+PAUSE = 0.1  # seconds; an idle OpenMP pool spins for some milliseconds, OpenBLAS' threads for about 30
 BLOCKS = 3
 SAMPLE = 100e-6  # seconds; shorter calls are timed several at a time, so that the clock's own cost disappears
 
