@@ -12,6 +12,7 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.arrays import canonical
+from tilewise.kernels.cpu import threads
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, multiply_blocks
 from tilewise.kernels.cpu.gemm_dots import BLOCK, ROWS, STEP_BYTES, finish, multiply_dots, multiply_stack_dots
@@ -68,8 +69,13 @@ def _chunk(size, unit, most):
     return -(-size // (count * unit)) * unit
 
 
+def _plan(*problem):
+    # The plan holds the form of its kernels that the threshold gave.
+    return _cached_plan(threads.SERIAL_BELOW, *problem)
+
+
 @lru_cache(maxsize=4096)
-def _plan(m, n, depth, a_by_rows, b_by_rows, dtype):
+def _cached_plan(_, m, n, depth, a_by_rows, b_by_rows, dtype):
     """How to multiply matrices of these shapes, stored by rows or by columns: run(a, b, c, bias, activation).
 
     a, b: the memory as a C-contiguous matrix, so transposed where it is stored by columns.
@@ -267,9 +273,13 @@ def _product_stack(a, b, lead, out):
     run(a_memory, b_memory, out.reshape(-1, n), _NO_BIAS[out.dtype], 0)
 
 
+def _plan_stack(*problem):
+    return _cached_plan_stack(threads.SERIAL_BELOW, *problem)
+
+
 @lru_cache(maxsize=64)
-def _plan_stack(m, n, depth, a_lead, b_lead, lead, a_by_rows, b_by_rows, dtype):
-    """As `_plan`, for stacks of matrices with these leading axes."""
+def _cached_plan_stack(_, m, n, depth, a_lead, b_lead, lead, a_by_rows, b_by_rows, dtype):
+    """As `_cached_plan`, for stacks of matrices with these leading axes."""
     itemsize = dtype.itemsize
     starts = _starts(a_lead, lead, m * depth), _starts(b_lead, lead, depth * n)
     count = starts[0].size
