@@ -1,8 +1,10 @@
 """Pooling: the CPU kernels against the reference, memory layouts, specialisations, threads."""
 
 import itertools
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -339,29 +341,10 @@ def test_any_number_of_threads_gives_the_same_bits(rng, layout):
 
 
 BEFORE_A_FENCE = """
-import ctypes, math, mmap
-import numpy as np
+from fences import fenced
+from fences import fenced_copy as copy
 from tilewise import kernels
-from tilewise.kernels import dispatch
 from tilewise.kernels.cpu import pool
-
-page = mmap.PAGESIZE
-
-
-def fenced(shape, dtype=np.float32):
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    pages = size // page + 1
-    memory = mmap.mmap(-1, (pages + 1) * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
-    return np.frombuffer(memory, dtype, math.prod(shape), pages * page - size).reshape(shape)
-
-
-def copy(x):
-    result = fenced(x.shape, x.dtype)
-    result[...] = x
-    return result
-
 
 pool._allocator = lambda shape, dtype: fenced  # results end before a fence, too
 for layout, channels in (("NCHW", 1), ("NCHW", 3), ("NHWC", 1), ("NHWC", 3), ("NHWC", 16)):
@@ -385,5 +368,8 @@ print("unharmed")
 @pytest.mark.skipif(sys.platform != "linux", reason="protects a page with mprotect, as Linux has it")
 def test_nothing_after_an_operand_or_a_result_is_touched():
     """The arrays end where the process may not go on: vectors that overrun them would kill it."""
-    done = subprocess.run([sys.executable, "-c", BEFORE_A_FENCE], capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE_A_FENCE], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.stdout.strip() == "unharmed", f"exit status {done.returncode}: {done.stderr}"

@@ -22,7 +22,7 @@ from tilewise.kernels.cpu.gemm_in_place import multiply_rows_in_place, tall_tile
 from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
-from tilewise.kernels.cpu.simd import MR, NV, address, lanes, micro_kernel
+from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 from tilewise.kernels.cpu.vector_move import (
     copy_lanes,
     copy_rows,
@@ -99,9 +99,6 @@ def make_pack_left(height):
                         panels[target + k * height + r] = value
 
     return pack_left
-
-
-pack_left = make_pack_left(MR)
 
 
 @device()
@@ -200,28 +197,6 @@ def transpose_square(stage, source, start, offsets, lows, highs, k):
         transpose_block(
             2, address(stage, 0), address(source, start), address(offsets, 0), address(lows, 0), address(highs, 0), k, 2
         )
-
-
-@device()
-def multiply_rows(panels_a, rows, panels_b, columns, depth, c, start, c_step, accumulate):
-    """C[:rows, :columns] (+)= A B from packed panels, register tile by register tile; C starts at c[start]."""
-    width = NV * lanes(c)
-    for j in range(0, columns, width):
-        for i in range(0, rows, MR):
-            micro_kernel(
-                MR,
-                NV,
-                address(panels_a, i * depth),
-                MR,
-                address(panels_b, j * depth),
-                width,
-                depth,
-                address(c, start + i * c_step + j),
-                c_step,
-                rows - i,
-                columns - j,
-                accumulate,
-            )
 
 
 @device()

@@ -20,6 +20,7 @@ from tilewise.kernels.cpu.pool_fold import (
     sum_rows,
 )
 from tilewise.kernels.cpu.pool_windows import divide
+from tilewise.kernels.cpu.scratch import keep
 from tilewise.kernels.cpu.simd import address
 
 # Rows folded in one go: each is a stream for the hardware's prefetcher, which follows about 16.
@@ -66,6 +67,7 @@ def _rows_of_bins(operation, contiguous):
             if o == oh_n:
                 o = 0
                 p += 1
+        keep(scratch)
 
     return rows_of_bins
 

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.pool_fold import SUM, fold_rows, move, sum_contiguous
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import keep, scratch
 from tilewise.kernels.cpu.simd import _I32, _I64, VECTOR_BYTES, _Emitter, _literal, address, lane_count
 
 # Elements of grad_x in the planes that are worked on at once, and of their parts: 16 KB of float32 each, to stay in L1.
@@ -250,6 +250,7 @@ def averages_backward(g, gx, plan, bands, table, index, weights):
                 source, out = address(g, (p * oh_n + top) * size), address(gx, (p * h_n + row) * w_n * c)
                 _weighted(part, pitch, source, oh_n * size, count, size, move(heights, top), taps, widths, size)
                 _spread(out, count, rows, part, plan, address(table, 0), address(index, 0))
+        keep(memory)
 
 
 def plan_of(x_shape, grad_shape, dtype, layout, rows, columns, kernel_width, stride):

@@ -20,7 +20,7 @@ from numba import prange
 
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.pool_fold import MAXIMA, SUMS, fill_rows, move
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import keep, scratch
 from tilewise.kernels.cpu.simd import address, lane_count
 
 # Bytes of a block of a folded row, a third of L1; and of half of what is worked on at once: the folded rows of a
@@ -202,6 +202,7 @@ def max_values(x, y, lowest, plan):
             p = r // oh_n
             whole = max(min(g, last - plan[OVERSHOOT] - r), 0)
             _max_windows(x, y, lowest, plan, p, r - p * oh_n, r, g, part, dense, whole)
+        keep(memory)
 
 
 @kernel()
@@ -220,6 +221,7 @@ def averages(x, y, plan, divisors):
             whole = max(min(g, last - plan[OVERSHOOT] - r), 0)
             _sum_windows(x, y, zero, plan, p, r - p * oh_n, r, g, part, dense, whole)
             divide(address(y, r * ow_n * c), divisors, r, g, ow_n, c)
+        keep(memory)
 
 
 @device()

@@ -41,6 +41,16 @@ def scratch(count, like):
     return memory[start : start + count + spare]
 
 
+@intrinsic
+def keep(typingctx, array):
+    """Let the array live until here. A pointer into it does not: its last use by name would be the end of it."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_dummy_value()
+
+    return types.void(array), codegen
+
+
 # Results from this size on are aligned; below it, the microsecond that it costs would be felt.
 ALIGNED_FROM = 1 << 16
 

@@ -102,18 +102,6 @@ def add_scaled(typingctx, target, source, factor, count):
     return signature, codegen
 
 
-@intrinsic
-def prefetch(typingctx, pointer):
-    """Ask for the cache line at an address that will be read soon; an address that is not ours does no harm."""
-    signature = types.void(pointer)
-
-    def codegen(context, builder, signature, args):
-        _Emitter(builder, signature.args[0].dtype).prefetch(args[0], 3)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
 @intrinsic(prefer_literal=True)
 def transpose_block(typingctx, rows, target, source, offsets, lows, highs, column, used_columns):
     """Pack up to one vector's length of steps k for `rows` rows whose elements run along k.
