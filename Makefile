@@ -65,7 +65,7 @@ typecheck: $(INSTALLED)-lint $(INSTALLED)-test$(EXTRAS:%=-%)
 targets: $(INSTALLED)-test-peers
 	@$(PY) -m tilewise.benchmarks.targets
 
-# Every engine, both thread counts, batch 1, 8 and 64: about an hour. ARGS='--only "conv forward" --batch 8' for a part.
+# Every engine, both thread counts, batch 1, 8 and 64: it takes long. ARGS='--only "conv forward" --batch 8' for a part.
 bench-peers: $(INSTALLED)-test-peers
 	@$(PY) -m tilewise.benchmarks.peers $(ARGS)
 
