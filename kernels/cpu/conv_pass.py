@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_winograd, conv_winograd_nhwc
+from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd, conv_winograd_nhwc
 from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.simd import address, lane_count, lanes
 from tilewise.kernels.cpu.vector_move import transpose_square_to
@@ -24,6 +24,7 @@ _KERNELS = {
 COST = {"gemm": 0.015, "winograd": 0.008, "direct": 0.5}
 # Pixels of an image up to which turning it around may pay (see `_ThroughNHWC`).
 _SMALL_IMAGE = 16 * 16
+POINTWISE = 64
 
 
 def image_size(shape, layout):
@@ -96,6 +97,29 @@ class _ImplicitProduct:
         self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, NO_BIAS[x.dtype], *self.plan)
 
 
+class _Pointwise:
+    """One NCHW convolution by 1x1 kernels, by `conv_pointwise.convolve`."""
+
+    __slots__ = ("geometry", "kernel")
+
+    def __init__(self, x, weight, dtype, groups, activation):
+        n, pixels = x[0], x[2] * x[3]
+        outputs, channels = weight[0] // groups, weight[1]
+        self.geometry = conv_pointwise.plan(n, groups, channels, pixels, outputs, dtype.itemsize, activation)
+        self.kernel = conv_pointwise.convolve.sized(2 * n * pixels * prod(weight) * COST["gemm"])
+
+    def __call__(self, x, weight, y, bias):
+        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, NO_BIAS[x.dtype], self.geometry)
+
+
+def _is_pointwise(x, weight, y, taps, stride, grid):
+    """Whether pixel p of y depends on pixel p of x alone, and y has no others."""
+    return (
+        weight[2:] == (1, 1) and taps[0][0] == taps[1][0] == 0 and tuple(stride) == (1, 1)
+        and x[2:] == y[2:] and tuple(grid) == (0, 0, 1, 1, *y[2:])
+    )  # fmt: skip
+
+
 class _WinogradNHWC:
     """One NHWC convolution by `conv_winograd_nhwc`; arguments as `_Pass`."""
 
@@ -155,6 +179,8 @@ def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algori
         return _WinogradNHWC(x, weight, y, taps, groups, activation)
 
     if algorithm == "gemm":
+        if layout == "NCHW" and _is_pointwise(x, weight, y, taps, stride, grid) and x[2] * x[3] >= POINTWISE:
+            return _Pointwise(x, weight, dtype, groups, activation)
         there = product(x, weight, y, layout)
         if layout == "NCHW" and _better_in_nhwc(x, weight, dtype, there, grid, groups):
             return _ThroughNHWC(x, weight, y, product)

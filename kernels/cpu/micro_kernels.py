@@ -170,7 +170,7 @@ def offset_product_to(
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = _Tile(emit, *shape)
         step = _I64(shape[1] * emit.lanes)
-        way = _WayOut(tile, places, builder.icmp_signed("!=", has_bias, _I64(0)), relu)
+        way = _WayOut(tile, y, y_step, places, builder.icmp_signed("!=", has_bias, _I64(0)), relu)
         loop = _Loop(builder, outputs, shape[0], "tile")
         a_tile, y_tile = builder.mul(depth, _I64(shape[0])), builder.mul(y_step, _I64(shape[0]))
         # without a bias its pointer must not wander off
@@ -187,7 +187,7 @@ def offset_product_to(
 class _WayOut:
     """Where the vectors of a tile's rows go, as masks and offsets that all tiles of a call share."""
 
-    def __init__(self, tile, places, biased, relu):
+    def __init__(self, tile, y, y_step, places, biased, relu):
         self.tile, self.biased = tile, biased
         emit, builder = tile.emit, tile.builder
         self.floor = _floor(emit, relu)
@@ -195,6 +195,13 @@ class _WayOut:
         self.first = [emit.mask(*field[6 * j : 6 * j + 2]) for j in range(tile.vectors)]
         self.second = [emit.mask(*field[6 * j + 3 : 6 * j + 5]) for j in range(tile.vectors)]
         self.offsets = [(field[6 * j + 2], field[6 * j + 5]) for j in range(tile.vectors)]
+        self.whole = _I1(1)
+        for j in range(tile.vectors):
+            self.whole = builder.and_(self.whole, builder.icmp_signed("==", field[6 * j], _I64(0)))
+            self.whole = builder.and_(self.whole, builder.icmp_signed("==", field[6 * j + 1], _I64(16)))
+            at = builder.ptrtoint(builder.gep(y, [field[6 * j + 2]]), _I64)
+            self.whole = builder.and_(self.whole, builder.icmp_signed("==", builder.and_(at, _I64(63)), _I64(0)))
+        self.whole = builder.and_(self.whole, builder.icmp_signed("==", builder.and_(y_step, _I64(15)), _I64(0)))
         self.broken = _I1(0)
         for j in range(tile.vectors):
             one = builder.icmp_signed("<", *field[6 * j + 3 : 6 * j + 5])
@@ -212,13 +219,133 @@ class _WayOut:
             sums = total[i * tile.vectors : (i + 1) * tile.vectors]
             finished = [emit.maximum(self.floor, emit.add(value, shifts)) for value in sums]
             base = builder.gep(y, [builder.mul(y_step, _I64(i))])
-            for value, (offset, _), mask in zip(finished, self.offsets, self.first, strict=True):
-                emit.masked_store(value, base, offset, mask)
+            with builder.if_else(self.whole) as (then, other):
+                with then:
+                    for value, (offset, _) in zip(finished, self.offsets, strict=True):
+                        emit.stream(value, base, offset)
+                with other:
+                    for value, (offset, _), mask in zip(finished, self.offsets, self.first, strict=True):
+                        emit.masked_store(value, base, offset, mask)
             with builder.if_then(self.broken):
                 for value, (_, offset), mask in zip(finished, self.offsets, self.second, strict=True):
                     emit.masked_store(value, base, offset, mask)
         builder.branch(end)
         builder.position_at_end(end)
+
+
+@intrinsic(prefer_literal=True)
+def panel_product_to(
+    typingctx, rows, vectors, a, b, b_step, panel, depth, outputs, columns, y, y_step, bias, extra, has_extra, relu
+):  # fmt: skip
+    """y[i * y_step + j] = f(bias[i] + extra[i * y_step + j] + sum over k < depth of a[i // rows][k * rows + i % rows] *
+    b[k * b_step + j]), i < outputs, j < columns; f is max(., 0) where relu is not 0.
+
+    In tiles of rows x vectors * lanes. The first reads b and leaves it in `panel`, its rows vectors * lanes apart; the
+    others read that. a: packed panels. bias: for all rows of all tiles. extra: read where has_extra is not 0.
+    """
+    shape = _literal(rows), _literal(vectors)
+    intp = types.intp
+    signature = types.void(rows, vectors, a, b, intp, panel, intp, intp, intp, y, intp, bias, extra, intp, intp)
+
+    def codegen(context, builder, signature, args):
+        a, b, b_step, panel, depth, outputs, columns, y, y_step, bias, extra, has_extra, relu = args[2:]
+        tile = _Tile(_Emitter(builder, signature.args[2].dtype), *shape)
+        way = _WayThrough(tile, columns, y_step, builder.icmp_signed("!=", has_extra, _I64(0)), _floor(tile.emit, relu))
+        step = _I64(shape[0])
+        way.write(way.sums(way.start(bias, extra, outputs), a, b, b_step, depth, panel), y, outputs)
+        rest = builder.sub(outputs, step)
+        with builder.if_then(builder.icmp_signed(">", rest, _I64(0))):
+            a_tile, y_tile = builder.mul(depth, step), builder.mul(y_step, step)
+            extra_tile = builder.select(way.has_extra, y_tile, _I64(0))
+            moving = (a, a_tile), (y, y_tile), (bias, step), (extra, extra_tile)
+            loop = _Loop(builder, rest, shape[0], "tile")
+            o, a, y, bias, extra = loop.begin(*((builder.gep(pointer, [by]), by) for pointer, by in moving))
+            left = builder.sub(rest, o)
+            width = _I64(shape[1] * tile.emit.lanes)
+            way.write(way.sums(way.start(bias, extra, left), a, panel, width, depth), y, left)
+            loop.close()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+class _WayThrough:
+    """The parts of `panel_product_to` that all tiles share."""
+
+    def __init__(self, tile, columns, y_step, has_extra, floor):
+        self.tile, self.y_step, self.has_extra, self.floor = tile, y_step, has_extra, floor
+        emit = tile.emit
+        self.masks = [emit.mask(_I64(0), emit.builder.sub(columns, _I64(j * emit.lanes))) for j in range(tile.vectors)]
+
+    def _rows(self, pointer, count):
+        """For each row of the tile: the pointer to it, in a block that is only reached where it is below count."""
+        builder = self.tile.builder
+        end = builder.append_basic_block("rows_done")
+        for i in range(self.tile.rows):
+            row = builder.append_basic_block("row")
+            builder.cbranch(builder.icmp_signed("<", _I64(i), count), row, end)
+            builder.position_at_end(row)
+            yield i, builder.gep(pointer, [builder.mul(self.y_step, _I64(i))])
+        builder.branch(end)
+        builder.position_at_end(end)
+
+    def start(self, bias, extra, count):
+        """Accumulators that begin with bias and extra."""
+        builder, tile, emit = self.tile.builder, self.tile, self.tile.emit
+        shifts = [emit.splat(builder.load(builder.gep(bias, [_I64(i)]))) for i in range(tile.rows)]
+        plain = [shift for shift in shifts for _ in range(tile.vectors)]
+        before, adding = builder.block, builder.append_basic_block("add_extra")
+        begin = builder.append_basic_block("begin")
+        builder.cbranch(self.has_extra, adding, begin)
+        builder.position_at_end(adding)
+        more = []
+        for i in range(tile.rows):
+            inside = emit.splat(builder.icmp_signed("<", _I64(i), count), scalar=_I1)
+            row = builder.gep(extra, [builder.mul(self.y_step, _I64(i))])
+            for j, mask in enumerate(self.masks):
+                value = emit.masked_load(row, _I64(j * emit.lanes), builder.and_(mask, inside))
+                more.append(emit.add(plain[i * tile.vectors + j], value))
+        builder.branch(begin)
+        builder.position_at_end(begin)
+        phis = tile.phis(plain, before)
+        tile.extend(phis, more, adding)
+        return phis
+
+    def sums(self, begun, a, b, b_step, depth, panel=None):
+        """The sum over k; with a panel, b is copied into it, the last vector under its mask."""
+        tile, builder, emit = self.tile, self.tile.builder, self.tile.emit
+        entry, loop = builder.block, builder.append_basic_block("depth")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k, a_now, b_now = builder.phi(_I64), builder.phi(a.type), builder.phi(b.type)
+        sums = tile.phis(begun, entry)
+        places = [_I64(j * emit.lanes) for j in range(tile.vectors)]
+        if panel is None:
+            vectors = tile.loads(b_now)
+        else:
+            vectors = [emit.load(b_now, at) for at in places[:-1]]
+            vectors.append(emit.masked_load(b_now, places[-1], self.masks[-1]))
+            row = builder.gep(panel, [builder.mul(k, _I64(tile.vectors * emit.lanes))])
+            for at, vector in zip(places, vectors, strict=True):
+                emit.store(vector, row, at)
+        total = tile.step(sums, [builder.gep(a_now, [_I64(i)]) for i in range(tile.rows)], vectors)
+        k_next = builder.add(k, _I64(1))
+        a_next, b_next = builder.gep(a_now, [_I64(tile.rows)]), builder.gep(b_now, [b_step])
+        for phi, first, following in ((k, _I64(0), k_next), (a_now, a, a_next), (b_now, b, b_next)):
+            phi.add_incoming(first, entry)
+            phi.add_incoming(following, loop)
+        tile.extend(sums, total, loop)
+        done = builder.append_basic_block("done")
+        builder.cbranch(builder.icmp_signed("<", k_next, depth), loop, done)
+        builder.position_at_end(done)
+        return total
+
+    def write(self, total, y, count):
+        emit = self.tile.emit
+        for i, row in self._rows(y, count):
+            for j, mask in enumerate(self.masks):
+                value = emit.maximum(self.floor, total[i * self.tile.vectors + j])
+                emit.masked_store(value, row, _I64(j * emit.lanes), mask)
 
 
 def _floor(emit, relu):
