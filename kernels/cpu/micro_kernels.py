@@ -262,7 +262,10 @@ def panel_product_to(
             o, a, y, bias, extra = loop.begin(*((builder.gep(pointer, [by]), by) for pointer, by in moving))
             left = builder.sub(rest, o)
             width = _I64(shape[1] * tile.emit.lanes)
-            way.write(way.sums(way.start(bias, extra, left), a, panel, width, depth), y, left)
+            asking = builder.icmp_signed("<", o, _I64(shape[0] * shape[1]))
+            ahead = builder.gep(b, [builder.add(width, builder.mul(builder.sdiv(o, step), _I64(tile.emit.lanes)))])
+            ahead = ahead, builder.select(asking, b_step, _I64(0))
+            way.write(way.sums(way.start(bias, extra, left), a, panel, width, depth, ahead=ahead), y, left)
             loop.close()
         return context.get_dummy_value()
 
@@ -311,7 +314,7 @@ class _WayThrough:
         tile.extend(phis, more, adding)
         return phis
 
-    def sums(self, begun, a, b, b_step, depth, panel=None):
+    def sums(self, begun, a, b, b_step, depth, panel=None, ahead=None):
         """The sum over k; with a panel, b is copied into it, the last vector under its mask."""
         tile, builder, emit = self.tile, self.tile.builder, self.tile.emit
         entry, loop = builder.block, builder.append_basic_block("depth")
@@ -320,6 +323,8 @@ class _WayThrough:
         k, a_now, b_now = builder.phi(_I64), builder.phi(a.type), builder.phi(b.type)
         sums = tile.phis(begun, entry)
         places = [_I64(j * emit.lanes) for j in range(tile.vectors)]
+        if ahead is not None:
+            emit.prefetch(builder.gep(ahead[0], [builder.mul(k, ahead[1])]), 2)
         if panel is None:
             vectors = tile.loads(b_now)
         else:
