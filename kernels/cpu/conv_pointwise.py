@@ -13,7 +13,6 @@ from math import ceil
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.conv_nchw import pack_weight
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.micro_kernels import panel_product_to
@@ -52,7 +51,7 @@ def _multiply(vectors, a, b, b_step, panel, depth, outputs, columns, y, y_step, 
 
 
 @device(allocates=True)
-def _chunk(x, source, panels, left, first, last, pixels, depth, outputs, y, target, bias, bias_start, extra, code):
+def _chunk(x, source, weight, left, first, last, pixels, depth, outputs, y, target, bias, bias_start, extra, code):
     """The pixels first .. last of one image and `outputs` outputs."""
     width = NV * lanes(x)
     panel = scratch(depth * width, x)
@@ -63,7 +62,7 @@ def _chunk(x, source, panels, left, first, last, pixels, depth, outputs, y, targ
     for p in range(first, last, width):
         columns = min(width, last - p)
         _multiply(
-            (columns + lanes(x) - 1) // lanes(x), address(panels, left), address(x, source + p), pixels,
+            (columns + lanes(x) - 1) // lanes(x), address(weight, left), address(x, source + p), pixels,
             address(panel, 0), depth, outputs, columns, address(y, target + p), pixels, address(shifts, 0),
             address(extra, target + p if has_extra else 0), has_extra, 1 if code == 1 else 0,
         )  # fmt: skip
@@ -83,15 +82,9 @@ def convolve(x, weight, y, bias, extra, geometry):
     n, groups, channels, pixels, outputs = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
     splits, code = geometry[6], geometry[7]
     span = geometry[5] * NV * lanes(x)
-    padded = ((outputs + MR - 1) // MR) * MR
-    panels = scratch(groups * padded * channels, x)
-    for i in prange(groups * (padded // MR)):
-        g = i // (padded // MR)
-        o = (i - g * (padded // MR)) * MR
-        start = (g * outputs + o) * channels
-        pack_weight(weight, start, channels, min(MR, outputs - o), channels, panels, i * MR * channels)
     blocks = (pixels + span - 1) // span
-    share = (((padded // MR) + splits - 1) // splits) * MR
+    tiles = (outputs + MR - 1) // MR
+    share = (tiles + splits - 1) // splits * MR
     for chunk in prange(n * groups * blocks * splits):
         o = chunk % splits * share
         first = chunk // splits % blocks * span
@@ -100,6 +93,6 @@ def convolve(x, weight, y, bias, extra, geometry):
         some = min(share, outputs - o)
         if some > 0:
             _chunk(
-                x, plane * channels * pixels, panels, (g * padded + o) * channels, first, min(pixels, first + span),
+                x, plane * channels * pixels, weight, (g * outputs + o) * channels, first, min(pixels, first + span),
                 pixels, channels, some, y, (plane * outputs + o) * pixels, bias, g * outputs + o, extra, code,
             )  # fmt: skip

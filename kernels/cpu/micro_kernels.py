@@ -237,11 +237,11 @@ class _WayOut:
 def panel_product_to(
     typingctx, rows, vectors, a, b, b_step, panel, depth, outputs, columns, y, y_step, bias, extra, has_extra, relu
 ):  # fmt: skip
-    """y[i * y_step + j] = f(bias[i] + extra[i * y_step + j] + sum over k < depth of a[i // rows][k * rows + i % rows] *
-    b[k * b_step + j]), i < outputs, j < columns; f is max(., 0) where relu is not 0.
+    """y[i * y_step + j] = f(bias[i] + extra[i * y_step + j] + sum over k < depth of a[i * depth + k] * b[k * b_step +
+    j]), i < outputs, j < columns; f is max(., 0) where relu is not 0.
 
     In tiles of rows x vectors * lanes. The first reads b and leaves it in `panel`, its rows vectors * lanes apart; the
-    others read that. a: packed panels. bias: for all rows of all tiles. extra: read where has_extra is not 0.
+    others read that, and ask for b's next panel. bias: for all rows of all tiles. extra: read where has_extra is not 0.
     """
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
@@ -252,7 +252,7 @@ def panel_product_to(
         tile = _Tile(_Emitter(builder, signature.args[2].dtype), *shape)
         way = _WayThrough(tile, columns, y_step, builder.icmp_signed("!=", has_extra, _I64(0)), _floor(tile.emit, relu))
         step = _I64(shape[0])
-        way.write(way.sums(way.start(bias, extra, outputs), a, b, b_step, depth, panel), y, outputs)
+        way.write(way.sums(way.start(bias, extra, outputs), a, b, b_step, depth, outputs, panel), y, outputs)
         rest = builder.sub(outputs, step)
         with builder.if_then(builder.icmp_signed(">", rest, _I64(0))):
             a_tile, y_tile = builder.mul(depth, step), builder.mul(y_step, step)
@@ -265,7 +265,7 @@ def panel_product_to(
             asking = builder.icmp_signed("<", o, _I64(shape[0] * shape[1]))
             ahead = builder.gep(b, [builder.add(width, builder.mul(builder.sdiv(o, step), _I64(tile.emit.lanes)))])
             ahead = ahead, builder.select(asking, b_step, _I64(0))
-            way.write(way.sums(way.start(bias, extra, left), a, panel, width, depth, ahead=ahead), y, left)
+            way.write(way.sums(way.start(bias, extra, left), a, panel, width, depth, left, ahead=ahead), y, left)
             loop.close()
         return context.get_dummy_value()
 
@@ -314,13 +314,18 @@ class _WayThrough:
         tile.extend(phis, more, adding)
         return phis
 
-    def sums(self, begun, a, b, b_step, depth, panel=None, ahead=None):
+    def sums(self, begun, a, b, b_step, depth, count, panel=None, ahead=None):
         """The sum over k; with a panel, b is copied into it, the last vector under its mask."""
         tile, builder, emit = self.tile, self.tile.builder, self.tile.emit
+        last = builder.sub(count, _I64(1))  # the rows of the last tile that do not exist repeat this one
+        left = []
+        for i in range(tile.rows):
+            row = builder.select(builder.icmp_signed("<", _I64(i), last), _I64(i), last)
+            left.append(builder.gep(a, [builder.mul(row, depth)]))
         entry, loop = builder.block, builder.append_basic_block("depth")
         builder.branch(loop)
         builder.position_at_end(loop)
-        k, a_now, b_now = builder.phi(_I64), builder.phi(a.type), builder.phi(b.type)
+        k, b_now = builder.phi(_I64), builder.phi(b.type)
         sums = tile.phis(begun, entry)
         places = [_I64(j * emit.lanes) for j in range(tile.vectors)]
         if ahead is not None:
@@ -333,10 +338,9 @@ class _WayThrough:
             row = builder.gep(panel, [builder.mul(k, _I64(tile.vectors * emit.lanes))])
             for at, vector in zip(places, vectors, strict=True):
                 emit.store(vector, row, at)
-        total = tile.step(sums, [builder.gep(a_now, [_I64(i)]) for i in range(tile.rows)], vectors)
-        k_next = builder.add(k, _I64(1))
-        a_next, b_next = builder.gep(a_now, [_I64(tile.rows)]), builder.gep(b_now, [b_step])
-        for phi, first, following in ((k, _I64(0), k_next), (a_now, a, a_next), (b_now, b, b_next)):
+        total = tile.step(sums, [builder.gep(row, [k]) for row in left], vectors)
+        k_next, b_next = builder.add(k, _I64(1)), builder.gep(b_now, [b_step])
+        for phi, first, following in ((k, _I64(0), k_next), (b_now, b, b_next)):
             phi.add_incoming(first, entry)
             phi.add_incoming(following, loop)
         tile.extend(sums, total, loop)
