@@ -4,13 +4,14 @@
 passes. Small images with many channels go through the other layout here, where that is faster.
 """
 
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd, conv_winograd_nhwc
 from tilewise.kernels.cpu.jit import kernel
+from tilewise.kernels.cpu.row_moves import finish_row
 from tilewise.kernels.cpu.simd import address, lane_count, lanes
 from tilewise.kernels.cpu.vector_move import transpose_square_to
 
@@ -24,7 +25,6 @@ _KERNELS = {
 COST = {"gemm": 0.015, "winograd": 0.008, "direct": 0.5}
 # Pixels of an image up to which turning it around may pay (see `_ThroughNHWC`).
 _SMALL_IMAGE = 16 * 16
-POINTWISE = 64
 
 
 def image_size(shape, layout):
@@ -102,14 +102,45 @@ class _Pointwise:
 
     __slots__ = ("geometry", "kernel")
 
-    def __init__(self, x, weight, dtype, groups, activation):
-        n, pixels = x[0], x[2] * x[3]
+    def __init__(self, n, pixels, weight, dtype, groups, activation):
         outputs, channels = weight[0] // groups, weight[1]
         self.geometry = conv_pointwise.plan(n, groups, channels, pixels, outputs, dtype.itemsize, activation)
         self.kernel = conv_pointwise.convolve.sized(2 * n * pixels * prod(weight) * COST["gemm"])
 
     def __call__(self, x, weight, y, bias):
         self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, NO_BIAS[x.dtype], self.geometry)
+
+
+class _PointwiseJoined:
+    """The same for a batch of images so small that each would leave many lanes empty: as one long image.
+
+    49 pixels take 4 vectors of 16 lanes, 8 times 49 take 25.
+    """
+
+    __slots__ = ("join", "move", "part", "sizes")
+
+    def __init__(self, n, pixels, weight, dtype, activation):
+        outputs, channels = weight[:2]
+        self.sizes = n, channels, outputs, pixels
+        self.move = _Pointwise(1, n * pixels, weight, dtype, 1, activation)
+        self.join, self.part = (exchange_images.sized(1.0 * n * c * pixels) for c in (channels, outputs))
+
+    def __call__(self, x, weight, y, bias):
+        n, channels, outputs, pixels = self.sizes
+        joined_x, joined_y = np.empty(x.size, x.dtype), np.empty(y.size, y.dtype)
+        self.join(x.ravel(), n, channels, pixels, joined_x)
+        self.move(joined_x, weight, joined_y, bias)
+        self.part(joined_y, outputs, n, pixels, y.ravel())
+
+
+def _pointwise(x, weight, dtype, groups, activation):
+    n, pixels = x[0], x[2] * x[3]
+    lane = lane_count(dtype.itemsize)
+    alone, joined = n * ceil(pixels / lane), ceil(n * pixels / lane)
+    # copying in and out costs about as much as 32 products a number
+    if groups == 1 and alone - joined > alone * max(32 / weight[0], 32 / weight[1]) + alone / 16:
+        return _PointwiseJoined(n, pixels, weight, dtype, activation)
+    return _Pointwise(n, pixels, weight, dtype, groups, activation)
 
 
 def _is_pointwise(x, weight, y, taps, stride, grid):
@@ -179,8 +210,8 @@ def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algori
         return _WinogradNHWC(x, weight, y, taps, groups, activation)
 
     if algorithm == "gemm":
-        if layout == "NCHW" and _is_pointwise(x, weight, y, taps, stride, grid) and x[2] * x[3] >= POINTWISE:
-            return _Pointwise(x, weight, dtype, groups, activation)
+        if layout == "NCHW" and _is_pointwise(x, weight, y, taps, stride, grid):
+            return _pointwise(x, weight, dtype, groups, activation)
         there = product(x, weight, y, layout)
         if layout == "NCHW" and _better_in_nhwc(x, weight, dtype, there, grid, groups):
             return _ThroughNHWC(x, weight, y, product)
@@ -211,6 +242,15 @@ def turn_planes(source, n, rows, columns, target):
             at = min(r, rows - lane)
             where = address(source, start + at * columns + c)
             transpose_square_to(address(target, start + c * rows + at), address(places, 0), where, columns)
+
+
+@kernel()
+def exchange_images(source, outer, inner, pixels, target):
+    """target[j, i, p] = source[i, j, p] for i < outer, j < inner: whole rows of pixels change places."""
+    for j in prange(inner):
+        for i in range(outer):
+            to, row = address(target, (j * outer + i) * pixels), address(source, (i * inner + j) * pixels)
+            finish_row(1, to, row, pixels, source.dtype.type(0), 0, row, 0)
 
 
 # A square of channels and outputs whose taps fit L1 together: transposed at once, or each row would be a page apart.
