@@ -208,22 +208,23 @@ def row_product(typingctx, rows, vectors, a, bases, a_step, starts, segments, le
 @intrinsic(prefer_literal=True)
 def row_product_to(
     typingctx, rows, vectors, a, bases, a_step, starts, segments, length, b, b_step, c, c_step, accumulate,
-    y, places, used, columns, bias, has_bias, relu,
+    y, places, used, columns, bias, has_bias, extra, has_extra, relu,
 ):  # fmt: skip
-    """`row_product`, then bias and activation in registers, and straight to y.
+    """`row_product`, then bias, summand and activation in registers, and straight to y.
 
     Row i < used goes to y[places[i]], its first `columns` lanes. bias: one number a column, read where has_bias is not
-    0; relu: max(., 0) where it is not 0.
+    0; extra: laid out as y, read where has_extra is not 0; relu: max(., 0) where it is not 0.
     """
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
     signature = types.void(
         rows, vectors, a, bases, intp, starts, intp, intp, b, intp, c, intp, intp, y, places, intp, intp, bias, intp,
-        intp,
+        extra, intp, intp,
     )  # fmt: skip
 
     def codegen(context, builder, signature, args):
-        *operands, c, c_step, accumulate, y, places, used, columns, bias, has_bias, relu = args[2:]
+        *operands, c, c_step, accumulate = args[2:13]
+        y, places, used, columns, bias, has_bias, extra, has_extra, relu = args[13:]
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = _Tile(emit, *shape)
         total = _row_sums(tile, *operands, tile.start(c, c_step, accumulate))
@@ -231,14 +232,17 @@ def row_product_to(
         biased = emit.splat(builder.icmp_signed("!=", has_bias, _I64(0)), scalar=_I1)
         clamp = emit.splat(builder.icmp_signed("!=", relu, _I64(0)), scalar=_I1)
         shifts = [emit.masked_load(bias, _I64(j * emit.lanes), builder.and_(m, biased)) for j, m in enumerate(masks)]
+        some = builder.icmp_signed("!=", has_extra, _I64(0))
         end = builder.append_basic_block("written")
         for i in range(shape[0]):
             row = builder.append_basic_block("row")
             builder.cbranch(builder.icmp_signed("<", _I64(i), used), row, end)
             builder.position_at_end(row)
-            where = builder.gep(y, [builder.load(builder.gep(places, [_I64(i)]))])
+            place = builder.load(builder.gep(places, [_I64(i)]))
+            where = builder.gep(y, [place])
+            summands = emit.masked_loads_if(some, builder.gep(extra, [place]), masks)
             for j, mask in enumerate(masks):
-                value = emit.add(total[i * shape[1] + j], shifts[j])
+                value = emit.add(emit.add(total[i * shape[1] + j], shifts[j]), summands[j])
                 negative = builder.and_(builder.fcmp_ordered("<", value, emit.zero), clamp)
                 value = builder.select(negative, emit.zero, value)
                 emit.masked_store(value, where, _I64(j * emit.lanes), mask)
