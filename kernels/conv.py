@@ -1,10 +1,18 @@
 """Convolution and transposed convolution of images, forward and backward."""
 
+from functools import partial
+
+import numpy as np
+
+from tilewise.kernels import arrays, shapes
+from tilewise.kernels.bound import Bound
 from tilewise.kernels.conv_checks import (
     check_conv2d,
     check_conv2d_backward,
     check_conv_transpose2d,
     check_conv_transpose2d_backward,
+    check_preparation,
+    check_prepared_conv2d,
 )
 from tilewise.kernels.dispatch import Operation
 
@@ -50,6 +58,115 @@ def conv2d(
     Source: V. Dumoulin, F. Visin: A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
     """
     return _CONV2D((x, weight, bias, add), (stride, padding, dilation, groups, layout, activation, algorithm), out)
+
+
+def prepare_conv2d(
+    weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *,
+    layout="NCHW", activation=None, algorithm="auto", batch_norm=None,
+):  # fmt: skip
+    """`conv2d` for weights that are used many times, as in inference: what a call makes of them is made once.
+
+    A convolution first brings its weights into the order in which its kernel reads them; Winograd's transforms them to
+    four times their size. With one or a few small images that takes as long as the convolution itself. Here it is done
+    at the first call with each kind of x, and kept: other shapes share it where their algorithm wants the same.
+
+        prepared = prepare_conv2d(weight, bias, padding=1, activation="relu")
+        y = prepared(x)                      # conv2d(x, weight, bias, padding=1, activation="relu")
+        y = prepared(x, add=shortcut)        # ... the same with add=shortcut
+
+    Args:
+        weight, bias, stride, padding, dilation, groups, layout, activation, algorithm: as for `conv2d`. With "auto", the
+            choice counts with packed weights, so that it may be another one than that of `conv2d`.
+        batch_norm: (running_mean, running_var, weight, bias, eps) of an evaluation batch norm that follows the
+            convolution, before `add` and the activation; weight and bias may be None. It is folded into weight and
+            bias: weight[o] * s[o] and (bias[o] - running_mean[o]) * s[o] + batch norm's bias[o], with s = batch norm's
+            weight / sqrt(running_var + eps), computed in float64 and rounded once.
+
+    Returns:
+        A `PreparedConv2d`. It keeps copies: later changes of the arrays given do not reach it.
+
+    Raises:
+        TypeError, ValueError: as `conv2d`, for what can be seen without x; a batch_norm that is not five things, or
+            not of weight's dtype and number of outputs.
+    """
+    function = "prepare_conv2d"
+    arrays.required(function, weight=weight)
+    statistics, eps = _batch_norm_arrays(function, batch_norm)
+    given = {"weight": weight, "bias": bias, **statistics}
+    views = {n: None if a is None else arrays.host_view(function, n, a)[0] for n, a in given.items()}
+    weight, bias, *vectors = views.values()
+    statistics = dict(zip(statistics, vectors, strict=True))
+    dtype, options = check_preparation(
+        function, weight, bias, statistics, stride, padding, dilation, groups, layout, activation, algorithm
+    )
+    # float16 is computed in float32, and what is folded need not be rounded to less
+    computed = np.dtype(np.float32) if dtype == np.float16 else dtype
+    if batch_norm is None:
+        weight, bias = (None if a is None else np.array(a, computed, order="C") for a in (weight, bias))
+    else:
+        weight, bias = _fold(weight, bias, *vectors, eps, computed)
+    return PreparedConv2d(weight, bias, dtype, options)
+
+
+class PreparedConv2d:
+    """What `prepare_conv2d` makes: call it with x as `conv2d`, with x alone.
+
+    prepared(x, *, add=None, out=None) gives the numbers that conv2d with these weights and options gives, bit for bit
+    where the algorithm is the same and no batch norm was folded, for any x that conv2d would take: batched or not,
+    arrays or tensors (whatever the weights were), under any `using`. `tilewise.explain(prepared, x)` tells what it does.
+    Several threads may call it at once.
+
+    Attributes:
+        dtype: of the weights as they were given, which x must have.
+        nbytes: the memory that it holds now: a copy of the weights, and what was packed for the shapes seen so far.
+    """
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, dtype: np.dtype, options: dict):
+        self.dtype = dtype
+        self._options = options
+        check = partial(check_prepared_conv2d, weight, bias, dtype, options)
+        self._bound = Bound("conv", "conv2d", ("x", "add"), check, (weight, bias), in_place=(1,))
+
+    def __call__(self, x, *, add=None, out=None):
+        return self._bound((x, add), (), out)
+
+    @property
+    def nbytes(self) -> int:
+        kept = (*self._bound.constants, *self._bound.packs.values())
+        return sum(a.nbytes for a in kept if a is not None)
+
+    def __reduce__(self):
+        """Copies and pickles go without what was packed."""
+        return PreparedConv2d, (*self._bound.constants, self.dtype, self._options)
+
+    def __repr__(self):
+        weight, bias = self._bound.constants
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"PreparedConv2d(weight {weight.shape} {self.dtype}, {'no ' if bias is None else ''}bias, {options})"
+
+
+def _batch_norm_arrays(function: str, batch_norm) -> tuple[dict, float]:
+    """The arrays of a batch norm to fold, by the names that messages use, and its eps."""
+    if batch_norm is None:
+        return {}, 0.0
+    if not isinstance(batch_norm, tuple | list) or len(batch_norm) != 5:
+        raise TypeError(
+            f"{function}: batch_norm must be (running_mean, running_var, weight, bias, eps), got {batch_norm!r}"
+        )
+    names = [f"batch_norm's {name}" for name in ("running_mean", "running_var", "weight", "bias")]
+    statistics = dict(zip(names, batch_norm, strict=False))
+    arrays.required(function, **{name: statistics[name] for name in names[:2]})
+    return statistics, shapes.number(function, "batch_norm's eps", batch_norm[4])
+
+
+@np.errstate(all="ignore")  # a channel whose variance is negative or not a number is NaN, as in batch_norm
+def _fold(weight, bias, mean, variance, scale, shift, eps: float, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias of the convolution that is this one followed by a batch norm in evaluation."""
+    wide = [None if a is None else a.astype(np.float64) for a in (weight, bias, mean, variance, scale, shift)]
+    weight, bias, mean, variance, scale, shift = wide
+    factor = (1 if scale is None else scale) / np.sqrt(variance + eps)
+    bias = ((0 if bias is None else bias) - mean) * factor + (0 if shift is None else shift)
+    return np.ascontiguousarray(weight * factor[:, None, None, None], dtype), bias.astype(dtype)
 
 
 def conv2d_backward(

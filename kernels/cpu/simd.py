@@ -169,7 +169,7 @@ class _Emitter:
         self.builder.call(function, [value, where, _I32(self.itemsize), mask])
 
     def masked_loads_if(self, condition, pointer, masks):
-        """The neighbouring vectors from there on, each under its mask; zeros, without reading, where not `condition`."""
+        """The neighbouring vectors from there on, each under its mask; zeros, unread, where not `condition`."""
         builder = self.builder
         before = builder.block
         with builder.if_then(condition):
