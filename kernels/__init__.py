@@ -21,7 +21,6 @@ _EXPORTS = {
     "conv": (
         "conv2d",
         "prepare_conv2d",
-        "PreparedConv2d",
         "conv2d_backward",
         "conv_transpose2d",
         "conv_transpose2d_backward",

@@ -14,6 +14,9 @@ class Bound(Operation):
 
     constants: arrays, or None, in the dtype computed in (float32 for float16); nobody else may change them.
     packs: what a backend made of them, by the backend's own keys. Signatures share what they can.
+
+    For a new signature, a backend's `bind_<op>` gives the function of the call's operands alone; without one, its
+    ordinary function gets the constants each time.
     """
 
     def __init__(self, family: str, name: str, operands: tuple[str, ...], check: Callable, constants: tuple, **options):

@@ -1,6 +1,7 @@
 """Convolution and transposed convolution of images, forward and backward."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -75,8 +76,8 @@ def prepare_conv2d(
         y = prepared(x, add=shortcut)        # ... the same with add=shortcut
 
     Args:
-        weight, bias, stride, padding, dilation, groups, layout, activation, algorithm: as for `conv2d`. With "auto", the
-            choice counts with packed weights, so that it may be another one than that of `conv2d`.
+        weight, bias, stride, padding, dilation, groups, layout, activation, algorithm: as for `conv2d`. With "auto",
+            the choice counts with packed weights, so that it may be another one than that of `conv2d`.
         batch_norm: (running_mean, running_var, weight, bias, eps) of an evaluation batch norm that follows the
             convolution, before `add` and the activation; weight and bias may be None. It is folded into weight and
             bias: weight[o] * s[o] and (bias[o] - running_mean[o]) * s[o] + batch norm's bias[o], with s = batch norm's
@@ -93,7 +94,7 @@ def prepare_conv2d(
     arrays.required(function, weight=weight)
     statistics, eps = _batch_norm_arrays(function, batch_norm)
     given = {"weight": weight, "bias": bias, **statistics}
-    views = {n: None if a is None else arrays.host_view(function, n, a)[0] for n, a in given.items()}
+    views: dict[str, Any] = {n: None if a is None else arrays.host_view(function, n, a)[0] for n, a in given.items()}
     weight, bias, *vectors = views.values()
     statistics = dict(zip(statistics, vectors, strict=True))
     dtype, options = check_preparation(
@@ -101,10 +102,11 @@ def prepare_conv2d(
     )
     # float16 is computed in float32, and what is folded need not be rounded to less
     computed = np.dtype(np.float32) if dtype == np.float16 else dtype
-    if batch_norm is None:
-        weight, bias = (None if a is None else np.array(a, computed, order="C") for a in (weight, bias))
-    else:
-        weight, bias = _fold(weight, bias, *vectors, eps, computed)
+    with np.errstate(all="ignore"):  # a channel of negative variance is NaN, as in batch_norm
+        if batch_norm is not None:
+            weight, bias = _folded(weight, bias, vectors, eps)
+        weight = np.array(weight, computed, order="C")
+        bias = None if bias is None else np.array(bias, computed)
     return PreparedConv2d(weight, bias, dtype, options)
 
 
@@ -113,8 +115,8 @@ class PreparedConv2d:
 
     prepared(x, *, add=None, out=None) gives the numbers that conv2d with these weights and options gives, bit for bit
     where the algorithm is the same and no batch norm was folded, for any x that conv2d would take: batched or not,
-    arrays or tensors (whatever the weights were), under any `using`. `tilewise.explain(prepared, x)` tells what it does.
-    Several threads may call it at once.
+    arrays or tensors (whatever the weights were), under any `using`. `tilewise.explain(prepared, x)` tells what it
+    does. Several threads may call it at once.
 
     Attributes:
         dtype: of the weights as they were given, which x must have.
@@ -159,14 +161,15 @@ def _batch_norm_arrays(function: str, batch_norm) -> tuple[dict, float]:
     return statistics, shapes.number(function, "batch_norm's eps", batch_norm[4])
 
 
-@np.errstate(all="ignore")  # a channel whose variance is negative or not a number is NaN, as in batch_norm
-def _fold(weight, bias, mean, variance, scale, shift, eps: float, dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and bias of the convolution that is this one followed by a batch norm in evaluation."""
-    wide = [None if a is None else a.astype(np.float64) for a in (weight, bias, mean, variance, scale, shift)]
-    weight, bias, mean, variance, scale, shift = wide
-    factor = (1 if scale is None else scale) / np.sqrt(variance + eps)
-    bias = ((0 if bias is None else bias) - mean) * factor + (0 if shift is None else shift)
-    return np.ascontiguousarray(weight * factor[:, None, None, None], dtype), bias.astype(dtype)
+def _folded(weight, bias, statistics: list, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias, in float64, of the convolution that is this one followed by a batch norm in evaluation."""
+    absent = 0, 0, 1, 1, 0  # what stands for a None
+    vectors = [
+        instead if a is None else a.astype(np.float64) for a, instead in zip((bias, *statistics), absent, strict=True)
+    ]
+    bias, mean, variance, scale, shift = vectors
+    factor = scale / np.sqrt(variance + eps)
+    return weight * factor[:, None, None, None], (bias - mean) * factor + shift
 
 
 def conv2d_backward(

@@ -151,6 +151,9 @@ for layout in ("NCHW", "NHWC"):
             out = fenced_copy(y)
             kernels.conv2d(x, weight, bias, layout=layout, out=out, **options)
             assert (out == y).all()
+            prepared = kernels.prepare_conv2d(weight, bias, layout=layout, **options)
+            kernels.conv2d(x, weight, bias, layout=layout, add=fenced_copy(y), out=out, **options)
+            assert (prepared(x, add=fenced_copy(y), out=y) == out).all()
             kernels.conv2d_backward(out, x, weight, layout=layout, **options)
 print("done")
 """

@@ -15,6 +15,7 @@ Python.
 """
 
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,8 @@ def _estimates(n, groups, weight, oh, ow, layout, packed=False):
     115 GFLOP/s for the implicit product: only the proportions matter.
 
     Winograd: 36 products of a block of tiles, the transforms of its inputs and outputs, and the transform of the
-    weights, whose 36 numbers each are written and read once and cost more where they do not fit a cache.
+    weights, whose 36 numbers each are written and read once and cost more where they do not fit a cache. Packed weights
+    are only read, but those of Winograd are four times as many.
     """
     outputs, channels = weight[0] // groups, weight[1]
     gemm = 2 * 9 * channels * outputs * oh * ow * n / 115
@@ -101,6 +103,7 @@ def _estimates(n, groups, weight, oh, ow, layout, packed=False):
         tiles, cost = -(-tiles // MR) * MR, 0.15 if few else 1.2 if weights < 1 << 22 else 3
     else:
         tiles, cost = -(-tiles // TILES) * TILES, 1.2 if weights < 1 << 22 else 3
+    cost = 0.1 if packed else cost
     products = 36 * channels * outputs * tiles * 2 / 125
     transforms = (12 if few else 24) * tiles * (channels + outputs)
     return {"gemm": groups * gemm, "winograd": groups * (products + transforms + weights * cost)}
@@ -119,7 +122,9 @@ def _tap_offsets(kernel_size, dilation, padding):
     return [np.arange(k) * d - p[0] for k, d, p in zip(kernel_size, dilation, padding, strict=True)]
 
 
-def _forward(x, weight, dtype, *, stride, padding, dilation, groups, layout, activation, algorithm):
+def _forward(
+    x, weight, dtype, *, stride, padding, dilation, groups, layout, activation, algorithm
+) -> tuple[tuple[int, ...], Any]:
     """(the result's shape, the pass that fills it); no pass where it has no elements."""
     options = {"stride": stride, "padding": padding, "dilation": dilation, "layout": layout}
     oh, ow = _output_size(x, weight, options)

@@ -86,6 +86,7 @@ class _ImplicitProduct:
         outputs, channels = weight[0] // groups, weight[1]
         first_row, first_column, row_step, column_step, oh, ow = grid
         n, size, (height, width) = x[0], image_size(x, layout), image_size(y, layout)
+        self.plan: tuple[np.ndarray, ...]
         if layout == "NCHW":
             steps = (first_row * width + first_column, height * width, row_step * width, column_step)
             shape = (n, channels, *size)

@@ -177,9 +177,7 @@ def _repair(x, image_step, first_channel, channels, h, w, top, left, weight, sta
                     total += rows[i * 4 * TILES + 4 * lane + j] * zero
             if total != 0:
                 image = first_channel + runs[r, 2] * image_step
-                _define_tile(
-                    x, image, channels, h, w, top, left, weight, start, runs[r, 3], runs[r, 4] + t, rows, lane
-                )
+                _define_tile(x, image, channels, h, w, top, left, weight, start, runs[r, 3], runs[r, 4] + t, rows, lane)
 
 
 @device()
