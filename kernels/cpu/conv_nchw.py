@@ -381,12 +381,41 @@ def _block(
                 )  # fmt: skip
 
 
+def packed_size(geometry):
+    """Elements of the packed weights."""
+    groups, channels, outputs, n_taps = (int(geometry[i]) for i in (1, 2, 5, 10))
+    return groups * ceil(outputs / MR) * MR * channels * n_taps
+
+
+@device()
+def _pack_block(weight, i, geometry, panels):
+    """Block i of the packed weights: those of one group and one block of channels."""
+    channels, outputs, n_taps, block = geometry[2], geometry[5], geometry[10], geometry[17]
+    whole = channels * n_taps
+    padded = ((outputs + MR - 1) // MR) * MR
+    blocks = (channels + block - 1) // block
+    g = i // blocks
+    c0 = (i - g * blocks) * block
+    depth = min(block, channels - c0) * n_taps
+    source = g * outputs * whole + c0 * n_taps
+    pack_weight(weight, source, whole, outputs, depth, panels, g * padded * whole + c0 * n_taps * padded)
+
+
+@kernel(parallel=False)
+def pack(weight, geometry, panels):
+    """The weights as `convolve` wants them, for plans with the same channels a block: geometry[17]."""
+    blocks = (geometry[2] + geometry[17] - 1) // geometry[17]
+    for i in range(geometry[1] * blocks):
+        _pack_block(weight, i, geometry, panels)
+
+
 @kernel()
-def convolve(x, weight, y, bias, extra, geometry, offsets, phases):
+def convolve(x, weight, packed, y, bias, extra, geometry, offsets, phases):
     """y = activation(convolution(x, weight) + bias + extra), all arrays flat, for a `plan`.
 
-    weight: (groups * outputs, channels, taps). Pixel (i, j) of output o of image b is y[(b * groups * outputs + o) *
-    plane + start + i * row step + j * column step]. extra: empty, or laid out as y.
+    weight: (groups * outputs, channels, taps). packed: what `pack` made of it, or empty to do it here. Pixel (i, j) of
+    output o of image b is y[(b * groups * outputs + o) * plane + start + i * row step + j * column step]. extra: empty,
+    or laid out as y; it may be y itself.
     """
     n, groups, channels, h, w = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
     outputs, oh, n_taps = geometry[5], geometry[6], geometry[10]
@@ -395,13 +424,11 @@ def convolve(x, weight, y, bias, extra, geometry, offsets, phases):
     whole = channels * n_taps
     padded = ((outputs + MR - 1) // MR) * MR
     blocks = (channels + block - 1) // block
-    panels = scratch(groups * padded * whole, x)
-    for i in prange(groups * blocks):
-        g = i // blocks
-        c0 = (i - g * blocks) * block
-        depth = min(block, channels - c0) * n_taps
-        source = g * outputs * whole + c0 * n_taps
-        pack_weight(weight, source, whole, outputs, depth, panels, g * padded * whole + c0 * n_taps * padded)
+    here = 1 if packed.size == 0 else 0
+    own = scratch(here * groups * padded * whole, x)
+    for i in prange(here * groups * blocks):
+        _pack_block(weight, i, geometry, own)
+    panels = own if here else packed
     row_blocks = (oh + block_rows - 1) // block_rows
     image_blocks = (n + images - 1) // images
     split_outputs = (((padded // MR) + splits - 1) // splits) * MR

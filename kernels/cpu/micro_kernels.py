@@ -404,27 +404,29 @@ def row_product(
 @intrinsic(prefer_literal=True)
 def row_product_to(
     typingctx, rows, vectors, a, bases, a_step, starts, segments, length, b, b_step, c, c_step, accumulate, count,
-    y, places, columns, bias, has_bias, relu,
+    y, places, columns, bias, has_bias, extra, has_extra, relu,
 ):  # fmt: skip
-    """`row_product`, then bias and activation in registers, and straight to y.
+    """`row_product`, then bias, summand and activation in registers, and straight to y.
 
     Row i < count goes to y[places[i]], its first `columns` lanes. bias: one number a column, read where has_bias is not
-    0; relu: max(., 0) where it is not 0.
+    0; extra: laid out as y, read where has_extra is not 0; relu: max(., 0) where it is not 0.
     """
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
     signature = types.void(
         rows, vectors, a, bases, intp, starts, intp, intp, b, intp, c, intp, intp, intp, y, places, intp, bias, intp,
-        intp,
+        extra, intp, intp,
     )  # fmt: skip
 
     def codegen(context, builder, signature, args):
-        a, bases, *operands, c, c_step, accumulate, count, y, places, columns, bias, has_bias, relu = args[2:]
+        a, bases, *operands, c, c_step, accumulate, count = args[2:14]
+        y, places, columns, bias, has_bias, extra, has_extra, relu = args[14:]
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = _Tile(emit, *shape)
         masks = [emit.mask(_I64(0), builder.sub(columns, _I64(j * emit.lanes))) for j in range(shape[1])]
         biased = emit.splat(builder.icmp_signed("!=", has_bias, _I64(0)), scalar=_I1)
         shifts = [emit.masked_load(bias, _I64(j * emit.lanes), builder.and_(m, biased)) for j, m in enumerate(masks)]
+        some = builder.icmp_signed("!=", has_extra, _I64(0))
         floor = _floor(emit, relu)
         loop, rows = _Loop(builder, count, shape[0], "tile"), _I64(shape[0])
         i, bases, c, places = loop.begin((bases, rows), (c, builder.mul(c_step, rows)), (places, rows))
@@ -435,9 +437,12 @@ def row_product_to(
             row = builder.append_basic_block("row")
             builder.cbranch(builder.icmp_signed("<", _I64(i), used), row, end)
             builder.position_at_end(row)
-            where = builder.gep(y, [builder.load(builder.gep(places, [_I64(i)]))])
+            place = builder.load(builder.gep(places, [_I64(i)]))
+            where = builder.gep(y, [place])
+            summands = emit.masked_loads_if(some, builder.gep(extra, [place]), masks)
             for j, mask in enumerate(masks):
-                value = emit.maximum(floor, emit.add(total[i * shape[1] + j], shifts[j]))
+                value = emit.add(emit.add(total[i * shape[1] + j], shifts[j]), summands[j])
+                value = emit.maximum(floor, value)
                 emit.masked_store(value, where, _I64(j * emit.lanes), mask)
         builder.branch(end)
         builder.position_at_end(end)

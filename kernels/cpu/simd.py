@@ -177,6 +177,19 @@ class _Emitter:
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         self.builder.call(function, [value, where, _I32(self.itemsize), mask])
 
+    def masked_loads_if(self, condition, pointer, masks):
+        """The neighbouring vectors from there on, each under its mask; zeros, unread, where not `condition`."""
+        builder = self.builder
+        before = builder.block
+        with builder.if_then(condition):
+            values = [self.masked_load(pointer, _I64(j * self.lanes), mask) for j, mask in enumerate(masks)]
+            inside = builder.block
+        results = [builder.phi(self.vector) for _ in masks]
+        for result, value in zip(results, values, strict=True):
+            result.add_incoming(self.zero, before)
+            result.add_incoming(value, inside)
+        return results
+
     def prefetch(self, pointer, locality: int, write: bool = False):
         """Ask for the cache line there. locality: 3 for L1, 2 for L2."""
         byte = ir.IntType(8).as_pointer()
