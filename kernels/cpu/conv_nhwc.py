@@ -198,29 +198,29 @@ def _locate_pixels(image, images, row0, rows, rows_in, geometry, bases, places):
 
 @device()
 def _multiply(
-    a, bases, first, starts, parts, part, panels, panel, sums, last, y, places, used, columns, bias, o, extra, relu
+    a, bases, pixels, starts, parts, part, panels, panel, sums, last, y, places, columns, bias, o, extra, relu
 ):  # fmt: skip
-    """One register tile: pixels from `first` on, one panel of outputs, one visit's steps."""
+    """All pixels of a block with one panel of outputs, one visit's steps."""
     width = NV * lanes(a)
     begin, pieces, length = parts[part, 0], parts[part, 1], parts[part, 2]
-    left, rows, offsets = address(a, 0), address(bases, first), address(starts, begin)
-    right, c = address(panels, panel + parts[part, 3] * width), address(sums, first * width)
+    left, rows, offsets = address(a, 0), address(bases, 0), address(starts, begin)
+    right, c = address(panels, panel + parts[part, 3] * width), address(sums, 0)
     more = 1 if part > 0 else 0
     if not last:
-        row_product(MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more)
+        row_product(MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels)
         return
     has_bias = 1 if bias.size > 0 else 0
     shift = address(bias, o if has_bias else 0)
     has_extra = 1 if extra.size > 0 else 0
-    to, where, more_to = address(y, o), address(places, first), address(extra, o if has_extra else 0)
+    to, where, more_to = address(y, o), address(places, 0), address(extra, o if has_extra else 0)
     if columns > lanes(a):
         row_product_to(
-            MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more, to, where, used, columns,
+            MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels, to, where, columns,
             shift, has_bias, more_to, has_extra, relu,
         )  # fmt: skip
     else:
         row_product_to(
-            MR, 1, left, rows, 1, offsets, pieces, length, right, width, c, width, more, to, where, used, columns,
+            MR, 1, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels, to, where, columns,
             shift, has_bias, more_to, has_extra, relu,
         )  # fmt: skip
 
@@ -251,12 +251,10 @@ def _block(
     relu = 1 if code == 1 else 0
     for o in range(first_output, last_output, width):
         for part in range(n_parts):
-            for first in range(0, pixels, MR):
-                _multiply(
-                    a, bases, first, starts, parts, part, panels, (g * ((outputs + width - 1) // width) * width + o)
-                    * depth, sums, part == n_parts - 1, y, places, pixels - first, outputs - o, bias,
-                    g * outputs + o, extra, relu,
-                )  # fmt: skip
+            _multiply(
+                a, bases, pixels, starts, parts, part, panels, (g * ((outputs + width - 1) // width) * width + o)
+                * depth, sums, part == n_parts - 1, y, places, outputs - o, bias, g * outputs + o, extra, relu,
+            )  # fmt: skip
     if code > 1:
         for p in range(pixels):
             activate_row(y, places[p] + g * outputs + first_output, last_output - first_output, code)

@@ -8,13 +8,14 @@ may be y itself), and packed: the weights as `pack(weight)` of a pass with the s
 that are used again. Where `packing` is None there is nothing to prepare.
 """
 
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_winograd, conv_winograd_nhwc
+from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd, conv_winograd_nhwc
 from tilewise.kernels.cpu.jit import kernel
+from tilewise.kernels.cpu.row_moves import finish_row
 from tilewise.kernels.cpu.scratch import aligned
 from tilewise.kernels.cpu.simd import address, lane_count, lanes
 from tilewise.kernels.cpu.vector_move import transpose_square_to
@@ -150,6 +151,68 @@ class _WinogradNCHW:
         return packed
 
 
+class _Pointwise:
+    """One NCHW convolution by 1x1 kernels, by `conv_pointwise.convolve`."""
+
+    __slots__ = ("geometry", "kernel")
+
+    packing = None  # it reads the weights as they lie
+
+    def __init__(self, n, pixels, weight, dtype, groups, activation):
+        outputs, channels = weight[0] // groups, weight[1]
+        self.geometry = conv_pointwise.plan(n, groups, channels, pixels, outputs, dtype.itemsize, activation)
+        self.kernel = conv_pointwise.convolve.sized(2 * n * pixels * prod(weight) * COST["gemm"])
+
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        extra = NO_BIAS[x.dtype] if extra is None else extra
+        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, self.geometry)
+
+
+class _PointwiseJoined:
+    """The same for a batch of images so small that each would leave many lanes empty: as one long image.
+
+    49 pixels take 4 vectors of 16 lanes, 8 times 49 take 25.
+    """
+
+    __slots__ = ("join", "move", "part", "sizes")
+
+    packing = None
+
+    def __init__(self, n, pixels, weight, dtype, activation):
+        outputs, channels = weight[:2]
+        self.sizes = n, channels, outputs, pixels
+        self.move = _Pointwise(1, n * pixels, weight, dtype, 1, activation)
+        self.join, self.part = (exchange_images.sized(1.0 * n * c * pixels) for c in (channels, outputs))
+
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        n, channels, outputs, pixels = self.sizes
+        joined_x, joined_y = np.empty(x.size, x.dtype), np.empty(y.size, y.dtype)
+        self.join(x.ravel(), n, channels, pixels, joined_x)
+        if extra is not None and extra.size:
+            self.part(extra, n, outputs, pixels, joined_y)
+            extra = joined_y  # added in place
+        self.move(joined_x, weight, joined_y, bias, extra)
+        self.part(joined_y, outputs, n, pixels, y.ravel())
+
+
+def _pointwise(x, weight, dtype, groups, activation):
+    n, pixels = x[0], x[2] * x[3]
+    lane = lane_count(dtype.itemsize)
+    alone, joined = n * ceil(pixels / lane), ceil(n * pixels / lane)
+    # copying in and out costs about as much as 32 products a number
+    if groups == 1 and alone - joined > alone * max(32 / weight[0], 32 / weight[1]) + alone / 16:
+        return _PointwiseJoined(n, pixels, weight, dtype, activation)
+    return _Pointwise(n, pixels, weight, dtype, groups, activation)
+
+
+def _is_pointwise(x, weight, y, taps, stride, grid):
+    """Whether pixel p of y depends on pixel p of x alone, and y has no others."""
+    return (
+        weight[2:] == (1, 1) and taps[0][0] == taps[1][0] == 0 and tuple(stride) == (1, 1)
+        and x[2:] == y[2:] and tuple(grid) == (0, 0, 1, 1, *y[2:])
+    )  # fmt: skip
+
+
 class _WinogradNHWC:
     """One NHWC convolution by `conv_winograd_nhwc`; arguments as `_Direct`."""
 
@@ -230,6 +293,8 @@ def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algori
         return _WinogradNHWC(x, weight, y, taps, groups, activation)
 
     if algorithm == "gemm":
+        if layout == "NCHW" and _is_pointwise(x, weight, y, taps, stride, grid):
+            return _pointwise(x, weight, dtype, groups, activation)
         there = product(x, weight, y, layout)
         if layout == "NCHW" and _better_in_nhwc(x, weight, dtype, there, grid, groups):
             return _ThroughNHWC(x, weight, y, product)
@@ -262,6 +327,15 @@ def turn_planes(source, n, rows, columns, target):
             at = min(r, rows - lane)
             where = address(source, start + at * columns + c)
             transpose_square_to(address(target, start + c * rows + at), address(places, 0), where, columns)
+
+
+@kernel()
+def exchange_images(source, outer, inner, pixels, target):
+    """target[j, i, p] = source[i, j, p] for i < outer, j < inner: whole rows of pixels change places."""
+    for j in prange(inner):
+        for i in range(outer):
+            to, row = address(target, (j * outer + i) * pixels), address(source, (i * inner + j) * pixels)
+            finish_row(1, to, row, pixels, source.dtype.type(0), 0, row, 0)
 
 
 # A square of channels and outputs whose taps fit L1 together: transposed at once, or each row would be a page apart.

@@ -68,11 +68,8 @@ def _multiply(values, first, step, used, panels, panel, channels, products, prod
     """products[xi * product_step + tile * NR + o] (+)= V U for one panel of outputs; whole register tiles."""
     for xi in range(36):
         left, right = address(values, first + xi * step), address(panels, panel + xi * apart(channels * NR))
-        for tile in range(0, used, MR):
-            c = address(products, xi * product_step + tile * NR)
-            row_product(
-                MR, NV, left, address(bases, tile), 1, address(zero, 0), 1, channels, right, NR, c, NR, more
-            )  # fmt: skip
+        c, tiles = address(products, xi * product_step), address(bases, 0)
+        row_product(MR, NV, left, tiles, 1, address(zero, 0), 1, channels, right, NR, c, NR, more, used)
 
 
 @device()

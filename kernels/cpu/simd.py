@@ -121,6 +121,11 @@ class _Emitter:
     def store(self, value, pointer, offset):
         self.builder.store(value, self.at(pointer, offset)).align = self.itemsize
 
+    def stream(self, value, pointer, offset):
+        st = self.builder.store(value, self.at(pointer, offset))
+        st.align = 64
+        st.set_metadata("nontemporal", self.builder.module.add_metadata([_I32(1)]))
+
     def splat(self, value, count: int | None = None, scalar=None):
         vector = ir.VectorType(scalar or self.scalar, count or self.lanes)
         undefined = ir.Constant(vector, ir.Undefined)
@@ -138,6 +143,10 @@ class _Emitter:
 
     def add(self, a, b):
         return self.builder.fadd(a, b) if isinstance(self.element, types.Float) else self.builder.add(a, b)
+
+    def maximum(self, a, b):
+        """a where a > b, else b, so that a NaN in b stays: one instruction on x86."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
     def mask(self, low, high):
         """Lanes i with low <= i < high."""
