@@ -186,12 +186,14 @@ def test_copies_go_without_what_was_packed(rng, clone):
     assert other.dtype == np.float16
 
 
-def test_it_is_freed_at_once_when_dropped(rng):
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_it_is_freed_at_once_when_dropped(backend, dtype):
     gc.disable()
     try:
-        prepared = prepare_conv2d(np.ones((4, 3, 3, 3)))
-        prepared(np.ones((1, 3, 8, 8)))
-        bound = weakref.ref(prepared._bound)
+        prepared = prepare_conv2d(np.ones((4, 3, 3, 3), dtype))
+        y = prepared(np.ones((1, 3, 8, 8), dtype))
+        prepared(np.ones((1, 3, 8, 8), dtype), add=y)
+        bound = weakref.ref(prepared._alone)
         assert bound() in dispatch._operations
         del prepared
         assert bound() is None

@@ -161,7 +161,7 @@ class _Pointwise:
 
     __slots__ = ("geometry", "kernel")
 
-    packing = None
+    packing = None  # it reads the weights as they lie
 
     def __init__(self, n, pixels, weight, dtype, groups, activation):
         outputs, channels = weight[0] // groups, weight[1]
