@@ -48,7 +48,7 @@ def conv2d(
 
     Source: V. Dumoulin, F. Visin: A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
     """
-    return _CONV2D((x, weight, bias), (stride, padding, dilation, groups, layout, activation, algorithm), out)
+    return _CONV2D.call((x, weight, bias), (stride, padding, dilation, groups, layout, activation, algorithm), out)
 
 
 def conv2d_backward(
@@ -71,7 +71,7 @@ def conv2d_backward(
     Raises:
         TypeError, ValueError: as `conv2d`; also a grad whose shape is not the result's, or an unknown name in `needs`.
     """
-    return _CONV2D_BACKWARD((grad, x, weight), (stride, padding, dilation, groups, layout, needs))
+    return _CONV2D_BACKWARD.call((grad, x, weight), (stride, padding, dilation, groups, layout, needs))
 
 
 def conv_transpose2d(
@@ -102,7 +102,7 @@ def conv_transpose2d(
 
     Source: V. Dumoulin, F. Visin: A guide to convolution arithmetic for deep learning, arXiv:1603.07285, chapter 4.
     """
-    return _CONV_TRANSPOSE2D((x, weight, bias), (stride, padding, output_padding, groups, dilation, layout))
+    return _CONV_TRANSPOSE2D.call((x, weight, bias), (stride, padding, output_padding, groups, dilation, layout))
 
 
 def conv_transpose2d_backward(
@@ -124,7 +124,7 @@ def conv_transpose2d_backward(
             `needs`.
     """
     options = (stride, padding, output_padding, groups, dilation, layout, needs)
-    return _CONV_TRANSPOSE2D_BACKWARD((grad, x, weight), options)
+    return _CONV_TRANSPOSE2D_BACKWARD.call((grad, x, weight), options)
 
 
 @dataclass(slots=True)
