@@ -85,7 +85,7 @@ def _cached_plan(_, m, n, depth, a_by_rows, b_by_rows, dtype):
     if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
         return _plan_dots(m, n, depth, itemsize)
     if b_by_rows and _fits_in_place(m, n, depth, a_by_rows, itemsize):
-        return _plan_in_place(m, n, depth, a_by_rows, itemsize, work)
+        return _plan_in_place(m, n, depth, a_by_rows, dtype, work)
     if a_by_rows and n <= DOT_COLUMNS:
         dots = _plan_dots(m, n, depth, itemsize)
         return lambda a, b, *rest: dots(a, np.ascontiguousarray(b.T), *rest)
@@ -112,18 +112,19 @@ def _plan_dots(m, n, depth, itemsize):
     return lambda *args: product(*args, *sizes)
 
 
-def _in_place(m, n, depth, a_by_rows, itemsize):
+def _in_place(m, n, depth, a_by_rows, dtype):
     """The kernel that packs nothing, and its last argument."""
     steps = (depth, 1) if a_by_rows else (1, m)
-    step = depth if n * depth * itemsize <= IN_CACHE else STEP_ROWS
+    step = depth if n * depth * dtype.itemsize <= IN_CACHE else STEP_ROWS
     rows = _chunk(m, MR, 8 * MR)
-    columns = n if m > FEW_ROWS else _chunk(n, NV * lane_count(itemsize), 1024)
+    columns = n if m > FEW_ROWS else _chunk(n, NV * lane_count(dtype.itemsize), 1024)
     geometry = np.array((m, n, depth, *steps, rows, columns, max(step, 1)), np.int64)
-    return multiply_in_place.sized(_work(m, n, depth, itemsize)), geometry
+    like = np.empty((0, 0), dtype)
+    return multiply_in_place.bound(_work(m, n, depth, dtype.itemsize), like, like, like, geometry), geometry
 
 
-def _plan_in_place(m, n, depth, a_by_rows, itemsize, work):
-    product, geometry = _in_place(m, n, depth, a_by_rows, itemsize)
+def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
+    product, geometry = _in_place(m, n, depth, a_by_rows, dtype)
 
     def run(a, b, c, bias, activation):
         product(a, b, c, geometry)
@@ -175,7 +176,7 @@ def prepare_matmul(shapes, dtype):
     shape, no_bias = (m, n), _NO_BIAS[dtype]
     product, rest = _plan(m, n, depth, True, True, dtype), (no_bias, 0)
     if _fits_in_place(m, n, depth, True, dtype.itemsize):  # what the plan does, without its detours
-        product, *rest = _in_place(m, n, depth, True, dtype.itemsize)
+        product, *rest = _in_place(m, n, depth, True, dtype)
     empty = _allocator(shape, dtype)
 
     def run(a, b, *, out=None):
