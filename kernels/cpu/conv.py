@@ -7,7 +7,8 @@
   with flipped weights. With a stride, the pixels of x fall into stride_h * stride_w phases; in each, only every
   stride-th tap meets a pixel of grad, and those form a convolution of stride 1 by a smaller kernel. No zeros are
   multiplied, and every pixel is written once.
-- Gradient with respect to the weights: a product that sums over pixels (conv_weight.py).
+- Gradient with respect to the weights: a product that sums over pixels (conv_weight.py), or Winograd's transposed
+  (conv_winograd_weight.py).
 
 What follows from shapes and options alone is worked out once, by the `prepare_` functions, which the dispatcher calls
 for a new signature and whose result it keeps: a call on a tiny input would otherwise spend most of its time in
@@ -18,7 +19,7 @@ from math import prod
 
 import numpy as np
 
-from tilewise.kernels.cpu import conv_weight, conv_winograd_nhwc
+from tilewise.kernels.cpu import conv_weight, conv_winograd_nhwc, conv_winograd_weight
 from tilewise.kernels.cpu.conv_depthwise import Depthwise
 from tilewise.kernels.cpu.conv_depthwise_weight import WeightGradient
 from tilewise.kernels.cpu.conv_pass import (
@@ -37,6 +38,8 @@ from tilewise.kernels.cpu.simd import MR
 
 # Below this many FLOPs, walking the rows is faster than setting up panels.
 DIRECT_BELOW = 4_000
+# FLOPs a nanosecond of the weight gradient as an implicit product, on the machine of conv_winograd_weight's estimate.
+WEIGHT_RATE = 190
 
 
 def choose_conv2d(shapes, dtype, options):
@@ -267,7 +270,21 @@ def _prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilatio
         function(x.ravel(), grad.ravel(), result.ravel(), *plan)
         return result
 
-    return run
+    if groups > 1 or _why_not_winograd(weight, dtype, stride, dilation, layout):
+        return run
+    nanoseconds = conv_winograd_weight.estimate(x[0], channels, outputs, grid)
+    if nanoseconds > flops / WEIGHT_RATE:
+        return run
+    winograd = conv_winograd_weight.weight_gradient.sized(nanoseconds)
+    lows = [int(t[0]) for t in taps]
+    winograd_plan = conv_winograd_weight.plan(x[0], channels, size, outputs, grid, lows, layout == "NHWC")
+
+    def run_winograd(grad, x):
+        result = np.empty(weight, dtype)
+        finite = winograd(x.ravel(), grad.ravel(), result.ravel(), *winograd_plan)
+        return result if finite else run(grad, x)
+
+    return run_winograd
 
 
 def _bias_gradient(grad, layout):
