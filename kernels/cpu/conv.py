@@ -19,7 +19,7 @@ from math import prod
 
 import numpy as np
 
-from tilewise.kernels.cpu import conv_weight, conv_winograd_nhwc, conv_winograd_weight
+from tilewise.kernels.cpu import conv_pointwise, conv_weight, conv_winograd_nhwc, conv_winograd_weight
 from tilewise.kernels.cpu.conv_depthwise import Depthwise
 from tilewise.kernels.cpu.conv_depthwise_weight import WeightGradient
 from tilewise.kernels.cpu.conv_pass import (
@@ -30,7 +30,10 @@ from tilewise.kernels.cpu.conv_pass import (
     image_size,
     layout_shape,
     prepare_pass,
+    turn_planes,
 )  # fmt: skip
+from tilewise.kernels.cpu.conv_pointwise import PointwiseInput
+from tilewise.kernels.cpu.conv_pointwise_weight import PointwiseGradient
 from tilewise.kernels.cpu.conv_winograd import TILES
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.scratch import empty
@@ -183,14 +186,18 @@ class _TransposedConvolution:
         self.channels_last = layout == "NHWC"
         algorithm = _choose_transposed(grad, weight, size, dtype, stride, dilation, groups, layout)
         self.phases = []
-        self.depthwise = None
+        self.whole = None  # one call instead
         if prod(grad) and prod(result):
             axes = [
                 [_phase(i, s, p[0], d, k) for i in range(min(s, n))]
                 for s, p, d, k, n in zip(stride, padding, dilation, (kh, kw), size, strict=True)
             ]
             if algorithm == "depthwise":
-                self.depthwise = Depthwise(grad, weight, result, axes, (1, 1), layout, dtype)
+                self.whole = Depthwise(grad, weight, result, axes, (1, 1), layout, dtype)
+                return
+            unpadded = [tuple(int(offset[0]) for _, offset in axis if offset.size) for axis in axes] == [(0,), (0,)]
+            if unpadded and conv_pointwise.applies(weight, size, image_size(grad, layout), groups, layout):
+                self.whole = PointwiseInput(grad, weight, layout, dtype)
                 return
             for i, (rows, row_offsets) in enumerate(axes[0]):
                 for j, (columns, column_offsets) in enumerate(axes[1]):
@@ -201,22 +208,28 @@ class _TransposedConvolution:
                     taps = (row_offsets, column_offsets)
                     move = prepare_pass(grad, shape, result, dtype, taps, (1, 1), grid, groups, layout, algorithm)
                     wanted = (rows[:, None] * kw + columns).ravel()
-                    exchange = exchange_channels.sized(2.0 * prod(shape))
-                    self.phases.append((shape, wanted, exchange, move))
+                    self.phases.append((shape, self._prepare_exchange(shape, wanted, kh * kw), move))
         # pixels that no tap meets keep the bias alone
         self.fill_first = len(self.phases) < min(stride[0], size[0]) * min(stride[1], size[1])
 
+    def _prepare_exchange(self, shape, wanted, taps):
+        """The weights of a phase: outputs and channels change places, and the taps `wanted` their order."""
+        groups, outputs, channels = self.sizes[:3]
+        if taps == 1:
+            return turn_planes.sized(1.0 * prod(shape)), (groups, outputs, channels)
+        return exchange_channels.sized(2.0 * prod(shape)), (*self.sizes, wanted)
+
     def __call__(self, grad, weight, result, bias):
-        if self.depthwise:
-            self.depthwise(grad, weight, result, bias)
+        if self.whole:
+            self.whole(grad, weight, result, bias)
             return
         if self.fill_first:
             result[...] = 0
             if bias.size:
                 result += bias if self.channels_last else bias[:, None, None]
-        for shape, wanted, exchange, move in self.phases:
+        for shape, (exchange, sizes), move in self.phases:
             phase = np.empty(shape, weight.dtype)
-            exchange(weight.ravel(), *self.sizes, wanted, phase.ravel())
+            exchange(weight.ravel(), *sizes, phase.ravel())
             move(grad, phase, result, bias)
 
 
@@ -227,7 +240,7 @@ def prepare_conv2d_backward(shapes, dtype, *, stride, padding, dilation, groups,
     to_x = _TransposedConvolution(grad, weight, x, dtype, **options) if "x" in needs else None
     wants = "weight" in needs, "bias" in needs
     to_weight = _prepare_weight_gradient(grad, x, weight, dtype, **options) if any(wants) else None
-    together = to_weight if isinstance(to_weight, WeightGradient) and wants[1] else None
+    together = to_weight if isinstance(to_weight, (WeightGradient, PointwiseGradient)) and wants[1] else None
     to_weight, to_bias = to_weight if together or wants[0] else None, _bias_gradient if wants[1] else None
 
     def run(grad, x, weight):
@@ -256,6 +269,8 @@ def _prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilatio
     if groups > 1 and channels == 1 and (layout == "NCHW" or all_outputs == groups):
         return WeightGradient(grad, x, weight, taps, stride, layout, dtype)
     size, grid, outputs = image_size(x, layout), image_size(grad, layout), all_outputs // groups
+    if groups == 1 and (kh, kw) == (1, 1) and _inside(size, grid, stride, padding):
+        return PointwiseGradient(grad, x, weight, stride, layout, dtype)
     flops = 2 * prod(grad) * channels * kh * kw
     if layout == "NHWC":
         plan = conv_weight.plan_nhwc((x[0], *size, channels), outputs, taps, stride, grid, groups)
@@ -285,6 +300,11 @@ def _prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilatio
         return result if finite else run(grad, x)
 
     return run_winograd
+
+
+def _inside(size, grid, stride, padding):
+    """Whether the only tap of every pixel lies in x."""
+    return all(p[0] == 0 and (g - 1) * s < n for n, g, s, p in zip(size, grid, stride, padding, strict=True))
 
 
 def _bias_gradient(grad, layout):
