@@ -19,7 +19,7 @@ from math import prod
 
 import numpy as np
 
-from tilewise.kernels.cpu import conv_pointwise, conv_weight, conv_winograd_nhwc, conv_winograd_weight
+from tilewise.kernels.cpu import conv_columns, conv_pointwise, conv_weight, conv_winograd_nhwc, conv_winograd_weight
 from tilewise.kernels.cpu.conv_depthwise import Depthwise
 from tilewise.kernels.cpu.conv_depthwise_weight import WeightGradient
 from tilewise.kernels.cpu.conv_pass import (
@@ -194,6 +194,9 @@ class _TransposedConvolution:
             ]
             if algorithm == "depthwise":
                 self.whole = Depthwise(grad, weight, result, axes, (1, 1), layout, dtype)
+                return
+            if algorithm != "direct" and conv_columns.applies(grad, weight, groups, layout):
+                self.whole = conv_columns.Columns(grad, weight, result, dtype, stride, padding, dilation, layout)
                 return
             unpadded = [tuple(int(offset[0]) for _, offset in axis if offset.size) for axis in axes] == [(0,), (0,)]
             if unpadded and conv_pointwise.applies(weight, size, image_size(grad, layout), groups, layout):
