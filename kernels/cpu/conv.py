@@ -195,7 +195,7 @@ class _TransposedConvolution:
             if algorithm == "depthwise":
                 self.whole = Depthwise(grad, weight, result, axes, (1, 1), layout, dtype)
                 return
-            if algorithm != "direct" and conv_columns.applies(grad, weight, groups, layout):
+            if algorithm != "direct" and conv_columns.applies(weight, stride, groups, layout):
                 self.whole = conv_columns.Columns(grad, weight, result, dtype, stride, padding, dilation, layout)
                 return
             unpadded = [tuple(int(offset[0]) for _, offset in axis if offset.size) for axis in axes] == [(0,), (0,)]
