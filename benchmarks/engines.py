@@ -15,6 +15,7 @@ from .timing import SEED
 
 Engine = Callable[[], Any]
 OURS, OURS_LAST = "tilewise", "tilewise NHWC"
+OURS_PREPARED, OURS_LAST_PREPARED = "tilewise prepared", "tilewise NHWC prepared"
 TORCH, TORCH_LAST = "torch", "torch channels_last"
 ONNX, NUMPY = "onnxruntime", "numpy"
 EPS = 1e-5
@@ -40,6 +41,21 @@ def ours(case: Case, dtype="float32") -> dict[str, partial]:
     return _both_layouts(case, *case.arguments(np.random.default_rng(SEED), np.dtype(dtype)))
 
 
+def prepared(case: Case, dtype="float32") -> dict[str, Engine]:
+    """A forward convolution whose weights were packed beforehand, as ONNX Runtime's are, in each layout."""
+    if not isinstance(case, Conv) or case.is_backward:
+        return {}
+    import tilewise
+
+    prepare: Any = tilewise.prepare_conv2d
+    args, options = case.arguments(np.random.default_rng(SEED), np.dtype(dtype))
+    calls = {}
+    for name, layout in ((OURS_PREPARED, "NCHW"), (OURS_LAST_PREPARED, "NHWC")):
+        x, weight, bias = args if layout == "NCHW" else _channels_last(case, args)
+        calls[name] = partial(prepare(weight, bias, **options, layout=layout), x)
+    return calls
+
+
 def _both_layouts(case: Case, args: tuple, options: dict) -> dict[str, partial]:
     calls = {OURS: _ours(case, args, options)}
     if isinstance(case, _IMAGES):
@@ -51,7 +67,7 @@ def as_arrays(name: str, case: Case, result: Any) -> tuple[np.ndarray, ...]:
     """What an engine returned, as arrays in NCHW."""
     results = result if isinstance(result, tuple | list) else (result,)
     arrays = tuple(np.asarray(r) for r in results)
-    if name == OURS_LAST:
+    if name in (OURS_LAST, OURS_LAST_PREPARED):
         arrays = tuple(a.transpose(0, 3, 1, 2) if _is_image(case, i) else a for i, a in enumerate(arrays))
     return arrays
 

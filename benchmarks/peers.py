@@ -5,7 +5,8 @@ Per case: every engine's best time, our rate, its share of this machine's measur
     ratio = time of the fastest peer in whatever layout it likes best / our time in NCHW        (more is better)
 
 then for each family the geometric mean of the ratios and the worst. Results are compared before anything is timed;
-engines take turns in blocks with a pause between (timing.py).
+engines take turns in blocks with a pause between (timing.py). With --prepared, forward convolutions also with weights
+packed beforehand (`prepare_conv2d`), as ONNX Runtime's are.
 """
 
 import argparse
@@ -28,9 +29,11 @@ from .timing import check, measure
 BATCHES = (1, 8, 64)
 # The whole case list takes its time; what would not fit is named, not hidden.
 MOST_BYTES, MOST_FLOPS = 2 << 30, 100e9
+PREPARED_HEADER = ("prepared", "NHWC", "ratio", "NHWC")
 HEADER = ("op, layer, shape", "ours", "NHWC", "torch", "ch.last", "ORT", "NumPy", "rate", "of peak", "ratio", "NHWC")
 WIDTHS = (76, 8, 8, 8, 8, 8, 8, 14, 8, 6, 6)
 SUMMARY_HEADER = ("family", "cases", "geometric mean", "worst", "which", "NHWC mean", "worst")
+PREPARED_COLUMNS = (engines.OURS_PREPARED, engines.OURS_LAST_PREPARED)
 COLUMNS = (engines.OURS, engines.OURS_LAST, engines.TORCH, engines.TORCH_LAST, engines.ONNX, engines.NUMPY)
 FLOPS, BYTES = "GFLOP/s", "GB/s"
 
@@ -78,12 +81,12 @@ def main(argv: list[str] | None = None) -> int:
         with _pinned(threads):
             peak = peaks(threads)
             print(f"\n{_threads(threads)}: {peak[FLOPS]:.0f} GFLOP/s, {peak[BYTES]:.1f} GB/s", flush=True)
-            print(_line(HEADER), flush=True)
+            print(_line(HEADER + PREPARED_HEADER * args.prepared), flush=True)
             for case in chosen:
-                result = _measured(case, threads, args.seconds)
+                result = _measured(case, threads, args.seconds, args.prepared)
                 if result:
                     results.append(result)
-                    print(_line(_row(result, peak)), flush=True)
+                    print(_line(_row(result, peak) + _prepared_cells(result)), flush=True)
     for threads in args.threads:
         rows = list(_summary([r for r in results if r.threads == threads]))
         table.show(rows, f"\nby family, {_threads(threads)}", SUMMARY_HEADER, left=1)
@@ -98,6 +101,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--only", default="", help="a regular expression that the case's name must contain")
     parser.add_argument("--seconds", type=float, default=0.15, help="for each engine and case")
+    parser.add_argument("--prepared", action="store_true", help="forward convolutions also with packed weights")
     parser.add_argument("--json", type=Path, help="write all times to this file")
     return parser.parse_args(argv)
 
@@ -135,8 +139,8 @@ def _pinned(threads: int):
         yield
 
 
-def _measured(case: Case, threads: int, seconds: float) -> Result | None:
-    calls = engines.build(case, threads)
+def _measured(case: Case, threads: int, seconds: float, prepared: bool = False) -> Result | None:
+    calls = engines.build(case, threads) | (engines.prepared(case) if prepared else {})
     ours = engines.as_arrays(engines.OURS, case, calls[engines.OURS]())
     for name, call in calls.items():
         check(case, "float32", engines.as_arrays(name, case, call()), ours)
@@ -160,13 +164,22 @@ def _row(result: Result, peak: dict[str, float]) -> tuple[str, ...]:
     )
 
 
+def _prepared_cells(result: Result) -> tuple[str, ...]:
+    """The times with packed weights and their ratios; nothing where they were not measured."""
+    if engines.OURS_PREPARED not in result.seconds:
+        return ()
+    seconds = [result.seconds[name] for name in PREPARED_COLUMNS]
+    return (*map(_milliseconds, seconds), *(f"{result.peer / s:.2f}" for s in seconds))
+
+
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.4g}"
 
 
 def _line(cells: tuple[str, ...]) -> str:
-    first, *others = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, WIDTHS, strict=True)))
-    return " ".join([first, *others])
+    first, *others = cells
+    widths = (*WIDTHS[1:], *(8 for _ in PREPARED_HEADER))
+    return " ".join([first.ljust(WIDTHS[0]), *(c.rjust(w) for c, w in zip(others, widths, strict=False))])
 
 
 def _summary(results: list[Result]) -> Iterator[tuple[str, ...]]:

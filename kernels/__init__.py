@@ -18,7 +18,13 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
 # module -> the public functions it defines; one line for each op family
 _EXPORTS = {
     "gemm": ("matmul", "matmul_backward", "linear", "linear_backward"),
-    "conv": ("conv2d", "conv2d_backward", "conv_transpose2d", "conv_transpose2d_backward"),
+    "conv": (
+        "conv2d",
+        "prepare_conv2d",
+        "conv2d_backward",
+        "conv_transpose2d",
+        "conv_transpose2d_backward",
+    ),
     "pool": (
         "max_pool2d",
         "max_pool2d_backward",

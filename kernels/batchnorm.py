@@ -1,7 +1,5 @@
 """Batch normalisation and its gradient (Ioffe and Szegedy 2015)."""
 
-from math import isfinite
-
 import numpy as np
 
 from tilewise.kernels import shapes
@@ -122,16 +120,6 @@ def _channels(function: str, x, layout: str, vectors: dict) -> tuple[int, int]:
     return n * h * w, c
 
 
-def _number(name: str, value, positive: bool = False) -> float:
-    if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
-        raise TypeError(f"batch_norm: {name} must be a number, got {value!r}")
-    number = float(value)
-    if not isfinite(number) or number < 0 or (positive and number == 0):
-        kind = "positive and" if positive else "at least 0 and"
-        raise ValueError(f"batch_norm: {name} must be {kind} finite, got {value!r}")
-    return number
-
-
 def _check_batch_norm(
     x, running_mean, running_var, weight, bias, training, momentum, eps, layout, activation, return_stats
 ) -> Problem:
@@ -149,8 +137,8 @@ def _check_batch_norm(
         raise ValueError(f"batch_norm: activation must be one of {names}, got {activation!r}")
     options = {
         "training": training,
-        "momentum": _number("momentum", momentum),
-        "eps": _number("eps", eps, positive=training),
+        "momentum": shapes.number("batch_norm", "momentum", momentum),
+        "eps": shapes.number("batch_norm", "eps", eps, positive=training),
         "layout": layout,
         "activation": activation,
         "return_stats": return_stats,

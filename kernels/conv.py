@@ -1,30 +1,37 @@
 """Convolution and transposed convolution of images, forward and backward."""
 
-from dataclasses import dataclass
-from math import prod
+from functools import partial
+from typing import Any
 
-from tilewise.kernels import shapes
-from tilewise.kernels.arrays import common_dtype, required
-from tilewise.kernels.dispatch import Operation, Problem
+import numpy as np
 
-# What `algorithm=` may name; which of them a problem allows is for the backend to say.
-ALGORITHMS = ("auto", "direct", "gemm", "winograd", "depthwise")
+from tilewise.kernels import arrays, shapes
+from tilewise.kernels.bound import Bound
+from tilewise.kernels.conv_checks import (
+    check_conv2d,
+    check_conv2d_backward,
+    check_conv_transpose2d,
+    check_conv_transpose2d_backward,
+    check_preparation,
+    check_prepared_conv2d,
+)
+from tilewise.kernels.dispatch import Operation
 
 
 def conv2d(
     x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *,
-    layout="NCHW", activation=None, algorithm="auto", out=None,
+    layout="NCHW", activation=None, algorithm="auto", add=None, out=None,
 ):  # fmt: skip
     """The convolution of images with a bank of filters (cross-correlation, as in every CNN).
 
-    y[n, o, i, j] = activation(bias[o] + sum over c, p, q of
+    y[n, o, i, j] = activation(bias[o] + add[n, o, i, j] + sum over c, p, q of
                                x[n, g C/groups + c, i S - P_top + p D, j S - P_left + q D] * weight[o, c, p, q])
 
     where g is o's group and x is 0 outside the image; OH = floor((H + P_top + P_bottom - D (KH - 1) - 1) / S) + 1, OW
     alike.
 
     Args:
-        x: (N, C, H, W), or unbatched (C, H, W); float16, float16, float32 or float64, any strides.
+        x: (N, C, H, W), or unbatched (C, H, W); float16, float32 or float64, any strides.
         weight: (O, C/groups, KH, KW), in both layouts.
         bias: (O,), or None for none.
         stride, dilation: an int or a pair (height, width).
@@ -36,7 +43,10 @@ def conv2d(
         activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh", applied in the same pass.
         algorithm: "auto", or the one to use: "direct", "gemm", "winograd" (F(4x4, 3x3)) or "depthwise". The reference
             backend has one way and takes any of them.
-        out: an array of exactly the result's shape and dtype that overlaps no operand; it is filled and returned.
+        add: an array of exactly the result's shape and dtype, any strides, added before the activation in the same
+            pass, such as the shortcut of a residual block; or None.
+        out: an array of exactly the result's shape and dtype that overlaps no operand; it is filled and returned. It
+            may be `add` itself, so that the convolution is added to what is there.
 
     Returns:
         (N, O, OH, OW) in x's layout, kind and dtype; without N if x has none.
@@ -44,11 +54,122 @@ def conv2d(
     Raises:
         TypeError: not arrays; dtypes that differ or are not supported; an option of the wrong kind.
         ValueError: shapes or options that do not fit together, a kernel larger than the padded x, no channels or no
-            pixels, an algorithm that is unknown or does not apply, a wrong `out`.
+            pixels, an algorithm that is unknown or does not apply, a wrong `add` or `out`.
 
     Source: V. Dumoulin, F. Visin: A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
     """
-    return _CONV2D((x, weight, bias), (stride, padding, dilation, groups, layout, activation, algorithm), out)
+    return _CONV2D((x, weight, bias, add), (stride, padding, dilation, groups, layout, activation, algorithm), out)
+
+
+def prepare_conv2d(
+    weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *,
+    layout="NCHW", activation=None, algorithm="auto", batch_norm=None,
+):  # fmt: skip
+    """`conv2d` for weights that are used many times, as in inference: what a call makes of them is made once.
+
+    A convolution first brings its weights into the order in which its kernel reads them; Winograd's transforms them to
+    four times their size. With one or a few small images that takes as long as the convolution itself. Here it is done
+    at the first call with each kind of x, and kept: other shapes share it where their algorithm wants the same.
+
+        prepared = prepare_conv2d(weight, bias, padding=1, activation="relu")
+        y = prepared(x)                      # conv2d(x, weight, bias, padding=1, activation="relu")
+        y = prepared(x, add=shortcut)        # ... the same with add=shortcut
+
+    Args:
+        weight, bias, stride, padding, dilation, groups, layout, activation, algorithm: as for `conv2d`. With "auto",
+            the choice counts with packed weights, so that it may be another one than that of `conv2d`.
+        batch_norm: (running_mean, running_var, weight, bias, eps) of an evaluation batch norm that follows the
+            convolution, before `add` and the activation; weight and bias may be None. It is folded into weight and
+            bias: weight[o] * s[o] and (bias[o] - running_mean[o]) * s[o] + batch norm's bias[o], with s = batch norm's
+            weight / sqrt(running_var + eps), computed in float64 and rounded once.
+
+    Returns:
+        A `PreparedConv2d`. It keeps copies: later changes of the arrays given do not reach it.
+
+    Raises:
+        TypeError, ValueError: as `conv2d`, for what can be seen without x; a batch_norm that is not five things, or
+            not of weight's dtype and number of outputs.
+    """
+    function = "prepare_conv2d"
+    arrays.required(function, weight=weight)
+    statistics, eps = _batch_norm_arrays(function, batch_norm)
+    given = {"weight": weight, "bias": bias, **statistics}
+    views: dict[str, Any] = {n: None if a is None else arrays.host_view(function, n, a)[0] for n, a in given.items()}
+    weight, bias, *vectors = views.values()
+    statistics = dict(zip(statistics, vectors, strict=True))
+    dtype, options = check_preparation(
+        function, weight, bias, statistics, stride, padding, dilation, groups, layout, activation, algorithm
+    )
+    # float16 is computed in float32, and what is folded need not be rounded to less
+    computed = np.dtype(np.float32) if dtype == np.float16 else dtype
+    with np.errstate(all="ignore"):  # a channel of negative variance is NaN, as in batch_norm
+        if batch_norm is not None:
+            weight, bias = _folded(weight, bias, vectors, eps)
+        weight = np.array(weight, computed, order="C")
+        bias = None if bias is None else np.array(bias, computed)
+    return PreparedConv2d(weight, bias, dtype, options)
+
+
+class PreparedConv2d:
+    """What `prepare_conv2d` makes: call it with x as `conv2d`, with x alone.
+
+    prepared(x, *, add=None, out=None) gives the numbers that conv2d with these weights and options gives, bit for bit
+    where the algorithm is the same and no batch norm was folded, for any x that conv2d would take: batched or not,
+    arrays or tensors (whatever the weights were), under any `using`. `tilewise.explain(prepared, x)` tells what it
+    does. Several threads may call it at once.
+
+    Attributes:
+        dtype: of the weights as they were given, which x must have.
+        nbytes: the memory that it holds now: a copy of the weights, and what was packed for the shapes seen so far.
+    """
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, dtype: np.dtype, options: dict):
+        self.dtype = dtype
+        self._options = options
+        check = partial(check_prepared_conv2d, weight, bias, dtype, options)
+        self._bound = Bound("conv", "conv2d", ("x", "add"), check, (weight, bias), in_place=(1,))
+
+    def __call__(self, x, *, add=None, out=None):
+        return self._bound((x, add), (), out)
+
+    @property
+    def nbytes(self) -> int:
+        kept = (*self._bound.constants, *self._bound.packs.values())
+        return sum(a.nbytes for a in kept if a is not None)
+
+    def __reduce__(self):
+        """Copies and pickles go without what was packed."""
+        return PreparedConv2d, (*self._bound.constants, self.dtype, self._options)
+
+    def __repr__(self):
+        weight, bias = self._bound.constants
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"PreparedConv2d(weight {weight.shape} {self.dtype}, {'no ' if bias is None else ''}bias, {options})"
+
+
+def _batch_norm_arrays(function: str, batch_norm) -> tuple[dict, float]:
+    """The arrays of a batch norm to fold, by the names that messages use, and its eps."""
+    if batch_norm is None:
+        return {}, 0.0
+    if not isinstance(batch_norm, tuple | list) or len(batch_norm) != 5:
+        raise TypeError(
+            f"{function}: batch_norm must be (running_mean, running_var, weight, bias, eps), got {batch_norm!r}"
+        )
+    names = [f"batch_norm's {name}" for name in ("running_mean", "running_var", "weight", "bias")]
+    statistics = dict(zip(names, batch_norm, strict=False))
+    arrays.required(function, **{name: statistics[name] for name in names[:2]})
+    return statistics, shapes.number(function, "batch_norm's eps", batch_norm[4])
+
+
+def _folded(weight, bias, statistics: list, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias, in float64, of the convolution that is this one followed by a batch norm in evaluation."""
+    absent = 0, 0, 1, 1, 0  # what stands for a None
+    vectors = [
+        instead if a is None else a.astype(np.float64) for a, instead in zip((bias, *statistics), absent, strict=True)
+    ]
+    bias, mean, variance, scale, shift = vectors
+    factor = scale / np.sqrt(variance + eps)
+    return weight * factor[:, None, None, None], (bias - mean) * factor + shift
 
 
 def conv2d_backward(
@@ -84,7 +205,7 @@ def conv_transpose2d(
     alike.
 
     Args:
-        x: (N, C, H, W), or unbatched (C, H, W); float16, float16, float32 or float64, any strides.
+        x: (N, C, H, W), or unbatched (C, H, W); float16, float32 or float64, any strides.
         weight: (C, O/groups, KH, KW), in both layouts.
         bias: (O,), or None for none.
         stride, dilation: an int or a pair (height, width).
@@ -127,171 +248,9 @@ def conv_transpose2d_backward(
     return _CONV_TRANSPOSE2D_BACKWARD((grad, x, weight), options)
 
 
-@dataclass(slots=True)
-class _Geometry:
-    """A checked call's shapes: the options in normal form, the result's shape, the channels, the pairs multiplied."""
-
-    options: dict
-    batched: bool
-    output: tuple[int, ...]  # as it lies in memory, without N where x has none
-    channels: int  # O
-    products: int  # multiplications of an x by a weight, padded taps included
-
-
-def _images(function: str, x, weight, layout) -> tuple[int, int, int, int]:
-    shape = shapes.image_shape(function, "x", x.shape, layout)
-    if weight.ndim != 4:
-        raise ValueError(f"{function}: weight must have 4 dimensions, got shape {weight.shape}")
-    if 0 in weight.shape:
-        raise ValueError(f"{function}: weight must have at least one of everything, got shape {weight.shape}")
-    if shape[1] == 0:
-        raise ValueError(f"{function}: x has no channels (shape {x.shape}, layout {layout})")
-    if 0 in shape[2:]:
-        raise ValueError(f"{function}: x has no pixels (shape {x.shape}, layout {layout})")
-    return shape
-
-
-def _check_groups(function: str, groups, what: str, channels: int) -> int:
-    groups = shapes.integer(function, "groups", groups)
-    if channels % groups:
-        raise ValueError(f"{function}: groups={groups} does not divide the {channels} {what}")
-    return groups
-
-
-def _output_shape(x, n: int, channels: int, size: shapes.Pair, layout: str) -> tuple[int, ...]:
-    shape = shapes.layout_shape(n, channels, *size, layout)
-    return shape if x.ndim == 4 else shape[1:]
-
-
-def _conv_geometry(function: str, x, weight, stride, padding, dilation, groups, layout) -> _Geometry:
-    n, c, h, w = _images(function, x, weight, layout)
-    o, depth, *taps = weight.shape
-    kernel = (taps[0], taps[1])
-    stride = shapes.pair(function, "stride", stride)
-    dilation = shapes.pair(function, "dilation", dilation)
-    groups = _check_groups(function, groups, "channels of x", c)
-    _check_groups(function, groups, "output channels of weight", o)
-    if depth != c // groups:
-        raise ValueError(
-            f"{function}: weight expects {depth} channels per group but x has {c // groups} "
-            f"(x {x.shape}, weight {weight.shape}, groups={groups})"
-        )
-    padding = shapes.padding_pairs(function, padding, (h, w), kernel, stride, dilation)
-    for axis, size, k, pads, d in zip(("rows", "columns"), (h, w), kernel, padding, dilation, strict=True):
-        if d * (k - 1) + 1 > size + sum(pads):
-            raise ValueError(
-                f"{function}: the kernel spans {d * (k - 1) + 1} {axis} but x with its padding has {size + sum(pads)} "
-                f"(x {x.shape}, weight {weight.shape}, padding={padding}, dilation={dilation})"
-            )
-    out_h, out_w = (
-        shapes.output_size(size, k, s, pads, d)
-        for size, k, s, pads, d in zip((h, w), kernel, stride, padding, dilation, strict=True)
-    )
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
-    output = _output_shape(x, n, o, (out_h, out_w), layout)
-    return _Geometry(options, x.ndim == 4, output, o, prod(output) * depth * prod(kernel))
-
-
-def _transpose_geometry(
-    function: str, x, weight, stride, padding, output_padding, groups, dilation, layout
-) -> _Geometry:
-    n, c, h, w = _images(function, x, weight, layout)
-    inputs, depth, *kernel = weight.shape
-    stride = shapes.pair(function, "stride", stride)
-    dilation = shapes.pair(function, "dilation", dilation)
-    output_padding = shapes.pair(function, "output_padding", output_padding, 0)
-    padding = shapes.explicit_padding(function, padding)
-    groups = _check_groups(function, groups, "channels of x", c)
-    if inputs != c:
-        raise ValueError(
-            f"{function}: weight expects {inputs} channels but x has {c} (x {x.shape}, weight {weight.shape})"
-        )
-    for extra, s, d in zip(output_padding, stride, dilation, strict=True):
-        if extra >= max(s, d):
-            raise ValueError(
-                f"{function}: output_padding must be less than the larger of stride and dilation, "
-                f"got output_padding={output_padding}, stride={stride}, dilation={dilation}"
-            )
-    out_h, out_w = (
-        (size - 1) * s - sum(pads) + d * (k - 1) + extra + 1
-        for size, k, s, pads, extra, d in zip((h, w), kernel, stride, padding, output_padding, dilation, strict=True)
-    )
-    if out_h < 1 or out_w < 1:
-        raise ValueError(
-            f"{function}: the result would have {out_h} x {out_w} pixels "
-            f"(x {x.shape}, weight {weight.shape}, stride={stride}, padding={padding})"
-        )
-    options = {"stride": stride, "padding": padding, "output_padding": output_padding}
-    options |= {"groups": groups, "dilation": dilation, "layout": layout}
-    output = _output_shape(x, n, depth * groups, (out_h, out_w), layout)
-    return _Geometry(options, x.ndim == 4, output, depth * groups, n * c * h * w * depth * prod(kernel))
-
-
-def _forward_problem(function: str, geometry: _Geometry, x, weight, bias) -> Problem:
-    dtype = common_dtype(function, {"x": x, "weight": weight, "bias": bias})
-    shapes.check_bias(function, bias, geometry.channels)
-    values = x.size + weight.size + (0 if bias is None else bias.size) + prod(geometry.output)
-    return Problem(
-        geometry.options,
-        flops=2 * geometry.products,
-        bytes=values * dtype.itemsize,
-        unbatched=() if geometry.batched else (0,),
-        out=(geometry.output, dtype),
-    )
-
-
-def _backward_problem(function: str, geometry: _Geometry, grad, x, weight, needs) -> Problem:
-    dtype = common_dtype(function, {"grad": grad, "x": x, "weight": weight})
-    if grad.shape != geometry.output:
-        raise ValueError(
-            f"{function}: grad must have shape {geometry.output}, got {grad.shape} (x {x.shape}, weight {weight.shape})"
-        )
-    needs = shapes.needs(function, needs, ("x", "weight", "bias"))
-    sizes = {"x": x.size, "weight": weight.size, "bias": geometry.channels}
-    values = grad.size + x.size + weight.size + sum(sizes[name] for name in needs)
-    return Problem(
-        geometry.options | {"needs": needs},
-        flops=2 * geometry.products * (("x" in needs) + ("weight" in needs)),
-        bytes=values * dtype.itemsize,
-        unbatched=() if geometry.batched else (0, 1),
-    )
-
-
-def _check_conv2d(x, weight, bias, stride, padding, dilation, groups, layout, activation, algorithm) -> Problem:
-    required("conv2d", x=x, weight=weight)
-    geometry = _conv_geometry("conv2d", x, weight, stride, padding, dilation, groups, layout)
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"conv2d: algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    geometry.options |= {"activation": shapes.activation("conv2d", activation), "algorithm": algorithm}
-    return _forward_problem("conv2d", geometry, x, weight, bias)
-
-
-def _check_conv2d_backward(grad, x, weight, stride, padding, dilation, groups, layout, needs) -> Problem:
-    function = "conv2d_backward"
-    required(function, grad=grad, x=x, weight=weight)
-    geometry = _conv_geometry(function, x, weight, stride, padding, dilation, groups, layout)
-    return _backward_problem(function, geometry, grad, x, weight, needs)
-
-
-def _check_conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation, layout) -> Problem:
-    function = "conv_transpose2d"
-    required(function, x=x, weight=weight)
-    geometry = _transpose_geometry(function, x, weight, stride, padding, output_padding, groups, dilation, layout)
-    return _forward_problem(function, geometry, x, weight, bias)
-
-
-def _check_conv_transpose2d_backward(
-    grad, x, weight, stride, padding, output_padding, groups, dilation, layout, needs
-) -> Problem:
-    function = "conv_transpose2d_backward"
-    required(function, grad=grad, x=x, weight=weight)
-    geometry = _transpose_geometry(function, x, weight, stride, padding, output_padding, groups, dilation, layout)
-    return _backward_problem(function, geometry, grad, x, weight, needs)
-
-
-_CONV2D = Operation("conv", "conv2d", ("x", "weight", "bias"), _check_conv2d)
-_CONV2D_BACKWARD = Operation("conv", "conv2d_backward", ("grad", "x", "weight"), _check_conv2d_backward)
-_CONV_TRANSPOSE2D = Operation("conv", "conv_transpose2d", ("x", "weight", "bias"), _check_conv_transpose2d)
+_CONV2D = Operation("conv", "conv2d", ("x", "weight", "bias", "add"), check_conv2d, in_place=(3,))
+_CONV2D_BACKWARD = Operation("conv", "conv2d_backward", ("grad", "x", "weight"), check_conv2d_backward)
+_CONV_TRANSPOSE2D = Operation("conv", "conv_transpose2d", ("x", "weight", "bias"), check_conv_transpose2d)
 _CONV_TRANSPOSE2D_BACKWARD = Operation(
-    "conv", "conv_transpose2d_backward", ("grad", "x", "weight"), _check_conv_transpose2d_backward
+    "conv", "conv_transpose2d_backward", ("grad", "x", "weight"), check_conv_transpose2d_backward
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class Plan:
     problem: Problem
 
 
-_operations: list["Operation"] = []
+_operations: WeakSet["Operation"] = WeakSet()  # a prepared convolution has one of its own, which goes with it
 
 
 class Operation:
@@ -97,6 +98,7 @@ class Operation:
     check: check(*operands, *options) -> Problem; raises for a wrong call. Sees NumPy arrays, allocates nothing.
     mutates: operands (by position) that the function updates in place when `mutates_when(problem)`.
     any_strides: the CPU kernel takes strided operands itself, so they are not made contiguous here.
+    in_place: operands (by position) that `out` may be identical with.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Operation:
         mutates: tuple[int, ...] = (),
         mutates_when: Callable[[Problem], bool] = lambda problem: True,
         any_strides: bool = False,
+        in_place: tuple[int, ...] = (),
     ):
         self.family = family
         self.name = name
@@ -116,8 +119,9 @@ class Operation:
         self.mutates = mutates
         self.mutates_when = mutates_when
         self.any_strides = any_strides
+        self.in_place = in_place
         self.plans: dict[tuple, Plan] = {}
-        _operations.append(self)
+        _operations.add(self)
 
     def __call__(self, operands: tuple, options: tuple = (), out=None) -> Any:
         # This is the hot path of every call, about a microsecond: no loop where one operand needs none, no helper
@@ -185,7 +189,7 @@ class Operation:
         choose = getattr(module, f"choose_{self.name}", None)
         algorithm = problem.options.get("algorithm", self.name)
         if choose is not None:
-            algorithm, others = choose(shapes, dtype, problem.options)
+            algorithm, others = self._choose(choose, shapes, dtype, problem.options)
             rejected = rejected | others
             if "algorithm" in problem.options:
                 problem.options["algorithm"] = algorithm
@@ -197,12 +201,7 @@ class Operation:
             work = problem.flops, problem.bytes
             raise _Explained(Decision(self.name, device, backend, algorithm, *work, rejected, note))
 
-        def prepared(shapes, options):
-            prepare = getattr(module, f"prepare_{self.name}", None)
-            if prepare is None:
-                return partial(function, **options) if options else function
-            return prepare(shapes, dtype, **options)
-
+        prepared = partial(self._implementation, module, dtype)
         if half:
             changed = self.mutates if self.mutates and self.mutates_when(problem) else ()
             dtypes = [None if a is None else a.dtype for a in operands]
@@ -211,6 +210,16 @@ class Operation:
         else:
             run = prepared(shapes, problem.options)
         return Plan(run, backend == "cpu" and not self.any_strides, not problem.unbatched, problem)
+
+    def _choose(self, choose: Callable, shapes: list, dtype, options: dict) -> tuple[str, dict[str, str]]:
+        return choose(shapes, dtype, options)
+
+    def _implementation(self, module, dtype, shapes: list, options: dict) -> Callable:
+        """The backend's function for this signature."""
+        function, prepare = getattr(module, self.name), getattr(module, f"prepare_{self.name}", None)
+        if prepare is None:
+            return partial(function, **options) if options else function
+        return prepare(shapes, dtype, **options)
 
     def _call_foreign(self, operands: tuple, options: tuple, out):
         """The way for what is not exactly a NumPy array: torch tensors, subclasses, and everything that is an error."""
@@ -293,9 +302,18 @@ class Operation:
             )
         if not out.flags.writeable:
             raise ValueError(f"{self.name}: out is read-only")
-        for name, operand in zip(self.operands, operands, strict=True):
-            if operand is not None and np.shares_memory(out, operand):
+        for i, (name, operand) in enumerate(zip(self.operands, operands, strict=True)):
+            if operand is None or not np.shares_memory(out, operand):
+                continue
+            if i not in self.in_place:
                 raise ValueError(f"{self.name}: out overlaps {name}")
+            if not _is_same_view(out, operand):
+                raise ValueError(f"{self.name}: out overlaps {name} without being the same array")
+
+
+def _is_same_view(a: np.ndarray, b: np.ndarray) -> bool:
+    first, second = a.__array_interface__, b.__array_interface__
+    return first["data"][0] == second["data"][0] and (a.shape, a.strides, a.dtype) == (b.shape, b.strides, b.dtype)
 
 
 def _batched_shapes(operands: tuple, unbatched: tuple[int, ...]) -> list[tuple[int, ...] | None]:

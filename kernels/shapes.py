@@ -4,6 +4,7 @@ Everything is computed on plain integers, before anything is allocated or compil
 """
 
 from collections.abc import Sequence, Set
+from math import isfinite
 from operator import index
 
 Pair = tuple[int, int]
@@ -21,6 +22,17 @@ def integer(function: str, name: str, value, minimum: int = 1) -> int:
     if number < minimum:
         raise ValueError(f"{function}: {name} must be at least {minimum}, got {number}")
     return number
+
+
+def number(function: str, name: str, value, positive: bool = False) -> float:
+    """`value` as a finite float of at least 0, or more than 0."""
+    if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{function}: {name} must be a number, got {value!r}")
+    result = float(value)
+    if not isfinite(result) or result < 0 or (positive and result == 0):
+        kind = "positive and" if positive else "at least 0 and"
+        raise ValueError(f"{function}: {name} must be {kind} finite, got {value!r}")
+    return result
 
 
 def pair(function: str, name: str, value, minimum: int = 1) -> Pair:

@@ -1,11 +1,11 @@
 """The convolution layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..kernels import conv2d, conv2d_backward
+from ..kernels import conv2d, conv2d_backward, prepare_conv2d
 from ..kernels.shapes import explicit_padding, integer, pair
 from .init import Rng
 from .linear import Affine
@@ -14,8 +14,19 @@ Size = int | Sequence[int]  # one number for both, or a pair (height, width)
 PaddingLike = int | str | Sequence[int] | Sequence[Sequence[int]]
 
 
+# Weights up to this many elements are compared one by one (16 KB of float32: half a microsecond), of larger ones that
+# many are looked at.
+_COMPARED, _SAMPLED = 4096, 2048
+
+
 class Conv2d(Affine):
     """y = x * weight + bias, a cross-correlation, for x (N, C, H, W), weight (out_channels, C / groups, KH, KW).
+
+    In evaluation mode the first call prepares the weights (`prepare_conv2d`), and later ones use that: a copy and a
+    packed form, together two to five times the weights' memory. train() and load_state_dict() drop it, and it is made
+    anew when weight.data or bias.data is another array or has changed in place. Changes in place are looked for in all
+    of a small array, in 2048 elements spread over a large one: a step of training, loading, scaling or zeroing a
+    filter shows there, but single numbers changed by hand may not: call release() then.
 
     Args:
         in_channels, out_channels: C of x and of y; both divisible by groups.
@@ -29,6 +40,9 @@ class Conv2d(Affine):
         rng: a numpy.random.Generator or a seed, for the initial values.
         dtype: of the parameters; x must have it too.
     """
+
+    transient = ("_kept", "_prepared")
+    _prepared: tuple["_Source", Callable] | None = None
 
     def __init__(
         self,
@@ -64,10 +78,25 @@ class Conv2d(Affine):
         return (self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
+        if not self.training:
+            return self._evaluation()(x)
         bias = None if self.bias is None else self.bias.data
         y = conv2d(x, self.weight.data, bias, *self._options(), layout=self.layout)
         self.keep(x)
         return y
+
+    def _evaluation(self) -> Callable:
+        """The prepared convolution of the weights as they are now."""
+        weight, bias = self.weight.data, None if self.bias is None else self.bias.data
+        options = (*self._options(), self.layout)
+        found = self._prepared  # once: another thread may be at it
+        if found is None or not found[0].is_still(weight, bias, options):
+            source = _Source(weight, bias, options)  # before it is read: a change meanwhile is noticed by the next call
+            found = self._prepared = (source, prepare_conv2d(weight, bias, *self._options(), layout=self.layout))
+        return found[1]
+
+    def release(self):
+        self._prepared = None
 
     def gradients(self, grad, x, needs):
         return conv2d_backward(grad, x, self.weight.data, *self._options(), layout=self.layout, needs=needs)
@@ -77,6 +106,34 @@ class Conv2d(Affine):
         plain = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1, "layout": "NCHW"}
         parts += [f"{name}={getattr(self, name)!r}" for name, usual in plain.items() if getattr(self, name) != usual]
         return ", ".join(parts) + ("" if self.bias else ", bias=False")
+
+
+class _Source:
+    """What a prepared convolution was made of, to see whether that has changed."""
+
+    __slots__ = ("bias", "options", "samples", "weight")
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, options: tuple):
+        self.weight, self.bias, self.options = weight, bias, options
+        self.samples = _sample(weight), b"" if bias is None else _sample(bias)
+
+    def is_still(self, weight: np.ndarray, bias: np.ndarray | None, options: tuple) -> bool:
+        return (
+            weight is self.weight
+            and bias is self.bias
+            and options == self.options
+            and _sample(weight) == self.samples[0]
+            and (bias is None or _sample(bias) == self.samples[1])
+        )
+
+
+def _sample(array: np.ndarray) -> bytes:
+    """Every element of a small array, about _SAMPLED of a large one, at distances that spread over all its axes."""
+    if array.size <= _COMPARED:
+        return array.tobytes()
+    step = array.size // _SAMPLED | 1  # odd, and no multiple of 3: sizes of axes seldom share a factor with it
+    step += 2 if step % 3 == 0 else 0
+    return array.ravel("K")[::step].tobytes()
 
 
 def layer_padding(function: str, value: PaddingLike):

@@ -63,6 +63,7 @@ class Module:
 
     training: bool = True
     buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained, such as running means
+    transient: tuple[str, ...] = ("_kept",)  # attributes that copies and pickles go without
     _kept: tuple | None = None
 
     def forward(self, x: np.ndarray) -> np.ndarray:
@@ -133,11 +134,16 @@ class Module:
         """Training mode (or, with False, evaluation mode) for this module and all inside it; returns the module."""
         for _, module in self.modules():
             module.training = mode
+            if mode:
+                module.release()
         return self
 
     def eval(self):
         """Evaluation mode: dropout is off, batch norm uses its running statistics, nothing is kept for backward."""
         return self.train(False)
+
+    def release(self):
+        """Forget what forward derived from this module's parameters; train() and load_state_dict() call it."""
 
     def _state(self) -> dict[str, np.ndarray]:
         """The arrays themselves by dotted name, in PyTorch's order: a module's parameters, buffers, then children."""
@@ -181,11 +187,13 @@ class Module:
                 raise TypeError(f"load_state_dict: {name} is {value.dtype}, which does not fit {own[name].dtype}")
         for name, value in values.items():
             own[name][...] = value
+        for _, module in self.modules():
+            module.release()
         return unmatched
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles go without what the last forward kept, which may be large."""
-        return {name: value for name, value in vars(self).items() if name != "_kept"}
+        """Copies and pickles go without what forward kept, which may be large."""
+        return {name: value for name, value in vars(self).items() if name not in self.transient}
 
     def describe(self) -> str:
         """The constructor's arguments, as the repr shows them."""

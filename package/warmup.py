@@ -160,6 +160,9 @@ def _convolutions(a, layout: str) -> Calls:
         yield f"conv2d {algorithm}", lambda f=algorithm: t.conv2d(x(), a(8, 8, 3, 3), algorithm=f, **at)
     for size in (9, 33) if a(1).dtype == np.float32 else ():  # few tiles and many
         yield f"conv2d winograd {size}", lambda s=size: t.conv2d(x(s), a(8, 8, 3, 3), algorithm="winograd", **at)
+    for algorithm in ("gemm", "winograd") if a(1).dtype == np.float32 else ("gemm",):
+        prepared = partial(t.prepare_conv2d, a(8, 8, 3, 3), algorithm=algorithm, **at)
+        yield f"prepare_conv2d {algorithm}", lambda make=prepared: make()(x())
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
     for activation in (None, *EPILOGUES):
         yield f"conv2d 1x1 {activation}", lambda f=activation: t.conv2d(x(), pointwise, a(8), activation=f, **at)

@@ -151,6 +151,10 @@ for layout in ("NCHW", "NHWC"):
             out = fenced_copy(y)
             kernels.conv2d(x, weight, bias, layout=layout, out=out, **options)
             assert (out == y).all()
+            prepared = kernels.prepare_conv2d(weight, bias, layout=layout, **options)
+            kernels.conv2d(x, weight, bias, layout=layout, add=fenced_copy(y), out=out, **options)
+            # the weights being free, it may choose Winograd where the plain call does not
+            assert np.allclose(prepared(x, add=fenced_copy(y), out=y), out, rtol=0, atol=1e-2)
             kernels.conv2d_backward(out, x, weight, layout=layout, **options)
 print("done")
 """

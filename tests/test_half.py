@@ -87,12 +87,23 @@ def batch_norms(rng, layout, **size):
         yield tilewise.batch_norm_backward, (image(rng, layout, **size), x, mean, var, halves(rng, c)), at
 
 
+def added(x, weight, bias, add, **options):
+    return tilewise.conv2d(x, weight, bias, add=add, **options)
+
+
+def prepared(x, weight, bias, add, **options):
+    return tilewise.prepare_conv2d(weight, bias, **options)(x, add=add)
+
+
 def convolutions(rng, layout):
     t, x, at = tilewise, image(rng, layout), {"layout": layout, "padding": 1}
     w, v = halves(rng, 8, 5, 3, 3), halves(rng, 5, 8, 3, 3)
     grad = image(rng, layout, c=8)
     yield t.conv2d, (x, w, halves(rng, 8)), at | {"activation": "tanh"}
     yield t.conv2d, (x, w), at | {"algorithm": "winograd"}
+    summand = image(rng, layout, c=8, h=5, w=5)
+    for function in (added, prepared):
+        yield function, (x, w, halves(rng, 8), summand), at | {"activation": "relu", "stride": 2}
     yield t.conv2d_backward, (grad, x, w), at
     yield t.conv_transpose2d, (x, v, halves(rng, 8)), at
     yield t.conv_transpose2d_backward, (grad, x, v), at | {"needs": ("x", "bias")}

@@ -1,5 +1,8 @@
 """Every layer against PyTorch's of the same name: forward, gradients of input and parameters, buffers, both modes."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from gradcheck import assert_gradient, numerical_gradient
@@ -164,6 +167,108 @@ def test_frozen_batch_norm_uses_and_keeps_its_statistics(rng):
     assert_gradient(norm.backward(cotangent), numerical_gradient(norm.eval().forward, x, cotangent))
     for name, value in norm.state_dict().items():
         np.testing.assert_array_equal(value, before[name])
+
+
+def prepared_layer(rng, shape=(3, 4, 3), **options):
+    layer = nn.Conv2d(*shape, padding=1, rng=rng, **options).eval()
+    x = rng.standard_normal((2, shape[0], 6, 7)).astype(np.float32)
+    layer(x)
+    return layer, x
+
+
+def plain(layer, x):
+    bias = None if layer.bias is None else layer.bias.data
+    return tilewise.conv2d(x, layer.weight.data, bias, *layer._options(), layout=layer.layout)
+
+
+class TestPreparedConvolution:
+    """Conv2d in evaluation mode keeps packed weights, and never a result of old ones."""
+
+    def test_is_made_at_the_first_call_and_kept(self, rng, reference):
+        layer, x = prepared_layer(rng)
+        first = layer._prepared
+        assert first is not None
+        np.testing.assert_array_equal(layer(x), plain(layer, x))
+        layer.eval()(x[:1])
+        assert layer._prepared is first
+
+    def test_on_the_cpu_gives_what_the_plain_call_gives(self, rng):
+        with tilewise.using(backend="cpu"):
+            for layout in ("NCHW", "NHWC"):
+                layer = nn.Conv2d(3, 4, 3, rng=rng, layout=layout).eval()
+                x = rng.standard_normal((2, 6, 6, 3) if layout == "NHWC" else (2, 3, 6, 6)).astype(np.float32)
+                assert_close(layer(x), plain(layer, x), 27)
+
+    def test_training_mode_has_none(self, rng, reference):
+        layer, x = prepared_layer(rng)
+        network = nn.Sequential(layer, nn.ReLU())
+        network.train()
+        assert layer._prepared is None
+        network(x)
+        assert layer._prepared is None
+        layer.eval()(x)
+        network.load_state_dict({name: value + 1 for name, value in network.state_dict().items()})
+        assert layer._prepared is None
+        np.testing.assert_array_equal(layer.eval()(x), plain(layer, x))
+
+    @pytest.mark.parametrize("shape", [(3, 4, 3), (96, 128, 3)], ids=["compared", "sampled"])
+    def test_changes_are_noticed(self, rng, reference, shape):
+        layer, x = prepared_layer(rng, shape)
+
+        def replace(data):
+            layer.weight.data = data
+
+        def freeze():
+            layer.weight.data.flags.writeable = False
+            replace(layer.weight.data.copy())
+
+        optimizer = nn.SGD(layer.parameters(), 0.1)
+        for parameter in layer.parameters():
+            parameter.grad = np.ones_like(parameter.data)
+        changes = [
+            lambda: replace(layer.weight.data * 2),
+            lambda: layer.weight.data.__imul__(np.float32(1.5)),
+            optimizer.step,
+            lambda: layer.weight.data[1].fill(0),  # a filter
+            lambda: layer.weight.data[:, 2].fill(0),  # an input channel
+            lambda: layer.weight.data[:, :, 1, 1].fill(3),
+            lambda: layer.weight.data.fill(np.nan),
+            lambda: layer.weight.data.fill(1),
+            lambda: layer.bias.data.__setitem__(1, 9),
+            lambda: setattr(layer, "bias", None),
+            lambda: setattr(layer, "padding", ((0, 0), (1, 1))),
+            lambda: replace(np.asfortranarray(layer.weight.data)),
+            lambda: layer.weight.data[0].fill(4),
+            freeze,
+        ]
+        for i, change in enumerate(changes):
+            before = layer._prepared
+            change()
+            np.testing.assert_array_equal(layer(x), plain(layer, x), err_msg=f"change {i}")
+            assert layer._prepared is not before, i
+            kept = layer._prepared
+            layer(x)
+            assert layer._prepared is kept, i
+
+    def test_release_is_for_what_goes_unnoticed(self, rng, reference):
+        layer, x = prepared_layer(rng, (96, 128, 3))
+        layer.weight.data[5, 5, 1, 1] += 1
+        layer.release()
+        np.testing.assert_array_equal(layer(x), plain(layer, x))
+
+    def test_copies_and_pickles_go_without(self, rng, reference):
+        layer, x = prepared_layer(rng)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert other._prepared is None
+            np.testing.assert_array_equal(other(x), layer(x))
+            assert other._prepared is not None
+
+    def test_wrong_x_is_refused_as_in_training(self, rng, reference):
+        layer, x = prepared_layer(rng)
+        with pytest.raises(ValueError, match="conv2d: weight expects 3 channels per group but x has 2"):
+            layer(x[:, :2])
+        with pytest.raises(TypeError, match="conv2d: weight is float32 but x is float64"):
+            layer(x.astype(np.float64))
 
 
 class TestDropout:

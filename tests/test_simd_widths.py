@@ -58,8 +58,14 @@ for layout, shape in (("NCHW", (2, 9, 15, 17)), ("NHWC", (2, 15, 17, 9))):
     for stride in (1, 2):
         options = {"stride": stride, "padding": 1, "layout": layout}
         y = check(kernels.conv2d, x, weight, bias, activation="relu", algorithm="gemm", **options)
+        check(kernels.conv2d, x, weight, bias, activation="relu", algorithm="gemm", add=y, **options)
         check(kernels.conv2d_backward, y, x, weight, **options)
-    check(kernels.conv2d, x, weight, bias, padding=1, layout=layout, algorithm="winograd")
+    y = check(kernels.conv2d, x, weight, bias, padding=1, layout=layout, algorithm="winograd")
+    check(kernels.conv2d, x, weight, bias, padding=1, layout=layout, algorithm="winograd", add=y)
+    for algorithm in ("gemm", "winograd"):
+        options = {"padding": 1, "layout": layout, "algorithm": algorithm}
+        prepared = kernels.prepare_conv2d(weight, bias, **options)
+        assert (prepared(x) == kernels.conv2d(x, weight, bias, **options)).all()
     depthwise = normal(9, 1, 3, 3)
     y = check(kernels.conv2d, x, depthwise, padding=1, groups=9, layout=layout)
     check(kernels.conv2d_backward, y, x, depthwise, padding=1, groups=9, layout=layout)

@@ -16,10 +16,17 @@ Python.
 """
 
 from math import prod
+from typing import Any
 
 import numpy as np
 
-from tilewise.kernels.cpu import conv_columns, conv_pointwise, conv_weight, conv_winograd_nhwc, conv_winograd_weight
+from tilewise.kernels.cpu import (
+    conv_columns,
+    conv_pointwise_input,
+    conv_weight,
+    conv_winograd_nhwc,
+    conv_winograd_weight,
+)
 from tilewise.kernels.cpu.conv_depthwise import Depthwise
 from tilewise.kernels.cpu.conv_depthwise_weight import WeightGradient
 from tilewise.kernels.cpu.conv_pass import (
@@ -32,7 +39,7 @@ from tilewise.kernels.cpu.conv_pass import (
     prepare_pass,
     turn_planes,
 )  # fmt: skip
-from tilewise.kernels.cpu.conv_pointwise import PointwiseInput
+from tilewise.kernels.cpu.conv_pointwise_input import PointwiseInput
 from tilewise.kernels.cpu.conv_pointwise_weight import PointwiseGradient
 from tilewise.kernels.cpu.conv_winograd import TILES
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
@@ -45,9 +52,12 @@ DIRECT_BELOW = 4_000
 WEIGHT_RATE = 190
 
 
-def choose_conv2d(shapes, dtype, options):
-    """(algorithm, why not the others) for this problem; raises ValueError where the one asked for does not apply."""
-    x, weight, _ = shapes
+def choose_conv2d(shapes, dtype, options, packed=False):
+    """(algorithm, why not the others) for this problem; raises ValueError where the one asked for does not apply.
+
+    packed: the weights are packed once, not in each call.
+    """
+    x, weight, *_ = shapes
     nhwc = options["layout"] == "NHWC"
     multiplier = weight[0] // options["groups"]
     oh, ow = _output_size(x, weight, options)
@@ -71,7 +81,7 @@ def choose_conv2d(shapes, dtype, options):
     why_not["direct"] = f"{DIRECT_BELOW} FLOPs or more"
     if "winograd" in why_not:
         return "gemm", why_not
-    estimates = _estimates(x[0], options["groups"], weight, oh, ow, options["layout"])
+    estimates = _estimates(x[0], options["groups"], weight, oh, ow, options["layout"], packed)
     best = min(estimates, key=estimates.__getitem__)
     for name, nanoseconds in estimates.items():
         if name != best:
@@ -88,12 +98,13 @@ def _why_not_winograd(weight, dtype, stride, dilation, layout):
     return None
 
 
-def _estimates(n, groups, weight, oh, ow, layout):
+def _estimates(n, groups, weight, oh, ow, layout, packed=False):
     """Nanoseconds on one thread, fitted to ResNet-50's and VGG-16's 3x3 layers on two AVX-512 machines, and scaled to
     115 GFLOP/s for the implicit product: only the proportions matter.
 
     Winograd: 36 products of a block of tiles, the transforms of its inputs and outputs, and the transform of the
-    weights, whose 36 numbers each are written and read once and cost more where they do not fit a cache.
+    weights, whose 36 numbers each are written and read once and cost more where they do not fit a cache. Packed weights
+    are only read, but those of Winograd are four times as many.
     """
     outputs, channels = weight[0] // groups, weight[1]
     gemm = 2 * 9 * channels * outputs * oh * ow * n / 115
@@ -104,6 +115,7 @@ def _estimates(n, groups, weight, oh, ow, layout):
         tiles, cost = -(-tiles // MR) * MR, 0.15 if few else 1.2 if weights < 1 << 22 else 3
     else:
         tiles, cost = -(-tiles // TILES) * TILES, 1.2 if weights < 1 << 22 else 3
+    cost = 0.1 if packed else cost
     products = 36 * channels * outputs * tiles * 2 / 125
     transforms = (12 if few else 24) * tiles * (channels + outputs)
     return {"gemm": groups * gemm, "winograd": groups * (products + transforms + weights * cost)}
@@ -122,38 +134,70 @@ def _tap_offsets(kernel_size, dilation, padding):
     return [np.arange(k) * d - p[0] for k, d, p in zip(kernel_size, dilation, padding, strict=True)]
 
 
-def prepare_conv2d(shapes, dtype, *, stride, padding, dilation, groups, layout, activation, algorithm):
-    x, weight, _ = shapes
+def _forward(
+    x, weight, dtype, *, stride, padding, dilation, groups, layout, activation, algorithm
+) -> tuple[tuple[int, ...], Any]:
+    """(the result's shape, the pass that fills it); no pass where it has no elements."""
     options = {"stride": stride, "padding": padding, "dilation": dilation, "layout": layout}
     oh, ow = _output_size(x, weight, options)
     shape = layout_shape(x[0], weight[0], oh, ow, layout)
-    no_bias = NO_BIAS[dtype]
     if prod(shape) == 0:
-        return lambda x, weight, bias, *, out=None: np.empty(shape, dtype) if out is None else out
+        return shape, None
     taps = _tap_offsets(weight[2:], dilation, padding)
     code = ACTIVATION_CODES[activation]
     if algorithm == "depthwise":
         axes = [[(np.arange(offsets.size), offsets)] for offsets in taps]
-        forward = Depthwise(x, weight, shape, axes, stride, layout, dtype, code)
-    else:
-        grid = (0, 0, 1, 1, oh, ow)
-        forward = prepare_pass(x, weight, shape, dtype, taps, stride, grid, groups, layout, algorithm, code)
+        return shape, Depthwise(x, weight, shape, axes, stride, layout, dtype, code)
+    grid = (0, 0, 1, 1, oh, ow)
+    return shape, prepare_pass(x, weight, shape, dtype, taps, stride, grid, groups, layout, algorithm, code)
 
-    def run(x, weight, bias, *, out=None):
+
+def prepare_conv2d(shapes, dtype, **options):
+    x, weight, *_ = shapes
+    shape, forward = _forward(x, weight, dtype, **options)
+    nothing = NO_BIAS[dtype]
+    if forward is None:
+        return lambda x, weight, bias, add, *, out=None: np.empty(shape, dtype) if out is None else out
+
+    def run(x, weight, bias, add, *, out=None):
         if out is None:
             out = empty(shape, dtype)
-        forward(x, weight, out, no_bias if bias is None else bias)
+        bias, add = nothing if bias is None else bias, nothing if add is None else add.ravel()
+        forward(x, weight, out, bias, add, nothing)
         return out
 
     return run
 
 
-def conv2d(x, weight, bias, *, stride, padding, dilation, groups, layout, activation, algorithm, out=None):
+def bind_conv2d(shapes, dtype, weight, bias, packs, **options):
+    """conv2d with weight and bias given once: run(x, add, *, out=None).
+
+    packs: packing -> packed weights, for all calls with these weights; what is missing is added.
+    """
+    shape, forward = _forward(shapes[0], weight.shape, dtype, **options)
+    nothing = NO_BIAS[dtype]
+    if forward is None:
+        return lambda x, add, *, out=None: np.empty(shape, dtype) if out is None else out
+    packed = nothing
+    if forward.packing is not None:
+        if forward.packing not in packs:
+            packs[forward.packing] = forward.pack(weight)
+        packed = packs[forward.packing]
+    bias = nothing if bias is None else bias
+
+    def run(x, add, *, out=None):
+        if out is None:
+            out = empty(shape, dtype)
+        forward(x, weight, out, bias, nothing if add is None else add.ravel(), packed)
+        return out
+
+    return run
+
+
+def conv2d(x, weight, bias, add, *, stride, padding, dilation, groups, layout, activation, algorithm, out=None):
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
-    shapes = (x.shape, weight.shape, None)
-    return prepare_conv2d(shapes, x.dtype, activation=activation, algorithm=algorithm, **options)(
-        x, weight, bias, out=out
-    )
+    run = prepare_conv2d((x.shape, weight.shape), x.dtype, activation=activation, algorithm=algorithm, **options)
+    return run(x, weight, bias, add, out=out)
 
 
 def _phase(first, stride, padding, dilation, kernel_size):
@@ -199,7 +243,7 @@ class _TransposedConvolution:
                 self.whole = conv_columns.Columns(grad, weight, result, dtype, stride, padding, dilation, layout)
                 return
             unpadded = [tuple(int(offset[0]) for _, offset in axis if offset.size) for axis in axes] == [(0,), (0,)]
-            if unpadded and conv_pointwise.applies(weight, size, image_size(grad, layout), groups, layout):
+            if unpadded and conv_pointwise_input.applies(weight, size, image_size(grad, layout), groups, layout):
                 self.whole = PointwiseInput(grad, weight, layout, dtype)
                 return
             for i, (rows, row_offsets) in enumerate(axes[0]):

@@ -28,6 +28,7 @@ from tilewise.kernels.cpu.depthwise_strip import clear, deal_rows, interleave, s
 from tilewise.kernels.cpu.depthwise_vector import TILE, correlate
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.row_moves import finish_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import address, lane_count, lanes
 from tilewise.kernels.cpu.vector_move import copy_lanes
@@ -160,22 +161,27 @@ def _put_together(block, width, rows, columns, y, y_step, ow):
 
 @kernel()
 def convolve_nchw(
-    x, weight, y, bias, planes, groups, outputs, h, w, oh, ow, row_phases, column_phases, strips, table, starts,
+    x, weight, y, bias, extra, planes, groups, outputs, h, w, oh, ow, row_phases, column_phases, strips, table, starts,
     all_taps, square, activation,
 ):  # fmt: skip
-    """planes: images * groups; outputs: planes of y for one of x; strips: see Strips.constants."""
+    """planes: images * groups; outputs: planes of y for one of x; strips: see Strips.constants.
+
+    extra: empty, or, where there is one phase, added to the result before the activation; it may be y itself, and so a
+    band is not written to y before it is whole.
+    """
     height, bands, first_row, first_column, strip_rows, part, stride_h, stride_w = strips
     shift = bias if bias.size > 0 else np.zeros(groups * outputs, x.dtype)
     pitch = part * stride_w
     # of a phase's row in whole vectors: one written under a mask could not be read back before it is in the cache
     width = ((ow + column_phases - 1) // column_phases + lanes(x) - 1) // lanes(x) * lanes(x)
     tallest = (height + bands - 1) // bands
+    aside = 1 if column_phases > 1 or extra.size > 0 else 0
     units = planes * bands
     chunks = min(units, CHUNKS)
     for chunk in prange(chunks):
         # An array lives until its last use by name: a pointer kept from before the loop would outlive it.
         strip_memory = scratch(strip_rows * pitch, x)
-        block_memory = scratch(tallest * column_phases * width if column_phases > 1 else 0, x)
+        block_memory = scratch(aside * tallest * column_phases * width, x)
         for unit in range(units * chunk // chunks, units * (chunk + 1) // chunks):
             strip, block = address(strip_memory, 0), address(block_memory, 0)
             plane = unit // bands
@@ -194,7 +200,7 @@ def convolve_nchw(
                 factors, value = address(weight, o * all_taps), address(shift, o)
                 for phase in range(p * column_phases, (p + 1 if rows > 0 else p) * column_phases):
                     entries, taps = address(table, 2 * starts[phase]), starts[phase + 1] - starts[phase]
-                    if column_phases == 1:
+                    if aside == 0:
                         _strip_outputs(
                             strip, pitch, stride_h, entries, taps, square, factors, all_taps, value,
                             address(y, target), row_phases * ow, rows, ow,
@@ -208,6 +214,11 @@ def convolve_nchw(
                         )  # fmt: skip
                 if column_phases > 1:
                     _put_together(block, width, rows, column_phases, address(y, target), row_phases * ow, ow)
+                elif extra.size > 0:
+                    for i in range(rows):
+                        where = target + i * ow
+                        row = step(block, i * width)
+                        finish_row(1, address(y, where), row, ow, x.dtype.type(0), 0, address(extra, where), 1)
                 if activation != 0:
                     activate_row(y, target, rows * ow, activation)
 
@@ -356,10 +367,10 @@ def _region_row(x, channels, stride_w, table, taps, square, weight, all_taps, bi
 
 @kernel()
 def convolve_nhwc(
-    x, weight, y, bias, n, channels, h, w, oh, ow, row_phases, column_phases, bands, stride_h, stride_w, regions, table,
-    all_taps, activation,
+    x, weight, y, bias, extra, n, channels, h, w, oh, ow, row_phases, column_phases, bands, stride_h, stride_w, regions,
+    table, all_taps, activation,
 ):  # fmt: skip
-    """One output a channel; regions and table: see Regions."""
+    """One output a channel; regions and table: see Regions; extra: see convolve_nchw."""
     width = lanes(x)
     shift = bias if bias.size > 0 else np.zeros(channels, x.dtype)
     packed = scratch((channels + width - 1) // width * width * all_taps, x)
@@ -367,35 +378,45 @@ def convolve_nhwc(
     height = (oh + row_phases - 1) // row_phases
     units = n * bands
     chunks = min(units, CHUNKS)
+    aside = (height + bands - 1) // bands * ow * channels if extra.size > 0 else 0
     for chunk in prange(chunks):
+        band_memory = scratch(aside, x)
         for unit in range(units * chunk // chunks, units * (chunk + 1) // chunks):
             image = unit // bands
             band = unit - image * bands
             i0, i1 = height * band // bands, height * (band + 1) // bands
+            first, count = (image * oh + i0) * ow * channels, (i1 - i0) * ow * channels
             for r in range(0, regions.size, 9):
                 p, q, j0, j1 = regions[r], regions[r + 3], regions[r + 4], regions[r + 5]
                 for i in range(max(i0, regions[r + 1]), min(i1, regions[r + 2])):
                     source = ((image * h + i * stride_h) * w + j0 * stride_w) * channels
                     target = ((image * oh + i * row_phases + p) * ow + j0 * column_phases + q) * channels
+                    to = address(band_memory, target - first) if aside else address(y, target)
                     _region_row(
                         address(x, source), channels, stride_w, address(table, 2 * regions[r + 6]), regions[r + 7],
-                        regions[r + 8], address(packed, 0), all_taps, address(shift, 0), address(y, target),
+                        regions[r + 8], address(packed, 0), all_taps, address(shift, 0), to,
                         column_phases * channels, j1 - j0,
                     )  # fmt: skip
+            if aside:
+                to, whole = address(y, first), address(band_memory, 0)
+                finish_row(1, to, whole, count, x.dtype.type(0), 0, address(extra, first), 1)
             if activation != 0:
-                activate_row(y, (image * oh + i0) * ow * channels, (i1 - i0) * ow * channels, activation)
+                activate_row(y, first, count, activation)
 
 
 class Depthwise:
-    """One depthwise convolution with everything but the arrays worked out; call it with x, weight, y and bias.
+    """One depthwise convolution with everything but the arrays worked out; call it with x, weight, y, bias and extra.
 
     x, y: shapes. weight: (channels * outputs, 1, KH, KW). taps: for rows and for columns, a list over the phases of y
     of (numbers, offsets); see Strips. A convolution has one phase, its transpose as many as its stride.
     """
 
-    __slots__ = ("constants", "kernel")
+    __slots__ = ("constants", "kernel", "no_extra")
+
+    packing = None  # nothing to prepare: the weights are few and read as they lie, or packed in no time
 
     def __init__(self, x, weight, y, taps, stride, layout, dtype, activation=0):
+        self.no_extra = np.empty(0, dtype)
         n, all_taps, phases = x[0], prod(weight[2:]), [len(axis) for axis in taps]
         work = 2 * prod(y) * all_taps / prod(phases) * COST
         if layout == "NHWC":
@@ -414,5 +435,6 @@ class Depthwise:
             head = (n * channels, channels, weight[0] // channels, h, w, oh, ow, *phases, strips.constants)
             self.constants = (*head, strips.table, strips.starts, all_taps, strips.square, activation)
 
-    def __call__(self, x, weight, y, bias):
-        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, *self.constants)
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        extra = self.no_extra if extra is None else extra
+        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, *self.constants)

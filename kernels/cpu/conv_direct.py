@@ -46,7 +46,7 @@ def _one_pixel(x, base, all_channels, h, w, weight, start, channels, tap_rows, t
 @kernel()
 def definition_nhwc(
     x, n, groups, channels, h, w, weight, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
-    y, y_start, image_step, row_step, column_step, bias, activation,
+    y, y_start, image_step, row_step, column_step, bias, extra, activation,
 ):  # fmt: skip
     """The definition, one output after the other; arguments as `conv_nhwc.convolve`."""
     taps = tap_rows.size * tap_columns.size
@@ -63,6 +63,8 @@ def definition_nhwc(
                 if bias.size > 0:
                     value += bias[o]
                 target = y_start + image * image_step + i * row_step + j * column_step + o
+                if extra.size > 0:
+                    value += extra[target]
                 y[target] = apply_activation(value, activation)
 
 
@@ -79,7 +81,7 @@ def _add_tap(x, source, stride, factor, sums, first, last):
 @device(allocates=True)
 def _plane(
     x, base, channels, h, w, weight, start, tap_rows, tap_columns, stride_h, stride_w, oh, ow, y, target, row_step,
-    column_step, value, activation,
+    column_step, value, extra, activation,
 ):  # fmt: skip
     """One output plane, a row at a time: the row's sums stay in L1 while every tap of every channel is added."""
     sums = np.empty(ow, x.dtype)
@@ -97,9 +99,12 @@ def _plane(
                     if first < last:
                         factor = weight[start + (c * tap_rows.size + r) * tap_columns.size + s]
                         _add_tap(x, base + (c * h + row) * w + offset, stride_w, factor, sums, first, last)
+        where = target + i * row_step
+        if extra.size > 0:
+            for j in range(ow):
+                sums[j] += extra[where + j * column_step]
         if activation != 0:
             activate_row(sums, 0, ow, activation)
-        where = target + i * row_step
         for j in range(ow):
             y[where + j * column_step] = sums[j]
 
@@ -107,7 +112,7 @@ def _plane(
 @kernel()
 def rows_nchw(
     x, n, groups, channels, h, w, weight, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
-    y, y_start, plane, row_step, column_step, bias, activation,
+    y, y_start, plane, row_step, column_step, bias, extra, activation,
 ):  # fmt: skip
     """Row by row, for few channels a group; arguments as `conv_nchw.convolve`."""
     taps = tap_rows.size * tap_columns.size
@@ -117,5 +122,5 @@ def rows_nchw(
         value = bias[o] if bias.size > 0 else x.dtype.type(0)
         _plane(
             x, source, channels, h, w, weight, o * channels * taps, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
-            y, y_start + chunk * plane, row_step, column_step, value, activation,
+            y, y_start + chunk * plane, row_step, column_step, value, extra, activation,
         )  # fmt: skip

@@ -281,31 +281,37 @@ def _place_vectors(runs, n_runs, vectors, lane_width, places):
 
 
 @device()
-def _product(vectors, panels, left, source, p, offsets, table, depth, sums, tile, accumulate):
+def _product(vectors, panels, left, source, p, offsets, table, depth, sums, tile, tile_size, accumulate, outputs):
     a, b, c, steps = address(panels, left), address(source, p), address(sums, tile), address(offsets, table)
     if vectors >= NV:
-        offset_product(MR, NV, a, b, steps, depth, c, accumulate)
+        offset_product(MR, NV, a, b, steps, depth, c, tile_size, accumulate, outputs)
     elif vectors == 2:
-        offset_product(MR, 2, a, b, steps, depth, c, accumulate)
+        offset_product(MR, 2, a, b, steps, depth, c, tile_size, accumulate, outputs)
     else:
-        offset_product(MR, 1, a, b, steps, depth, c, accumulate)
+        offset_product(MR, 1, a, b, steps, depth, c, tile_size, accumulate, outputs)
 
 
 @device()
 def _product_to(
-    vectors, panels, left, source, p, offsets, table, depth, sums, tile, accumulate, y, target, plane, places,
-    used, bias, first, relu,
+    vectors, panels, left, source, p, offsets, table, depth, sums, tile, tile_size, accumulate, outputs, y, target,
+    plane, places, bias, first, relu,
 ):  # fmt: skip
     a, b, c, steps = address(panels, left), address(source, p), address(sums, tile), address(offsets, table)
     to, where = address(y, target), address(places, 0)
     has_bias = 1 if bias.size > 0 else 0
     shift = address(bias, first if has_bias else 0)
     if vectors >= NV:
-        offset_product_to(MR, NV, a, b, steps, depth, c, accumulate, to, plane, where, used, shift, has_bias, relu)
+        offset_product_to(
+            MR, NV, a, b, steps, depth, c, tile_size, accumulate, outputs, to, plane, where, shift, has_bias, relu
+        )
     elif vectors == 2:
-        offset_product_to(MR, 2, a, b, steps, depth, c, accumulate, to, plane, where, used, shift, has_bias, relu)
+        offset_product_to(
+            MR, 2, a, b, steps, depth, c, tile_size, accumulate, outputs, to, plane, where, shift, has_bias, relu
+        )
     else:
-        offset_product_to(MR, 1, a, b, steps, depth, c, accumulate, to, plane, where, used, shift, has_bias, relu)
+        offset_product_to(
+            MR, 1, a, b, steps, depth, c, tile_size, accumulate, outputs, to, plane, where, shift, has_bias, relu
+        )
 
 
 @device(allocates=True)
@@ -321,11 +327,11 @@ def _block(
     width = NV * lanes(x)
     pixels = (images * rows - 1) * pitch + ow
     n_panels = (pixels + width - 1) // width
-    tiles = (outputs + MR - 1) // MR
+    tiles, tile_size = (outputs + MR - 1) // MR, MR * width
     size = min(block, channels) * n_phases * plane if not in_place else 0
     planes = scratch(size + 2 * width, x)
     clear_row(address(planes, size), width)
-    sums = scratch(MR * width * (n_panels * tiles if block < channels else 1), x)
+    sums = scratch(tile_size * (n_panels * tiles if block < channels else 1), x)
     runs, places = np.empty((width + 1, 3), np.int64), np.empty(6 * NV, np.int64)
     n_runs = 0
     in_registers = False
@@ -349,33 +355,67 @@ def _block(
                 )
                 placed = _place_vectors(runs, n_runs, min(vectors, NV), lanes(x), places)
                 in_registers = placed and column_step == 1 and code < 2 and extra.size == 0
-            for t in range(tiles):
-                tile = (panel * tiles + t) * MR * width if block < channels else 0
-                o = t * MR
-                used = min(MR, outputs - o)
-                if in_registers:
-                    _product_to(
-                        vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, tile,
-                        c0, y, target + o * y_plane, y_plane, places, used, bias, bias_start + o, code,
-                    )  # fmt: skip
-                    continue
+            tile = panel * tiles * tile_size if block < channels else 0
+            if in_registers:
+                _product_to(
+                    vectors, panels, left, source, start_source + p, offsets, table, depth, sums, tile, tile_size, c0,
+                    outputs, y, target, y_plane, places, bias, bias_start, code,
+                )  # fmt: skip
+                continue
+            if not last:
                 _product(
-                    vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, tile, c0
-                )
-                if last:
-                    step = min(vectors, NV) * lanes(x)
-                    _finish_tile(
-                        sums, tile, step, used, runs, n_runs, y, target + o * y_plane, y_plane, column_step, bias,
-                        bias_start + o, extra, code,
-                    )  # fmt: skip
+                    vectors, panels, left, source, start_source + p, offsets, table, depth, sums, tile, tile_size, c0,
+                    outputs,
+                )  # fmt: skip
+                continue
+            step = min(vectors, NV) * lanes(x)
+            for o in range(0, outputs, MR):
+                one = tile + o // MR * tile_size if block < channels else 0
+                _product(
+                    vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, one,
+                    tile_size, c0, 1,
+                )  # fmt: skip
+                _finish_tile(
+                    sums, one, step, min(MR, outputs - o), runs, n_runs, y, target + o * y_plane, y_plane, column_step,
+                    bias, bias_start + o, extra, code,
+                )  # fmt: skip
+
+
+def packed_size(geometry):
+    """Elements of the packed weights."""
+    groups, channels, outputs, n_taps = (int(geometry[i]) for i in (1, 2, 5, 10))
+    return groups * ceil(outputs / MR) * MR * channels * n_taps
+
+
+@device()
+def _pack_block(weight, i, geometry, panels):
+    """Block i of the packed weights: those of one group and one block of channels."""
+    channels, outputs, n_taps, block = geometry[2], geometry[5], geometry[10], geometry[17]
+    whole = channels * n_taps
+    padded = ((outputs + MR - 1) // MR) * MR
+    blocks = (channels + block - 1) // block
+    g = i // blocks
+    c0 = (i - g * blocks) * block
+    depth = min(block, channels - c0) * n_taps
+    source = g * outputs * whole + c0 * n_taps
+    pack_weight(weight, source, whole, outputs, depth, panels, g * padded * whole + c0 * n_taps * padded)
+
+
+@kernel(parallel=False)
+def pack(weight, geometry, panels):
+    """The weights as `convolve` wants them, for plans with the same channels a block: geometry[17]."""
+    blocks = (geometry[2] + geometry[17] - 1) // geometry[17]
+    for i in range(geometry[1] * blocks):
+        _pack_block(weight, i, geometry, panels)
 
 
 @kernel()
-def convolve(x, weight, y, bias, extra, geometry, offsets, phases):
+def convolve(x, weight, packed, y, bias, extra, geometry, offsets, phases):
     """y = activation(convolution(x, weight) + bias + extra), all arrays flat, for a `plan`.
 
-    weight: (groups * outputs, channels, taps). Pixel (i, j) of output o of image b is y[(b * groups * outputs + o) *
-    plane + start + i * row step + j * column step]. extra: empty, or laid out as y.
+    weight: (groups * outputs, channels, taps). packed: what `pack` made of it, or empty to do it here. Pixel (i, j) of
+    output o of image b is y[(b * groups * outputs + o) * plane + start + i * row step + j * column step]. extra: empty,
+    or laid out as y; it may be y itself.
     """
     n, groups, channels, h, w = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
     outputs, oh, n_taps = geometry[5], geometry[6], geometry[10]
@@ -384,13 +424,11 @@ def convolve(x, weight, y, bias, extra, geometry, offsets, phases):
     whole = channels * n_taps
     padded = ((outputs + MR - 1) // MR) * MR
     blocks = (channels + block - 1) // block
-    panels = scratch(groups * padded * whole, x)
-    for i in prange(groups * blocks):
-        g = i // blocks
-        c0 = (i - g * blocks) * block
-        depth = min(block, channels - c0) * n_taps
-        source = g * outputs * whole + c0 * n_taps
-        pack_weight(weight, source, whole, outputs, depth, panels, g * padded * whole + c0 * n_taps * padded)
+    here = 1 if packed.size == 0 else 0
+    own = scratch(here * groups * padded * whole, x)
+    for i in prange(here * groups * blocks):
+        _pack_block(weight, i, geometry, own)
+    panels = own if here else packed
     row_blocks = (oh + block_rows - 1) // block_rows
     image_blocks = (n + images - 1) // images
     split_outputs = (((padded // MR) + splits - 1) // splits) * MR

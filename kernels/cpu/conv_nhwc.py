@@ -21,7 +21,7 @@ from numba import prange
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.micro_kernels import row_product, row_product_to
-from tilewise.kernels.cpu.row_moves import clear_row, copy_row, finish_row, gather_row
+from tilewise.kernels.cpu.row_moves import clear_row, copy_row, gather_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 from tilewise.kernels.cpu.vector_move import transpose_square_to
@@ -198,42 +198,31 @@ def _locate_pixels(image, images, row0, rows, rows_in, geometry, bases, places):
 
 @device()
 def _multiply(
-    a, bases, first, starts, parts, part, panels, panel, sums, last, y, places, used, columns, bias, o, relu
+    a, bases, pixels, starts, parts, part, panels, panel, sums, last, y, places, columns, bias, o, extra, relu
 ):  # fmt: skip
-    """One register tile: pixels from `first` on, one panel of outputs, one visit's steps."""
+    """All pixels of a block with one panel of outputs, one visit's steps."""
     width = NV * lanes(a)
     begin, pieces, length = parts[part, 0], parts[part, 1], parts[part, 2]
-    left, rows, offsets = address(a, 0), address(bases, first), address(starts, begin)
-    right, c = address(panels, panel + parts[part, 3] * width), address(sums, first * width)
+    left, rows, offsets = address(a, 0), address(bases, 0), address(starts, begin)
+    right, c = address(panels, panel + parts[part, 3] * width), address(sums, 0)
     more = 1 if part > 0 else 0
     if not last:
-        row_product(MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more)
+        row_product(MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels)
         return
     has_bias = 1 if bias.size > 0 else 0
     shift = address(bias, o if has_bias else 0)
-    to, where = address(y, o), address(places, first)
+    has_extra = 1 if extra.size > 0 else 0
+    to, where, more_to = address(y, o), address(places, 0), address(extra, o if has_extra else 0)
     if columns > lanes(a):
         row_product_to(
-            MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more, to, where, used, columns,
-            shift, has_bias, relu,
+            MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels, to, where, columns,
+            shift, has_bias, more_to, has_extra, relu,
         )  # fmt: skip
     else:
         row_product_to(
-            MR, 1, left, rows, 1, offsets, pieces, length, right, width, c, width, more, to, where, used, columns,
-            shift, has_bias, relu,
+            MR, 1, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels, to, where, columns,
+            shift, has_bias, more_to, has_extra, relu,
         )  # fmt: skip
-
-
-@device()
-def _finish(y, places, n, first, outputs, extra, code):
-    """What the register tiles leave: a summand, and activations but relu."""
-    for p in range(n):
-        where = places[p] + first
-        if extra.size > 0:
-            row = address(y, where)
-            finish_row(1, row, row, outputs, y.dtype.type(0), 1 if code == 1 else 0, address(extra, where), 1)
-        if code > 1:
-            activate_row(y, where, outputs, code)
 
 
 @device(allocates=True)
@@ -259,36 +248,60 @@ def _block(
             bases[i] += base
     n_parts = parts.shape[0]
     sums = scratch(most * width, x)
-    relu = 1 if code == 1 and extra.size == 0 else 0
+    relu = 1 if code == 1 else 0
     for o in range(first_output, last_output, width):
         for part in range(n_parts):
-            for first in range(0, pixels, MR):
-                _multiply(
-                    a, bases, first, starts, parts, part, panels, (g * ((outputs + width - 1) // width) * width + o)
-                    * depth, sums, part == n_parts - 1, y, places, pixels - first, outputs - o, bias,
-                    g * outputs + o, relu,
-                )  # fmt: skip
-    if code > 1 or extra.size > 0:
-        _finish(y, places, pixels, g * outputs + first_output, last_output - first_output, extra, code)
+            _multiply(
+                a, bases, pixels, starts, parts, part, panels, (g * ((outputs + width - 1) // width) * width + o)
+                * depth, sums, part == n_parts - 1, y, places, outputs - o, bias, g * outputs + o, extra, relu,
+            )  # fmt: skip
+    if code > 1:
+        for p in range(pixels):
+            activate_row(y, places[p] + g * outputs + first_output, last_output - first_output, code)
+
+
+def packed_size(geometry, lane):
+    """Elements of the packed weights."""
+    groups, channels, outputs, n_taps = (int(geometry[i]) for i in (1, 2, 5, 10))
+    return groups * ceil(outputs / (NV * lane)) * NV * lane * channels * n_taps
+
+
+@device()
+def _pack_panel(weight, i, geometry, order, panels):
+    """Panel i of the packed weights: those of up to NR outputs of one group."""
+    outputs, depth, width = geometry[5], geometry[2] * geometry[10], NV * lanes(weight)
+    count = (outputs + width - 1) // width
+    g = i // count
+    o = (i - g * count) * width
+    pack_weight(weight, (g * outputs + o) * depth, min(width, outputs - o), depth, order, panels, i * width * depth)
+
+
+@kernel(parallel=False)
+def pack(weight, geometry, order, panels):
+    """The weights as `convolve` wants them, the same for all plans of these weights."""
+    width = NV * lanes(weight)
+    for i in range(geometry[1] * ((geometry[5] + width - 1) // width)):
+        _pack_panel(weight, i, geometry, order, panels)
 
 
 @kernel()
-def convolve(x, weight, y, bias, extra, geometry, starts, parts, order):
+def convolve(x, weight, packed, y, bias, extra, geometry, starts, parts, order):
     """y = activation(convolution(x, weight) + bias + extra), all arrays flat, for a `plan`.
 
-    weight: (groups * outputs, channels, taps), as in NCHW. Output o of group g at pixel (i, j) of image b is y[start +
-    b * image step + i * row step + j * column step + g * outputs + o]. extra: empty, or laid out as y.
+    weight: (groups * outputs, channels, taps), as in NCHW. packed: what `pack` made of it, or empty to do it here.
+    Output o of group g at pixel (i, j) of image b is y[start + b * image step + i * row step + j * column step + g *
+    outputs + o]. extra: empty, or laid out as y; it may be y itself.
     """
     n, groups, outputs, oh = geometry[0], geometry[1], geometry[5], geometry[6]
     rows, images = geometry[14], geometry[15]
     depth = geometry[2] * geometry[10]
     width = NV * lanes(x)
     padded_outputs = ((outputs + width - 1) // width) * width
-    panels = scratch(groups * padded_outputs * depth, x)
-    for i in prange(groups * (padded_outputs // width)):
-        g = i // (padded_outputs // width)
-        o = (i - g * (padded_outputs // width)) * width
-        pack_weight(weight, (g * outputs + o) * depth, min(width, outputs - o), depth, order, panels, i * width * depth)
+    here = 1 if packed.size == 0 else 0
+    own = scratch(here * groups * padded_outputs * depth, x)
+    for i in prange(here * groups * (padded_outputs // width)):
+        _pack_panel(weight, i, geometry, order, own)
+    panels = own if here else packed
     row_blocks, image_blocks = (oh + rows - 1) // rows, (n + images - 1) // images
     splits = geometry[24]
     split_outputs = (padded_outputs // width + splits - 1) // splits * width

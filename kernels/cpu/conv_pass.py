@@ -2,23 +2,28 @@
 
 `prepare_pass` works out everything but the arrays; conv.py builds the forward convolution and every gradient from such
 passes. Small images with many channels go through the other layout here, where that is faster.
+
+A pass is called with x, weight, y, bias, and optionally extra, which is added before the activation (laid out as y, and
+may be y itself), and packed: the weights as `pack(weight)` of a pass with the same `packing` made them, for weights
+that are used again. Where `packing` is None there is nothing to prepare.
 """
 
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_winograd, conv_winograd_nhwc
+from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd, conv_winograd_nhwc
 from tilewise.kernels.cpu.jit import kernel
+from tilewise.kernels.cpu.row_moves import finish_row
+from tilewise.kernels.cpu.scratch import aligned
 from tilewise.kernels.cpu.simd import address, lane_count, lanes
 from tilewise.kernels.cpu.vector_move import reverse_row, transpose_square_to
 
 NO_BIAS = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)}
-_KERNELS = {
-    ("NCHW", "winograd"): conv_winograd.convolve,
-    ("NCHW", "direct"): conv_direct.rows_nchw,
-    ("NHWC", "direct"): conv_direct.definition_nhwc,
+_DIRECT = {
+    "NCHW": conv_direct.rows_nchw,
+    "NHWC": conv_direct.definition_nhwc,
 }
 # Estimated serial nanoseconds per FLOP, for the decision to split over threads.
 COST = {"gemm": 0.015, "winograd": 0.008, "direct": 0.5}
@@ -40,8 +45,8 @@ def few_tiles(n, groups, weight, oh, ow):
     return few and min(weight[0] // groups, weight[1]) >= 32
 
 
-class _Pass:
-    """One convolution with everything but the arrays worked out; see `conv_nchw.convolve` for the kernels' arguments.
+class _Direct:
+    """One convolution by `conv_direct`, with everything but the arrays worked out.
 
     taps: the taps' offsets in x, rows and columns. grid: (first row, first column, row step, column step, rows,
     columns) of the pixels of y to compute.
@@ -49,36 +54,40 @@ class _Pass:
 
     __slots__ = ("activation", "head", "kernel", "middle", "tail")
 
-    def __init__(self, x, weight, y, taps, stride, grid, groups, layout, algorithm, activation=0):
+    packing = None
+
+    def __init__(self, x, weight, y, taps, stride, grid, groups, layout, activation=0):
         n, channels = x[0], weight[1]
         outputs = weight[0] // groups
         h, w = image_size(x, layout)
         height, width = image_size(y, layout)
         first_row, first_column, row_step, column_step, oh, ow = grid
         outer, pixel = (height * width * weight[0], weight[0]) if layout == "NHWC" else (height * width, 1)
-        self.kernel = _KERNELS[layout, algorithm].sized(2 * n * prod(weight) * oh * ow * COST[algorithm])
+        self.kernel = _DIRECT[layout].sized(2 * n * prod(weight) * oh * ow * COST["direct"])
         self.head = (n, groups, channels, h, w)
         self.middle = (outputs, *taps, *stride, oh, ow)
         start = (first_row * width + first_column) * pixel
         self.tail = (start, outer, row_step * width * pixel, column_step * pixel)
         self.activation = activation
 
-    def __call__(self, x, weight, y, bias):
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        extra = NO_BIAS[x.dtype] if extra is None else extra
         self.kernel(
-            x.ravel(), *self.head, weight.ravel(), *self.middle, y.ravel(), *self.tail, bias,
+            x.ravel(), *self.head, weight.ravel(), *self.middle, y.ravel(), *self.tail, bias, extra,
             self.activation,
         )  # fmt: skip
 
 
 class _ImplicitProduct:
-    """One convolution by `conv_nchw.convolve` or `conv_nhwc.convolve`; arguments as `_Pass`."""
+    """One convolution by `conv_nchw.convolve` or `conv_nhwc.convolve`; arguments as `_Direct`."""
 
-    __slots__ = ("kernel", "plan")
+    __slots__ = ("kernel", "layout", "plan")
 
     def __init__(self, x, weight, y, dtype, taps, stride, grid, groups, layout, activation):
         outputs, channels = weight[0] // groups, weight[1]
         first_row, first_column, row_step, column_step, oh, ow = grid
         n, size, (height, width) = x[0], image_size(x, layout), image_size(y, layout)
+        self.plan: tuple[np.ndarray, ...]
         if layout == "NCHW":
             steps = (first_row * width + first_column, height * width, row_step * width, column_step)
             shape = (n, channels, *size)
@@ -91,27 +100,145 @@ class _ImplicitProduct:
             self.plan = conv_nhwc.plan((n, *size, channels), outputs, taps, stride, (oh, ow), steps, groups, activation)
         function = conv_nchw.convolve if layout == "NCHW" else conv_nhwc.convolve
         self.kernel = function.sized(2 * n * prod(weight) * oh * ow * COST["gemm"])
+        self.layout = layout
 
-    def __call__(self, x, weight, y, bias):
-        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, NO_BIAS[x.dtype], *self.plan)
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        nothing = NO_BIAS[x.dtype]
+        extra, packed = nothing if extra is None else extra, nothing if packed is None else packed
+        self.kernel(x.ravel(), weight.ravel(), packed, y.ravel(), bias, extra, *self.plan)
+
+    @property
+    def packing(self):
+        # in NCHW the panels end with a block of channels
+        return "gemm", self.layout, int(self.plan[0][17]) if self.layout == "NCHW" else 0
+
+    def pack(self, weight):
+        geometry = self.plan[0]
+        if self.layout == "NCHW":
+            packed = aligned(conv_nchw.packed_size(geometry), weight.dtype)
+            conv_nchw.pack(0, weight.ravel(), geometry, packed)
+        else:
+            packed = aligned(conv_nhwc.packed_size(geometry, lane_count(weight.itemsize)), weight.dtype)
+            conv_nhwc.pack(0, weight.ravel(), geometry, self.plan[3], packed)
+        return packed
+
+
+class _WinogradNCHW:
+    """One NCHW convolution by `conv_winograd`; arguments as `_Direct`."""
+
+    __slots__ = ("activation", "head", "kernel", "middle", "weights")
+
+    packing = "winograd", "NCHW"
+
+    def __init__(self, x, weight, y, taps, groups, activation):
+        outputs, channels, (oh, ow) = weight[0] // groups, weight[1], y[2:4]
+        self.head = (x[0], groups, channels, x[2], x[3])
+        self.middle = (outputs, int(taps[0][0]), int(taps[1][0]), oh, ow)
+        self.weights = (groups, outputs, channels)
+        self.activation = activation
+        self.kernel = conv_winograd.convolve.sized(2 * x[0] * prod(weight) * oh * ow * COST["winograd"])
+
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        nothing = NO_BIAS[x.dtype]
+        extra, packed = nothing if extra is None else extra, nothing if packed is None else packed
+        self.kernel(
+            x.ravel(), *self.head, weight.ravel(), packed, *self.middle, y.ravel(), bias, extra, self.activation
+        )  # fmt: skip
+
+    def pack(self, weight):
+        packed = aligned(conv_winograd.packed_size(*self.weights), weight.dtype)
+        conv_winograd.pack(0, weight.ravel(), *self.weights, packed)
+        return packed
+
+
+class _Pointwise:
+    """One NCHW convolution by 1x1 kernels, by `conv_pointwise.convolve`."""
+
+    __slots__ = ("geometry", "kernel")
+
+    packing = None
+
+    def __init__(self, n, pixels, weight, dtype, groups, activation):
+        outputs, channels = weight[0] // groups, weight[1]
+        self.geometry = conv_pointwise.plan(n, groups, channels, pixels, outputs, dtype.itemsize, activation)
+        self.kernel = conv_pointwise.convolve.sized(2 * n * pixels * prod(weight) * COST["gemm"])
+
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        extra = NO_BIAS[x.dtype] if extra is None else extra
+        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, self.geometry)
+
+
+class _PointwiseJoined:
+    """The same for a batch of images so small that each would leave many lanes empty: as one long image.
+
+    49 pixels take 4 vectors of 16 lanes, 8 times 49 take 25.
+    """
+
+    __slots__ = ("join", "move", "part", "sizes")
+
+    packing = None
+
+    def __init__(self, n, pixels, weight, dtype, activation):
+        outputs, channels = weight[:2]
+        self.sizes = n, channels, outputs, pixels
+        self.move = _Pointwise(1, n * pixels, weight, dtype, 1, activation)
+        self.join, self.part = (exchange_images.sized(1.0 * n * c * pixels) for c in (channels, outputs))
+
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        n, channels, outputs, pixels = self.sizes
+        joined_x, joined_y = np.empty(x.size, x.dtype), np.empty(y.size, y.dtype)
+        self.join(x.ravel(), n, channels, pixels, joined_x)
+        if extra is not None and extra.size:
+            self.part(extra, n, outputs, pixels, joined_y)
+            extra = joined_y  # added in place
+        self.move(joined_x, weight, joined_y, bias, extra)
+        self.part(joined_y, outputs, n, pixels, y.ravel())
+
+
+def _pointwise(x, weight, dtype, groups, activation):
+    n, pixels = x[0], x[2] * x[3]
+    lane = lane_count(dtype.itemsize)
+    alone, joined = n * ceil(pixels / lane), ceil(n * pixels / lane)
+    # copying in and out costs about as much as 32 products a number
+    if groups == 1 and alone - joined > alone * max(32 / weight[0], 32 / weight[1]) + alone / 16:
+        return _PointwiseJoined(n, pixels, weight, dtype, activation)
+    return _Pointwise(n, pixels, weight, dtype, groups, activation)
+
+
+def _is_pointwise(x, weight, y, taps, stride, grid):
+    """Whether pixel p of y depends on pixel p of x alone, and y has no others."""
+    return (
+        weight[2:] == (1, 1) and taps[0][0] == taps[1][0] == 0 and tuple(stride) == (1, 1)
+        and x[2:] == y[2:] and tuple(grid) == (0, 0, 1, 1, *y[2:])
+    )  # fmt: skip
 
 
 class _WinogradNHWC:
-    """One NHWC convolution by `conv_winograd_nhwc`; arguments as `_Pass`."""
+    """One NHWC convolution by `conv_winograd_nhwc`; arguments as `_Direct`."""
 
-    __slots__ = ("kernel", "middle", "sizes", "tail")
+    __slots__ = ("kernel", "middle", "sizes", "tail", "weights")
+
+    packing = "winograd", "NHWC"
 
     def __init__(self, x, weight, y, taps, groups, activation):
         outputs, (oh, ow) = weight[0] // groups, y[1:3]
         self.sizes = (groups, weight[1], x[1], x[2])
+        self.weights = (groups, outputs, weight[1])
         total = x[0] * conv_winograd_nhwc.count_tiles(oh, ow)
         self.middle = (outputs, int(taps[0][0]), int(taps[1][0]), oh, ow, total, -(-oh // 4), -(-ow // 4))
         self.tail = activation
         function = conv_winograd_nhwc.convolve(x[0], oh, ow)
         self.kernel = function.sized(2 * x[0] * prod(weight) * oh * ow * COST["winograd"])
 
-    def __call__(self, x, weight, y, bias):
-        self.kernel(x.ravel(), *self.sizes, weight.ravel(), *self.middle, y.ravel(), bias, self.tail)
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        nothing = NO_BIAS[x.dtype]
+        extra, packed = nothing if extra is None else extra, nothing if packed is None else packed
+        self.kernel(x.ravel(), *self.sizes, weight.ravel(), packed, *self.middle, y.ravel(), bias, extra, self.tail)
+
+    def pack(self, weight):
+        packed = aligned(conv_winograd_nhwc.packed_size(*self.weights), weight.dtype)
+        conv_winograd_nhwc.pack(0, weight.ravel(), *self.weights, packed)
+        return packed
 
 
 class _ThroughNHWC:
@@ -129,11 +256,22 @@ class _ThroughNHWC:
         self.move = prepare(last[0], weight, last[1])
         self.turn_x, self.turn_y = (turn_planes.sized(1.0 * prod(s)) for s in (x, y))
 
-    def __call__(self, x, weight, y, bias):
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
         x_last, y_last = np.empty(x.size, x.dtype), np.empty(y.size, y.dtype)
         self.turn_x(x.ravel(), *self.x, x_last)
-        self.move(x_last, weight, y_last, bias)
+        if extra is not None and extra.size:
+            n, pixels, outputs = self.y
+            self.turn_y(extra, n, outputs, pixels, y_last)
+            extra = y_last  # added in place
+        self.move(x_last, weight, y_last, bias, extra, packed)
         self.turn_y(y_last, *self.y, y.ravel())
+
+    @property
+    def packing(self):
+        return self.move.packing
+
+    def pack(self, weight):
+        return self.move.pack(weight)
 
 
 def _better_in_nhwc(x, weight, dtype, product, grid, groups):
@@ -155,6 +293,8 @@ def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algori
         return _WinogradNHWC(x, weight, y, taps, groups, activation)
 
     if algorithm == "gemm":
+        if layout == "NCHW" and _is_pointwise(x, weight, y, taps, stride, grid):
+            return _pointwise(x, weight, dtype, groups, activation)
         there = product(x, weight, y, layout)
         if layout == "NCHW" and _better_in_nhwc(x, weight, dtype, there, grid, groups):
             return _ThroughNHWC(x, weight, y, product)
@@ -163,7 +303,9 @@ def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algori
         return winograd(x, weight, y)
     if algorithm == "winograd" and few_tiles(x[0], groups, weight, *grid[4:]):
         return _ThroughNHWC(x, weight, y, winograd)
-    return _Pass(x, weight, y, taps, stride, grid, groups, layout, algorithm, activation)
+    if algorithm == "winograd":
+        return _WinogradNCHW(x, weight, y, taps, groups, activation)
+    return _Direct(x, weight, y, taps, stride, grid, groups, layout, activation)
 
 
 @kernel()
@@ -185,6 +327,15 @@ def turn_planes(source, n, rows, columns, target):
             at = min(r, rows - lane)
             where = address(source, start + at * columns + c)
             transpose_square_to(address(target, start + c * rows + at), address(places, 0), where, columns)
+
+
+@kernel()
+def exchange_images(source, outer, inner, pixels, target):
+    """target[j, i, p] = source[i, j, p] for i < outer, j < inner: whole rows of pixels change places."""
+    for j in prange(inner):
+        for i in range(outer):
+            to, row = address(target, (j * outer + i) * pixels), address(source, (i * inner + j) * pixels)
+            finish_row(1, to, row, pixels, source.dtype.type(0), 0, row, 0)
 
 
 # A square of channels and outputs whose taps fit L1 together: transposed at once, or each row would be a page apart.

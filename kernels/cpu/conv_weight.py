@@ -93,16 +93,11 @@ def _add_products(a, bases, count, starts, rows, length, a_step, panels, outputs
     left, segments = address(a, 0), address(starts, 0)
     for o in range(0, outputs, width):
         right = address(panels, o * rows * length)
-        for k in range(0, count, MR):
-            c = address(sums, o * padded + k * width)
-            if outputs - o > lanes(a):
-                row_product(
-                    MR, NV, left, address(bases, k), a_step, segments, rows, length, right, width, c, width, more
-                )
-            else:
-                row_product(
-                    MR, 1, left, address(bases, k), a_step, segments, rows, length, right, width, c, width, more
-                )
+        c, rows_of_k = address(sums, o * padded), address(bases, 0)
+        if outputs - o > lanes(a):
+            row_product(MR, NV, left, rows_of_k, a_step, segments, rows, length, right, width, c, width, more, count)
+        else:
+            row_product(MR, 1, left, rows_of_k, a_step, segments, rows, length, right, width, c, width, more, count)
 
 
 @device()

@@ -6,7 +6,7 @@ The 36 products of all channels and outputs are 36 matrix products; vectors run 
 
 A chunk owns a block of TILES tiles, numbered through the batch. It gathers and transforms its input once, then goes
 through the outputs in blocks small enough that M stays in L2: multiply, transform back, write. U is computed once a
-call.
+call, or once and for all by `pack`.
 
     per channel: rows of x, split into columns of tiles -> 36 vectors -> V       per output: M -> 16 vectors -> rows
     of y
@@ -19,9 +19,10 @@ that end up with one are computed again by the definition.
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.epilogue import activate_row, apply_activation
+from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.gemm_blocks import make_pack_left
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.row_moves import finish_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
@@ -148,11 +149,11 @@ def _all_finite(rows):
 
 
 @device()
-def _define_tile(x, image, channels, h, w, top, left, weight, start, row, column, bias, activation, rows, lane):
-    """The 4x4 outputs of one tile by the definition."""
+def _define_tile(x, image, channels, h, w, top, left, weight, start, row, column, rows, lane):
+    """The 4x4 sums of one tile by the definition."""
     for i in range(4):
         for j in range(4):
-            total = bias
+            total = x.dtype.type(0)
             for c in range(channels):
                 for r in range(3):
                     y = 4 * row + i + r + top
@@ -160,13 +161,11 @@ def _define_tile(x, image, channels, h, w, top, left, weight, start, row, column
                         z = 4 * column + j + s + left
                         if 0 <= y < h and 0 <= z < w:
                             total += x[image + (c * h + y) * w + z] * weight[start + c * 9 + r * 3 + s]
-            rows[i * 4 * TILES + 4 * lane + j] = apply_activation(total, activation)
+            rows[i * 4 * TILES + 4 * lane + j] = total
 
 
 @device()
-def _repair(
-    x, image_step, first_channel, channels, h, w, top, left, weight, start, runs, n_runs, bias, activation, rows
-):
+def _repair(x, image_step, first_channel, channels, h, w, top, left, weight, start, runs, n_runs, rows):
     """Compute again every tile that holds a NaN or an Inf: it may have come from a neighbour within the tile."""
     zero = rows.dtype.type(0)
     for r in range(n_runs):
@@ -178,10 +177,19 @@ def _repair(
                     total += rows[i * 4 * TILES + 4 * lane + j] * zero
             if total != 0:
                 image = first_channel + runs[r, 2] * image_step
-                _define_tile(
-                    x, image, channels, h, w, top, left, weight, start, runs[r, 3], runs[r, 4] + t, bias, activation,
-                    rows, lane,
-                )  # fmt: skip
+                _define_tile(x, image, channels, h, w, top, left, weight, start, runs[r, 3], runs[r, 4] + t, rows, lane)
+
+
+@device()
+def _add_rows(rows, extra, output, image_step, oh, ow, runs, n_runs):
+    """rows += extra, which is laid out as y; see `_write_rows`."""
+    zero = rows.dtype.type(0)
+    for r in range(n_runs):
+        for i in range(min(4, oh - 4 * runs[r, 3])):
+            source = output + runs[r, 2] * image_step + (4 * runs[r, 3] + i) * ow + 4 * runs[r, 4]
+            count = min(4 * runs[r, 1], ow - 4 * runs[r, 4])
+            row = address(rows, i * 4 * TILES + 4 * runs[r, 0])
+            finish_row(1, row, row, count, zero, 0, address(extra, source), 1)
 
 
 @device()
@@ -204,7 +212,7 @@ def output_block(channels):
 @device(allocates=True)
 def _tile_block(
     x, first_channel, x_step, channels, h, w, top, left, weight, start, transformed, outputs, first, used,
-    tile_rows, tile_columns, y, first_output, y_step, oh, ow, bias, bias_start, activation,
+    tile_rows, tile_columns, y, first_output, y_step, oh, ow, bias, bias_start, extra, activation,
 ):  # fmt: skip
     runs = np.empty((TILES, 5), np.int64)
     n_runs = find_tile_runs(first, used, tile_rows, tile_columns, runs)
@@ -228,34 +236,61 @@ def _tile_block(
                 for v in range(NV):
                     where = address(tile, 4 * i * TILES + v * LANES)
                     join_fours(address(rows, i * 4 * TILES + 4 * v * LANES), where, TILES)
-            shift = bias[bias_start + o0 + o] if bias.size > 0 else x.dtype.type(0)
-            if bias.size > 0:
-                for k in range(16 * TILES):
-                    rows[k] += shift
-            finite = _all_finite(rows)
-            activate_row(rows, 0, 16 * TILES, activation)
-            if not finite:
+            if not _all_finite(rows):
                 _repair(
                     x, x_step, first_channel, channels, h, w, top, left, weight, start + (o0 + o) * channels * 9, runs,
-                    n_runs, shift, activation, rows,
+                    n_runs, rows,
                 )  # fmt: skip
-            _write_rows(rows, y, first_output + (o0 + o) * oh * ow, y_step, oh, ow, runs, n_runs)
+            if bias.size > 0:
+                shift = bias[bias_start + o0 + o]
+                for k in range(16 * TILES):
+                    rows[k] += shift
+            target = first_output + (o0 + o) * oh * ow
+            if extra.size > 0:
+                _add_rows(rows, extra, target, y_step, oh, ow, runs, n_runs)
+            activate_row(rows, 0, 16 * TILES, activation)
+            _write_rows(rows, y, target, y_step, oh, ow, runs, n_runs)
+
+
+def packed_size(groups, outputs, channels):
+    """Elements of the packed weights."""
+    return groups * -(-outputs // LANES) * 36 * (channels * LANES + LANES)
+
+
+@device()
+def _pack_block(weight, i, outputs, channels, transformed):
+    """Block i of the packed weights: U of up to LANES outputs of one group."""
+    blocks = (outputs + LANES - 1) // LANES
+    g = i // blocks
+    block = (i - g * blocks) * LANES
+    start = (g * outputs + block) * channels * 9
+    target = i * 36 * apart(channels * LANES)
+    transform_weights(weight, start, outputs - block, channels * 9, channels, LANES, transformed, target)
+
+
+@kernel(parallel=False)
+def pack(weight, groups, outputs, channels, transformed):
+    """U of all weights, as `convolve` wants it."""
+    for i in range(groups * ((outputs + LANES - 1) // LANES)):
+        _pack_block(weight, i, outputs, channels, transformed)
 
 
 @kernel()
 def convolve(
-    x, n, groups, channels, h, w, weight, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
-    y, y_start, plane, row_step, column_step, bias, activation,
+    x, n, groups, channels, h, w, weight, packed, outputs, top, left, oh, ow, y, bias, extra, activation
 ):  # fmt: skip
-    """Arguments as `conv_nchw.convolve`; the taps are 3x3 neighbours, stride and steps are 1, y_start is 0."""
+    """y = activation(convolution(x, weight) + bias + extra), all arrays flat, stride and dilation 1.
+
+    weight: (groups * outputs, channels, 3, 3). packed: what `pack` made of it, or empty to do it here. top, left: where
+    the first tap of pixel (0, 0) lies. extra: empty, or laid out as y; it may be y itself.
+    """
     blocks = (outputs + LANES - 1) // LANES
     block_size = 36 * apart(channels * LANES)
-    transformed = scratch(groups * blocks * block_size, weight)
-    for i in prange(groups * blocks):
-        g = i // blocks
-        block = (i - g * blocks) * LANES
-        start = (g * outputs + block) * channels * 9
-        transform_weights(weight, start, outputs - block, channels * 9, channels, LANES, transformed, i * block_size)
+    here = 1 if packed.size == 0 else 0
+    own = scratch(here * groups * blocks * block_size, weight)
+    for i in prange(here * groups * blocks):
+        _pack_block(weight, i, outputs, channels, own)
+    transformed = own if here else packed
     tile_rows, tile_columns = (oh + 3) // 4, (ow + 3) // 4
     total = n * tile_rows * tile_columns
     tile_blocks = (total + TILES - 1) // TILES
@@ -263,8 +298,9 @@ def convolve(
         g = chunk % groups
         first = chunk // groups * TILES
         _tile_block(
-            x, g * channels * h * w, groups * channels * h * w, channels, h, w, tap_rows[0], tap_columns[0], weight,
+            x, g * channels * h * w, groups * channels * h * w, channels, h, w, top, left, weight,
             g * outputs * channels * 9, transformed[g * blocks * block_size :], outputs,
             first, min(TILES, total - first), tile_rows, tile_columns,
-            y, g * outputs * oh * ow, groups * outputs * oh * ow, oh, ow, bias, g * outputs, activation,
+            y, g * outputs * oh * ow, groups * outputs * oh * ow, oh, ow, bias, g * outputs, extra,
+            activation,
         )  # fmt: skip

@@ -7,8 +7,8 @@ Here the vectors run along channels, so that nothing is gathered: a pixel's chan
 With many tiles a chunk owns a block of TILES of them, numbered through the batch: it transforms its input once, then
 goes through the outputs in panels of NR: multiply, transform back, write. With few tiles (small images, small
 batches), U, four times as large as the weights, would cost more than the products: then all of V is made first, and a
-chunk owns a panel of outputs, whose U it makes in pieces that never leave L2. Tiles at the image's edge are staged with
-zeros around.
+chunk owns a panel of outputs, whose U it makes in pieces that never leave L2, or finds packed. Tiles at the image's
+edge are staged with zeros around.
 """
 
 import numpy as np
@@ -68,17 +68,14 @@ def _multiply(values, first, step, used, panels, panel, channels, products, prod
     """products[xi * product_step + tile * NR + o] (+)= V U for one panel of outputs; whole register tiles."""
     for xi in range(36):
         left, right = address(values, first + xi * step), address(panels, panel + xi * apart(channels * NR))
-        for tile in range(0, used, MR):
-            c = address(products, xi * product_step + tile * NR)
-            row_product(
-                MR, NV, left, address(bases, tile), 1, address(zero, 0), 1, channels, right, NR, c, NR, more
-            )  # fmt: skip
+        c, tiles = address(products, xi * product_step), address(bases, 0)
+        row_product(MR, NV, left, tiles, 1, address(zero, 0), 1, channels, right, NR, c, NR, more, used)
 
 
 @device()
 def _define_tile(
     x, image, row, column, h, w, all_channels, first_channel, channels, weight, start, y, target, row_step,
-    column_step, rows, columns, bias, code,
+    column_step, rows, columns, bias, extra, code,
 ):  # fmt: skip
     """The outputs of one tile for one filter by the definition."""
     for i in range(rows):
@@ -91,15 +88,18 @@ def _define_tile(
                         if 0 <= v < h and 0 <= u < w:
                             pixel = x[((image * h + v) * w + u) * all_channels + first_channel + c]
                             total += pixel * weight[start + c * 9 + r * 3 + s]
-            y[target + i * row_step + j * column_step] = apply_activation(total, code)
+            place = target + i * row_step + j * column_step
+            if extra.size > 0:
+                total += extra[place]
+            y[place] = apply_activation(total, code)
 
 
 @device()
 def _write_tiles(
     x, h, w, all_channels, first_channel, channels, top, left, weight, start, where, used, products, step, outputs, o0,
-    y, first_output, oh, ow, all_outputs, bias, bias_start, code,
+    y, first_output, oh, ow, all_outputs, bias, bias_start, extra, code,
 ):  # fmt: skip
-    has_bias = 1 if bias.size > 0 else 0
+    has_bias, has_extra = 1 if bias.size > 0 else 0, 1 if extra.size > 0 else 0
     for tile in range(used):
         image, row, column = where[tile, 0], 4 * where[tile, 1], 4 * where[tile, 2]
         rows, columns = min(4, oh - row), min(4, ow - column)
@@ -110,9 +110,9 @@ def _write_tiles(
             shift = address(bias, bias_start + o if has_bias else 0)
             finite = output_transform_to(
                 address(y, target + o), ow * all_outputs, all_outputs, rows, columns, some, source, 6 * step, step,
-                shift, has_bias, 1 if code == 1 else 0,
+                shift, has_bias, address(extra, (target + o) * has_extra), has_extra, 1 if code == 1 else 0,
             )  # fmt: skip
-            if code > 1:
+            if finite and code > 1:
                 for i in range(rows):
                     for j in range(columns):
                         activate_row(y, target + o + (i * ow + j) * all_outputs, some, code)
@@ -122,7 +122,7 @@ def _write_tiles(
                     _define_tile(
                         x, image, row + top, column + left, h, w, all_channels, first_channel, channels, weight,
                         start + (o + lane) * channels * 9, y, target + o + lane, ow * all_outputs, all_outputs,
-                        rows, columns, value, code,
+                        rows, columns, value, extra, code,
                     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def _transform_panel(weight, start, outputs, row, channels, transformed, target)
 @device(allocates=True)
 def _tile_block(
     x, h, w, groups, g, channels, top, left, weight, transformed, outputs, first, used, tile_rows, tile_columns,
-    y, oh, ow, bias, code,
+    y, oh, ow, bias, extra, code,
 ):  # fmt: skip
     padded = ((channels + LANES - 1) // LANES) * LANES
     where, bases, zero = np.empty((TILES, 3), np.int64), np.empty(TILES, np.int64), np.zeros(1, np.int64)
@@ -175,34 +175,38 @@ def _tile_block(
         _multiply(values, 0, step, used, transformed, panel, channels, products, product_step, bases, zero, 0)
         _write_tiles(
             x, h, w, all_channels, first_channel, channels, top, left, weight, start, where, used, products,
-            product_step, outputs, o, y, g * outputs, oh, ow, groups * outputs, bias, g * outputs, code,
+            product_step, outputs, o, y, g * outputs, oh, ow, groups * outputs, bias, g * outputs, extra, code,
         )  # fmt: skip
 
 
 @device(allocates=True)
 def _output_panel(
-    x, h, w, groups, g, channels, top, left, weight, values, step, outputs, o, where, bases, y, oh, ow, bias, code
+    x, h, w, groups, g, channels, top, left, weight, packed, values, step, outputs, o, where, bases, y, oh, ow, bias,
+    extra, code,
 ):  # fmt: skip
     used = where.shape[0]
     zero = np.zeros(1, np.int64)
     product_step = apart(bases.size * NR)
     products = scratch(36 * product_step, x)
-    some = min(channels, CHANNELS)
-    panel = scratch(36 * apart(some * NR), x)
+    here = 1 if packed.size == 0 else 0
+    piece = scratch(here * 36 * apart(min(channels, CHANNELS) * NR), x)
     start = g * outputs * channels * 9
-    for c in range(0, channels, CHANNELS):
+    for c in range(0, here * channels, CHANNELS):
         some = min(channels - c, CHANNELS)
-        _transform_panel(weight, start + (o * channels + c) * 9, outputs - o, channels * 9, some, panel, 0)
-        more = 1 if c > 0 else 0
-        _multiply(values, c, step, used, panel, 0, some, products, product_step, bases, zero, more)
+        _transform_panel(weight, start + (o * channels + c) * 9, outputs - o, channels * 9, some, piece, 0)
+        _multiply(values, c, step, used, piece, 0, some, products, product_step, bases, zero, 1 if c > 0 else 0)
+    if not here:
+        panel = (g * ((outputs + NR - 1) // NR) + o // NR) * 36 * apart(channels * NR)
+        _multiply(values, 0, step, used, packed, panel, channels, products, product_step, bases, zero, 0)
     _write_tiles(
         x, h, w, groups * channels, g * channels, channels, top, left, weight, start, where, used, products,
-        product_step, outputs, o, y, g * outputs, oh, ow, groups * outputs, bias, g * outputs, code,
+        product_step, outputs, o, y, g * outputs, oh, ow, groups * outputs, bias, g * outputs, extra, code,
     )  # fmt: skip
 
 
 def _convolve_few(
-    x, groups, channels, h, w, weight, outputs, top, left, oh, ow, total, tile_rows, tile_columns, y, bias, activation
+    x, groups, channels, h, w, weight, packed, outputs, top, left, oh, ow, total, tile_rows, tile_columns, y, bias,
+    extra, activation,
 ):  # fmt: skip
     padded = ((channels + LANES - 1) // LANES) * LANES
     where, bases = np.empty((total, 3), np.int64), np.empty(((total + MR - 1) // MR) * MR, np.int64)
@@ -220,29 +224,51 @@ def _convolve_few(
     for chunk in prange(groups * panels):
         g = chunk // panels
         _output_panel(
-            x, h, w, groups, g, channels, top, left, weight, values[g * 36 * step :], step, outputs,
-            (chunk - g * panels) * NR, where, bases, y, oh, ow, bias, activation,
+            x, h, w, groups, g, channels, top, left, weight, packed, values[g * 36 * step :], step, outputs,
+            (chunk - g * panels) * NR, where, bases, y, oh, ow, bias, extra, activation,
         )  # fmt: skip
 
 
+def packed_size(groups, outputs, channels):
+    """Elements of the packed weights."""
+    return groups * -(-outputs // NR) * 36 * (channels * NR + LANES)
+
+
+@device()
+def _pack_panel(weight, i, outputs, channels, transformed):
+    """Panel i of the packed weights: U of up to NR outputs of one group."""
+    panels = (outputs + NR - 1) // NR
+    g = i // panels
+    o = (i - g * panels) * NR
+    target = i * 36 * apart(channels * NR)
+    start = (g * outputs + o) * channels * 9
+    _transform_panel(weight, start, outputs - o, channels * 9, channels, transformed, target)
+
+
+@kernel(parallel=False)
+def pack(weight, groups, outputs, channels, transformed):
+    """U of all weights, as both kernels want it."""
+    for i in range(groups * ((outputs + NR - 1) // NR)):
+        _pack_panel(weight, i, outputs, channels, transformed)
+
+
 def _convolve_many(
-    x, groups, channels, h, w, weight, outputs, top, left, oh, ow, total, tile_rows, tile_columns, y, bias, activation
+    x, groups, channels, h, w, weight, packed, outputs, top, left, oh, ow, total, tile_rows, tile_columns, y, bias,
+    extra, activation,
 ):  # fmt: skip
     panels = (outputs + NR - 1) // NR
-    panel_size = 36 * apart(channels * NR)
-    transformed = scratch(groups * panels * panel_size, weight)
-    for i in prange(groups * panels):
-        g = i // panels
-        o = (i - g * panels) * NR
-        start = (g * outputs + o) * channels * 9
-        _transform_panel(weight, start, outputs - o, channels * 9, channels, transformed, i * panel_size)
+    here = 1 if packed.size == 0 else 0
+    own = scratch(here * groups * panels * 36 * apart(channels * NR), weight)
+    for i in prange(here * groups * panels):
+        _pack_panel(weight, i, outputs, channels, own)
+    transformed = own if here else packed
     blocks = (total + TILES - 1) // TILES
     for chunk in prange(blocks * groups):
         g = chunk % groups
         first = chunk // groups * TILES
         _tile_block(
             x, h, w, groups, g, channels, top, left, weight, transformed, outputs, first, min(TILES, total - first),
-            tile_rows, tile_columns, y, oh, ow, bias, activation,
+            tile_rows, tile_columns, y, oh, ow, bias, extra, activation,
         )  # fmt: skip
 
 

@@ -60,6 +60,15 @@ def empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if size < ALIGNED_FROM:
         return np.empty(shape, dtype)
+    return _at_alignment(size).view(dtype).reshape(shape)
+
+
+def aligned(count: int, dtype) -> np.ndarray:
+    """What `scratch` gives, from Python: for what is kept between calls, such as packed weights."""
+    return _at_alignment(count * dtype.itemsize + ALIGNMENT).view(dtype)
+
+
+def _at_alignment(size: int) -> np.ndarray:
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    return memory[start : start + size]

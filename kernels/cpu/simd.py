@@ -121,6 +121,11 @@ class _Emitter:
     def store(self, value, pointer, offset):
         self.builder.store(value, self.at(pointer, offset)).align = self.itemsize
 
+    def stream(self, value, pointer, offset):
+        st = self.builder.store(value, self.at(pointer, offset))
+        st.align = 64
+        st.set_metadata("nontemporal", self.builder.module.add_metadata([_I32(1)]))
+
     def splat(self, value, count: int | None = None, scalar=None):
         vector = ir.VectorType(scalar or self.scalar, count or self.lanes)
         undefined = ir.Constant(vector, ir.Undefined)
@@ -138,6 +143,10 @@ class _Emitter:
 
     def add(self, a, b):
         return self.builder.fadd(a, b) if isinstance(self.element, types.Float) else self.builder.add(a, b)
+
+    def maximum(self, a, b):
+        """a where a > b, else b, so that a NaN in b stays: one instruction on x86."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
     def mask(self, low, high):
         """Lanes i with low <= i < high."""
@@ -167,6 +176,19 @@ class _Emitter:
         kind = ir.FunctionType(ir.VoidType(), [self.vector, where.type, _I32, ir.VectorType(_I1, self.lanes)])
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         self.builder.call(function, [value, where, _I32(self.itemsize), mask])
+
+    def masked_loads_if(self, condition, pointer, masks):
+        """The neighbouring vectors from there on, each under its mask; zeros, unread, where not `condition`."""
+        builder = self.builder
+        before = builder.block
+        with builder.if_then(condition):
+            values = [self.masked_load(pointer, _I64(j * self.lanes), mask) for j, mask in enumerate(masks)]
+            inside = builder.block
+        results = [builder.phi(self.vector) for _ in masks]
+        for result, value in zip(results, values, strict=True):
+            result.add_incoming(self.zero, before)
+            result.add_incoming(value, inside)
+        return results
 
     def prefetch(self, pointer, locality: int, write: bool = False):
         """Ask for the cache line there. locality: 3 for L1, 2 for L2."""

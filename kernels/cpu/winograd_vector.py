@@ -119,16 +119,21 @@ output_transform = _transform("A^T m A: 6x6 to 4x4 outputs.", 6, 4, _output_rows
 
 @intrinsic
 def output_transform_to(
-    typingctx, y, row_step, column_step, rows, columns, lanes, source, source_row, source_column, bias, has_bias, relu
-):
-    """The output transform, then bias and activation, straight to y: pixel (i, j) to y[i * row_step + j * column_step]
-    for i < rows, j < columns, the first `lanes` lanes of it. Returns whether all of these are finite.
+    typingctx, y, row_step, column_step, rows, columns, lanes, source, source_row, source_column, bias, has_bias,
+    extra, has_extra, relu,
+):  # fmt: skip
+    """The output transform, then bias, summand and activation, straight to y: pixel (i, j) to y[i * row_step + j *
+    column_step] for i < rows, j < columns, the first `lanes` lanes of it.
+
+    bias: a number a lane, read where has_bias is not 0; extra: laid out as y, read where has_extra is not 0. Returns
+    whether all sums are finite; if not, nothing is written.
     """
     intp = types.intp
-    signature = types.intp(y, intp, intp, intp, intp, intp, source, intp, intp, bias, intp, intp)
+    signature = types.intp(y, intp, intp, intp, intp, intp, source, intp, intp, bias, intp, extra, intp, intp)
 
     def codegen(context, builder, signature, args):
-        y, row_step, column_step, rows, columns, lanes, source, source_row, source_column, bias, has_bias, relu = args
+        y, row_step, column_step, rows, columns, lanes, source, source_row, source_column = args[:9]
+        bias, has_bias, extra, has_extra, relu = args[9:]
         emit = _Emitter(builder, signature.args[0].dtype)
         mask = emit.mask(_I64(0), lanes)
         biased = emit.splat(builder.icmp_signed("!=", has_bias, _I64(0)), scalar=_I1)
@@ -143,15 +148,18 @@ def output_transform_to(
         finite = builder.or_(builder.fcmp_ordered("==", residue, emit.zero), builder.not_(mask))
         all_finite = builder.icmp_signed("==", builder.bitcast(finite, ir.IntType(emit.lanes)),
                                          ir.IntType(emit.lanes)(-1))  # fmt: skip
+        some = builder.icmp_signed("!=", has_extra, _I64(0))
+        rows = builder.select(all_finite, rows, _I64(0))
         for i, row in enumerate(tile):
             with builder.if_then(builder.icmp_signed("<", _I64(i), rows)):
-                start = builder.gep(y, [builder.mul(row_step, _I64(i))])
+                line = builder.mul(row_step, _I64(i))
                 for j, value in enumerate(row):
-                    total = emit.add(value, shift)
-                    negative = builder.and_(builder.fcmp_ordered("<", total, emit.zero), clamp)
-                    total = builder.select(negative, emit.zero, total)
                     with builder.if_then(builder.icmp_signed("<", _I64(j), columns)):
-                        emit.masked_store(total, start, builder.mul(column_step, _I64(j)), mask)
+                        place = builder.add(line, builder.mul(column_step, _I64(j)))
+                        (summand,) = emit.masked_loads_if(some, builder.gep(extra, [place]), [mask])
+                        total = emit.add(emit.add(value, shift), summand)
+                        negative = builder.and_(builder.fcmp_ordered("<", total, emit.zero), clamp)
+                        emit.masked_store(builder.select(negative, emit.zero, total), y, place, mask)
         return builder.zext(all_finite, _I64)
 
     return signature, codegen

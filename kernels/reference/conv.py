@@ -41,7 +41,7 @@ def conv2d_naive(x, weight, bias=None, *, stride=(1, 1), padding=((0, 0), (0, 0)
     return y
 
 
-def conv2d(x, weight, bias, *, stride, padding, dilation, groups, layout, activation, algorithm, out=None):
+def conv2d(x, weight, bias, add, *, stride, padding, dilation, groups, layout, activation, algorithm, out=None):
     del algorithm  # there is one way here
     kernel, size = weight.shape[2:], _pixels(x, layout)
     size = [
@@ -50,6 +50,8 @@ def conv2d(x, weight, bias, *, stride, padding, dilation, groups, layout, activa
     ]
     y = _correlate(x, weight, size, stride, padding, dilation, groups, layout)
     y = _biased(y, bias, layout)
+    if add is not None:
+        y += add
     if activation is not None:
         y = _ACTIVATIONS[activation](y)
     if out is None:
