@@ -7,7 +7,8 @@
   with flipped weights. With a stride, the pixels of x fall into stride_h * stride_w phases; in each, only every
   stride-th tap meets a pixel of grad, and those form a convolution of stride 1 by a smaller kernel. No zeros are
   multiplied, and every pixel is written once.
-- Gradient with respect to the weights: a product that sums over pixels (conv_weight.py).
+- Gradient with respect to the weights: a product that sums over pixels (conv_weight.py), or Winograd's transposed
+  (conv_winograd_weight.py).
 
 What follows from shapes and options alone is worked out once, by the `prepare_` functions, which the dispatcher calls
 for a new signature and whose result it keeps: a call on a tiny input would otherwise spend most of its time in
@@ -19,7 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from tilewise.kernels.cpu import conv_weight, conv_winograd_nhwc
+from tilewise.kernels.cpu import (
+    conv_columns,
+    conv_pointwise_input,
+    conv_weight,
+    conv_winograd_nhwc,
+    conv_winograd_weight,
+)
 from tilewise.kernels.cpu.conv_depthwise import Depthwise
 from tilewise.kernels.cpu.conv_depthwise_weight import WeightGradient
 from tilewise.kernels.cpu.conv_pass import (
@@ -30,7 +37,10 @@ from tilewise.kernels.cpu.conv_pass import (
     image_size,
     layout_shape,
     prepare_pass,
+    turn_planes,
 )  # fmt: skip
+from tilewise.kernels.cpu.conv_pointwise_input import PointwiseInput
+from tilewise.kernels.cpu.conv_pointwise_weight import PointwiseGradient
 from tilewise.kernels.cpu.conv_winograd import TILES
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.scratch import empty
@@ -38,6 +48,8 @@ from tilewise.kernels.cpu.simd import MR
 
 # Below this many FLOPs, walking the rows is faster than setting up panels.
 DIRECT_BELOW = 4_000
+# FLOPs a nanosecond of the weight gradient as an implicit product, on the machine of conv_winograd_weight's estimate.
+WEIGHT_RATE = 190
 
 
 def choose_conv2d(shapes, dtype, options, packed=False):
@@ -219,14 +231,21 @@ class _TransposedConvolution:
         self.channels_last = layout == "NHWC"
         algorithm = _choose_transposed(grad, weight, size, dtype, stride, dilation, groups, layout)
         self.phases = []
-        self.depthwise = None
+        self.whole = None  # one call instead
         if prod(grad) and prod(result):
             axes = [
                 [_phase(i, s, p[0], d, k) for i in range(min(s, n))]
                 for s, p, d, k, n in zip(stride, padding, dilation, (kh, kw), size, strict=True)
             ]
             if algorithm == "depthwise":
-                self.depthwise = Depthwise(grad, weight, result, axes, (1, 1), layout, dtype)
+                self.whole = Depthwise(grad, weight, result, axes, (1, 1), layout, dtype)
+                return
+            if algorithm != "direct" and conv_columns.applies(weight, stride, groups, layout):
+                self.whole = conv_columns.Columns(grad, weight, result, dtype, stride, padding, dilation, layout)
+                return
+            unpadded = [tuple(int(offset[0]) for _, offset in axis if offset.size) for axis in axes] == [(0,), (0,)]
+            if unpadded and conv_pointwise_input.applies(weight, size, image_size(grad, layout), groups, layout):
+                self.whole = PointwiseInput(grad, weight, layout, dtype)
                 return
             for i, (rows, row_offsets) in enumerate(axes[0]):
                 for j, (columns, column_offsets) in enumerate(axes[1]):
@@ -237,22 +256,28 @@ class _TransposedConvolution:
                     taps = (row_offsets, column_offsets)
                     move = prepare_pass(grad, shape, result, dtype, taps, (1, 1), grid, groups, layout, algorithm)
                     wanted = (rows[:, None] * kw + columns).ravel()
-                    exchange = exchange_channels.sized(2.0 * prod(shape))
-                    self.phases.append((shape, wanted, exchange, move))
+                    self.phases.append((shape, self._prepare_exchange(shape, wanted, kh * kw), move))
         # pixels that no tap meets keep the bias alone
         self.fill_first = len(self.phases) < min(stride[0], size[0]) * min(stride[1], size[1])
 
+    def _prepare_exchange(self, shape, wanted, taps):
+        """The weights of a phase: outputs and channels change places, and the taps `wanted` their order."""
+        groups, outputs, channels = self.sizes[:3]
+        if taps == 1:
+            return turn_planes.sized(1.0 * prod(shape)), (groups, outputs, channels)
+        return exchange_channels.sized(2.0 * prod(shape)), (*self.sizes, wanted)
+
     def __call__(self, grad, weight, result, bias):
-        if self.depthwise:
-            self.depthwise(grad, weight, result, bias)
+        if self.whole:
+            self.whole(grad, weight, result, bias)
             return
         if self.fill_first:
             result[...] = 0
             if bias.size:
                 result += bias if self.channels_last else bias[:, None, None]
-        for shape, wanted, exchange, move in self.phases:
+        for shape, (exchange, sizes), move in self.phases:
             phase = np.empty(shape, weight.dtype)
-            exchange(weight.ravel(), *self.sizes, wanted, phase.ravel())
+            exchange(weight.ravel(), *sizes, phase.ravel())
             move(grad, phase, result, bias)
 
 
@@ -263,7 +288,7 @@ def prepare_conv2d_backward(shapes, dtype, *, stride, padding, dilation, groups,
     to_x = _TransposedConvolution(grad, weight, x, dtype, **options) if "x" in needs else None
     wants = "weight" in needs, "bias" in needs
     to_weight = _prepare_weight_gradient(grad, x, weight, dtype, **options) if any(wants) else None
-    together = to_weight if isinstance(to_weight, WeightGradient) and wants[1] else None
+    together = to_weight if isinstance(to_weight, (WeightGradient, PointwiseGradient)) and wants[1] else None
     to_weight, to_bias = to_weight if together or wants[0] else None, _bias_gradient if wants[1] else None
 
     def run(grad, x, weight):
@@ -292,6 +317,8 @@ def _prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilatio
     if groups > 1 and channels == 1 and (layout == "NCHW" or all_outputs == groups):
         return WeightGradient(grad, x, weight, taps, stride, layout, dtype)
     size, grid, outputs = image_size(x, layout), image_size(grad, layout), all_outputs // groups
+    if groups == 1 and (kh, kw) == (1, 1) and _inside(size, grid, stride, padding):
+        return PointwiseGradient(grad, x, weight, stride, layout, dtype)
     flops = 2 * prod(grad) * channels * kh * kw
     if layout == "NHWC":
         plan = conv_weight.plan_nhwc((x[0], *size, channels), outputs, taps, stride, grid, groups)
@@ -306,7 +333,26 @@ def _prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilatio
         function(x.ravel(), grad.ravel(), result.ravel(), *plan)
         return result
 
-    return run
+    if groups > 1 or _why_not_winograd(weight, dtype, stride, dilation, layout):
+        return run
+    nanoseconds = conv_winograd_weight.estimate(x[0], channels, outputs, grid)
+    if nanoseconds > flops / WEIGHT_RATE:
+        return run
+    winograd = conv_winograd_weight.weight_gradient.sized(nanoseconds)
+    lows = [int(t[0]) for t in taps]
+    winograd_plan = conv_winograd_weight.plan(x[0], channels, size, outputs, grid, lows, layout == "NHWC")
+
+    def run_winograd(grad, x):
+        result = np.empty(weight, dtype)
+        finite = winograd(x.ravel(), grad.ravel(), result.ravel(), *winograd_plan)
+        return result if finite else run(grad, x)
+
+    return run_winograd
+
+
+def _inside(size, grid, stride, padding):
+    """Whether the only tap of every pixel lies in x."""
+    return all(p[0] == 0 and (g - 1) * s < n for n, g, s, p in zip(size, grid, stride, padding, strict=True))
 
 
 def _bias_gradient(grad, layout):

@@ -18,7 +18,7 @@ from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.row_moves import finish_row
 from tilewise.kernels.cpu.scratch import aligned
 from tilewise.kernels.cpu.simd import address, lane_count, lanes
-from tilewise.kernels.cpu.vector_move import transpose_square_to
+from tilewise.kernels.cpu.vector_move import reverse_row, transpose_square_to
 
 NO_BIAS = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)}
 _DIRECT = {
@@ -351,7 +351,10 @@ _EXCHANGE = 16
 
 @kernel()
 def exchange_channels(weight, groups, outputs, channels, taps, wanted, result):
-    """result[g, c, o, i] = weight[g, o, c, wanted[i]]: the taps of one phase, outputs and channels swapped."""
+    """result[g, c, o, i] = weight[g, o, c, wanted[i]]: the taps of one phase, outputs and channels swapped.
+
+    wanted descends; where it is all of the taps, they are turned around in registers.
+    """
     blocks = (channels + _EXCHANGE - 1) // _EXCHANGE
     for chunk in prange(groups * blocks):
         g = chunk // blocks
@@ -361,5 +364,8 @@ def exchange_channels(weight, groups, outputs, channels, taps, wanted, result):
                 for o in range(o0, min(outputs, o0 + _EXCHANGE)):
                     source = ((g * outputs + o) * channels + c) * taps
                     target = ((g * channels + c) * outputs + o) * wanted.size
+                    if wanted.size == taps:
+                        reverse_row(address(result, target), address(weight, source), taps)
+                        continue
                     for i in range(wanted.size):
                         result[target + i] = weight[source + wanted[i]]

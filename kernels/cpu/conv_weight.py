@@ -30,8 +30,8 @@ from tilewise.kernels.cpu.vector_move import add_scaled, transpose_square_to
 
 # Pixels a block: a panel of grad is 224 * 32 * 4 = 29 KB, in L1 while all k pass by.
 PIXELS = 16 * MR
-# The sums of a chunk, in L2: k for all outputs of a group.
-SUMS = 1 << 16
+# The sums of a chunk, 512 KB in L2: k for all outputs of a group. Every chunk packs grad again.
+SUMS = 1 << 17
 # Parts of the pixels that add up on their own: at most this many copies of the weights.
 MAX_PARTS = 8
 CHUNKS = 8

@@ -145,3 +145,23 @@ def finish_row(typingctx, step, target, source, count, shift, relu, extra, has_e
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic
+def add_row(typingctx, target, source, count):
+    """target[i] += source[i] for i < count; only the last vector under a mask."""
+    signature = types.void(target, source, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, source, count = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        rest = _loop(
+            builder, emit, count, lambda i: emit.store(emit.add(emit.load(target, i), emit.load(source, i)), target, i)
+        )
+        with builder.if_then(builder.icmp_signed("<", rest, count)):
+            mask = emit.mask(_I64(0), builder.sub(count, rest))
+            total = emit.add(emit.masked_load(target, rest, mask), emit.masked_load(source, rest, mask))
+            emit.masked_store(total, target, rest, mask)
+        return context.get_dummy_value()
+
+    return signature, codegen
