@@ -7,7 +7,7 @@ import pytest
 from conv_cases import LAYOUTS, laid
 
 from tilewise import conv2d_backward, using
-from tilewise.kernels.cpu import conv, conv_winograd_weight
+from tilewise.kernels.cpu import conv_weight_gradient, conv_winograd_weight
 
 # (batch, channels, height, width, outputs, padding): around the 4x4 tile, vectors of 16, panels of 48, blocks of 64
 CASES = [
@@ -45,7 +45,7 @@ def by_winograd(monkeypatch):
 
     calls = []
     plan = conv_winograd_weight.plan
-    monkeypatch.setattr(conv, "WEIGHT_RATE", 1e-9)
+    monkeypatch.setattr(conv_weight_gradient, "WEIGHT_RATE", 1e-9)
     monkeypatch.setattr(conv_winograd_weight, "plan", lambda *args: (calls.append(args), plan(*args))[1])
     dispatch.forget_plans()
     yield calls

@@ -1,4 +1,4 @@
-"""The gradient with respect to an x of few channels (an image's three), by columns: a product, and sums of shifted rows.
+"""The gradient with respect to an x of few channels (an image's three), by columns: a product, then shifted sums.
 
     columns[k, pixel of grad] = sum over o of weight[o, k] * grad[o, pixel]         k = (channel, tap row, tap column)
     grad_x[channel, the pixel shifted by the tap] += columns[k, pixel]
@@ -28,8 +28,9 @@ from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, lanes, micro_kernel
 from tilewise.kernels.cpu.vector_move import transpose_square_to
 
-# Channels up to which it pays. Without a stride: where a convolution of grad leaves too much of its tile empty, of 8 rows
-# or of 32 lanes. With one, that is a convolution for each phase, each with its own planes: in NCHW always slower.
+# Channels up to which it pays, without and with a stride. Without: where a convolution of grad leaves too much of its
+# tile empty, of 8 rows or of 32 lanes. With: that is a convolution for each phase, in NCHW with planes of its own, and
+# always slower.
 FEW_CHANNELS = {("NCHW", False): 6, ("NHWC", False): 16, ("NCHW", True): 1 << 30, ("NHWC", True): 8}
 # Of more channels than those, the columns of few outputs cost more additions than products.
 OUTPUTS = 16
@@ -51,8 +52,9 @@ def applies(weight, stride, groups, layout):
 
 
 def plan(n, outputs, grid, weight, size, stride, padding, dilation, channels_last, itemsize):
-    """(geometry, taps) for `columns_to_x`. grid: of grad; size: of x. taps: (channel, row shift, phase, column shift) of
-    every k.
+    """(geometry, taps) for `columns_to_x`. grid: of grad; size: of x.
+
+    taps: (channel, row shift, phase, column shift) of every k.
     """
     channels, kh, kw = weight[1:]
     places = [divmod(s * dilation[1] - padding[1][0], stride[1]) for s in range(kw)]
@@ -71,7 +73,21 @@ def plan(n, outputs, grid, weight, size, stride, padding, dilation, channels_las
     rows = -(-size[0] // blocks)
     some = max(1, min(grid[0], PIXELS // grid[1]))
     reach = (kh - 1) * dilation[0]
-    geometry = [n, outputs, *grid, channels, *size, *stride, padding[0][0], reach, rows, some, pitch, -low, channels_last]
+    geometry = [
+        n,
+        outputs,
+        *grid,
+        channels,
+        *size,
+        *stride,
+        padding[0][0],
+        reach,
+        rows,
+        some,
+        pitch,
+        -low,
+        channels_last,
+    ]
     return np.array([*geometry, block], np.int64), np.array(taps, np.int64)
 
 
@@ -158,7 +174,8 @@ def _block(grad, image, c0, channels, y0, rows, panels, bias, geometry, taps, x)
     outputs, oh, ow, stride_h, phases = geometry[1], geometry[2], geometry[3], geometry[7], geometry[8]
     top, reach, some, pitch = geometry[9], geometry[10], geometry[12], geometry[13]
     width = NV * lanes(grad)
-    depth = taps.shape[0] // geometry[4] * channels
+    taps_each = taps.shape[0] // geometry[4]
+    depth = taps_each * channels
     length = (some * ow + width - 1) // width * width + lanes(grad)
     stage = scratch(outputs * length, grad)
     columns = scratch((depth + MR - 1) // MR * MR * length, grad)
@@ -173,7 +190,9 @@ def _block(grad, image, c0, channels, y0, rows, panels, bias, geometry, taps, x)
     for i0 in range(first, last, some):
         lines = min(some, last - i0)
         _stage(grad, image, i0 * ow, lines * ow, outputs, oh * ow, geometry[15], length, stage)
-        _multiply(panels, taps.shape[0] // geometry[4] * c0 * outputs, stage, outputs, depth, lines * ow, length, columns)
+        _multiply(
+            panels, taps.shape[0] // geometry[4] * c0 * outputs, stage, outputs, depth, lines * ow, length, columns
+        )
         for k in range(depth):
             for i in range(lines):
                 row = (i0 + i) * stride_h + taps[k, 1] - y0
@@ -195,9 +214,7 @@ def columns_to_x(grad, weight, x, bias, geometry, taps):
     row_blocks, blocks = (h + rows - 1) // rows, (channels + block - 1) // block
     for chunk in prange(n * row_blocks * blocks):
         image, c0, y0 = chunk // (row_blocks * blocks), chunk // row_blocks % blocks * block, chunk % row_blocks * rows
-        _block(
-            grad, image, c0, min(block, channels - c0), y0, min(rows, h - y0), panels, bias, geometry, taps, x
-        )
+        _block(grad, image, c0, min(block, channels - c0), y0, min(rows, h - y0), panels, bias, geometry, taps, x)
 
 
 class Columns:

@@ -53,9 +53,7 @@ def plan(n, channels, size, outputs, grid, stride, channels_last, itemsize):
     most = (SMALL_BYTES if channels * outputs <= SMALL_WEIGHTS else BYTES) // (pixel * rows * columns)
     parts = -(-n * pieces // max(1, most))
     part = -(-n * pieces // parts)  # pieces a part
-    return np.array(
-        [n, channels, *size, outputs, *grid, *stride, rows, columns, pieces, part, channels_last], np.int64
-    )
+    return np.array([n, channels, *size, outputs, *grid, *stride, rows, columns, pieces, part, channels_last], np.int64)
 
 
 @device()
@@ -90,9 +88,7 @@ def _pack_strided_planes(source, start, plane, some, w, row_step, stride_w, rows
         if some == width and w >= width:
             for j in range(0, used, width):
                 at = min(j, w - width)
-                transpose_square_to(
-                    address(stage, 0), address(places, at), address(source, line + at), plane
-                )
+                transpose_square_to(address(stage, 0), address(places, at), address(source, line + at), plane)
         else:
             for j in range(columns):
                 clear_row(address(stage, j * width), width)
@@ -242,12 +238,9 @@ class PointwiseGradient:
         self.plan = plan(x[0], weight[1], size, weight[0], grid, stride, nhwc, dtype.itemsize)
         self.kernel = pointwise_gradients.sized(2 * x[0] * grid[0] * grid[1] * weight[0] * weight[1] * COST["gemm"])
 
-    def gradients(self, grad, x, wants_weight, wants_bias=True):
+    def __call__(self, grad, x, wants_weight, wants_bias):
         """(gradient of the weight or None, gradient of the bias or None)."""
         result = np.empty(self.shape if wants_weight else 0, self.dtype)
         bias = np.empty(self.shape[0] if wants_bias else 0, self.dtype)
         self.kernel(x.ravel(), grad.ravel(), result.ravel(), bias, self.plan)
         return result if wants_weight else None, bias if wants_bias else None
-
-    def __call__(self, grad, x):
-        return self.gradients(grad, x, True, False)[0]
