@@ -90,7 +90,6 @@ for layout, shape in (("NCHW", (3, 21, 7, 9)), ("NHWC", (3, 7, 9, 21))):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is an x86-64 feature")
 @pytest.mark.parametrize("family", PROGRAMS)
 def test_avx2_machines_get_right_results_without_zmm_registers(family):
-    features = HASWELL + ",-avx512f,-avx512bw,-avx512cd,-avx512dq,-avx512vl,-avx512vnni"
     environment = os.environ | AVX2
     program = START + PROGRAMS[family] + END
     result = subprocess.run(
