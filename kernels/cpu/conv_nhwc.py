@@ -272,7 +272,7 @@ def _block(
         _finish(y, places, pixels, g * outputs + first_output, last_output - first_output, extra, code)
 
 
-@kernel()
+@kernel(one_by_one=True)
 def convolve(x, weight, y, bias, extra, geometry, starts, parts, order):
     """y = activation(convolution(x, weight) + bias + extra), all arrays flat, for a `plan`.
 

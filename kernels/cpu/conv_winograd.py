@@ -242,7 +242,7 @@ def _tile_block(
             _write_rows(rows, y, first_output + (o0 + o) * oh * ow, y_step, oh, ow, runs, n_runs)
 
 
-@kernel()
+@kernel(one_by_one=True)
 def convolve(
     x, n, groups, channels, h, w, weight, outputs, tap_rows, tap_columns, stride_h, stride_w, oh, ow,
     y, y_start, plane, row_step, column_step, bias, activation,
