@@ -153,7 +153,7 @@ for layout in ("NCHW", "NHWC"):
             assert (out == y).all()
             prepared = kernels.prepare_conv2d(weight, bias, layout=layout, **options)
             kernels.conv2d(x, weight, bias, layout=layout, add=fenced_copy(y), out=out, **options)
-            assert (prepared(x, add=fenced_copy(y), out=y) == out).all()
+            assert abs(prepared(x, add=fenced_copy(y), out=y) - out).max() < 1e-3  # perhaps by another algorithm
             kernels.conv2d_backward(out, x, weight, layout=layout, **options)
 print("done")
 """
