@@ -58,7 +58,7 @@ def conv2d(
 
     Source: V. Dumoulin, F. Visin: A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
     """
-    return _CONV2D((x, weight, bias, add), (stride, padding, dilation, groups, layout, activation, algorithm), out)
+    return _CONV2D.call((x, weight, bias, add), (stride, padding, dilation, groups, layout, activation, algorithm), out)
 
 
 def prepare_conv2d(
@@ -133,8 +133,8 @@ class PreparedConv2d:
 
     def __call__(self, x, *, add=None, out=None):
         if add is None:
-            return self._alone((x,), (), out)
-        return self._with_add((x, add), (), out)
+            return self._alone.call((x,), (), out)
+        return self._with_add.call((x, add), (), out)
 
     @property
     def nbytes(self) -> int:
@@ -195,7 +195,7 @@ def conv2d_backward(
     Raises:
         TypeError, ValueError: as `conv2d`; also a grad whose shape is not the result's, or an unknown name in `needs`.
     """
-    return _CONV2D_BACKWARD((grad, x, weight), (stride, padding, dilation, groups, layout, needs))
+    return _CONV2D_BACKWARD.call((grad, x, weight), (stride, padding, dilation, groups, layout, needs))
 
 
 def conv_transpose2d(
@@ -226,7 +226,7 @@ def conv_transpose2d(
 
     Source: V. Dumoulin, F. Visin: A guide to convolution arithmetic for deep learning, arXiv:1603.07285, chapter 4.
     """
-    return _CONV_TRANSPOSE2D((x, weight, bias), (stride, padding, output_padding, groups, dilation, layout))
+    return _CONV_TRANSPOSE2D.call((x, weight, bias), (stride, padding, output_padding, groups, dilation, layout))
 
 
 def conv_transpose2d_backward(
@@ -248,7 +248,7 @@ def conv_transpose2d_backward(
             `needs`.
     """
     options = (stride, padding, output_padding, groups, dilation, layout, needs)
-    return _CONV_TRANSPOSE2D_BACKWARD((grad, x, weight), options)
+    return _CONV_TRANSPOSE2D_BACKWARD.call((grad, x, weight), options)
 
 
 _CONV2D = Operation("conv", "conv2d", ("x", "weight", "bias", "add"), check_conv2d, in_place=(3,))

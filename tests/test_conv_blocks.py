@@ -153,7 +153,8 @@ for layout in ("NCHW", "NHWC"):
             assert (out == y).all()
             prepared = kernels.prepare_conv2d(weight, bias, layout=layout, **options)
             kernels.conv2d(x, weight, bias, layout=layout, add=fenced_copy(y), out=out, **options)
-            assert abs(prepared(x, add=fenced_copy(y), out=y) - out).max() < 1e-3  # perhaps by another algorithm
+            # the weights being free, it may choose Winograd where the plain call does not
+            assert np.allclose(prepared(x, add=fenced_copy(y), out=y), out, rtol=0, atol=1e-2)
             kernels.conv2d_backward(out, x, weight, layout=layout, **options)
 print("done")
 """

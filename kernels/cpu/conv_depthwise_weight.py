@@ -349,13 +349,10 @@ class WeightGradient:
             head = (n, groups, weight[0] // groups, h, w, oh, ow, strips.constants, strips.table)
             self.constants = (*head, strips.square)
 
-    def __call__(self, grad, x):
-        return self.gradients(grad, x, True)[0]
-
-    def gradients(self, grad, x, weight):
-        """(grad_weight, or None unless `weight`; grad_bias, which costs nearly nothing beside the former)."""
-        result = np.empty(self.shape if weight else 0, x.dtype)
+    def __call__(self, grad, x, wants_weight, wants_bias):
+        """(grad_weight or None, grad_bias or None); the bias's costs nearly nothing beside the former."""
+        result = np.empty(self.shape if wants_weight else 0, x.dtype)
         bias = np.empty(self.shape[0], x.dtype)
-        taps = self.taps if weight else 0
+        taps = self.taps if wants_weight else 0
         self.kernel(x.ravel(), grad.ravel(), result.ravel(), bias, *self.constants, taps, *self.last)
-        return result if weight else None, bias
+        return result if wants_weight else None, bias if wants_bias else None

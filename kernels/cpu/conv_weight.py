@@ -26,12 +26,12 @@ from tilewise.kernels.cpu.micro_kernels import row_product
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
-from tilewise.kernels.cpu.vector_move import add_scaled, transpose_square_to
+from tilewise.kernels.cpu.vector_move import add_rows, add_scaled, transpose_square_to
 
 # Pixels a block: a panel of grad is 224 * 32 * 4 = 29 KB, in L1 while all k pass by.
 PIXELS = 16 * MR
-# The sums of a chunk, in L2: k for all outputs of a group.
-SUMS = 1 << 16
+# The sums of a chunk, 512 KB in L2: k for all outputs of a group. Every chunk packs grad again.
+SUMS = 1 << 17
 # Parts of the pixels that add up on their own: at most this many copies of the weights.
 MAX_PARTS = 8
 CHUNKS = 8
@@ -155,9 +155,31 @@ def _pack_rows(grad, start, step, outputs, pixels, panels):
                 copy_row(1, address(panels, target), address(grad, source), width)
 
 
+@device()
+def _add_pixels(panels, outputs, pixels, sums, at):
+    """sums[at + o] += the packed pixels of grad's output o."""
+    width = NV * lanes(panels)
+    for o in range(0, outputs, lanes(panels)):
+        pixel = address(panels, o // width * width * pixels + o % width)
+        add_rows(address(sums, at + o), pixel, width, pixels)
+
+
+@device()
+def _add_totals(totals, parts, groups, outputs, padded, bias):
+    """bias = the parts' sums, added in order; each group's `padded` apart."""
+    for i in range(bias.size):
+        g = i // outputs
+        total = totals[g * padded + i - g * outputs]
+        for part in range(1, parts):
+            total += totals[(part * groups + g) * padded + i - g * outputs]
+        bias[i] = total
+
+
 @device(allocates=True)
-def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, sizes, result, target):
-    """The k of channels c0 .. c0 + some from the blocks of rows first .. last."""
+def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, sizes, result, target, bias, at):
+    """The k of channels c0 .. c0 + some from the blocks of rows first .. last; where bias is not empty, its sums from
+    `at` on.
+    """
     groups, channels, h, w, outputs = geometry[1], geometry[2], geometry[3], geometry[4], geometry[5]
     oh, ow, pitch, plane = geometry[6], geometry[7], geometry[13], geometry[18]
     block_rows = sizes[1]
@@ -177,14 +199,20 @@ def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, 
         image, row0 = unit // row_blocks, unit % row_blocks * block_rows
         rows = min(block_rows, oh - row0)
         base = ((image * groups + g) * channels + c0) * h * w
-        copy_planes(x, base, 0, 1, some, row0, rows + geometry[12], geometry, phases, planes)
         start = (image * groups + g) * outputs * oh * ow + row0 * ow
         _pack_planes(grad, start, oh * ow, outputs, rows * ow, columns, panels)
+        if bias.size > 0 and c0 == 0:
+            _add_pixels(panels, outputs, rows * ow, bias, at)
+        if result.size == 0:
+            continue
+        copy_planes(x, base, 0, 1, some, row0, rows + geometry[12], geometry, phases, planes)
         more = 1 if unit > first else 0
         if pitch == ow:
             _add_products(planes, bases, count, starts, 1, rows * ow, 1, panels, outputs, sums, more)
         else:
             _add_products(planes, bases, count, starts, rows, ow, 1, panels, outputs, sums, more)
+    if result.size == 0:
+        return
     places = np.empty(outputs + width, np.int64)
     for o in range(outputs):
         places[o] = o * channels * geometry[10]
@@ -192,8 +220,10 @@ def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, 
 
 
 @kernel()
-def weight_gradient_nchw(x, grad, result, geometry, bases, phases, sizes):
-    """result: (groups * outputs, channels, taps), flat, for x and grad in NCHW and a `plan_nchw`."""
+def weight_gradient_nchw(x, grad, result, bias, geometry, bases, phases, sizes):
+    """result: (groups * outputs, channels, taps), flat, and bias: (groups * outputs,), both empty where not wanted; for
+    x and grad in NCHW and a `plan_nchw`.
+    """
     n, groups, channels, outputs, oh, taps = (
         geometry[0], geometry[1], geometry[2], geometry[5], geometry[6], geometry[10],
     )  # fmt: skip
@@ -201,7 +231,12 @@ def weight_gradient_nchw(x, grad, result, geometry, bases, phases, sizes):
     blocks = (channels + block - 1) // block
     units = n * ((oh + sizes[1] - 1) // sizes[1])
     size = groups * outputs * channels * taps
-    sums = result if parts == 1 else np.empty(parts * size, x.dtype)
+    if result.size == 0:
+        blocks = size = 1
+    sums = result if parts == 1 or result.size == 0 else np.empty(parts * size, x.dtype)
+    # each group's outputs from a whole number of vectors on, for each part of the pixels
+    padded = (outputs + lanes(x) - 1) // lanes(x) * lanes(x)
+    totals = np.zeros(parts * groups * padded if bias.size > 0 else 0, x.dtype)
     for chunk in prange(groups * blocks * parts):
         part = chunk % parts
         c0 = chunk // parts % blocks * block
@@ -209,14 +244,16 @@ def weight_gradient_nchw(x, grad, result, geometry, bases, phases, sizes):
         _nchw_chunk(
             x, grad, units * part // parts, units * (part + 1) // parts, g, c0, min(block, channels - c0),
             geometry, bases, phases, sizes, sums, part * size + (g * outputs * channels + c0) * taps,
+            totals, (part * groups + g) * padded,
         )  # fmt: skip
-    if parts > 1:
+    if parts > 1 and result.size > 0:
         _add_parts(sums, parts, size, result)
+    _add_totals(totals, parts, groups, outputs, padded, bias)
 
 
 @device(allocates=True)
-def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, result, target):
-    """The k from k0 on from the blocks of rows first .. last."""
+def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, result, target, bias, at):
+    """The k from k0 on from the blocks of rows first .. last; where bias is not empty, its sums from `at` on."""
     groups, channels, h, outputs, oh, ow = (
         geometry[1], geometry[2], geometry[3], geometry[5], geometry[6], geometry[7],
     )  # fmt: skip
@@ -237,15 +274,21 @@ def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, 
         origin = (image * h + row0 * stride_h) * pitch + g * channels if in_place else 0
         for i in range(rows):
             starts[i] = origin + i * stride_h * pitch
-        if not in_place:
-            copy_padded(x, image, g, 1, row0, (rows - 1) * stride_h + geometry[13] + 1, geometry, padded)
         step = groups * outputs
         _pack_rows(grad, (image * oh + row0) * ow * step + g * outputs, step, outputs, rows * ow, panels)
+        if bias.size > 0 and k0 == 0:
+            _add_pixels(panels, outputs, rows * ow, bias, at)
+        if result.size == 0:
+            continue
+        if not in_place:
+            copy_padded(x, image, g, 1, row0, (rows - 1) * stride_h + geometry[13] + 1, geometry, padded)
         more = 1 if unit > first else 0
         if in_place:
             _add_products(x, bases, count, starts, rows, ow, a_step, panels, outputs, sums, more)
         else:
             _add_products(padded, bases, count, starts, rows, ow, a_step, panels, outputs, sums, more)
+    if result.size == 0:
+        return
     places = np.empty(outputs + width, np.int64)
     for o in range(outputs):
         places[o] = o * channels * geometry[10]
@@ -253,8 +296,8 @@ def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, 
 
 
 @kernel()
-def weight_gradient_nhwc(x, grad, result, geometry, bases, sizes):
-    """result: (groups * outputs, channels, taps), flat, for x and grad in NHWC and a `plan_nhwc`."""
+def weight_gradient_nhwc(x, grad, result, bias, geometry, bases, sizes):
+    """As `weight_gradient_nchw`, for x and grad in NHWC and a `plan_nhwc`."""
     n, groups, channels, outputs, oh, taps = (
         geometry[0], geometry[1], geometry[2], geometry[5], geometry[6], geometry[10],
     )  # fmt: skip
@@ -263,17 +306,22 @@ def weight_gradient_nhwc(x, grad, result, geometry, bases, sizes):
     blocks = (whole + block - 1) // block
     units = n * ((oh + sizes[1] - 1) // sizes[1])
     size = groups * outputs * whole
-    sums = np.empty(parts * size, x.dtype)
+    if result.size == 0:
+        blocks = 1
+    sums = np.empty(parts * size if result.size > 0 else 0, x.dtype)
+    padded = (outputs + lanes(x) - 1) // lanes(x) * lanes(x)
+    totals = np.zeros(parts * groups * padded if bias.size > 0 else 0, x.dtype)
     for chunk in prange(groups * blocks * parts):
         part = chunk % parts
         k0 = chunk // parts % blocks * block
         g = chunk // (parts * blocks)
         _nhwc_chunk(
             x, grad, units * part // parts, units * (part + 1) // parts, g, k0, min(block, whole - k0),
-            geometry, bases, sizes, sums, part * size + g * outputs * whole + k0,
+            geometry, bases, sizes, sums, part * size + g * outputs * whole + k0, totals, (part * groups + g) * padded,
         )  # fmt: skip
-    for o in prange(groups * outputs):
+    for o in prange(groups * outputs if result.size > 0 else 0):
         _add_row_by_tap(sums, parts, size, o * whole, channels, taps, result)
+    _add_totals(totals, parts, groups, outputs, padded, bias)
 
 
 @device()

@@ -121,7 +121,10 @@ def finish_row(typingctx, step, target, source, count, shift, relu, extra, has_e
         even = ir.Constant(ir.VectorType(_I1, n), [int(i % apart == 0) for i in range(n)])
 
         def finish(i, whole):
-            total = emit.add(emit.load(source, i), shifts)
+            # what lies behind the last row may not be ours to read
+            inside = None if whole else emit.mask(_I64(0), builder.sub(count, i))
+            values = emit.load(source, i) if whole else emit.masked_load(source, i, inside)
+            total = emit.add(values, shifts)
             for h, order in enumerate(spread):
                 place = builder.add(builder.mul(i, _I64(apart)), _I64(h * n))
                 mask = even
@@ -142,6 +145,26 @@ def finish_row(typingctx, step, target, source, count, shift, relu, extra, has_e
         rest = _loop(builder, emit, count, lambda i: finish(i, True))
         with builder.if_then(builder.icmp_signed("<", rest, count)):
             finish(rest, False)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def add_row(typingctx, target, source, count):
+    """target[i] += source[i] for i < count; only the last vector under a mask."""
+    signature = types.void(target, source, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, source, count = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        rest = _loop(
+            builder, emit, count, lambda i: emit.store(emit.add(emit.load(target, i), emit.load(source, i)), target, i)
+        )
+        with builder.if_then(builder.icmp_signed("<", rest, count)):
+            mask = emit.mask(_I64(0), builder.sub(count, rest))
+            total = emit.add(emit.masked_load(target, rest, mask), emit.masked_load(source, rest, mask))
+            emit.masked_store(total, target, rest, mask)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -267,3 +267,80 @@ def transpose_square_to(typingctx, target, places, source, row_step):
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+# Sums that run side by side in `add_rows`: an addition takes 4 cycles, and two may start in each.
+_CHAINS = 8
+
+
+@intrinsic
+def add_rows(typingctx, target, source, step, count):
+    """target[l] += sum over k < count of source[k * step + l] for one vector of lanes l, in a fixed order."""
+    signature = types.void(target, source, types.intp, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, source, step, count = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        first = [emit.load(target, _I64(0))] + [emit.zero] * (_CHAINS - 1)
+        whole = builder.and_(count, _I64(-_CHAINS))
+        sums = _emit_sums(emit, first, source, step, _I64(0), whole, _CHAINS)
+        while len(sums) > 1:
+            sums = [emit.add(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        (total,) = _emit_sums(emit, sums, source, step, whole, count, 1)
+        emit.store(total, target, _I64(0))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _emit_sums(emit, first, source, step, start, end, chains):
+    """first[i] + the rows start + i, start + i + chains, ... below end."""
+    builder = emit.builder
+    entry = builder.block
+    loop, done = builder.append_basic_block("rows"), builder.append_basic_block("summed")
+    builder.cbranch(builder.icmp_signed("<", start, end), loop, done)
+    builder.position_at_end(loop)
+    k = builder.phi(_I64)
+    sums = [builder.phi(emit.vector) for _ in first]
+    rows = [emit.load(source, builder.mul(builder.add(k, _I64(i)), step)) for i in range(chains)]
+    after = [emit.add(total, row) for total, row in zip(sums, rows, strict=True)]
+    following = builder.add(k, _I64(chains))
+    for phi, before, value in zip([k, *sums], [start, *first], [following, *after], strict=True):
+        phi.add_incoming(before, entry)
+        phi.add_incoming(value, loop)
+    builder.cbranch(builder.icmp_signed("<", following, end), loop, done)
+    builder.position_at_end(done)
+    totals = [builder.phi(emit.vector) for _ in first]
+    for phi, before, value in zip(totals, first, after, strict=True):
+        phi.add_incoming(before, entry)
+        phi.add_incoming(value, loop)
+    return totals
+
+
+@intrinsic
+def reverse_row(typingctx, target, source, count):
+    """target[i] = source[count - 1 - i] for i < count, in vectors; nothing else is read or written."""
+    signature = types.void(target, source, types.intp)
+
+    def codegen(context, builder, signature, args):
+        target, source, count = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        backwards = ir.Constant(ir.VectorType(_I32, emit.lanes), list(range(emit.lanes - 1, -1, -1)))
+        entry = builder.block
+        loop, done = builder.append_basic_block("reverse"), builder.append_basic_block("reversed")
+        builder.cbranch(builder.icmp_signed(">", count, _I64(0)), loop, done)
+        builder.position_at_end(loop)
+        i = builder.phi(_I64)
+        left = builder.sub(count, i)
+        first = builder.sub(left, _I64(emit.lanes))
+        value = emit.masked_load(source, first, emit.mask(builder.neg(first), _I64(emit.lanes)))
+        value = builder.shuffle_vector(value, value, backwards)
+        emit.masked_store(value, target, i, emit.mask(_I64(0), left))
+        following = builder.add(i, _I64(emit.lanes))
+        i.add_incoming(_I64(0), entry)
+        i.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return signature, codegen
