@@ -26,7 +26,7 @@ from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, lanes, micro_kernel
-from tilewise.kernels.cpu.vector_move import transpose_square_to
+from tilewise.kernels.cpu.vector_move import copy_rows, transpose_square_to
 
 # Channels up to which it pays, without and with a stride. Without: where a convolution of grad leaves too much of its
 # tile empty, of 8 rows or of 32 lanes. With: that is a convolution for each phase, in NCHW with planes of its own, and
@@ -34,8 +34,8 @@ from tilewise.kernels.cpu.vector_move import transpose_square_to
 FEW_CHANNELS = {("NCHW", False): 6, ("NHWC", False): 16, ("NCHW", True): 1 << 30, ("NHWC", True): 8}
 # Of more channels than those, the columns of few outputs cost more additions than products.
 OUTPUTS = 16
-# Outputs whose stage stays in L1 for a panel of pixels: 256 * 48 * 4 = 49 KB.
-MOST_OUTPUTS = 256
+# Outputs whose stage for a panel of pixels, 512 * 48 * 4 = 98 KB, stays in L2 with all else.
+MOST_OUTPUTS = 512
 # Pixels of grad at a time: their columns for 7x7 taps of 3 channels are 147 * 336 * 4 = 198 KB, their stage for 64
 # outputs 86 KB.
 PIXELS = 7 * 48
@@ -104,11 +104,9 @@ def _pack_weight(weight, outputs, depth, panels):
 @device(allocates=True)
 def _stage(grad, image, first, pixels, outputs, plane, channels_last, pitch, stage):
     """stage[o * pitch + p] = pixel first + p of output o."""
-    width, zero = lanes(grad), grad.dtype.type(0)
+    width = lanes(grad)
     if not channels_last:
-        for o in range(outputs):
-            source, target = address(grad, (image * outputs + o) * plane + first), address(stage, o * pitch)
-            finish_row(1, target, source, pixels, zero, 0, target, 0)
+        copy_rows(grad, image * outputs * plane + first, plane, outputs, pixels, stage, 0, pitch)
         return
     start = (image * plane + first) * outputs
     places = np.arange(0, width * pitch, pitch)

@@ -29,9 +29,8 @@ from tilewise.kernels.cpu.vector_move import add_rows, add_scaled, copy_vector, 
 DEPTH = 144
 # Pixels packed at a time: long enough rows of NCHW, short enough pieces of NHWC to share out.
 PIECE = 512
-# U and V of one part of the pixels: in L2 with many pixels of few channels, and never so large that malloc maps memory
-# anew in every call.
-BYTES, SMALL_BYTES, SMALL_WEIGHTS = 16 << 20, 1 << 20, 1 << 15
+# U and V of one part of the pixels: in L2, and so few that the weights, to which every part adds, pass by rarely.
+BYTES, SMALL_BYTES, SMALL_WEIGHTS = 2 << 20, 1 << 19, 1 << 17
 # Outputs and panels of channels a block: small enough to share out the smallest layers.
 BLOCK_OUTPUTS, BLOCK_PANELS = 64, 2
 

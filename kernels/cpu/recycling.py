@@ -18,10 +18,11 @@ from collections import deque
 
 import numpy as np
 
-FROM = 1 << 24  # bytes: below it, malloc keeps what is freed, and a call would feel the microseconds spent here
-HUGE_PAGE = 1 << 21
-# Of a block, what a smaller result may leave unused: an eighth.
-SLACK = 8
+# Bytes: below it, a call would feel the microseconds that this costs. malloc keeps some of what is freed below 32 MB, but
+# not if much is: two weights of 8 MB that a call widened from float16 were cleared again in each one, 5 ms.
+FROM = 1 << 22
+HUGE_PAGE = 1 << 21  # blocks are whole ones: the system lays only those out so that all of their pages are huge
+SLACK = 8  # a smaller result may leave an eighth of a block unused, or a huge page
 AVAILABLE = sys.platform == "linux" and hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MADV_HUGEPAGE")
 
 
@@ -81,7 +82,7 @@ def _give_back(block: _Block):
 def _take(size: int) -> _Block | None:
     """The idle block that was used last and fits."""
     for block in reversed(tuple(_idle)):
-        if size <= block.size <= size + size // SLACK:
+        if size <= block.size <= size + max(size // SLACK, HUGE_PAGE):
             try:
                 _idle.remove(block)
             except ValueError:  # another thread took it
