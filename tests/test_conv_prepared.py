@@ -128,13 +128,13 @@ def test_a_batch_norm_is_folded_in(backend, rng, layout, affine, dtype):
 
 
 def test_a_batch_norm_is_folded_in_float64(rng):
-    """In float32 the difference of large numbers would lose five digits."""
-    weight = rng.standard_normal((3, 2, 1, 1)).astype(np.float32)
-    bias = np.full(3, 1e5, np.float32)
-    norm = bias + 1, np.full(3, 2.5, np.float32), None, None, 0.1
-    prepared = prepare_conv2d(weight, bias, batch_norm=norm)
+    """Where mean and bias cancel, float32 would keep no digit."""
+    mean, variance = (1e4 * rng.random(9) + 1).astype(np.float32), (rng.random(9) + 0.5).astype(np.float32)
+    scaled = mean / np.sqrt(variance.astype(np.float64) + 0.1)
+    shift = scaled.astype(np.float32)
+    prepared = prepare_conv2d(np.ones((9, 2, 1, 1), np.float32), batch_norm=(mean, variance, None, shift, 0.1))
     y = prepared(np.zeros((1, 2, 1, 1), np.float32)).ravel()
-    np.testing.assert_allclose(y, -1 / np.sqrt(2.6), rtol=1e-6)
+    np.testing.assert_allclose(y, shift - scaled, rtol=1e-6)
 
 
 def test_a_negative_variance_is_nan_as_in_batch_norm(backend, rng):
