@@ -12,7 +12,8 @@ from conv_cases import FLOATS, LAYOUTS, Case, laid, nchw, reference
 from tolerances import assert_close
 
 from tilewise import kernels
-from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_weight
+from tilewise.kernels import dispatch
+from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_pass, conv_weight
 from tilewise.kernels.cpu.simd import lane_count
 
 # the places of conv_nchw.plan's and conv_nhwc.plan's geometry
@@ -115,9 +116,6 @@ THROUGH = Case(3, 140, 7, 7, 70, (3, 3), 1, 1)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", [THROUGH, THROUGH._replace(h=9, w=5, stride=2), THROUGH._replace(n=1, o=64)], ids=str)
 def test_small_images_go_through_nhwc(rng, case, dtype, monkeypatch):
-    from tilewise.kernels import dispatch
-    from tilewise.kernels.cpu import conv_pass
-
     turned = []
     turn = conv_pass._ThroughNHWC.__call__
     monkeypatch.setattr(conv_pass._ThroughNHWC, "__call__", lambda self, *a: (turned.append(1), turn(self, *a))[1])
@@ -126,6 +124,27 @@ def test_small_images_go_through_nhwc(rng, case, dtype, monkeypatch):
     y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm")
     expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu")
     assert turned
+    assert_close(y, expected, reduction=case.taps)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("with_add", [False, True])
+def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, with_add):
+    """5 small images, 2 at a time, with a summand or without."""
+    monkeypatch.setattr(conv_pass, "COPIES", 0)
+    parts = []
+    once = conv_pass._Halves.__call__
+    monkeypatch.setattr(conv_pass._Halves, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1])
+    dispatch.forget_plans()
+    case = Case(5, 400, 5, 5, 400, (kernel, kernel), 1, kernel // 2)
+    x, weight, bias = case.arrays(rng, dtype)
+    add = rng.standard_normal((5, 400, 5, 5)).astype(dtype) if with_add else None
+    y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm", add=add)
+    dispatch.forget_plans()
+    assert parts == [2]
+    wide = None if add is None else add.astype(np.float64)
+    expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu", add=wide)
     assert_close(y, expected, reduction=case.taps)
 
 

@@ -29,6 +29,8 @@ _DIRECT = {
 COST = {"gemm": 0.015, "winograd": 0.008, "direct": 0.5}
 # Pixels of an image up to which turning it around may pay (see `_ThroughNHWC`).
 _SMALL_IMAGE = 16 * 16
+# Bytes that copies of x and y may always take.
+COPIES = 4 << 20
 
 
 def image_size(shape, layout):
@@ -206,7 +208,8 @@ def _pointwise(x, weight, dtype, groups, activation):
     alone, joined = n * ceil(pixels / lane), ceil(n * pixels / lane)
     # copying in and out costs about as much as 32 products a number
     if groups == 1 and alone - joined > alone * max(32 / weight[0], 32 / weight[1]) + alone / 16:
-        return _PointwiseJoined(n, pixels, weight, dtype, activation)
+        y = (n, weight[0], *x[2:])
+        return _Halves.where_large(x, y, dtype, lambda n: _PointwiseJoined(n, pixels, weight, dtype, activation))
     return _Pointwise(n, pixels, weight, dtype, groups, activation)
 
 
@@ -216,6 +219,43 @@ def _is_pointwise(x, weight, y, taps, stride, grid):
         weight[2:] == (1, 1) and taps[0][0] == taps[1][0] == 0 and tuple(stride) == (1, 1)
         and x[2:] == y[2:] and tuple(grid) == (0, 0, 1, 1, *y[2:])
     )  # fmt: skip
+
+
+class _Halves:
+    """A batch in two or three parts, for passes that copy their images: the copies take half of x and y at most.
+
+    prepare(n): the pass for n images.
+    """
+
+    __slots__ = ("last", "move", "n", "some")
+
+    def __init__(self, n, some, prepare):
+        self.n, self.some = n, some
+        self.move = prepare(some)
+        self.last = prepare(n % some) if n % some else self.move
+
+    @classmethod
+    def where_large(cls, x, y, dtype, prepare):
+        """The whole batch at once, unless that takes more than COPIES bytes."""
+        n = x[0]
+        some = max(n // 2, COPIES // ((prod(x[1:]) + prod(y[1:])) * dtype.itemsize), 1)
+        return prepare(n) if some >= n else cls(n, some, prepare)
+
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        x, y = x.reshape(self.n, -1), y.reshape(self.n, -1)
+        extra = None if extra is None or extra.size == 0 else extra.reshape(self.n, -1)
+        for first in range(0, self.n, self.some):
+            images = slice(first, min(self.n, first + self.some))
+            move = self.move if images.stop - first == self.some else self.last
+            more = None if extra is None else extra[images].ravel()
+            move(x[images], weight, y[images], bias, more, packed)
+
+    @property
+    def packing(self):
+        return self.move.packing
+
+    def pack(self, weight):
+        return self.move.pack(weight)
 
 
 class _WinogradNHWC:
@@ -304,7 +344,7 @@ def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algori
             return _pointwise(x, weight, dtype, groups, activation)
         there = _ProductNCHW(x, weight, y, dtype, taps, stride, grid, groups, activation)
         if _better_in_nhwc(x, weight, dtype, there, grid, groups):
-            return _ThroughNHWC(x, weight, y, product)
+            return _Halves.where_large(x, y, dtype, lambda n: _ThroughNHWC((n, *x[1:]), weight, (n, *y[1:]), product))
         return there
     if algorithm == "winograd" and layout == "NHWC":
         return winograd(x, weight, y)
