@@ -66,9 +66,7 @@ class DeviceCompiler(CompilerBase):
 
     def define_pipelines(self):
         manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        manager.passes = [
-            (_LinkedLowering if kind is NativeLowering else kind, what) for kind, what in manager.passes
-        ]
+        manager.passes = [(_LinkedLowering if kind is NativeLowering else kind, what) for kind, what in manager.passes]
         manager.finalize()
         return [manager]
 
