@@ -108,7 +108,7 @@ def _kind(*options) -> _Kind:
 
 def _nested_kind(kind: _Kind, options: tuple) -> tuple:
     """Of options with tuples among them: the kinds of those, too."""
-    kinds = [kind]
+    kinds: list = [kind]
     for i in kind.tuples:
         inner = _kind(*options[i])
         kinds.append(_nested_kind(inner, options[i]) if inner.tuples else inner)

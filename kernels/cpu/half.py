@@ -76,6 +76,8 @@ def prepare(name: str, prepare_single: Callable, dtypes: list, shapes: list, opt
             return by_parts
     single = prepare_single(shapes, options)
     halves = tuple(dtype == HALF for dtype in dtypes)
+    if not changed and all(shape is None or prod(shape) <= TINY for shape in shapes):
+        return _prepare_tiny(single, halves)
 
     def run(*operands, out=None):
         if by_parts and all(a is None or a.flags.carray for a in operands):
@@ -88,6 +90,33 @@ def prepare(name: str, prepare_single: Callable, dtypes: list, shapes: list, opt
         if type(result) is not tuple:
             return narrowed(result, out)
         return tuple(narrowed(r) if r is not None and r.dtype == SINGLE else r for r in result)
+
+    return run
+
+
+def _prepare_tiny(single: Callable, halves: tuple[bool, ...]):
+    """`run` without detours, for operands whose conversions take less than the calls around them."""
+    like = np.empty(0, SINGLE), np.empty(0, BITS)
+    narrow = half_convert.narrow.bound(0, *like, 1, 1, 1, 0)
+
+    def rounded(array):
+        count = array.size
+        if not 0 < count <= TINY or not array.flags.carray:
+            return narrowed(array)
+        result = np.empty(array.shape, HALF)
+        narrow(array.ravel(), result.view(BITS).ravel(), 1, count, count, 0)
+        return result
+
+    every = all(halves)
+
+    def run(*operands, out=None):
+        if every:  # a third of a microsecond faster than the general case
+            result = single(*[a.astype(SINGLE) for a in operands])
+        else:
+            result = single(*[a.astype(SINGLE) if half else a for a, half in zip(operands, halves, strict=True)])
+        if type(result) is not tuple:
+            return rounded(result) if out is None else narrowed(result, out)
+        return tuple(rounded(r) if r is not None and r.dtype == SINGLE else r for r in result)
 
     return run
 
