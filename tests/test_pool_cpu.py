@@ -155,8 +155,12 @@ def test_averages_of_small_planes_are_rounded_once(rng, options, dtype):
         for planes in (1, 2, 131):
             x = rng.integers(-99, 99, (1, planes, 7 + planes % 5, width)).astype(dtype)
             np.testing.assert_array_equal(*both(kernels.avg_pool2d, x, *options, divisor_override=override))
+    x = rng.standard_normal((2, 3, 9, 14)).astype(dtype)
     x[0, 1, 2, :3] = np.inf, np.nan, -np.inf
-    np.testing.assert_array_equal(*both(kernels.avg_pool2d, x, *options))
+    x[1, 1, 4, 5] = np.inf
+    special = [np.where(np.isfinite(y), 0, y) for y in both(kernels.avg_pool2d, x, *options)]
+    assert not np.isfinite(special[1]).all()
+    np.testing.assert_array_equal(*special)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

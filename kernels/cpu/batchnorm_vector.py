@@ -60,7 +60,7 @@ def run_normalise(typingctx, mode, x, y, count, centre, scale, offset):
             emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask, past)
             return []
 
-        emit.over_run(count, 0, normalise)
+        emit.over_run(count, 0, normalise, None if past else y)
 
     return emitted(types.void(mode, x, y, types.intp, centre, scale, offset), emission)
 
@@ -109,7 +109,7 @@ def run_gradient(typingctx, mode, grad, x, result, count, centre, a, b, offset):
             emit.write(value, result, at, mask, past)
             return []
 
-        emit.over_run(count, 0, gradient)
+        emit.over_run(count, 0, gradient, None if past else result)
 
     return emitted(types.void(mode, grad, x, result, types.intp, centre, a, b, offset), emission)
 

@@ -108,16 +108,31 @@ class Pass(_Emitter):
             phi.add_incoming(result, end)
         return merged
 
-    def over_run(self, count, sums, body):
-        """Adds body(at, sums, mask) up over a run: `sums` vectors for each of UNROLLED, returned as one each."""
+    def to_alignment(self, pointer, count):
+        """How many of `count` elements lie before the first whole, aligned vector; 0 in a short run, where one more
+        vector under a mask costs as much as it saves."""
+        builder = self.builder
+        missing = builder.and_(builder.neg(builder.ptrtoint(pointer, _I64)), _I64(self.lanes * self.itemsize - 1))
+        missing = builder.udiv(missing, _I64(self.itemsize))
+        return builder.select(builder.icmp_signed("<", count, _I64(8 * self.lanes)), _I64(0), missing)
+
+    def over_run(self, count, sums, body, result=None):
+        """Adds body(at, sums, mask) up over a run: `sums` vectors for each of UNROLLED, returned as one each.
+
+        result: where the run is written to, without sums; its vectors are then aligned, as a store across two cache
+        lines costs two."""
         many = [self.zero] * (sums * UNROLLED)
+        start = _I64(0)
+        if result is not None:
+            start = self.to_alignment(result, count)
+            self.rest(_I64(0), start, [], lambda _, mask: body(_I64(0), [], mask) or [])
 
         def several(i, values):
             offsets = [self.builder.add(i, _I64(k * self.lanes)) for k in range(UNROLLED)]
             parts = [body(at, values[k * sums : k * sums + sums], None) for k, at in enumerate(offsets)]
             return [value for part in parts for value in part]
 
-        at, many = self.loop(_I64(0), count, UNROLLED * self.lanes, many, several)
+        at, many = self.loop(start, count, UNROLLED * self.lanes, many, several)
         at, first = self.loop(at, count, self.lanes, many[:sums], lambda i, values: body(i, values, None))
         first = self.rest(at, count, first, lambda values, mask: body(at, values, mask))
         return [self.tree_sum([first[s], *many[s + sums :: sums]]) for s in range(sums)]
