@@ -2,7 +2,7 @@
 #   make bench    time every kernel against its NumPy reference and print the table
 #   make test     run the tests
 # Others: bench-full, bench-peers, latency (imports, first calls, other pools, forks), ladder (docs/cpu-kernels.md),
-# targets, report, lint, typecheck, clean. Settings: PYTHON=python3.12, VENV=folder,
+# test-avx2, targets, report, lint, typecheck, clean. Settings: PYTHON=python3.12, VENV=folder,
 # EXTRAS=peers (compare with PyTorch and ONNX Runtime in the tests), JOBS=n (test processes), ARGS="..." (for pytest).
 
 PYTHON ?= python3
@@ -17,10 +17,11 @@ PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 RECORDS := .asv/records.jsonl
+KERNEL_TESTS := $(foreach family,activation batchnorm conv gemm half padding pool threads,$(wildcard tests/test_$(family)*.py))
 # The figures belong to a commit where there is one (a source archive has none).
 ASV_COMMIT = $(shell git rev-parse --verify --quiet HEAD >/dev/null 2>&1 && echo --set-commit-hash=HEAD)
 
-.PHONY: bench bench-full bench-peers latency ladder test lint typecheck targets report clean
+.PHONY: bench bench-full bench-peers latency ladder test test-avx2 lint typecheck targets report clean
 .DELETE_ON_ERROR:
 
 $(PY):
@@ -51,6 +52,10 @@ bench-full: bench
 
 test: $(INSTALLED)-test$(EXTRAS:%=-%)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# The kernels' tests once more, compiled for a processor with AVX2 and without AVX-512.
+test-avx2: $(INSTALLED)-test$(EXTRAS:%=-%)
+	TILEWISE_TEST_PROCESSOR=avx2 $(PY) -m pytest -n $(JOBS) --dist loadfile $(KERNEL_TESTS) $(ARGS)
 
 lint: $(INSTALLED)-lint
 	$(VENV)/bin/ruff check

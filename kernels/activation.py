@@ -16,12 +16,12 @@ from tilewise.kernels.dispatch import Operation, Problem
 
 def relu(x):
     """max(x, 0)."""
-    return _RELU((x,))
+    return _RELU.call((x,))
 
 
 def relu_backward(grad, y):
     """grad where y > 0, else 0 (also at x = 0, as in PyTorch)."""
-    return _RELU_BACKWARD((grad, y))
+    return _RELU_BACKWARD.call((grad, y))
 
 
 def leaky_relu(x, negative_slope=0.01):
@@ -30,7 +30,7 @@ def leaky_relu(x, negative_slope=0.01):
     Raises:
         TypeError, ValueError: besides the module's, a slope that is not a finite number.
     """
-    return _LEAKY_RELU((x,), (negative_slope,))
+    return _LEAKY_RELU.call((x,), (negative_slope,))
 
 
 def leaky_relu_backward(grad, y, negative_slope=0.01):
@@ -40,27 +40,27 @@ def leaky_relu_backward(grad, y, negative_slope=0.01):
         TypeError, ValueError: besides the module's, a slope that is not a finite number, or is negative: y's sign does
             not tell x's sign then.
     """
-    return _LEAKY_RELU_BACKWARD((grad, y), (negative_slope,))
+    return _LEAKY_RELU_BACKWARD.call((grad, y), (negative_slope,))
 
 
 def sigmoid(x):
     """1 / (1 + exp(-x)), without overflow."""
-    return _SIGMOID((x,))
+    return _SIGMOID.call((x,))
 
 
 def sigmoid_backward(grad, y):
     """grad * y * (1 - y)."""
-    return _SIGMOID_BACKWARD((grad, y))
+    return _SIGMOID_BACKWARD.call((grad, y))
 
 
 def tanh(x):
     """The hyperbolic tangent, (1 - exp(-2x)) / (1 + exp(-2x))."""
-    return _TANH((x,))
+    return _TANH.call((x,))
 
 
 def tanh_backward(grad, y):
     """grad * (1 - y^2)."""
-    return _TANH_BACKWARD((grad, y))
+    return _TANH_BACKWARD.call((grad, y))
 
 
 def softmax(x, axis=-1):
@@ -75,32 +75,32 @@ def softmax(x, axis=-1):
     Raises:
         TypeError, ValueError: besides the module's, an axis that is not an int, or that x does not have.
     """
-    return _SOFTMAX((x,), (axis,))
+    return _SOFTMAX.call((x,), (axis,))
 
 
 def softmax_backward(grad, y, axis=-1):
     """y * (grad - sum(grad * y)), summed along the axis of the forward. Raises as `softmax`."""
-    return _SOFTMAX_BACKWARD((grad, y), (axis,))
+    return _SOFTMAX_BACKWARD.call((grad, y), (axis,))
 
 
 def log_softmax(x, axis=-1):
     """log(softmax(x)) = x - m - log(sum(exp(x - m))) along an axis, where m is the largest x. Raises as `softmax`."""
-    return _LOG_SOFTMAX((x,), (axis,))
+    return _LOG_SOFTMAX.call((x,), (axis,))
 
 
 def log_softmax_backward(grad, y, axis=-1):
     """grad - exp(y) * sum(grad), summed along the axis of the forward. Raises as `softmax`."""
-    return _LOG_SOFTMAX_BACKWARD((grad, y), (axis,))
+    return _LOG_SOFTMAX_BACKWARD.call((grad, y), (axis,))
 
 
 def step(x):
     """1 where x > 0, else 0: the perceptron's threshold. 0 at x = 0, so that a neuron needs a positive sum to fire."""
-    return _STEP((x,))
+    return _STEP.call((x,))
 
 
 def sign(x):
     """1 where x > 0, -1 where x < 0, 0 at 0."""
-    return _SIGN((x,))
+    return _SIGN.call((x,))
 
 
 def _problem(name: str, operands: dict, options: dict) -> Problem:

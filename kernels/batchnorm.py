@@ -58,10 +58,10 @@ def batch_norm(
                 raise ValueError(f"batch_norm: {name} is read-only, but training updates it in place")
     options = (bool(training), momentum, eps, layout, activation, bool(return_stats))
     if getattr(x, "ndim", None) != 2:
-        return _BATCH_NORM((x, running_mean, running_var, weight, bias), options)
+        return _BATCH_NORM.call((x, running_mean, running_var, weight, bias), options)
     pixels = x.reshape(x.shape[0], 1, 1, x.shape[1])  # channels last, as they lie
     options = (*options[:3], _any_layout("batch_norm", layout), *options[4:])
-    result = _BATCH_NORM((pixels, running_mean, running_var, weight, bias), options)
+    result = _BATCH_NORM.call((pixels, running_mean, running_var, weight, bias), options)
     if return_stats:
         return (result[0].reshape(x.shape), *result[1:])
     return result.reshape(x.shape)
@@ -92,11 +92,11 @@ def batch_norm_backward(grad, x, mean, invstd, weight=None, *, training=True, la
     """
     options = (bool(training), layout)
     if getattr(x, "ndim", None) != 2 or getattr(grad, "shape", None) != x.shape:
-        return _BATCH_NORM_BACKWARD((grad, x, mean, invstd, weight), options)
+        return _BATCH_NORM_BACKWARD.call((grad, x, mean, invstd, weight), options)
     pixels = (x.shape[0], 1, 1, x.shape[1])
     options = (bool(training), _any_layout("batch_norm_backward", layout))
     operands = (grad.reshape(pixels), x.reshape(pixels), mean, invstd, weight)
-    grad_x, grad_weight, grad_bias = _BATCH_NORM_BACKWARD(operands, options)
+    grad_x, grad_weight, grad_bias = _BATCH_NORM_BACKWARD.call(operands, options)
     return grad_x.reshape(x.shape), grad_weight, grad_bias
 
 

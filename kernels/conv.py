@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tilewise.kernels import arrays, shapes
-from tilewise.kernels.bound import Bound
+from tilewise.kernels.bound import Bound, Constants
 from tilewise.kernels.conv_checks import (
     check_conv2d,
     check_conv2d_backward,
@@ -58,7 +58,7 @@ def conv2d(
 
     Source: V. Dumoulin, F. Visin: A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
     """
-    return _CONV2D((x, weight, bias, add), (stride, padding, dilation, groups, layout, activation, algorithm), out)
+    return _CONV2D.call((x, weight, bias, add), (stride, padding, dilation, groups, layout, activation, algorithm), out)
 
 
 def prepare_conv2d(
@@ -125,24 +125,27 @@ class PreparedConv2d:
 
     def __init__(self, weight: np.ndarray, bias: np.ndarray | None, dtype: np.dtype, options: dict):
         self.dtype = dtype
-        self._options = options
+        self._arrays, self._options = (weight, bias), options
+        self._constants = Constants({"weight": weight, "bias": bias})
         check = partial(check_prepared_conv2d, weight, bias, dtype, options)
-        self._bound = Bound("conv", "conv2d", ("x", "add"), check, (weight, bias), in_place=(1,))
+        self._alone = Bound(_CONV2D, ("x",), check, self._constants)
+        self._with_add = Bound(_CONV2D, ("x", "add"), check, self._constants)
 
     def __call__(self, x, *, add=None, out=None):
-        return self._bound((x, add), (), out)
+        if add is None:
+            return self._alone.call((x,), (), out)
+        return self._with_add.call((x, add), (), out)
 
     @property
     def nbytes(self) -> int:
-        kept = (*self._bound.constants, *self._bound.packs.values())
-        return sum(a.nbytes for a in kept if a is not None)
+        return self._constants.nbytes
 
     def __reduce__(self):
         """Copies and pickles go without what was packed."""
-        return PreparedConv2d, (*self._bound.constants, self.dtype, self._options)
+        return PreparedConv2d, (*self._arrays, self.dtype, self._options)
 
     def __repr__(self):
-        weight, bias = self._bound.constants
+        weight, bias = self._arrays
         options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
         return f"PreparedConv2d(weight {weight.shape} {self.dtype}, {'no ' if bias is None else ''}bias, {options})"
 
@@ -192,7 +195,7 @@ def conv2d_backward(
     Raises:
         TypeError, ValueError: as `conv2d`; also a grad whose shape is not the result's, or an unknown name in `needs`.
     """
-    return _CONV2D_BACKWARD((grad, x, weight), (stride, padding, dilation, groups, layout, needs))
+    return _CONV2D_BACKWARD.call((grad, x, weight), (stride, padding, dilation, groups, layout, needs))
 
 
 def conv_transpose2d(
@@ -223,7 +226,7 @@ def conv_transpose2d(
 
     Source: V. Dumoulin, F. Visin: A guide to convolution arithmetic for deep learning, arXiv:1603.07285, chapter 4.
     """
-    return _CONV_TRANSPOSE2D((x, weight, bias), (stride, padding, output_padding, groups, dilation, layout))
+    return _CONV_TRANSPOSE2D.call((x, weight, bias), (stride, padding, output_padding, groups, dilation, layout))
 
 
 def conv_transpose2d_backward(
@@ -245,7 +248,7 @@ def conv_transpose2d_backward(
             `needs`.
     """
     options = (stride, padding, output_padding, groups, dilation, layout, needs)
-    return _CONV_TRANSPOSE2D_BACKWARD((grad, x, weight), options)
+    return _CONV_TRANSPOSE2D_BACKWARD.call((grad, x, weight), options)
 
 
 _CONV2D = Operation("conv", "conv2d", ("x", "weight", "bias", "add"), check_conv2d, in_place=(3,))

@@ -172,7 +172,7 @@ def check_conv2d(x, weight, bias, add, stride, padding, dilation, groups, layout
     return problem
 
 
-def check_prepared_conv2d(weight, bias, dtype, options: dict, x, add) -> Problem:
+def check_prepared_conv2d(weight, bias, dtype, options: dict, x, add=None) -> Problem:
     """A call of a prepared convolution; weight and bias as they are kept, dtype as they were given."""
     function = "conv2d"
     required(function, x=x)

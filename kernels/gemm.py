@@ -31,7 +31,7 @@ def matmul(a, b, *, out=None):
         TypeError: not arrays, or dtypes that differ or are not supported (bool, complex).
         ValueError: a 0-D operand, a K or leading axes that do not match, a wrong `out`.
     """
-    return _MATMUL((a, b), (), out)
+    return _MATMUL.call((a, b), (), out)
 
 
 def matmul_backward(grad, a, b, *, needs=_BOTH):
@@ -48,7 +48,7 @@ def matmul_backward(grad, a, b, *, needs=_BOTH):
     Raises:
         TypeError, ValueError: as `matmul`; also a grad whose shape is not the result's, or an unknown name in `needs`.
     """
-    return _MATMUL_BACKWARD((grad, a, b), () if needs is _BOTH else (needs,))
+    return _MATMUL_BACKWARD.call((grad, a, b), () if needs is _BOTH else (needs,))
 
 
 def linear(x, weight, bias=None, *, activation=None, out=None):
@@ -68,7 +68,7 @@ def linear(x, weight, bias=None, *, activation=None, out=None):
         TypeError: not arrays, or dtypes that differ or are not supported.
         ValueError: shapes that do not fit together, an unknown activation, a wrong `out`.
     """
-    return _LINEAR((x, weight, bias), () if activation is None else (activation,), out)
+    return _LINEAR.call((x, weight, bias), () if activation is None else (activation,), out)
 
 
 def linear_backward(grad, x, weight, *, needs=_ALL):
@@ -88,7 +88,7 @@ def linear_backward(grad, x, weight, *, needs=_ALL):
     Raises:
         TypeError, ValueError: as `linear`; also a grad whose shape is not the result's, or an unknown name in `needs`.
     """
-    return _LINEAR_BACKWARD((grad, x, weight), () if needs is _ALL else (needs,))
+    return _LINEAR_BACKWARD.call((grad, x, weight), () if needs is _ALL else (needs,))
 
 
 def _product_shape(function: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

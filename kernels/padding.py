@@ -28,7 +28,7 @@ def pad(x, padding, mode="constant", value=0):
         ValueError: fewer than two axes; negative padding; an unknown mode; "reflect" by H or W or more, "circular" by
             more than H or W, "replicate" of an empty axis.
     """
-    return _PAD((x,), (padding, mode, value))
+    return _PAD.call((x,), (padding, mode, value))
 
 
 def pad_backward(grad, input_shape, padding, mode="constant"):
@@ -45,7 +45,7 @@ def pad_backward(grad, input_shape, padding, mode="constant"):
     Raises:
         TypeError, ValueError: as `pad`; also a grad whose shape is not that of pad's result.
     """
-    return _PAD_BACKWARD((grad,), (input_shape, padding, mode))
+    return _PAD_BACKWARD.call((grad,), (input_shape, padding, mode))
 
 
 def _checked_padding(function: str, name: str, shape: tuple[int, ...], padding, mode) -> shapes.Padding:

@@ -40,7 +40,7 @@ def max_pool2d(
         TypeError: x is not an array of these dtypes; an option of a wrong kind.
         ValueError: a wrong shape; a value out of range; a window that does not fit or finds no input, only padding.
     """
-    return _MAX_POOL((x,), (kernel_size, stride, padding, dilation, ceil_mode, return_indices, layout))
+    return _MAX_POOL.call((x,), (kernel_size, stride, padding, dilation, ceil_mode, return_indices, layout))
 
 
 def max_pool2d_backward(
@@ -63,7 +63,7 @@ def max_pool2d_backward(
         TypeError, ValueError: as `max_pool2d`; a grad or indices of another shape; an index outside the plane.
     """
     options = (input_shape, kernel_size, stride, padding, dilation, ceil_mode, layout)
-    return _MAX_POOL_BACKWARD((grad, indices), options)
+    return _MAX_POOL_BACKWARD.call((grad, indices), options)
 
 
 def avg_pool2d(
@@ -97,7 +97,7 @@ def avg_pool2d(
         TypeError, ValueError: as `max_pool2d`.
     """
     options = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout)
-    return _AVG_POOL((x,), options)
+    return _AVG_POOL.call((x,), options)
 
 
 def avg_pool2d_backward(
@@ -126,7 +126,7 @@ def avg_pool2d_backward(
         TypeError, ValueError: as `avg_pool2d`; a grad whose shape is not that of y.
     """
     options = (input_shape, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout)
-    return _AVG_POOL_BACKWARD((grad,), options)
+    return _AVG_POOL_BACKWARD.call((grad,), options)
 
 
 def adaptive_avg_pool2d(x, output_size, *, layout="NCHW"):
@@ -147,7 +147,7 @@ def adaptive_avg_pool2d(x, output_size, *, layout="NCHW"):
         TypeError: x is not an array of these dtypes; an output_size not of ints.
         ValueError: a wrong shape; an output size below 1; an image without pixels.
     """
-    return _ADAPTIVE_AVG((x,), (output_size, layout))
+    return _ADAPTIVE_AVG.call((x,), (output_size, layout))
 
 
 def adaptive_avg_pool2d_backward(grad, input_shape, *, layout="NCHW"):
@@ -164,7 +164,7 @@ def adaptive_avg_pool2d_backward(grad, input_shape, *, layout="NCHW"):
     Raises:
         TypeError, ValueError: as `adaptive_avg_pool2d`; a grad with another batch or channels than input_shape.
     """
-    return _ADAPTIVE_AVG_BACKWARD((grad,), (input_shape, layout))
+    return _ADAPTIVE_AVG_BACKWARD.call((grad,), (input_shape, layout))
 
 
 def adaptive_max_pool2d(x, output_size, return_indices=False, *, layout="NCHW"):
@@ -182,7 +182,7 @@ def adaptive_max_pool2d(x, output_size, return_indices=False, *, layout="NCHW"):
     Raises:
         TypeError, ValueError: as `adaptive_avg_pool2d`.
     """
-    return _ADAPTIVE_MAX((x,), (output_size, return_indices, layout))
+    return _ADAPTIVE_MAX.call((x,), (output_size, return_indices, layout))
 
 
 def adaptive_max_pool2d_backward(grad, indices, input_shape, *, layout="NCHW"):
@@ -200,7 +200,7 @@ def adaptive_max_pool2d_backward(grad, indices, input_shape, *, layout="NCHW"):
     Raises:
         TypeError, ValueError: as `adaptive_avg_pool2d_backward`; an index outside the plane.
     """
-    return _ADAPTIVE_MAX_BACKWARD((grad, indices), (input_shape, layout))
+    return _ADAPTIVE_MAX_BACKWARD.call((grad, indices), (input_shape, layout))
 
 
 def max_unpool2d(x, indices, kernel_size, stride=None, padding=0, output_size=None, *, layout="NCHW"):
@@ -226,7 +226,7 @@ def max_unpool2d(x, indices, kernel_size, stride=None, padding=0, output_size=No
         TypeError: x or indices are not arrays of these dtypes; an option of a wrong kind.
         ValueError: a wrong shape; an output size that max_pool2d cannot have come from; an index outside the plane.
     """
-    return _MAX_UNPOOL((x, indices), (kernel_size, stride, padding, output_size, layout))
+    return _MAX_UNPOOL.call((x, indices), (kernel_size, stride, padding, output_size, layout))
 
 
 def max_unpool2d_backward(grad, indices, *, layout="NCHW"):
@@ -246,7 +246,7 @@ def max_unpool2d_backward(grad, indices, *, layout="NCHW"):
     Raises:
         TypeError, ValueError: as `max_unpool2d`; indices with another batch or channels than grad.
     """
-    return _MAX_UNPOOL_BACKWARD((grad, indices), (layout,))
+    return _MAX_UNPOOL_BACKWARD.call((grad, indices), (layout,))
 
 
 _BOTH = ("grad", "indices")

@@ -163,6 +163,8 @@ def _convolutions(a, layout: str) -> Calls:
     for algorithm in ("gemm", "winograd") if a(1).dtype == np.float32 else ("gemm",):
         prepared = partial(t.prepare_conv2d, a(8, 8, 3, 3), algorithm=algorithm, **at)
         yield f"prepare_conv2d {algorithm}", lambda make=prepared: make()(x())
+    if layout == "NCHW":  # joined to one long image
+        yield "conv2d 1x1 of small images", lambda: t.conv2d(a(8, 512, 7, 7), a(512, 512, 1, 1))
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
     for activation in (None, *EPILOGUES):
         yield f"conv2d 1x1 {activation}", lambda f=activation: t.conv2d(x(), pointwise, a(8), activation=f, **at)

@@ -6,6 +6,11 @@ from pathlib import Path
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "numba"))
 os.environ.setdefault("NUMBA_NUM_THREADS", "3")  # more than the cores of a small machine, to test 1, 2 and 3
 
+from processors import AVX2
+
+if os.environ.get("TILEWISE_TEST_PROCESSOR") == "avx2":
+    os.environ |= AVX2
+
 import numpy as np
 import pytest
 

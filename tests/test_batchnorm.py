@@ -299,31 +299,39 @@ def test_bits_do_not_depend_on_the_thread_count(rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, dtype):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, dtype):
     from tilewise.kernels import dispatch
     from tilewise.kernels.cpu import batchnorm as cpu
+    from tilewise.kernels.cpu import recycling
 
-    def results(shape, training):
+    def results(training):
         running = [v.copy() for v in vectors[:2]]
-        forward = kernels.batch_norm(x, *running, *vectors[2:], True, return_stats=True)
-        return [*forward, *running, *kernels.batch_norm_backward(grad, x, *forward[1:], vectors[2], training=training)]
+        forward = kernels.batch_norm(x, *running, *vectors[2:], training, return_stats=True, layout=layout)
+        stats = forward[1:]
+        gradients = kernels.batch_norm_backward(grad, x, *stats, vectors[2], training=training, layout=layout)
+        return [a.copy() for a in (*forward, *running, *gradients)]  # the originals' memory is free again
 
-    # planes of whole cache lines, and not
-    for shape, past in (((3, 40, 16, 16), True), ((70, 17, 4, 8), True), ((3, 40, 15, 17), False)):
-        x, grad = rng.standard_normal((2, *shape)).astype(dtype)
+    # planes, or pixels, of whole cache lines, and not; few channels; a tail after the last whole row of pixels
+    for shape in ((3, 32, 16, 16), (70, 17, 4, 8), (3, 40, 15, 17), (2, 4, 64, 64), (2, 48, 15, 17)):
+        run = shape[2] * shape[3] if layout == "NCHW" else shape[1]
+        x, grad = (laid(a, layout).astype(dtype) for a in rng.standard_normal((2, *shape)))
         vectors = statistics(rng, shape[1], dtype)
         for training, threads in product((True, False), (1, 2)):
             with tilewise.using(backend="cpu", threads=threads):
-                kept = results(shape, training)
+                kept = results(training)
                 with monkeypatch.context() as patch:
-                    patch.setattr(cpu, "LARGE", 1 << 16)
-                    patch.setattr(cpu, "ALIGNED", 1 << 16)
-                    assert cpu._streams(cpu.forward_by_channel, shape, np.dtype(dtype).itemsize) is past
+                    for module, name in ((cpu, "LARGE"), (cpu, "ALIGNED"), (recycling, "FROM")):
+                        patch.setattr(module, name, 1 << 14)
+                    whole = run * x.itemsize % 64 == 0
+                    way = cpu._way_to_memory(cpu.forward_by_row, x.shape, layout, x.itemsize)
+                    assert way == (cpu.PAST_IN_USED if whole else cpu.KEPT_ALWAYS)
                     dispatch.forget_plans()
-                    streamed = results(shape, training)
+                    fresh, used = results(training), results(training)
                 dispatch.forget_plans()
-            for a, b in zip(streamed, kept, strict=True):
-                np.testing.assert_array_equal(a, b)
+            for a, b, c in zip(fresh, used, kept, strict=True):
+                np.testing.assert_array_equal(a, c)
+                np.testing.assert_array_equal(b, c)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients

@@ -8,7 +8,7 @@ import pytest
 from installation import ROOT
 
 import tilewise
-from tilewise.benchmarks import report, suite, table, timing
+from tilewise.benchmarks import engines, peers, report, suite, table, timing
 from tilewise.benchmarks.cases import ALL
 from tilewise.benchmarks.timing import Comparison, Timing
 
@@ -137,3 +137,18 @@ def test_readme_without_markers_is_refused():
 
 def test_readme_has_the_markers():
     assert report.BEGIN in report.fill((ROOT / "README.md").read_text(encoding="utf-8"), [])
+
+
+def test_prepared_convolutions_beside_the_peers():
+    case = ALL["conv2d lenet5.conv2"].with_batch(2)
+    with tilewise.using(backend="reference"):
+        (ours,) = engines.as_arrays(engines.OURS, case, engines.ours(case)[engines.OURS]())
+        prepared = engines.prepared(case)
+        assert list(prepared) == [engines.OURS_PREPARED, engines.OURS_LAST_PREPARED]
+        for name, call in prepared.items():
+            np.testing.assert_allclose(engines.as_arrays(name, case, call())[0], ours, rtol=1e-5, atol=1e-4)
+    assert engines.prepared(ALL["conv2d_backward lenet5.conv1"]) == {}
+    assert engines.prepared(ALL["relu lenet5.relu3"]) == {}
+    seconds = {engines.OURS: 2e-3, engines.TORCH: 4e-3} | dict.fromkeys(prepared, 1e-3)
+    assert peers._prepared_cells(peers.Result(case, 1, seconds)) == ("1", "1", "4.00", "4.00")
+    assert peers._prepared_cells(peers.Result(case, 1, {engines.OURS: 2e-3})) == ()

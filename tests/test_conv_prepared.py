@@ -128,13 +128,13 @@ def test_a_batch_norm_is_folded_in(backend, rng, layout, affine, dtype):
 
 
 def test_a_batch_norm_is_folded_in_float64(rng):
-    """In float32 the difference of large numbers would lose five digits."""
-    weight = rng.standard_normal((3, 2, 1, 1)).astype(np.float32)
-    bias = np.full(3, 1e5, np.float32)
-    norm = bias + 1, np.full(3, 2.5, np.float32), None, None, 0.1
-    prepared = prepare_conv2d(weight, bias, batch_norm=norm)
+    """Where mean and bias cancel, float32 would keep no digit."""
+    mean, variance = (1e4 * rng.random(9) + 1).astype(np.float32), (rng.random(9) + 0.5).astype(np.float32)
+    scaled = mean / np.sqrt(variance.astype(np.float64) + 0.1)
+    shift = scaled.astype(np.float32)
+    prepared = prepare_conv2d(np.ones((9, 2, 1, 1), np.float32), batch_norm=(mean, variance, None, shift, 0.1))
     y = prepared(np.zeros((1, 2, 1, 1), np.float32)).ravel()
-    np.testing.assert_allclose(y, -1 / np.sqrt(2.6), rtol=1e-6)
+    np.testing.assert_allclose(y, shift - scaled, rtol=1e-6)
 
 
 def test_a_negative_variance_is_nan_as_in_batch_norm(backend, rng):
@@ -178,7 +178,7 @@ def test_explain_using_and_repr(rng):
 @pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
 def test_copies_go_without_what_was_packed(rng, clone):
     x, weight, bias = Case(2, 6, 9, 9, 8, (3, 3), 1, 1).arrays(rng, np.float16)
-    prepared = prepare_conv2d(weight, bias, activation="relu", algorithm="gemm")
+    prepared = prepare_conv2d(weight, bias, activation="relu", algorithm="winograd")
     y = prepared(x)
     other = clone(prepared)
     assert other.nbytes == 2 * (weight.nbytes + bias.nbytes) < prepared.nbytes
@@ -186,12 +186,14 @@ def test_copies_go_without_what_was_packed(rng, clone):
     assert other.dtype == np.float16
 
 
-def test_it_is_freed_at_once_when_dropped(rng):
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_it_is_freed_at_once_when_dropped(backend, dtype):
     gc.disable()
     try:
-        prepared = prepare_conv2d(np.ones((4, 3, 3, 3)))
-        prepared(np.ones((1, 3, 8, 8)))
-        bound = weakref.ref(prepared._bound)
+        prepared = prepare_conv2d(np.ones((4, 3, 3, 3), dtype))
+        y = prepared(np.ones((1, 3, 8, 8), dtype))
+        prepared(np.ones((1, 3, 8, 8), dtype), add=y)
+        bound = weakref.ref(prepared._alone)
         assert bound() in dispatch._operations
         del prepared
         assert bound() is None

@@ -175,6 +175,20 @@ def test_parts_of_other_operands(rng, small_parts):
             check(function, *args, **options)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 9, 64])
+def test_parts_of_a_weight(rng, small_parts, rows):
+    x, weight, bias = halves(rng, rows, 50), halves(rng, 131, 50), halves(rng, 131)
+    for operands in ((x, weight, bias), (x, weight, None), (x, np.asfortranarray(weight), bias)):
+        check(tilewise.linear, *operands, activation="relu")
+    out = np.empty((rows, 131), HALF)
+    assert tilewise.linear(x, weight, bias, out=out) is out
+    np.testing.assert_array_equal(out, tilewise.linear(x, weight, bias))
+    cut = half_parts.cut("linear", [x.shape, weight.shape, bias.shape], {})
+    assert cut is not None
+    assert cut.part(7)[0] == [x.shape, (7, 50), (7,)]
+    assert half_parts.cut("linear", [(65, 50), weight.shape, None], {}) is None
+
+
 def test_parts_do_not_change_a_bit(rng, monkeypatch):
     from tilewise.kernels import dispatch
 

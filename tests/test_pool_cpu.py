@@ -147,6 +147,19 @@ def test_small_planes_in_large_numbers(rng, options, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", [(5, 3), ((2, 5), (1, 4)), ((7, 4), 3), (3, (2, 3))], ids=str)
+def test_averages_of_small_planes_are_rounded_once(rng, options, dtype):
+    """Around one and two vectors of columns, and one window to as many as a vector has lanes; sums are exact here."""
+    divisors = (None, 3, 49, 1023)
+    for width, override in zip((7, 8, 9, 14, 15, 16, 17, 31, 32, 33, 34, 47, 63), itertools.cycle(divisors)):
+        for planes in (1, 2, 131):
+            x = rng.integers(-99, 99, (1, planes, 7 + planes % 5, width)).astype(dtype)
+            np.testing.assert_array_equal(*both(kernels.avg_pool2d, x, *options, divisor_override=override))
+    x[0, 1, 2, :3] = np.inf, np.nan, -np.inf
+    np.testing.assert_array_equal(*both(kernels.avg_pool2d, x, *options))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_gradient_of_averages_of_wide_windows_and_of_large_planes(rng, dtype):
     """Windows so close that a vector of columns lies in more of them than it has lanes; bands in several chunks."""
     for shape, options in (
@@ -350,7 +363,7 @@ pool._allocator = lambda shape, dtype: fenced  # results end before a fence, too
 for layout, channels in (("NCHW", 1), ("NCHW", 3), ("NHWC", 1), ("NHWC", 3), ("NHWC", 16)):
     for width in (8, 16, 17, 34, 35):
         x = fenced((1, channels, 6, width) if layout == "NCHW" else (1, 6, width, channels))
-        for options in ((2, 2), (3, 2, 1), (3, 2), (2, 1), (3, 1, 1), (5, 3, 1), (4, 4)):
+        for options in ((2, 2), (3, 2, 1), (3, 2), (2, 1), (3, 1, 1), (5, 3, 1), (5, 3), (4, 4)):
             y, indices = kernels.max_pool2d(x, *options, return_indices=True, layout=layout)
             assert (kernels.max_pool2d(x, *options, layout=layout) == y).all()
             grad, indices = copy(y), copy(indices)

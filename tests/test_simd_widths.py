@@ -6,12 +6,7 @@ import subprocess
 import sys
 
 import pytest
-
-# Naming the processor alone keeps the host's AVX-512 features.
-HASWELL = (
-    "+avx,+avx2,+bmi,+bmi2,+cmov,+cx16,+f16c,+fma,+fxsr,+lzcnt,+mmx,+movbe,+popcnt,"
-    "+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3"
-)
+from processors import AVX2
 
 START = """
 import numpy as np
@@ -95,8 +90,7 @@ for layout, shape in (("NCHW", (3, 21, 7, 9)), ("NHWC", (3, 7, 9, 21))):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is an x86-64 feature")
 @pytest.mark.parametrize("family", PROGRAMS)
 def test_avx2_machines_get_right_results_without_zmm_registers(family):
-    features = HASWELL + ",-avx512f,-avx512bw,-avx512cd,-avx512dq,-avx512vl,-avx512vnni"
-    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    environment = os.environ | AVX2
     program = START + PROGRAMS[family] + END
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600, check=False

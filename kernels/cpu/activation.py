@@ -101,7 +101,8 @@ def _prepare_forward(code: int):
 
     def prepare(shapes, dtype, *, negative_slope=0.0):
         (shape,) = shapes
-        kernel = _forward_kernel.sized(math.prod(shape) * _NANOSECONDS[code])
+        like = np.empty(0, dtype)
+        kernel = _forward_kernel.bound(math.prod(shape) * _NANOSECONDS[code], like, like, code, negative_slope)
 
         def run(x):
             y = np.empty(shape, dtype)
@@ -116,7 +117,8 @@ def _prepare_forward(code: int):
 def _prepare_backward(code: int):
     def prepare(shapes, dtype, *, negative_slope=0.0):
         shape = shapes[1]
-        kernel = _backward_kernel.sized(math.prod(shape) * 0.3)
+        like = np.empty(0, dtype)
+        kernel = _backward_kernel.bound(math.prod(shape) * 0.3, like, like, like, code, negative_slope)
 
         def run(grad, y):
             result = np.empty(shape, dtype)

@@ -20,7 +20,7 @@ from tilewise.kernels.cpu.batchnorm_planes import (
 from tilewise.kernels.cpu.batchnorm_rows import backward_by_row, forward_by_row
 from tilewise.kernels.cpu.batchnorm_vector import FROZEN, KEPT, STREAMED
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
-from tilewise.kernels.cpu.scratch import ALIGNMENT, empty
+from tilewise.kernels.cpu.scratch import ALIGNMENT, empty, large
 from tilewise.kernels.cpu.threads import SERIAL_BELOW, may_split
 
 ENOUGH_CHANNELS = 16  # to keep as many threads busy; fewer channels are cut into blocks, unless the work is small
@@ -34,10 +34,12 @@ VECTORS = 32  # elements: rows of a multiple of it fill two vectors of any width
 NARROW = 64  # rows shorter than this spend more on the loop than on the elements
 ROWS = 32  # in a block at least, so that the block's sums are small beside it
 ROW_BLOCK = 8192  # elements in a block of rows: 32 kB of float32
-# Bytes of a result that no cache holds until it is read. Where its lines come in no order, plane by plane of a chunk of
-# channels, they are written past the caches, so that their memory is not read first: a quarter less time in training.
-# (Where they do come in order, the system has just zeroed a page of fresh memory into the cache: nothing to gain.)
+# Bytes of a result that no cache holds until it is read. It is written past the caches, so that its memory is not read
+# first: evaluation into 103 MB of used memory takes 7 ms instead of 10.5. The system has just cleared a page of fresh
+# memory into the cache: there it is slower (28 ms instead of 17), unless the lines come in no order, plane by plane of
+# a chunk of channels, long after the system was there (a quarter less time in training).
 LARGE = 1 << 26
+KEPT_ALWAYS, PAST_IN_USED, PAST_ALWAYS = range(3)  # how a result is written
 # Bytes of a result from which on aligned memory saves time (a tenth in training), instead of the microseconds that
 # asking for it costs while the caches hold something else.
 ALIGNED = 1 << 22
@@ -60,10 +62,12 @@ def _group(images: int, plane: int, chunk: tuple[int, int], channel_bytes: int) 
     return max(1, min(max(chunk[0] // plane, chunk[1] // (images * plane)), CACHE // channel_bytes))
 
 
-def _streams(kernel, shape: tuple[int, ...], itemsize: int) -> bool:
-    """Whether a result goes past the caches, which takes planes of whole cache lines."""
-    by_channel = kernel in (forward_by_channel, backward_by_channel)
-    return by_channel and prod(shape) * itemsize >= LARGE and shape[2] * shape[3] * itemsize % ALIGNMENT == 0
+def _way_to_memory(kernel, shape: tuple[int, ...], layout: str, itemsize: int) -> int:
+    """How a result is written. Past the caches takes runs of whole cache lines."""
+    run = shape[2] * shape[3] if layout == "NCHW" else shape[3]
+    if prod(shape) * itemsize < LARGE or run * itemsize % ALIGNMENT != 0:
+        return KEPT_ALWAYS
+    return PAST_ALWAYS if kernel in (forward_by_channel, backward_by_channel) else PAST_IN_USED
 
 
 def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activation, return_stats):
@@ -75,14 +79,18 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
         return partial(_batch_norm_of_nothing, channels=channels, training=training, eps=eps, return_stats=return_stats)
     code = ACTIVATION_CODES[activation]
     kernel, dimensions = _forward_way(shape, layout, training, itemsize)
-    streamed = code == 0 and _streams(kernel, shape, itemsize)
+    way = KEPT_ALWAYS if code else _way_to_memory(kernel, shape, layout, itemsize)
     create = empty if size * itemsize >= ALIGNED else np.empty
-    after = (momentum, eps, code, streamed) if kernel is forward_by_channel else (training, momentum, eps, code)
+    after = (momentum, eps, code) if kernel is forward_by_channel else (training, momentum, eps, code)
     work = size * (0.6 if code < 3 else 1.6)
     launch, by_row = kernel.sized(work), kernel is forward_by_row
 
     def run(x, running_mean, running_var, weight, bias):
-        y = create(shape, dtype)
+        if way == KEPT_ALWAYS:
+            y, past = create(shape, dtype), False
+        else:
+            y, used = large(shape, dtype)
+            past = used or way == PAST_ALWAYS
         mean = invstd = absent
         if return_stats:
             mean, invstd = np.empty(channels, dtype), np.empty(channels, dtype)
@@ -94,9 +102,9 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
             bias = absent
         operands = (x.reshape(size), y.reshape(size), *dimensions, running_mean, running_var, weight, bias)
         if by_row:
-            launch(*operands, mean, invstd, *after, _threads(work))
+            launch(*operands, mean, invstd, *after, past, _threads(work))
         else:
-            launch(*operands, mean, invstd, *after)
+            launch(*operands, mean, invstd, *after, past)
         return (y, mean, invstd) if return_stats else y
 
     return run
@@ -147,14 +155,17 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
     if size == 0:
         return partial(_gradients_of_nothing, channels=channels)
     kernel, dimensions = _backward_way(shape, layout, itemsize)
-    mode = KEPT if training else FROZEN
-    if training and _streams(kernel, shape, itemsize):
-        mode = STREAMED
+    way = _way_to_memory(kernel, shape, layout, itemsize) if training else KEPT_ALWAYS
     create = empty if size * itemsize >= ALIGNED else np.empty
     launch, by_row = kernel.sized(size), kernel is backward_by_row
 
     def run(grad, x, mean, invstd, weight):
-        result = create(shape, dtype)
+        mode = KEPT if training else FROZEN
+        if way == KEPT_ALWAYS:
+            result = create(shape, dtype)
+        else:
+            result, used = large(shape, dtype)
+            mode = STREAMED if used or way == PAST_ALWAYS else KEPT
         grad_weight, grad_bias = np.empty(channels, dtype), np.empty(channels, dtype)
         if weight is None:
             weight = absent

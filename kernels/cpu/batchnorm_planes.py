@@ -121,7 +121,7 @@ def _merge_blocks(images, channels, plane, blocks, moments, mean, squares):
 
 
 @device(fastmath=AS_WRITTEN)
-def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code):
+def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code, streamed):
     image, c, block = _position(begin, channels, blocks)
     first = (image * channels + c) * plane + block * BLOCK
     for _ in range(begin, end):
@@ -129,17 +129,22 @@ def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code):
         at = (image * channels + c) * plane + start
         centre, scale, offset = factors[c], factors[channels + c], factors[2 * channels + c]
         size = min(BLOCK, plane - start)
-        run_normalise(KEPT, address(x, at), address(y, at), size, centre, scale, offset)
+        if streamed:
+            run_normalise(STREAMED, address(x, at), address(y, at), size, centre, scale, offset)
+        else:
+            run_normalise(KEPT, address(x, at), address(y, at), size, centre, scale, offset)
         image, c, block = _next(image, c, block, channels, blocks)
     if code:
         last = (image * channels + c) * plane + block * BLOCK
         activate_row(y, first, last - first, code)
+    if streamed:
+        settle_stores()
 
 
 @kernel(fastmath=AS_WRITTEN)
 def forward_by_block(
     x, y, images, channels, plane, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
-    training, momentum, eps, code,
+    training, momentum, eps, code, streamed,
 ):  # fmt: skip
     """Evaluation, and training with few channels; each chunk owns some blocks of the planes."""
     blocks = (plane + BLOCK - 1) // BLOCK
@@ -163,7 +168,7 @@ def forward_by_block(
         evaluation_factors(running_mean, running_var, eps, weight, bias, saved_mean, saved_invstd, factors, channels)
     for chunk in prange(chunks):
         begin, end = chunk * step, min(chunk * step + step, units)
-        _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code)
+        _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code, streamed)
 
 
 @device(fastmath=AS_WRITTEN)
@@ -251,6 +256,8 @@ def _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, f
         at = (image * channels + c) * plane + start
         _gradient_runs(grad, x, result, at, min(BLOCK, plane - start), 1, factors, c, channels, mode)
         image, c, block = _next(image, c, block, channels, blocks)
+    if mode == STREAMED:
+        settle_stores()
 
 
 @kernel(fastmath=AS_WRITTEN)

@@ -24,11 +24,13 @@ from tilewise.kernels.cpu.batchnorm_channel import (
 from tilewise.kernels.cpu.batchnorm_vector import (
     FROZEN,
     KEPT,
+    STREAMED,
     rows_deviations,
     rows_gradient,
     rows_normalise,
     rows_sums,
     rows_total,
+    settle_stores,
 )
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
@@ -42,13 +44,13 @@ def _block_moments(x, start, stride, rows, columns, moments, at, step):
     pivots[:] = 0
     moments[at + step : at + step + columns] = 0
     moments[at + 2 * step : at + 2 * step + columns] = 0
-    rows_total(address(x, start), stride, rows, columns, address(moments, at))
+    rows_total(address(x, start), stride, rows, columns, address(moments, at), rows * stride)
     share = x.dtype.type(1) / x.dtype.type(rows)
     for j in range(columns):
         pivots[j] *= share
     rows_deviations(
         address(x, start), stride, rows, columns,
-        address(moments, at), address(moments, at + step), address(moments, at + 2 * step),
+        address(moments, at), address(moments, at + step), address(moments, at + 2 * step), rows * stride,
     )  # fmt: skip
 
 
@@ -94,15 +96,19 @@ def _backwards(turn, chunks, threads):
 
 
 @device(fastmath=AS_WRITTEN)
-def _normalise_rows(x, y, at, stride, rows, columns, factors, step):
+def _normalise_rows(x, y, at, stride, rows, columns, factors, step, streamed):
     centre, scale, offset = address(factors, 0), address(factors, step), address(factors, 2 * step)
-    rows_normalise(address(x, at), address(y, at), stride, rows, columns, centre, scale, offset)
+    if streamed:
+        rows_normalise(STREAMED, address(x, at), address(y, at), stride, rows, columns, centre, scale, offset)
+        settle_stores()
+    else:
+        rows_normalise(KEPT, address(x, at), address(y, at), stride, rows, columns, centre, scale, offset)
 
 
 @kernel(fastmath=AS_WRITTEN)
 def forward_by_row(
     x, y, channels, width, block, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
-    training, momentum, eps, code, threads,
+    training, momentum, eps, code, streamed, threads,
 ):  # fmt: skip
     """Each chunk owns a block of `block` rows."""
     rows = x.size // width
@@ -132,11 +138,11 @@ def forward_by_row(
         chunk = _backwards(turn, chunks, threads) if training else turn
         start = chunk * step
         whole = min(block, rows - chunk * block)
-        _normalise_rows(x, y, start, width, whole, width, factors, width)
+        _normalise_rows(x, y, start, width, whole, width, factors, width, streamed)
         tail = start + whole * width
         stop = min(start + step, x.size)
         if tail < stop:
-            _normalise_rows(x, y, tail, width, 1, stop - tail, factors, width)
+            _normalise_rows(x, y, tail, width, 1, stop - tail, factors, width, streamed)
         activate_row(y, start, stop - start, code)
 
 
@@ -175,6 +181,9 @@ def _gradient_rows(grad, x, result, at, stride, rows, columns, factors, step, mo
     b, offset = address(factors, 2 * step), address(factors, 3 * step)
     if mode == KEPT:
         rows_gradient(KEPT, slopes, values, target, stride, rows, columns, centre, a, b, offset)
+    elif mode == STREAMED:
+        rows_gradient(STREAMED, slopes, values, target, stride, rows, columns, centre, a, b, offset)
+        settle_stores()
     else:
         rows_gradient(FROZEN, slopes, values, target, stride, rows, columns, centre, a, b, offset)
 

@@ -114,32 +114,44 @@ def run_gradient(typingctx, mode, grad, x, result, count, centre, a, b, offset):
     return emitted(types.void(mode, grad, x, result, types.intp, centre, a, b, offset), emission)
 
 
+def _prefetch(emit, x, places, ahead, mask):
+    """Ask for what lies `ahead` of whole vectors."""
+    if mask is None:
+        for at in places:
+            emit.prefetch(emit.builder.gep(x, [emit.builder.add(at, ahead)]), 3)
+
+
 @intrinsic
-def rows_total(typingctx, x, stride, rows, columns, total):
-    """total[j] += the sum of column j of x, whose rows are `stride` elements apart."""
+def rows_total(typingctx, x, stride, rows, columns, total, ahead):
+    """total[j] += the sum of column j of x, whose rows are `stride` elements apart. ahead: where what follows this
+    block lies, of which every third row is asked for; `rows_deviations` asks for the others."""
 
     def emission(emit, args):
-        x, stride, rows, columns, total = args
+        x, stride, rows, columns, total, ahead = args
 
         def add(i, height, j, mask):
-            values = [emit.read(x, at, mask) for at in emit.places(i, height, stride, j)]
+            places = emit.places(i, height, stride, j)
+            _prefetch(emit, x, places[::3], ahead, mask)
+            values = [emit.read(x, at, mask) for at in places]
             emit.write(emit.add(emit.read(total, j, mask), emit.tree_sum(values)), total, j, mask)
 
         emit.sweep(rows, columns, ROWS, add)
 
-    return emitted(types.void(x, types.intp, types.intp, types.intp, total), emission)
+    return emitted(types.void(x, types.intp, types.intp, types.intp, total, types.intp), emission)
 
 
 @intrinsic
-def rows_deviations(typingctx, x, stride, rows, columns, pivot, first, second):
-    """first[j], second[j] += the sums of the deviations of column j from pivot[j], and of their squares."""
+def rows_deviations(typingctx, x, stride, rows, columns, pivot, first, second, ahead):
+    """first[j], second[j] += the sums of the deviations of column j from pivot[j], and of their squares. ahead: as in
+    `rows_total`."""
 
     def emission(emit, args):
-        x, stride, rows, columns, pivot, first, second = args
+        x, stride, rows, columns, pivot, first, second, ahead = args
 
         def add(i, height, j, mask):
             middle = emit.read(pivot, j, mask)
             places = emit.places(i, height, stride, j)
+            _prefetch(emit, x, [at for r, at in enumerate(places) if r % 3], ahead, mask)
             deviations = [emit.builder.fsub(emit.read(x, at, mask), middle) for at in places]
             squares = emit.read(second, j, mask)
             for deviation in deviations:
@@ -149,25 +161,27 @@ def rows_deviations(typingctx, x, stride, rows, columns, pivot, first, second):
 
         emit.sweep(rows, columns, ROWS, add)
 
-    return emitted(types.void(x, types.intp, types.intp, types.intp, pivot, first, second), emission)
+    signature = types.void(x, types.intp, types.intp, types.intp, pivot, first, second, types.intp)
+    return emitted(signature, emission)
 
 
-@intrinsic
-def rows_normalise(typingctx, x, y, stride, rows, columns, centre, scale, offset):
-    """y = (x - centre) * scale + offset, with a factor of each for every column."""
+@intrinsic(prefer_literal=True)
+def rows_normalise(typingctx, mode, x, y, stride, rows, columns, centre, scale, offset):
+    """y = (x - centre) * scale + offset, with a factor of each for every column. mode: a literal."""
+    past = _literal(mode) == STREAMED
 
     def emission(emit, args):
-        x, y, stride, rows, columns, *factors = args
+        _, x, y, stride, rows, columns, *factors = args
 
         def normalise(i, height, j, mask):
             centre, scale, offset = (emit.read(factor, j, mask) for factor in factors)
             for at in emit.places(i, height, stride, j):
                 deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
-                emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask)
+                emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask, past)
 
         emit.sweep(rows, columns, ROWS_OF_TWO, normalise)
 
-    signature = types.void(x, y, types.intp, types.intp, types.intp, centre, scale, offset)
+    signature = types.void(mode, x, y, types.intp, types.intp, types.intp, centre, scale, offset)
     return emitted(signature, emission)
 
 
@@ -196,9 +210,8 @@ def rows_sums(typingctx, grad, x, stride, rows, columns, centre, total, product)
 
 @intrinsic(prefer_literal=True)
 def rows_gradient(typingctx, mode, grad, x, result, stride, rows, columns, centre, a, b, offset):
-    """result = grad * a + ((x - centre) * b + offset), with a factor of each for every column. mode: KEPT or FROZEN,
-    a literal."""
-    frozen = _literal(mode) == FROZEN
+    """result = grad * a + ((x - centre) * b + offset), with a factor of each for every column. mode: a literal."""
+    frozen, past = _literal(mode) == FROZEN, _literal(mode) == STREAMED
 
     def emission(emit, args):
         _, grad, x, result, stride, rows, columns, *factors = args
@@ -208,7 +221,7 @@ def rows_gradient(typingctx, mode, grad, x, result, stride, rows, columns, centr
             for at in emit.places(i, height, stride, j):
                 slope = emit.read(grad, at, mask)
                 value = _gradient(emit, frozen, slope, x, at, mask, centre, a, b, offset)
-                emit.write(value, result, at, mask)
+                emit.write(value, result, at, mask, past)
 
         emit.sweep(rows, columns, ROWS_OF_TWO, gradient)
 

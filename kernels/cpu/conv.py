@@ -105,15 +105,16 @@ def prepare_conv2d(shapes, dtype, **options):
     return run
 
 
-def bind_conv2d(shapes, dtype, weight, bias, packs, **options):
-    """conv2d with weight and bias given once: run(x, add, *, out=None).
+def bind_conv2d(shapes, dtype, arrays, packs, **options):
+    """conv2d with weight and bias, in `arrays`, given once: run(x, add=None, *, out=None).
 
     packs: packing -> packed weights, for all calls with these weights; what is missing is added.
     """
+    weight, bias = arrays["weight"], arrays["bias"]
     shape, forward = _forward(shapes[0], weight.shape, dtype, **options)
     nothing = NO_BIAS[dtype]
     if forward is None:
-        return lambda x, add, *, out=None: np.empty(shape, dtype) if out is None else out
+        return lambda x, add=None, *, out=None: np.empty(shape, dtype) if out is None else out
     packed = nothing
     if forward.packing is not None:
         if forward.packing not in packs:
@@ -121,7 +122,7 @@ def bind_conv2d(shapes, dtype, weight, bias, packs, **options):
         packed = packs[forward.packing]
     bias = nothing if bias is None else bias
 
-    def run(x, add, *, out=None):
+    def run(x, add=None, *, out=None):
         if out is None:
             out = empty(shape, dtype)
         forward(x, weight, out, bias, nothing if add is None else add.ravel(), packed)

@@ -36,7 +36,6 @@ from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, lanes
-from tilewise.kernels.cpu.vector_move import transpose_rows
 
 # Steps k per block, whole channels. All of them where they are few: sums then never leave L1. Otherwise few enough that
 # the lines of a panel's columns stay in L1 while all outputs pass by.
@@ -145,23 +144,6 @@ def _vectors(oh, rows, ow, pitch, extra_rows, lane):
     each row that it shares with the next."""
     sizes = [min(rows, oh - first) for first in range(0, oh, rows)]
     return sum(ceil(((size - 1) * pitch + ow) / lane) + 2 + extra_rows * pitch / lane / 4 for size in sizes)
-
-
-@device()
-def pack_weight(weight, start, step, outputs, depth, panels, target):
-    """Panels of MR outputs: panels[target + o // MR * MR * depth + k * MR + o % MR] = weight[start + o * step + k]."""
-    width = lanes(weight)
-    for first in range(0, outputs, MR):
-        source, panel = start + first * step, target + first * depth
-        if first + MR <= outputs and depth >= width:
-            for k in range(0, depth, width):
-                at = min(k, depth - width)  # the last block overlaps the one before
-                transpose_rows(MR, address(panels, panel + at * MR), address(weight, source + at), step)
-            continue
-        for r in range(MR):
-            for k in range(depth):
-                value = weight[source + r * step + k] if first + r < outputs else weight.dtype.type(0)
-                panels[panel + k * MR + r] = value
 
 
 @device()
@@ -281,42 +263,42 @@ def _place_vectors(runs, n_runs, vectors, lane_width, places):
 
 
 @device()
-def _product(vectors, panels, left, source, p, offsets, table, depth, sums, tile, tile_size, accumulate, outputs):
-    a, b, c, steps = address(panels, left), address(source, p), address(sums, tile), address(offsets, table)
+def _product(vectors, weight, left, whole, source, p, offsets, table, depth, sums, tile, size, accumulate, outputs):
+    a, b, c, steps = address(weight, left), address(source, p), address(sums, tile), address(offsets, table)
     if vectors >= NV:
-        offset_product(MR, NV, a, b, steps, depth, c, tile_size, accumulate, outputs)
+        offset_product(MR, NV, a, whole, b, steps, depth, c, size, accumulate, outputs)
     elif vectors == 2:
-        offset_product(MR, 2, a, b, steps, depth, c, tile_size, accumulate, outputs)
+        offset_product(MR, 2, a, whole, b, steps, depth, c, size, accumulate, outputs)
     else:
-        offset_product(MR, 1, a, b, steps, depth, c, tile_size, accumulate, outputs)
+        offset_product(MR, 1, a, whole, b, steps, depth, c, size, accumulate, outputs)
 
 
 @device()
 def _product_to(
-    vectors, panels, left, source, p, offsets, table, depth, sums, tile, tile_size, accumulate, outputs, y, target,
+    vectors, weight, left, whole, source, p, offsets, table, depth, sums, tile, size, accumulate, outputs, y, target,
     plane, places, bias, first, relu,
 ):  # fmt: skip
-    a, b, c, steps = address(panels, left), address(source, p), address(sums, tile), address(offsets, table)
+    a, b, c, steps = address(weight, left), address(source, p), address(sums, tile), address(offsets, table)
     to, where = address(y, target), address(places, 0)
     has_bias = 1 if bias.size > 0 else 0
     shift = address(bias, first if has_bias else 0)
     if vectors >= NV:
         offset_product_to(
-            MR, NV, a, b, steps, depth, c, tile_size, accumulate, outputs, to, plane, where, shift, has_bias, relu
+            MR, NV, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, relu
         )
     elif vectors == 2:
         offset_product_to(
-            MR, 2, a, b, steps, depth, c, tile_size, accumulate, outputs, to, plane, where, shift, has_bias, relu
+            MR, 2, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, relu
         )
     else:
         offset_product_to(
-            MR, 1, a, b, steps, depth, c, tile_size, accumulate, outputs, to, plane, where, shift, has_bias, relu
+            MR, 1, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, relu
         )
 
 
 @device(allocates=True)
 def _block(
-    x, base, image_step, images, row0, rows, panels, start, padded, first, outputs, geometry, offsets, phases,
+    x, base, image_step, images, row0, rows, weight, start, outputs, geometry, offsets, phases,
     in_place, y, target, bias, bias_start, extra,
 ):  # fmt: skip
     channels, ow, n_taps, n_phases, extra_rows = geometry[2], geometry[7], geometry[10], geometry[11], geometry[12]
@@ -324,7 +306,7 @@ def _block(
     y_plane, row_step, column_step, code = geometry[21], geometry[22], geometry[23], geometry[24]
     y_image = geometry[1] * geometry[5] * y_plane
     line, lines = geometry[25], geometry[26]
-    width = NV * lanes(x)
+    whole, width = channels * n_taps, NV * lanes(x)
     pixels = (images * rows - 1) * pitch + ow
     n_panels = (pixels + width - 1) // width
     tiles, tile_size = (outputs + MR - 1) // MR, MR * width
@@ -340,11 +322,11 @@ def _block(
         depth = some * n_taps
         channel = base + c0 * geometry[3] * geometry[4]
         if in_place:
-            source, start_source, table = x, channel + row0 * pitch, block * n_taps
+            source, first, table = x, channel + row0 * pitch, block * n_taps
         else:
-            source, start_source, table = planes, 0, 0
+            source, first, table = planes, 0, 0
             copy_planes(x, channel, image_step, images, some, row0, rows + extra_rows, geometry, phases, planes)
-        left = start + c0 * n_taps * padded + first * depth
+        left = start + c0 * n_taps
         last = c0 + some == channels
         for panel in range(n_panels):
             p = panel * width
@@ -358,13 +340,13 @@ def _block(
             tile = panel * tiles * tile_size if block < channels else 0
             if in_registers:
                 _product_to(
-                    vectors, panels, left, source, start_source + p, offsets, table, depth, sums, tile, tile_size, c0,
+                    vectors, weight, left, whole, source, first + p, offsets, table, depth, sums, tile, tile_size, c0,
                     outputs, y, target, y_plane, places, bias, bias_start, code,
                 )  # fmt: skip
                 continue
             if not last:
                 _product(
-                    vectors, panels, left, source, start_source + p, offsets, table, depth, sums, tile, tile_size, c0,
+                    vectors, weight, left, whole, source, first + p, offsets, table, depth, sums, tile, tile_size, c0,
                     outputs,
                 )  # fmt: skip
                 continue
@@ -372,8 +354,8 @@ def _block(
             for o in range(0, outputs, MR):
                 one = tile + o // MR * tile_size if block < channels else 0
                 _product(
-                    vectors, panels, left + o * depth, source, start_source + p, offsets, table, depth, sums, one,
-                    tile_size, c0, 1,
+                    vectors, weight, left + o * whole, whole, source, first + p, offsets, table, depth, sums, one,
+                    tile_size, c0, min(MR, outputs - o),
                 )  # fmt: skip
                 _finish_tile(
                     sums, one, step, min(MR, outputs - o), runs, n_runs, y, target + o * y_plane, y_plane, column_step,
@@ -381,57 +363,22 @@ def _block(
                 )  # fmt: skip
 
 
-def packed_size(geometry):
-    """Elements of the packed weights."""
-    groups, channels, outputs, n_taps = (int(geometry[i]) for i in (1, 2, 5, 10))
-    return groups * ceil(outputs / MR) * MR * channels * n_taps
-
-
-@device()
-def _pack_block(weight, i, geometry, panels):
-    """Block i of the packed weights: those of one group and one block of channels."""
-    channels, outputs, n_taps, block = geometry[2], geometry[5], geometry[10], geometry[17]
-    whole = channels * n_taps
-    padded = ((outputs + MR - 1) // MR) * MR
-    blocks = (channels + block - 1) // block
-    g = i // blocks
-    c0 = (i - g * blocks) * block
-    depth = min(block, channels - c0) * n_taps
-    source = g * outputs * whole + c0 * n_taps
-    pack_weight(weight, source, whole, outputs, depth, panels, g * padded * whole + c0 * n_taps * padded)
-
-
-@kernel(parallel=False)
-def pack(weight, geometry, panels):
-    """The weights as `convolve` wants them, for plans with the same channels a block: geometry[17]."""
-    blocks = (geometry[2] + geometry[17] - 1) // geometry[17]
-    for i in range(geometry[1] * blocks):
-        _pack_block(weight, i, geometry, panels)
-
-
-@kernel()
-def convolve(x, weight, packed, y, bias, extra, geometry, offsets, phases):
+@kernel(one_by_one=True)
+def convolve(x, weight, y, bias, extra, geometry, offsets, phases):
     """y = activation(convolution(x, weight) + bias + extra), all arrays flat, for a `plan`.
 
-    weight: (groups * outputs, channels, taps). packed: what `pack` made of it, or empty to do it here. Pixel (i, j) of
-    output o of image b is y[(b * groups * outputs + o) * plane + start + i * row step + j * column step]. extra: empty,
-    or laid out as y; it may be y itself.
+    weight: (groups * outputs, channels, taps). Pixel (i, j) of output o of image b is y[(b * groups * outputs + o) *
+    plane + start + i * row step + j * column step]. extra: empty, or laid out as y; it may be y itself.
     """
     n, groups, channels, h, w = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
     outputs, oh, n_taps = geometry[5], geometry[6], geometry[10]
-    block_rows, images, splits, block = geometry[14], geometry[15], geometry[16], geometry[17]
+    block_rows, images, splits = geometry[14], geometry[15], geometry[16]
     y_start, y_plane = geometry[20], geometry[21]
     whole = channels * n_taps
-    padded = ((outputs + MR - 1) // MR) * MR
-    blocks = (channels + block - 1) // block
-    here = 1 if packed.size == 0 else 0
-    own = scratch(here * groups * padded * whole, x)
-    for i in prange(here * groups * blocks):
-        _pack_block(weight, i, geometry, own)
-    panels = own if here else packed
+    tiles = (outputs + MR - 1) // MR
     row_blocks = (oh + block_rows - 1) // block_rows
     image_blocks = (n + images - 1) // images
-    split_outputs = (((padded // MR) + splits - 1) // splits) * MR
+    split_outputs = (tiles + splits - 1) // splits * MR
     for chunk in prange(image_blocks * groups * row_blocks * splits):
         first = chunk % splits * split_outputs
         row0 = chunk // splits % row_blocks * block_rows
@@ -443,7 +390,7 @@ def convolve(x, weight, packed, y, bias, extra, geometry, offsets, phases):
             in_place = geometry[27] == 1 and (image + 1 < n or g + 1 < groups or row0 + block_rows < oh)
             _block(
                 x, (image * groups + g) * channels * h * w, groups * channels * h * w, min(images, n - image),
-                row0, min(block_rows, oh - row0), panels, g * padded * whole, padded, first, some,
+                row0, min(block_rows, oh - row0), weight, (g * outputs + first) * whole, some,
                 geometry, offsets, phases, in_place,
                 y, y_start + ((image * groups + g) * outputs + first) * y_plane + row0 * geometry[22], bias,
                 g * outputs + first, extra,

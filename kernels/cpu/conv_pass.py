@@ -78,48 +78,53 @@ class _Direct:
         )  # fmt: skip
 
 
-class _ImplicitProduct:
-    """One convolution by `conv_nchw.convolve` or `conv_nhwc.convolve`; arguments as `_Direct`."""
+class _ProductNCHW:
+    """One convolution by `conv_nchw.convolve`; arguments as `_Direct`."""
 
-    __slots__ = ("kernel", "layout", "plan")
+    __slots__ = ("kernel", "plan")
 
-    def __init__(self, x, weight, y, dtype, taps, stride, grid, groups, layout, activation):
-        outputs, channels = weight[0] // groups, weight[1]
-        first_row, first_column, row_step, column_step, oh, ow = grid
-        n, size, (height, width) = x[0], image_size(x, layout), image_size(y, layout)
-        self.plan: tuple[np.ndarray, ...]
-        if layout == "NCHW":
-            steps = (first_row * width + first_column, height * width, row_step * width, column_step)
-            shape = (n, channels, *size)
-            itemsize = dtype.itemsize
-            self.plan = conv_nchw.plan(shape, outputs, taps, stride, (oh, ow), steps, groups, itemsize, activation)
-        else:
-            pixel = weight[0]
-            start = (first_row * width + first_column) * pixel
-            steps = (start, height * width * pixel, row_step * width * pixel, column_step * pixel)
-            self.plan = conv_nhwc.plan((n, *size, channels), outputs, taps, stride, (oh, ow), steps, groups, activation)
-        function = conv_nchw.convolve if layout == "NCHW" else conv_nhwc.convolve
-        self.kernel = function.sized(2 * n * prod(weight) * oh * ow * COST["gemm"])
-        self.layout = layout
+    packing = None
+
+    def __init__(self, x, weight, y, dtype, taps, stride, grid, groups, activation):
+        (n, channels, *size), outputs = x, weight[0] // groups
+        first_row, first_column, row_step, column_step, *pixels = grid
+        height, width = y[2:4]
+        steps = (first_row * width + first_column, height * width, row_step * width, column_step)
+        shape = (n, channels // groups, *size)
+        self.plan = conv_nchw.plan(shape, outputs, taps, stride, pixels, steps, groups, dtype.itemsize, activation)
+        self.kernel = conv_nchw.convolve.sized(2 * n * prod(weight) * prod(pixels) * COST["gemm"])
+
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        extra = NO_BIAS[x.dtype] if extra is None else extra
+        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, *self.plan)
+
+
+class _ProductNHWC:
+    """One convolution by `conv_nhwc.convolve`; arguments as `_Direct`."""
+
+    __slots__ = ("kernel", "plan")
+
+    packing = "gemm", "NHWC"
+
+    def __init__(self, x, weight, y, taps, stride, grid, groups, activation):
+        (n, *size, channels), outputs = x, weight[0] // groups
+        first_row, first_column, row_step, column_step, *pixels = grid
+        (height, width), pixel = y[1:3], weight[0]
+        start = (first_row * width + first_column) * pixel
+        steps = (start, height * width * pixel, row_step * width * pixel, column_step * pixel)
+        shape = (n, *size, channels // groups)
+        self.plan = conv_nhwc.plan(shape, outputs, taps, stride, pixels, steps, groups, activation)
+        self.kernel = conv_nhwc.convolve.sized(2 * n * prod(weight) * prod(pixels) * COST["gemm"])
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
         nothing = NO_BIAS[x.dtype]
         extra, packed = nothing if extra is None else extra, nothing if packed is None else packed
         self.kernel(x.ravel(), weight.ravel(), packed, y.ravel(), bias, extra, *self.plan)
 
-    @property
-    def packing(self):
-        # in NCHW the panels end with a block of channels
-        return "gemm", self.layout, int(self.plan[0][17]) if self.layout == "NCHW" else 0
-
     def pack(self, weight):
-        geometry = self.plan[0]
-        if self.layout == "NCHW":
-            packed = aligned(conv_nchw.packed_size(geometry), weight.dtype)
-            conv_nchw.pack(0, weight.ravel(), geometry, packed)
-        else:
-            packed = aligned(conv_nhwc.packed_size(geometry, lane_count(weight.itemsize)), weight.dtype)
-            conv_nhwc.pack(0, weight.ravel(), geometry, self.plan[3], packed)
+        geometry, *_, order = self.plan
+        packed = aligned(conv_nhwc.packed_size(geometry, lane_count(weight.itemsize)), weight.dtype)
+        conv_nhwc.pack(0, weight.ravel(), geometry, order, packed)
         return packed
 
 
@@ -156,7 +161,7 @@ class _Pointwise:
 
     __slots__ = ("geometry", "kernel")
 
-    packing = None
+    packing = None  # it reads the weights as they lie
 
     def __init__(self, n, pixels, weight, dtype, groups, activation):
         outputs, channels = weight[0] // groups, weight[1]
@@ -286,17 +291,19 @@ def _better_in_nhwc(x, weight, dtype, product, grid, groups):
 
 
 def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algorithm, activation=0):
-    def product(x, weight, y, layout="NHWC"):
-        return _ImplicitProduct(x, weight, y, dtype, taps, stride, grid, groups, layout, activation)
+    def product(x, weight, y):
+        return _ProductNHWC(x, weight, y, taps, stride, grid, groups, activation)
 
     def winograd(x, weight, y):
         return _WinogradNHWC(x, weight, y, taps, groups, activation)
 
+    if algorithm == "gemm" and layout == "NHWC":
+        return product(x, weight, y)
     if algorithm == "gemm":
-        if layout == "NCHW" and _is_pointwise(x, weight, y, taps, stride, grid):
+        if _is_pointwise(x, weight, y, taps, stride, grid):
             return _pointwise(x, weight, dtype, groups, activation)
-        there = product(x, weight, y, layout)
-        if layout == "NCHW" and _better_in_nhwc(x, weight, dtype, there, grid, groups):
+        there = _ProductNCHW(x, weight, y, dtype, taps, stride, grid, groups, activation)
+        if _better_in_nhwc(x, weight, dtype, there, grid, groups):
             return _ThroughNHWC(x, weight, y, product)
         return there
     if algorithm == "winograd" and layout == "NHWC":

@@ -85,7 +85,7 @@ def _cached_plan(_, m, n, depth, a_by_rows, b_by_rows, dtype):
     if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
         return _plan_dots(m, n, depth, itemsize)
     if b_by_rows and _fits_in_place(m, n, depth, a_by_rows, itemsize):
-        return _plan_in_place(m, n, depth, a_by_rows, itemsize, work)
+        return _plan_in_place(m, n, depth, a_by_rows, dtype, work)
     if a_by_rows and n <= DOT_COLUMNS:
         dots = _plan_dots(m, n, depth, itemsize)
         return lambda a, b, *rest: dots(a, np.ascontiguousarray(b.T), *rest)
@@ -112,15 +112,22 @@ def _plan_dots(m, n, depth, itemsize):
     return lambda *args: product(*args, *sizes)
 
 
-def _plan_in_place(m, n, depth, a_by_rows, itemsize, work):
+def _in_place(m, n, depth, a_by_rows, dtype):
+    """The kernel that packs nothing, and its last argument."""
     steps = (depth, 1) if a_by_rows else (1, m)
-    step = depth if n * depth * itemsize <= IN_CACHE else STEP_ROWS
+    step = depth if n * depth * dtype.itemsize <= IN_CACHE else STEP_ROWS
     rows = _chunk(m, MR, 8 * MR)
-    columns = n if m > FEW_ROWS else _chunk(n, NV * lane_count(itemsize), 1024)
-    kernel_ = multiply_in_place.sized(work)
+    columns = n if m > FEW_ROWS else _chunk(n, NV * lane_count(dtype.itemsize), 1024)
+    geometry = np.array((m, n, depth, *steps, rows, columns, max(step, 1)), np.int64)
+    like = np.empty((0, 0), dtype)
+    return multiply_in_place.bound(_work(m, n, depth, dtype.itemsize), like, like, like, geometry), geometry
+
+
+def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
+    product, geometry = _in_place(m, n, depth, a_by_rows, dtype)
 
     def run(a, b, c, bias, activation):
-        kernel_(a, *steps, b, c, m, n, depth, rows, columns, max(step, 1))
+        product(a, b, c, geometry)
         if bias.size > 0 or activation != 0:
             finish(work, c, bias, activation)
 
@@ -165,14 +172,18 @@ def prepare_matmul(shapes, dtype):
         return _prepare_stack(a, b, dtype)
     if len(a) > 2 or len(b) > 2:
         return matmul
-    product, shape, no_bias = _plan(a[0], b[1], a[1], True, True, dtype), (a[0], b[1]), _NO_BIAS[dtype]
+    (m, depth), n = a, b[1]
+    shape, no_bias = (m, n), _NO_BIAS[dtype]
+    product, rest = _plan(m, n, depth, True, True, dtype), (no_bias, 0)
+    if _fits_in_place(m, n, depth, True, dtype.itemsize):  # what the plan does, without its detours
+        product, *rest = _in_place(m, n, depth, True, dtype)
     empty = _allocator(shape, dtype)
 
     def run(a, b, *, out=None):
         if out is None:
             out = empty(shape, dtype)
         if a.flags.carray and b.flags.carray:
-            product(a, b, out, no_bias, 0)
+            product(a, b, out, *rest)
         else:
             _product(a, b, out, no_bias, 0)
         return out
@@ -326,7 +337,25 @@ def matmul_backward(grad, a, b, *, needs):
 
 
 def prepare_matmul_backward(shapes, dtype, *, needs):
-    return partial(matmul_backward, needs=needs)
+    """As `prepare_matmul`."""
+    _, a, b = shapes
+    if len(a) != 2 or len(b) != 2 or min(a + b) < 2:  # one row or column is stored both ways
+        return partial(matmul_backward, needs=needs)
+    (m, depth), n, no_bias = a, b[1], _NO_BIAS[dtype]
+    to_a = _plan(m, depth, n, True, False, dtype) if "a" in needs else None
+    to_b = _plan(depth, n, m, False, True, dtype) if "b" in needs else None
+
+    def run(grad, of_a, of_b):
+        grad_a = grad_b = None
+        if to_a:
+            grad_a = empty(a, dtype)
+            to_a(grad, of_b, grad_a, no_bias, 0)
+        if to_b:
+            grad_b = empty(b, dtype)
+            to_b(of_a, grad, grad_b, no_bias, 0)
+        return grad_a, grad_b
+
+    return run
 
 
 def _sum_to(array, shape):

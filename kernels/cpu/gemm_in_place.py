@@ -90,8 +90,14 @@ def multiply_rows_in_place(
 
 
 @kernel()
-def multiply_in_place(a, a_row, a_column, b, c, m, n, depth, chunk_rows, chunk_columns, step):
-    """C = A B for one matrix, the sum in steps of `step`; chunks of C are split over threads."""
+def multiply_in_place(a, b, c, geometry):
+    """C = A B for one matrix, the sum in steps of `step`; chunks of C are split over threads.
+
+    geometry: an array, as nine arguments more would cost a tiny product a tenth of a microsecond.
+    """
+    m, n, depth, a_row, a_column, chunk_rows, chunk_columns, step = (
+        geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5], geometry[6], geometry[7]
+    )  # fmt: skip
     across = (n + chunk_columns - 1) // chunk_columns
     down = (m + chunk_rows - 1) // chunk_rows
     for chunk in prange(across * down):

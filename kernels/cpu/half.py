@@ -69,12 +69,17 @@ def prepare(name: str, prepare_single: Callable, dtypes: list, shapes: list, opt
     changed: which operands the function updates in place.
     """
     parts = cut(name, shapes, options)
-    if parts is not None and parts.largest() * parts.length > 2 * PART:
-        return _prepare_parts(parts, prepare_single, dtypes, changed)
+    by_parts = None
+    if parts is not None and parts.largest() * parts.length > 2 * parts.larger * PART:
+        by_parts = _prepare_parts(parts, prepare_single, dtypes, changed)
+        if not parts.axes:
+            return by_parts
     single = prepare_single(shapes, options)
     halves = tuple(dtype == HALF for dtype in dtypes)
 
     def run(*operands, out=None):
+        if by_parts and all(a is None or a.flags.carray for a in operands):
+            return by_parts(*operands, out=out)
         floats = [widened(a) if half else a for a, half in zip(operands, halves, strict=True)]
         result = single(*floats)
         for i in changed:
@@ -90,7 +95,7 @@ def prepare(name: str, prepare_single: Callable, dtypes: list, shapes: list, opt
 class _Sliced:
     """A float16 array as (outer, length, inner), slices of which are converted or copied."""
 
-    __slots__ = ("bits", "flat", "inner", "length", "outer", "shape")
+    __slots__ = ("bits", "flat", "inner", "length", "outer", "shape", "wide")
 
     def __init__(self, array: np.ndarray, shape: tuple[int, ...], axis: int):
         self.shape = shape
@@ -98,12 +103,16 @@ class _Sliced:
         self.outer, self.length, self.inner = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
         self.flat = array.reshape(-1)
         self.bits = self.flat.view(BITS) if array.dtype == HALF else None
+        self.wide = None  # the memory of every part, one after the other
 
     def read(self, start: int, count: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Valid until the next part is read."""
         first, length = start * self.inner, count * self.inner
         if self.bits is None:
             return self.flat[first : first + length].reshape(shape)
-        target = empty((self.outer * length,), SINGLE)
+        if self.wide is None:  # the first part is the largest
+            self.wide = empty((self.outer * length,), SINGLE)
+        target = self.wide[: self.outer * length]
         _widen_into(target, self.bits, self.outer, length, self.length * self.inner, first)
         return target.reshape(shape)
 
@@ -117,18 +126,19 @@ class _Sliced:
 
 def _prepare_parts(parts: Cut, prepare_single: Callable, dtypes: list, changed: tuple[int, ...]):
     length, axis = parts.length, parts.axis
-    count = -(-length // -(-parts.largest() * length // PART))  # slices in a part, evenly divided
+    count = -(-length // -(-parts.largest() * length // (parts.larger * PART)))  # slices in a part, evenly divided
     wholes = length // count
     sizes = [count] * wholes + ([length - wholes * count] if length > wholes * count else [])
     shapes = {size: parts.part(size)[0] for size in set(sizes)}
     singles = {size: prepare_single(*parts.part(size)) for size in set(sizes)}
     vectors = [view is None or len(view) == 1 < axis + 1 for view in parts.views]
+    axes = parts.axes or (axis,) * len(vectors)
 
-    def run(*operands):
+    def run(*operands, out=None):
         sources = []
-        for a, dtype, view, vector in zip(operands, dtypes, parts.views, vectors, strict=True):
+        for a, dtype, view, vector, along in zip(operands, dtypes, parts.views, vectors, axes, strict=True):
             if a is None or not vector:
-                sources.append(None if a is None else _Sliced(a, view or (), axis))
+                sources.append(None if a is None else _Sliced(a, view or (), along))
             else:
                 sources.append(widened(a) if dtype == HALF else a)
         results, targets = (), ()
@@ -143,7 +153,7 @@ def _prepare_parts(parts: Cut, prepare_single: Callable, dtypes: list, changed: 
             part = singles[size](*floats)
             part = part if type(part) is tuple else (part,)
             if not targets:
-                results = [_whole(r, axis, length) for r in part]
+                results = [_whole(r, axis, length) for r in part] if out is None else [out]
                 targets = [_Sliced(r, r.shape, axis) for r in results]
             for target, r in zip(targets, part, strict=True):
                 target.write(start, size, r)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 Shape = tuple[int, ...]
+FEW_ROWS = 64  # of x in a linear layer: with more, the product outweighs the widening of its weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,8 @@ class Cut:
     length: how many slices there are.
     views: for each operand the shape in which it is cut (None: absent, or used whole).
     axis: along which operands and results are cut; vectors of channels along their only one.
+    axes: the same for each operand, where they differ; such operands may have any strides.
+    larger: how many times as large as usual a part should be.
     part: (operands' shapes, options) of a call on so many slices.
     lead, kept: a result gets the shape lead + its last `kept` axes; lead None: it has its shape already.
     """
@@ -28,6 +31,8 @@ class Cut:
     part: Callable[[int], tuple[list, dict]]
     lead: Shape | None = None
     kept: int = 0
+    axes: tuple[int, ...] = ()
+    larger: int = 1
 
     def largest(self) -> int:
         """Elements of the largest operand's slice."""
@@ -105,9 +110,22 @@ def _channels(shapes, options) -> Cut | None:
     return Cut(c, tuple(shapes), 1, part)
 
 
+def _outputs(shapes, options) -> Cut | None:
+    """linear: the rows of its weight, which for few rows of x is nearly all there is to read. A product of few of them
+    would waste its tiles."""
+    x, weight, bias = shapes
+    if len(x) != 2 or x[0] > FEW_ROWS:
+        return None
+
+    def part(count):
+        return [x, (count, weight[1]), bias and (count,)], options
+
+    return Cut(weight[0], (None, weight, bias), 1, part, axes=(1, 0, 1), larger=4)
+
+
 _ELEMENTWISE = ("relu", "leaky_relu", "sigmoid", "tanh")
 _POOLS = ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d", "max_unpool2d")
-_CUTS: dict[str, Callable] = {"step": _elements, "sign": _elements}
+_CUTS: dict[str, Callable] = {"step": _elements, "sign": _elements, "linear": _outputs}
 for _names, _find in (
     (_ELEMENTWISE, _elements),
     (("softmax", "log_softmax"), _lines),

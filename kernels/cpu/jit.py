@@ -23,6 +23,7 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 from tilewise.kernels.cpu import threads
+from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler
 
 _njit: Any = numba.njit  # its annotations know neither a dictionary for `parallel` nor our cache
 
@@ -55,8 +56,9 @@ class Kernel:
 
     __name__: str
 
-    def __init__(self, function: Callable, fastmath: frozenset, parallel: bool):
+    def __init__(self, function: Callable, fastmath: frozenset, parallel: bool, one_by_one: bool = False):
         self.function = function
+        self.one_by_one = one_by_one
         self.fastmath = fastmath
         self.has_parallel = parallel
         functools.update_wrapper(self, function)
@@ -76,15 +78,32 @@ class Kernel:
             return self.serial
         return functools.partial(self, work)
 
+    def bound(self, work: float, *arguments) -> Callable:
+        """As `sized`, for calls whose arguments have the types of these, always: the machine code's own entry.
+
+        It does without Numba's look at every argument, a tenth of a microsecond, and so would take an array of another
+        dtype for one of these. A plan's signature rules that out: it holds the operands' shapes and dtypes.
+        """
+        if work >= threads.SERIAL_BELOW and self.has_parallel:
+            return functools.partial(self, work)
+        types = tuple(map(numba.typeof, arguments))
+        self.serial.compile(types)
+        return self.serial.overloads[types].entry_point
+
     def __call__(self, work: float, *args):
         if work < threads.SERIAL_BELOW or not self.has_parallel or not threads.may_split():
             return self.serial(*args)
-        return threads.launch(self.parallel, args)
+        return threads.launch(self.parallel, args, self.one_by_one and work >= threads.ONE_BY_ONE_FROM)
 
 
-def kernel(*, fastmath: frozenset = FASTMATH, parallel: bool = True) -> Callable[[Callable], Kernel]:
-    """Decorator for an entry point; without prange loops, say parallel=False."""
-    return lambda function: Kernel(function, fastmath, parallel)
+def kernel(
+    *, fastmath: frozenset = FASTMATH, parallel: bool = True, one_by_one: bool = False
+) -> Callable[[Callable], Kernel]:
+    """Decorator for an entry point; without prange loops, say parallel=False.
+
+    one_by_one: its chunks are few and take long, so that a large problem's are handed out one by one (threads.py).
+    """
+    return lambda function: Kernel(function, fastmath, parallel, one_by_one)
 
 
 def device(*, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: bool = False) -> Callable:
@@ -93,7 +112,8 @@ def device(*, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: 
     Arrays are borrowed from the caller: counting references would cost two atomic operations for each array of each
     call, 120 cycles for three, more than copying a short row. A function that makes arrays must count them: allocates.
     """
-    return _njit(fastmath=set(fastmath), nogil=True, inline=inline, error_model="numpy", _nrt=allocates)
+    options = {"fastmath": set(fastmath), "error_model": "numpy", "inline": inline, "_nrt": allocates}
+    return _njit(**options, pipeline_class=DeviceCompiler)
 
 
 def compiled(function: Callable, fastmath: frozenset, parallel: bool):
@@ -106,9 +126,10 @@ def compiled(function: Callable, fastmath: frozenset, parallel: bool):
         twin.__qualname__ = f"{function.__qualname__}_parallel"
         twin.__module__ = function.__module__
         function = twin
-    dispatcher = _njit(
-        fastmath=set(fastmath), nogil=True, error_model="numpy", parallel=_PARALLEL if parallel else False
-    )(function)
+    options: dict[str, Any] = {"fastmath": set(fastmath), "nogil": True, "error_model": "numpy"}
+    if parallel:
+        options |= {"parallel": _PARALLEL, "pipeline_class": ParallelCompiler}
+    dispatcher = _njit(**options)(function)
     cache = _open_cache(function)
     if cache is not None:
         dispatcher._cache = cache

@@ -102,46 +102,54 @@ class _Loop:
 
 
 @intrinsic(prefer_literal=True)
-def offset_product(typingctx, rows, vectors, a, b, offsets, depth, c, c_tile, accumulate, outputs):
-    """C[i, j] (+)= sum over k < depth of a[i // rows][k * rows + i % rows] * b[offsets[k] + j], i < outputs.
+def offset_product(typingctx, rows, vectors, a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs):
+    """C[i, j] (+)= sum over k < depth of a[i * a_step + k] * b[offsets[k] + j], i < outputs.
 
-    In tiles of rows x vectors * lanes, all of which are written. a: packed panels, one behind the other. offsets:
-    pointer to int64. c: the first tile, its rows one after the other; the next is c_tile on.
+    In tiles of rows x vectors * lanes, all of which are written. offsets: pointer to int64. c: the first tile, its rows
+    one after the other; the next is c_tile on.
     """
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
-    signature = types.void(rows, vectors, a, b, offsets, intp, c, intp, intp, intp)
+    signature = types.void(rows, vectors, a, intp, b, offsets, intp, c, intp, intp, intp)
 
     def codegen(context, builder, signature, args):
-        a, b, offsets, depth, c, c_tile, accumulate, outputs = args[2:]
+        a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs = args[2:]
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = _Tile(emit, *shape)
         step = _I64(shape[1] * emit.lanes)
         loop = _Loop(builder, outputs, shape[0], "tile")
-        _, a, c = loop.begin((a, builder.mul(depth, _I64(shape[0]))), (c, c_tile))
-        tile.finish(_offset_sums(tile, a, b, offsets, depth, c, step, accumulate), c, step)
+        o, a, c = loop.begin((a, builder.mul(a_step, _I64(shape[0]))), (c, c_tile))
+        left = _row_pointers(tile, a, a_step, builder.sub(outputs, o))
+        tile.finish(_offset_sums(tile, left, b, offsets, depth, c, step, accumulate), c, step)
         loop.close()
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _offset_sums(tile, a, b, offsets, depth, c, c_step, accumulate):
-    builder, shape = tile.builder, (tile.rows, tile.vectors)
+def _row_pointers(tile, a, a_step, count):
+    """Where the rows of a tile begin in the left operand; those that do not exist repeat the last."""
+    builder, last, pointers = tile.builder, tile.builder.sub(count, _I64(1)), []
+    for i in range(tile.rows):
+        row = builder.select(builder.icmp_signed("<", _I64(i), last), _I64(i), last)
+        pointers.append(builder.gep(a, [builder.mul(row, a_step)]))
+    return pointers
+
+
+def _offset_sums(tile, left, b, offsets, depth, c, c_step, accumulate):
+    builder = tile.builder
     begun = tile.start(c, c_step, accumulate)
     entry = builder.block
     loop = builder.append_basic_block("depth")
     builder.branch(loop)
     builder.position_at_end(loop)
-    k, a_now = builder.phi(_I64), builder.phi(a.type)
+    k = builder.phi(_I64)
     sums = tile.phis(begun, entry)
     place = builder.gep(b, [builder.load(builder.gep(offsets, [k]))])
-    vectors = tile.loads(place)
-    total = tile.step(sums, [builder.gep(a_now, [_I64(i)]) for i in range(shape[0])], vectors)
-    k_next, a_next = builder.add(k, _I64(1)), builder.gep(a_now, [_I64(shape[0])])
-    for phi, first, following in ((k, _I64(0), k_next), (a_now, a, a_next)):
-        phi.add_incoming(first, entry)
-        phi.add_incoming(following, loop)
+    total = tile.step(sums, [builder.gep(row, [k]) for row in left], tile.loads(place))
+    k_next = builder.add(k, _I64(1))
+    k.add_incoming(_I64(0), entry)
+    k.add_incoming(k_next, loop)
     tile.extend(sums, total, loop)
     done = builder.append_basic_block("done")
     builder.cbranch(builder.icmp_signed("<", k_next, depth), loop, done)
@@ -151,8 +159,8 @@ def _offset_sums(tile, a, b, offsets, depth, c, c_step, accumulate):
 
 @intrinsic(prefer_literal=True)
 def offset_product_to(
-    typingctx, rows, vectors, a, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias, has_bias,
-    relu,
+    typingctx, rows, vectors, a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias,
+    has_bias, relu,
 ):  # fmt: skip
     """`offset_product`, then bias and activation in registers, and straight to y.
 
@@ -163,21 +171,24 @@ def offset_product_to(
     """
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
-    signature = types.void(rows, vectors, a, b, offsets, intp, c, intp, intp, intp, y, intp, places, bias, intp, intp)
+    signature = types.void(
+        rows, vectors, a, intp, b, offsets, intp, c, intp, intp, intp, y, intp, places, bias, intp, intp
+    )
 
     def codegen(context, builder, signature, args):
-        a, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias, has_bias, relu = args[2:]
+        a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias, has_bias, relu = args[2:]
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = _Tile(emit, *shape)
         step = _I64(shape[1] * emit.lanes)
         way = _WayOut(tile, y, y_step, places, builder.icmp_signed("!=", has_bias, _I64(0)), relu)
         loop = _Loop(builder, outputs, shape[0], "tile")
-        a_tile, y_tile = builder.mul(depth, _I64(shape[0])), builder.mul(y_step, _I64(shape[0]))
+        a_tile, y_tile = builder.mul(a_step, _I64(shape[0])), builder.mul(y_step, _I64(shape[0]))
         # without a bias its pointer must not wander off
         bias_tile = builder.select(way.biased, _I64(shape[0]), _I64(0))
         o, a, c, y, bias = loop.begin((a, a_tile), (c, c_tile), (y, y_tile), (bias, bias_tile))
-        total = _offset_sums(tile, a, b, offsets, depth, c, step, accumulate)
-        way.write(total, y, y_step, builder.sub(outputs, o), bias)
+        rest = builder.sub(outputs, o)
+        left = _row_pointers(tile, a, a_step, rest)
+        way.write(_offset_sums(tile, left, b, offsets, depth, c, step, accumulate), y, y_step, rest, bias)
         loop.close()
         return context.get_dummy_value()
 
@@ -317,11 +328,7 @@ class _WayThrough:
     def sums(self, begun, a, b, b_step, depth, count, panel=None, ahead=None):
         """The sum over k; with a panel, b is copied into it, the last vector under its mask."""
         tile, builder, emit = self.tile, self.tile.builder, self.tile.emit
-        last = builder.sub(count, _I64(1))  # the rows of the last tile that do not exist repeat this one
-        left = []
-        for i in range(tile.rows):
-            row = builder.select(builder.icmp_signed("<", _I64(i), last), _I64(i), last)
-            left.append(builder.gep(a, [builder.mul(row, depth)]))
+        left = _row_pointers(tile, a, depth, count)
         entry, loop = builder.block, builder.append_basic_block("depth")
         builder.branch(loop)
         builder.position_at_end(loop)

@@ -114,7 +114,8 @@ def prepare_avg_pool2d(
     pixels, counts = _plane(shapes[0], layout), _plane(shape, layout)
     extents = extents_of(pixels, counts, kernel_size, stride, padding, count_include_pad)
     divisors = as_divisors(extents, divisor_override, dtype)
-    kernel = pool_windows.averages.sized(prod(shapes[0]) * dtype.itemsize * _BYTE)
+    like = np.empty((0, 0, 0, 0), dtype)
+    kernel = pool_windows.averages.bound(prod(shapes[0]) * dtype.itemsize * _BYTE, like, like, plan, divisors)
 
     new = _allocator(shape, dtype)
 

@@ -121,7 +121,10 @@ def finish_row(typingctx, step, target, source, count, shift, relu, extra, has_e
         even = ir.Constant(ir.VectorType(_I1, n), [int(i % apart == 0) for i in range(n)])
 
         def finish(i, whole):
-            total = emit.add(emit.load(source, i), shifts)
+            # what lies behind the last row may not be ours to read
+            inside = None if whole else emit.mask(_I64(0), builder.sub(count, i))
+            values = emit.load(source, i) if whole else emit.masked_load(source, i, inside)
+            total = emit.add(values, shifts)
             for h, order in enumerate(spread):
                 place = builder.add(builder.mul(i, _I64(apart)), _I64(h * n))
                 mask = even

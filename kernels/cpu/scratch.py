@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from tilewise.kernels.cpu import recycling
 from tilewise.kernels.cpu.jit import device
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -57,10 +58,17 @@ ALIGNED_FROM = 1 << 16
 
 def empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     """np.empty for a result; aligned where it is large. (NumPy's own memory starts 16 bytes behind a page's start.)"""
-    size = math.prod(shape) * dtype.itemsize
-    if size < ALIGNED_FROM:
+    if math.prod(shape) * dtype.itemsize < ALIGNED_FROM:
         return np.empty(shape, dtype)
-    return _at_alignment(size).view(dtype).reshape(shape)
+    return large(shape, dtype)[0]
+
+
+def large(shape: tuple[int, ...], dtype) -> tuple[np.ndarray, bool]:
+    """(`empty` for a result of some size, whether its memory has been used before)."""
+    size = math.prod(shape) * dtype.itemsize
+    if size >= recycling.FROM and recycling.AVAILABLE:
+        return recycling.empty(shape, dtype, size)
+    return _at_alignment(size).view(dtype).reshape(shape), False
 
 
 def aligned(count: int, dtype) -> np.ndarray:

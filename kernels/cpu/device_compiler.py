@@ -1,0 +1,105 @@
+"""How a function that only kernels call is compiled: to optimised LLVM code, for the kernels to link.
+
+Numba compiles every function that a kernel calls as if Python called it too: with a wrapper that unpacks Python's
+arguments, one for C callbacks, and machine code of all three, which nothing runs, because the kernel's machine code
+holds the function once more. That was a third of a kernel's first call. Here the pipeline ends with the optimised LLVM
+code, the form in which Numba links one function into another.
+
+A kernel from the cache is not compiled from these functions any more, so it never had more of them than it has here.
+"""
+
+import ctypes
+from functools import partial
+
+from numba import _dynfunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
+from numba.core.typed_passes import NativeLowering, NativeParforLowering
+
+
+class _LinkedLibrary(JITCodeLibrary):
+    """LLVM code to be linked into other libraries; no machine code."""
+
+    def _finalize_final_module(self):
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+class _WrapperLibrary(_LinkedLibrary):
+    """As that, and not optimised before the library that it is linked into is."""
+
+    def _optimize_final_module(self):
+        if self.name.startswith("__numba_parfor_gufunc"):  # the loop's body itself
+            super()._optimize_final_module()
+
+
+@ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+def _refuse(closure, args, kwargs):
+    raise TypeError("a device function has no machine code of its own: only kernels can call it")
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LinkedLowering(NativeLowering):
+    """Lowering without the wrappers, and without machine code."""
+
+    _name = "tilewise_linked_lowering"
+
+    def run_pass(self, state):
+        state.library = _LinkedLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        flags = state.flags
+        flags.no_cpython_wrapper = flags.no_cfunc_wrapper = flags.no_compile = True
+        super().run_pass(state)
+        lowered = state["cr"]
+        # Numba knows a compiled function by its entry from Python.
+        address = ctypes.cast(_refuse, ctypes.c_void_p).value
+        entry = _dynfunc.make_function(
+            lowered.fndesc.lookup_module(), state.func_id.func_name, "", address, lowered.env, (state.library,)
+        )
+        state.targetctx.insert_user_function(entry, lowered.fndesc, [state.library])
+        state["cr"] = lowered._replace(cfunc=entry)
+        return True
+
+
+class DeviceCompiler(CompilerBase):
+    """Numba's pipeline for compiled functions, but for its end."""
+
+    def define_pipelines(self):
+        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        manager.passes = [(_LinkedLowering if kind is NativeLowering else kind, what) for kind, what in manager.passes]
+        manager.finalize()
+        return [manager]
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _ParallelLowering(NativeParforLowering):
+    """Lowering of a kernel with parallel loops: their bodies and wrappers have no machine code but the kernel's."""
+
+    _name = "tilewise_parallel_lowering"
+
+    def run_pass(self, state):
+        codegen = state.targetctx.codegen()
+        state.library = codegen.create_library(state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        codegen._library_class, codegen.set_env = _WrapperLibrary, partial(_set_env, codegen)
+        try:
+            return super().run_pass(state)
+        finally:
+            del codegen._library_class, codegen.set_env
+
+
+def _set_env(codegen, name: str, env):
+    if codegen._engine.is_symbol_defined(name):
+        type(codegen).set_env(codegen, name, env)
+
+
+class ParallelCompiler(CompilerBase):
+    """Numba's pipeline for compiled functions, but for its end."""
+
+    def define_pipelines(self):
+        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        manager.passes = [
+            (_ParallelLowering if kind is NativeParforLowering else kind, what) for kind, what in manager.passes
+        ]
+        manager.finalize()
+        return [manager]

@@ -1,0 +1,137 @@
+"""Averages of small NCHW planes whose windows overlap and lie three columns or more apart, in registers (AVX-512).
+
+A folded row of such a plane is one vector or two, and few of its sums are wanted: 4 of 14 in GoogLeNet's 5x5 pool with
+stride 3. Instead of going through memory and being picked there, they are permuted to their places:
+
+    rows       a b c d e f g h ...      the rows of a window, added up
+    tap 0      a . . d . . g . .        permuted: lane l takes column stride * (l % OW)
+    tap 1      b . . e . . h . .        + the same, one column on, and so on
+    result     row 0 | row 1 | ...      as many output rows side by side as fit in a vector, then stored
+
+The sums go from the first row to the last and from the first column to the last, as in pool_windows.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tilewise.kernels.cpu.jit import device
+from tilewise.kernels.cpu.simd import _I64, VECTOR_BYTES, _literal, lane_count
+from tilewise.kernels.cpu.vector_pass import emitted
+
+PERMUTES = VECTOR_BYTES == 64  # other machines have no permutation by a vector of indices
+
+
+def vectors(span: int, outputs: int, itemsize: int) -> int:
+    """How many vectors hold `span` columns with `outputs` windows; 0 where that cannot be done here."""
+    lanes = lane_count(itemsize)
+    return -(-span // lanes) if PERMUTES and span <= 2 * lanes and outputs <= lanes else 0
+
+
+def _permuted(emit, vectors, index):
+    """Lane l of the result: element index[l] of the vectors together."""
+    kind = "ps" if emit.itemsize == 4 else "pd"
+    element = "sf" if emit.itemsize == 4 else "df"
+    if len(vectors) == 1:
+        operands, name = [*vectors, index], f"llvm.x86.avx512.permvar.{element}.512"
+    else:
+        operands, name = [vectors[0], index, vectors[1]], f"llvm.x86.avx512.vpermi2var.{kind}.512"
+    function_type = ir.FunctionType(emit.vector, [operand.type for operand in operands])
+    function = cgutils.get_or_insert_function(emit.builder.module, function_type, name)
+    return emit.builder.call(function, operands)
+
+
+def _repeat(emit, known, count, values, body):
+    """values = body(t, values) for 0 <= t < count; unrolled where the count is known."""
+    if not known:
+        return emit.loop(_I64(0), count, 1, values, body)[1]
+    for t in range(known):
+        values = body(_I64(t), values)
+    return values
+
+
+@intrinsic(prefer_literal=True)
+def sum_windows(typingctx, wide, known, out, source, planes, height, width, rows, columns, kh, kw, sh, sw):
+    """out[p, i, j] = the sum over s < kh, t < kw of source[p, i * sh + s, j * sw + t], for `planes` planes of height x
+    width, i < rows, j < columns.
+
+    wide: a literal; how many vectors hold the columns of a row that take part, 1 or 2. known: a literal; kh = kw where
+    it is known, else 0. Nothing but these columns is read.
+    """
+    parts, taps = _literal(wide), _literal(known)
+    signature = types.void(wide, known, out, source, *[types.intp] * 9)
+
+    def emission(emit, args):
+        if not PERMUTES:  # never called
+            return
+        _, _, out, source, planes, height, width, rows, columns, kh, kw, sh, sw = args
+        builder, lanes = emit.builder, emit.lanes
+        whole = ir.IntType(emit.itemsize * 8)
+        numbers = ir.VectorType(whole, lanes)
+        lane = ir.Constant(numbers, list(range(lanes)))
+
+        def everywhere(value):
+            return emit.splat(builder.trunc(value, whole) if emit.itemsize < 8 else value, scalar=whole)
+
+        first = builder.mul(everywhere(sw), builder.urem(lane, everywhere(columns)))
+        span = builder.add(builder.mul(builder.sub(columns, _I64(1)), sw), kw)
+        masks = [emit.mask(_I64(0), builder.sub(span, _I64(v * lanes))) for v in range(parts)]
+        together = builder.udiv(_I64(lanes), columns)  # output rows in a vector
+        packs = builder.udiv(builder.add(rows, builder.sub(together, _I64(1))), together)
+        one = ir.Constant(numbers, [1] * lanes)
+
+        def row(start):
+            """The sums of one row of windows, in every lane that they may go to."""
+
+            def down(s, sums):
+                at = builder.mul(s, width)
+                places = [builder.add(at, _I64(v * lanes)) for v in range(parts)]
+                values = [emit.masked_load(start, *place) for place in zip(places, masks, strict=True)]
+                return [emit.add(total, value) for total, value in zip(sums, values, strict=True)]
+
+            sums = _repeat(emit, taps, kh, [emit.zero] * parts, down)
+
+            def across(t, values):
+                total, index = values
+                return [emit.add(total, _permuted(emit, sums, index)), builder.add(index, one)]
+
+            return _repeat(emit, taps, kw, [emit.zero, first], across)[0]
+
+        def plane(p, _):
+            begin = builder.gep(source, [builder.mul(p, builder.mul(height, width))])
+            target = builder.gep(out, [builder.mul(p, builder.mul(rows, columns))])
+            step = builder.mul(sh, width)
+
+            def pack(n, _):
+                i = builder.mul(n, together)
+                left = builder.sub(rows, i)
+                count = builder.select(builder.icmp_signed("<", left, together), left, together)
+
+                def place(k, packed):
+                    sums = row(builder.gep(begin, [builder.mul(builder.add(i, k), step)]))
+                    mine = builder.icmp_signed(">=", lane, everywhere(builder.mul(k, columns)))
+                    return [builder.select(mine, sums, packed[0])]
+
+                _, (packed,) = emit.loop(_I64(0), count, 1, [emit.zero], place)
+                mask = emit.mask(_I64(0), builder.mul(count, columns))
+                emit.masked_store(packed, target, builder.mul(i, columns), mask)
+                return []
+
+            emit.loop(_I64(0), packs, 1, [], pack)
+            return []
+
+        emit.loop(_I64(0), planes, 1, [], plane)
+
+    return emitted(signature, emission)
+
+
+@device()
+def sums_of_planes(out, source, planes, height, width, rows, columns, kh, kw, sh, sw, wide):
+    """`sum_windows` by the variant that fits."""
+    if wide == 2:
+        sum_windows(2, 0, out, source, planes, height, width, rows, columns, kh, kw, sh, sw)
+    elif kh == 5 and kw == 5:
+        sum_windows(1, 5, out, source, planes, height, width, rows, columns, 5, 5, sh, sw)
+    else:
+        sum_windows(1, 0, out, source, planes, height, width, rows, columns, kh, kw, sh, sw)
