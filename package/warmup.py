@@ -166,6 +166,10 @@ def _convolutions(a, layout: str) -> Calls:
     if layout == "NCHW":  # joined to one long image
         yield "conv2d 1x1 of small images", lambda: t.conv2d(a(8, 512, 7, 7), a(512, 512, 1, 1))
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
+    image = a(2, 3, 9, 9) if layout == "NCHW" else a(2, 9, 9, 3)
+    yield "conv2d_backward of few channels", lambda: t.conv2d_backward(x(7), image, a(8, 3, 3, 3), **at)
+    large = a(2, 32, 32, 32)
+    yield "conv2d_backward winograd", lambda: t.conv2d_backward(large, large, a(32, 32, 3, 3), padding=1, **at)
     for activation in (None, *EPILOGUES):
         yield f"conv2d 1x1 {activation}", lambda f=activation: t.conv2d(x(), pointwise, a(8), activation=f, **at)
 

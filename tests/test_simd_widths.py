@@ -61,6 +61,13 @@ for layout, shape in (("NCHW", (2, 9, 15, 17)), ("NHWC", (2, 15, 17, 9))):
         options = {"padding": 1, "layout": layout, "algorithm": algorithm}
         prepared = kernels.prepare_conv2d(weight, bias, **options)
         assert (prepared(x) == kernels.conv2d(x, weight, bias, **options)).all()
+    for size in ((13, 9, 1, 1), (13, 9, 5, 5)):
+        y = check(kernels.conv2d, x, normal(*size), padding=size[2] // 2, layout=layout)
+        check(kernels.conv2d_backward, y, x, normal(*size), padding=size[2] // 2, layout=layout)
+    few = normal(2, 3, 15, 17) if layout == "NCHW" else normal(2, 15, 17, 3)
+    check(kernels.conv2d_backward, y, few, normal(13, 3, 5, 5), padding=2, layout=layout)
+    square = normal(2, 32, 32, 32)  # by Winograd
+    check(kernels.conv2d_backward, square, square, normal(32, 32, 3, 3), padding=1, layout=layout)
     depthwise = normal(9, 1, 3, 3)
     y = check(kernels.conv2d, x, depthwise, padding=1, groups=9, layout=layout)
     check(kernels.conv2d_backward, y, x, depthwise, padding=1, groups=9, layout=layout)

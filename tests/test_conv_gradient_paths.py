@@ -1,0 +1,112 @@
+"""The gradients by columns, and of 1x1 layers over the pixels of all images, around the edges of their blocks. Each test
+says that its case reaches the path.
+"""
+
+import numpy as np
+import pytest
+from conv_cases import FLOATS, LAYOUTS, Case, check, reference
+
+from tilewise import kernels, using
+from tilewise.kernels import dispatch
+from tilewise.kernels.cpu import conv_columns, conv_pointwise_weight
+from tilewise.kernels.cpu.simd import CHANNEL_NV, lane_count
+
+# around 8 rows of k, panels of 48 pixels, blocks of rows and of channels
+COLUMNS = [
+    Case(1, 1, 1, 1, 1, (3, 3), 1, 1),
+    Case(2, 3, 23, 25, 33, (7, 7), 2, 3),
+    Case(9, 3, 12, 48, 8, (3, 3), 1, 1),  # a block of rows an image
+    Case(1, 3, 40, 49, 16, (3, 3), 2, 1),  # several
+    Case(2, 6, 14, 14, 17, (5, 5)),
+    Case(1, 2, 19, 20, 31, (2, 3), (3, 1), 1),
+    Case(1, 2, 13, 50, 9, (3, 3), 1, 2, 2),
+    Case(2, 3, 16, 9, 32, (3, 3), 2, ((0, 1), (1, 0))),
+    Case(1, 4, 9, 9, 16, (2, 2), 3),  # pixels that no tap meets
+    Case(1, 120, 16, 33, 17, (3, 3), 2, 1),  # NCHW: channels in blocks
+    Case(1, 3, 5, 400, 16, (3, 3), 1, 1),  # rows longer than the pixels at a time
+]
+# around panels of 48 channels, blocks of 64 outputs, steps of 144 pixels
+POINTWISE = [
+    Case(1, 1, 1, 1, 1, (1, 1)),
+    Case(3, 47, 7, 7, 65, (1, 1)),
+    Case(2, 49, 9, 16, 63, (1, 1)),
+    Case(1, 97, 1, 145, 9, (1, 1)),
+    Case(2, 17, 30, 40, 33, (1, 1)),  # pieces of 512 pixels
+    Case(2, 20, 13, 15, 49, (1, 1), 2),
+    Case(1, 16, 17, 33, 8, (1, 1), (3, 2)),
+    Case(2, 15, 40, 38, 130, (1, 1), 2),
+]
+
+
+def arrays(rng, case, dtype, layout):
+    x, weight, _ = case.arrays(rng, dtype, layout)
+    shape = reference(kernels.conv2d, x, weight, **case.options, layout=layout).shape
+    return rng.standard_normal(shape).astype(dtype), x, weight
+
+
+def watched(monkeypatch, owner, name):
+    """Calls of owner.name, which still does its work."""
+    calls, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: (calls.append(args), function(*args))[1])
+    dispatch.forget_plans()
+    return calls
+
+
+def compare(case, dtype, layout, grad, x, weight):
+    options = case.options | {"layout": layout}
+    expected = reference(kernels.conv2d_backward, grad, x, weight, **options)
+    grads = kernels.conv2d_backward(grad, x, weight, **options)
+    sums = case.o * weight[0, 0].size, grad.size // case.o, grad.size // case.o
+    for ours, theirs, length in zip(grads, expected, sums, strict=True):
+        check(ours, theirs, length, (case, layout), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", COLUMNS, ids=str)
+def test_input_gradient_by_columns(rng, monkeypatch, case, layout, dtype):
+    monkeypatch.setitem(conv_columns.FEW_CHANNELS, (layout, case.stride != 1), case.c)
+    monkeypatch.setattr("tilewise.kernels.cpu.conv_transposed.DIRECT_BELOW", 0)
+    calls = watched(monkeypatch, conv_columns, "plan")
+    grad, x, weight = arrays(rng, case, dtype, layout)
+    compare(case, dtype, layout, grad, x, weight)
+    assert calls
+    bias = rng.standard_normal(case.c).astype(dtype)
+    options = case.options | {"layout": layout}
+    result = kernels.conv_transpose2d(grad, weight, bias, **options)
+    expected = reference(kernels.conv_transpose2d, grad, weight, bias, **options)
+    check(result, expected, case.o * weight[0, 0].size, (case, layout, "transposed"), dtype)
+    dispatch.forget_plans()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", POINTWISE, ids=str)
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_weight_gradient_of_1x1(rng, monkeypatch, case, layout, dtype, pieces):
+    """Also with so few pieces of pixels in a part."""
+    width = CHANNEL_NV * lane_count(np.dtype(dtype).itemsize)
+    piece = np.dtype(dtype).itemsize * (-(-case.c // width) * width + case.o + 16) * conv_pointwise_weight.PIECE
+    monkeypatch.setattr(conv_pointwise_weight, "SMALL_BYTES", pieces * piece)
+    calls = watched(monkeypatch, conv_pointwise_weight, "plan")
+    grad, x, weight = arrays(rng, case, dtype, layout)
+    compare(case, dtype, layout, grad, x, weight)
+    assert calls
+    dispatch.forget_plans()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "case",
+    [COLUMNS[1], COLUMNS[9], POINTWISE[4], POINTWISE[7], Case(3, 20, 12, 13, 24, (3, 3), 1, 1), Case(3, 4, 9, 9, 5)],
+    ids=str,
+)
+def test_same_bits_alone_together_and_for_any_number_of_threads(rng, split_everything, case, layout):
+    grad, x, weight = arrays(rng, case, np.float32, layout)
+    options = case.options | {"layout": layout}
+    together = kernels.conv2d_backward(grad, x, weight, **options)
+    for i, name in enumerate(("x", "weight", "bias")):
+        for threads in (1, 2, 3):
+            with using(threads=threads):
+                alone = kernels.conv2d_backward(grad, x, weight, **options, needs=(name,))[i]
+            assert alone.tobytes() == together[i].tobytes(), name
