@@ -5,7 +5,8 @@ Per case: every engine's best time, our rate, its share of this machine's measur
     ratio = time of the fastest peer in whatever layout it likes best / our time in NCHW        (more is better)
 
 then for each family the geometric mean of the ratios and the worst. Results are compared before anything is timed;
-engines take turns in blocks with a pause between (timing.py). With --prepared, forward convolutions also with weights
+engines take turns in blocks with a pause between (timing.py). "out=" is ours in NCHW with the result's array given; the
+ratio is without. With --prepared, forward convolutions also with weights
 packed beforehand (`prepare_conv2d`), as ONNX Runtime's are.
 """
 
@@ -30,11 +31,26 @@ BATCHES = (1, 8, 64)
 # The whole case list takes its time; what would not fit is named, not hidden.
 MOST_BYTES, MOST_FLOPS = 2 << 30, 100e9
 PREPARED_HEADER = ("prepared", "NHWC", "ratio", "NHWC")
-HEADER = ("op, layer, shape", "ours", "NHWC", "torch", "ch.last", "ORT", "NumPy", "rate", "of peak", "ratio", "NHWC")
-WIDTHS = (76, 8, 8, 8, 8, 8, 8, 14, 8, 6, 6)
+HEADER = (
+    "op, layer, shape",
+    "ours",
+    "out=",
+    "NHWC",
+    "torch",
+    "ch.last",
+    "ORT",
+    "NumPy",
+    "rate",
+    "of peak",
+    "ratio",
+    "NHWC",
+)
+WIDTHS = (76, 8, 8, 8, 8, 8, 8, 8, 14, 8, 6, 6)
 SUMMARY_HEADER = ("family", "cases", "geometric mean", "worst", "which", "NHWC mean", "worst")
 PREPARED_COLUMNS = (engines.OURS_PREPARED, engines.OURS_LAST_PREPARED)
-COLUMNS = (engines.OURS, engines.OURS_LAST, engines.TORCH, engines.TORCH_LAST, engines.ONNX, engines.NUMPY)
+COLUMNS = (
+    engines.OURS, engines.OURS_OUT, engines.OURS_LAST, engines.TORCH, engines.TORCH_LAST, engines.ONNX, engines.NUMPY,
+)  # fmt: skip
 FLOPS, BYTES = "GFLOP/s", "GB/s"
 
 

@@ -128,3 +128,28 @@ work()
 print(threads.layer(), dict(os.environ) == before, numba.config.THREADING_LAYER == config)
 """
     assert run_python(SETUP + code, tmp_path, NUMBA_THREADING_LAYER="workqueue") == "workqueue True True"
+
+
+def test_chunks_handed_out_one_by_one(tmp_path):
+    """Of a kernel that says so, from a size on: the same bits, and the user's own chunk size is restored."""
+    code = """
+import numba
+from tilewise.kernels.cpu import gemm_blocks
+asked = []
+ask = numba.set_parallel_chunksize
+numba.set_parallel_chunksize = lambda size: asked.append(size) or ask(size)
+b = rng.standard_normal((700, 700), dtype=np.float32)
+t.relu(x)  # starts the threads
+ask(5)
+results = []
+for one_by_one_from in (float("inf"), 0):
+    threads.ONE_BY_ONE_FROM = one_by_one_from
+    for count in (1, 2, 3):
+        with t.using(threads=count):
+            results.append(t.matmul(b, b))
+    t.max_pool2d(x, 3, 2)
+tbb = threads.layer() == "tbb"
+print(all(np.array_equal(results[0], r) for r in results), asked == ([1, 5] * 2 if tbb else []),
+      numba.get_parallel_chunksize() == 5)
+"""
+    assert run_python(SETUP + code, tmp_path, NUMBA_NUM_THREADS="3") == "True True True"

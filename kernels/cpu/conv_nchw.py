@@ -363,7 +363,7 @@ def _block(
                 )  # fmt: skip
 
 
-@kernel()
+@kernel(one_by_one=True)
 def convolve(x, weight, y, bias, extra, geometry, offsets, phases):
     """y = activation(convolution(x, weight) + bias + extra), all arrays flat, for a `plan`.
 

@@ -284,7 +284,7 @@ def pack(weight, geometry, order, panels):
         _pack_panel(weight, i, geometry, order, panels)
 
 
-@kernel()
+@kernel(one_by_one=True)
 def convolve(x, weight, packed, y, bias, extra, geometry, starts, parts, order):
     """y = activation(convolution(x, weight) + bias + extra), all arrays flat, for a `plan`.
 

@@ -219,7 +219,7 @@ def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, 
     _write_sums(sums, count, outputs, places, result, target)
 
 
-@kernel()
+@kernel(one_by_one=True)
 def weight_gradient_nchw(x, grad, result, bias, geometry, bases, phases, sizes):
     """result: (groups * outputs, channels, taps), flat, and bias: (groups * outputs,), both empty where not wanted; for
     x and grad in NCHW and a `plan_nchw`.
@@ -295,7 +295,7 @@ def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, 
     _write_sums(sums, count, outputs, places, result, target)
 
 
-@kernel()
+@kernel(one_by_one=True)
 def weight_gradient_nhwc(x, grad, result, bias, geometry, bases, sizes):
     """As `weight_gradient_nchw`, for x and grad in NHWC and a `plan_nhwc`."""
     n, groups, channels, outputs, oh, taps = (

@@ -275,7 +275,7 @@ def pack(weight, groups, outputs, channels, transformed):
         _pack_block(weight, i, outputs, channels, transformed)
 
 
-@kernel()
+@kernel(one_by_one=True)
 def convolve(
     x, n, groups, channels, h, w, weight, packed, outputs, top, left, oh, ow, y, bias, extra, activation
 ):  # fmt: skip

@@ -304,7 +304,7 @@ def _store_sums(sums, rows, columns, c, c_at, c_step):
                 copy_lanes(1, 1, address(c, place), address(sums, origin), 0, columns - j, 1)
 
 
-@kernel()
+@kernel(one_by_one=True)
 def multiply_blocks(
     a, a_starts, a_row, a_column, b, b_starts, b_row, b_column, c, m, n, whole, block_rows, block_columns, bias,
     activation,

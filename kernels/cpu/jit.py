@@ -56,8 +56,9 @@ class Kernel:
 
     __name__: str
 
-    def __init__(self, function: Callable, fastmath: frozenset, parallel: bool):
+    def __init__(self, function: Callable, fastmath: frozenset, parallel: bool, one_by_one: bool = False):
         self.function = function
+        self.one_by_one = one_by_one
         self.fastmath = fastmath
         self.has_parallel = parallel
         functools.update_wrapper(self, function)
@@ -92,12 +93,17 @@ class Kernel:
     def __call__(self, work: float, *args):
         if work < threads.SERIAL_BELOW or not self.has_parallel or not threads.may_split():
             return self.serial(*args)
-        return threads.launch(self.parallel, args)
+        return threads.launch(self.parallel, args, self.one_by_one and work >= threads.ONE_BY_ONE_FROM)
 
 
-def kernel(*, fastmath: frozenset = FASTMATH, parallel: bool = True) -> Callable[[Callable], Kernel]:
-    """Decorator for an entry point; without prange loops, say parallel=False."""
-    return lambda function: Kernel(function, fastmath, parallel)
+def kernel(
+    *, fastmath: frozenset = FASTMATH, parallel: bool = True, one_by_one: bool = False
+) -> Callable[[Callable], Kernel]:
+    """Decorator for an entry point; without prange loops, say parallel=False.
+
+    one_by_one: its chunks are few and take long, so that a large problem's are handed out one by one (threads.py).
+    """
+    return lambda function: Kernel(function, fastmath, parallel, one_by_one)
 
 
 def device(*, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: bool = False) -> Callable:

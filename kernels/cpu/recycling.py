@@ -18,8 +18,8 @@ from collections import deque
 
 import numpy as np
 
-# Bytes: below it, a call would feel the microseconds that this costs. malloc keeps some of what is freed below 32 MB, but
-# not if much is: two weights of 8 MB that a call widened from float16 were cleared again in each one, 5 ms.
+# Bytes: below it, a call would feel the microseconds that this costs. malloc keeps some of what is freed below 32 MB,
+# but not if much is: two weights of 8 MB that a call widened from float16 were cleared again in each one, 5 ms.
 FROM = 1 << 22
 HUGE_PAGE = 1 << 21  # blocks are whole ones: the system lays only those out so that all of their pages are huge
 SLACK = 8  # a smaller result may leave an eighth of a block unused, or a huge page
