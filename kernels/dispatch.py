@@ -259,6 +259,8 @@ class Operation:
         views, wraps = [], []
         for name, operand in zip(self.operands, operands, strict=True):
             if operand is None:
+                if len(operands) <= 2:  # only longer calls have optional operands; `call` takes that for granted
+                    raise TypeError(f"{self.name}: {name} must be an array, got None")
                 views.append(None)
                 continue
             view, wrap = arrays_module.host_view(self.name, name, operand)

@@ -206,11 +206,12 @@ def test_threads_that_call_first_pack_once(rng, algorithm, monkeypatch):
     from tilewise.kernels.cpu import conv_pass
 
     packed = []
-    for kind in (conv_pass._ImplicitProduct, conv_pass._WinogradNCHW, conv_pass._WinogradNHWC):
+    for kind in (conv_pass._ProductNHWC, conv_pass._WinogradNHWC):
         monkeypatch.setattr(kind, "pack", lambda self, w, pack=kind.pack: (packed.append(self), pack(self, w))[1])
-    x, weight, bias = Case(2, 40, 13, 12, 36, (3, 3), 1, 1).arrays(rng, np.float32)
-    expected = kernels.conv2d(x, weight, bias, algorithm=algorithm)
-    prepared, start, results = prepare_conv2d(weight, bias, algorithm=algorithm), threading.Barrier(4, timeout=60), []
+    x, weight, bias = Case(2, 40, 13, 12, 36, (3, 3), 1, 1).arrays(rng, np.float32, "NHWC")
+    options = {"algorithm": algorithm, "layout": "NHWC"}
+    expected = kernels.conv2d(x, weight, bias, **options)
+    prepared, start, results = prepare_conv2d(weight, bias, **options), threading.Barrier(4, timeout=60), []
 
     def work():
         start.wait()
@@ -291,6 +292,7 @@ WRONG = [
     ),
     (lambda: prepare_conv2d(w, batch_norm=(*good[:4], None)), TypeError, "batch_norm's eps must be a number, got None"),
     (lambda: prepare_conv2d(w)(None), TypeError, "conv2d: x must be an array, got None"),
+    (lambda: prepare_conv2d(w)(None, add=image), TypeError, "conv2d: x must be an array, got None"),
     (lambda: prepare_conv2d(w)(image.tolist()), TypeError, "conv2d: x must be a NumPy array or a CPU torch tensor"),
     (lambda: prepare_conv2d(w)(image[:, :2]), ValueError, "conv2d: weight expects 3 channels per group but x has 2"),
     (lambda: prepare_conv2d(w)(image.astype("f4")), TypeError, "conv2d: weight is float64 but x is float32"),
