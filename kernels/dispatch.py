@@ -171,10 +171,8 @@ class Operation:
                 return self._call_foreign(operands, options, out)
             contiguous = x.flags.carray
             key = (settings, kind, x.shape, x.dtype)
-        elif len(operands) == 2:
+        elif len(operands) == 2 and type(operands[0]) is type(operands[1]) is _ndarray:
             x, y = operands
-            if type(x) is not _ndarray or type(y) is not _ndarray:
-                return self._call_foreign(operands, options, out)
             contiguous = x.flags.carray and y.flags.carray
             key = (settings, kind, x.shape, x.dtype, y.shape, y.dtype)
         else:
