@@ -1,5 +1,5 @@
-"""The gradients by columns, and of 1x1 layers over the pixels of all images, around the edges of their blocks. Each test
-says that its case reaches the path.
+"""The gradients by columns, and of 1x1 layers over the pixels of all images, around the edges of their blocks. Each
+test says that its case reaches the path.
 """
 
 import numpy as np

@@ -95,7 +95,7 @@ def estimate(n, channels, outputs, grid):
     """Nanoseconds on one thread of an AVX-512 machine with 230 GFLOP/s: M back, the products, the transforms."""
     tiles = n * -(-grid[0] // 4) * -(-grid[1] // 4)
     channels, outputs = -(-channels // LANES) * LANES, -(-outputs // PANEL) * PANEL
-    return channels * outputs * (8 + 72 * tiles / 180) + 8 * tiles * (channels + outputs)
+    return channels * outputs * (5.5 + 72 * tiles / 180) + 8 * tiles * (channels + outputs)
 
 
 @device(allocates=True)
