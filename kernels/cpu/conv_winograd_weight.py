@@ -43,7 +43,7 @@ BLOCK_OUTPUTS, BLOCK_PANELS = 64, 2
 DEPTH = 128
 # U and V of as many tiles at a time: above 32 MB, malloc maps memory anew in every call; where M is small too, all of
 # it stays in L2.
-BYTES, SMALL_BYTES, SMALL_WEIGHTS = 16 << 20, 2 << 20, 1 << 13
+BYTES, SMALL_BYTES, SMALL_WEIGHTS = 24 << 20, 2 << 20, 1 << 13
 
 
 def _grad_rows(emit, g):
