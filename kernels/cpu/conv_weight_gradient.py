@@ -17,8 +17,9 @@ from tilewise.kernels.cpu.conv_depthwise_weight import WeightGradient
 from tilewise.kernels.cpu.conv_pass import COST, image_size
 from tilewise.kernels.cpu.conv_pointwise_weight import PointwiseGradient
 
-# FLOPs a nanosecond of the implicit product, on the machine of conv_winograd_weight's estimate.
-WEIGHT_RATE = 190
+# The implicit product on the machine of conv_winograd_weight's estimate: FLOPs a nanosecond, and nanoseconds a weight
+# for its sums' way through the caches, which few pixels do not hide.
+WEIGHT_RATE, WEIGHT_COST = 190, 0.35
 
 
 def prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilation, groups, layout):
@@ -35,7 +36,7 @@ def prepare_weight_gradient(grad, x, weight, dtype, *, stride, padding, dilation
     if groups > 1 or why_not_winograd(weight, dtype, stride, dilation, layout):
         return implicit
     nanoseconds = conv_winograd_weight.estimate(x[0], channels, outputs, grid)
-    if nanoseconds > 2 * prod(grad) * channels * 9 / WEIGHT_RATE:
+    if nanoseconds > 2 * prod(grad) * channels * 9 / WEIGHT_RATE + prod(weight) * WEIGHT_COST:
         return implicit
     return _Winograd(grad, x, weight, dtype, taps, layout, nanoseconds, implicit)
 

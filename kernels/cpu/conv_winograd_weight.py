@@ -43,7 +43,7 @@ BLOCK_OUTPUTS, BLOCK_PANELS = 64, 2
 DEPTH = 128
 # U and V of as many tiles at a time: above 32 MB, malloc maps memory anew in every call; where M is small too, all of
 # it stays in L2.
-BYTES, SMALL_BYTES, SMALL_WEIGHTS = 16 << 20, 2 << 20, 1 << 13
+BYTES, SMALL_BYTES, SMALL_WEIGHTS = 24 << 20, 2 << 20, 1 << 13
 
 
 def _grad_rows(emit, g):
@@ -95,7 +95,7 @@ def estimate(n, channels, outputs, grid):
     """Nanoseconds on one thread of an AVX-512 machine with 230 GFLOP/s: M back, the products, the transforms."""
     tiles = n * -(-grid[0] // 4) * -(-grid[1] // 4)
     channels, outputs = -(-channels // LANES) * LANES, -(-outputs // PANEL) * PANEL
-    return channels * outputs * (8 + 72 * tiles / 180) + 8 * tiles * (channels + outputs)
+    return channels * outputs * (5.5 + 72 * tiles / 180) + 8 * tiles * (channels + outputs)
 
 
 @device(allocates=True)
