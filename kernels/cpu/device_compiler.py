@@ -11,7 +11,7 @@ A kernel from the cache is not compiled from these functions any more, so it nev
 import ctypes
 from functools import partial
 
-from numba import _dynfunc
+from numba import _dynfunc  # pyright: ignore[reportAttributeAccessIssue]
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
