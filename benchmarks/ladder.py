@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numba
 import numpy as np
 
 import tilewise
-from tilewise.kernels.cpu.jit import device
+from tilewise.kernels.cpu.jit import FASTMATH
 from tilewise.kernels.cpu.micro_kernels import row_product
 from tilewise.kernels.cpu.simd import MR, NV, address, lane_count, lanes
 
@@ -34,7 +36,7 @@ CONVOLUTION = cases.ALL["conv2d resnet50.conv2.3x3"]
 
 # The steps of the ladder are compiled for the process alone (the cache's stamp does not cover this file), with the
 # same flags as the kernels.
-_step = device(allocates=True)
+_step: Any = numba.njit(fastmath=set(FASTMATH), nogil=True, error_model="numpy")
 
 
 @_step
@@ -82,7 +84,7 @@ def register_tile(a, b, c):
         for i in range(0, c.shape[0], MR):
             row_product(
                 MR, NV, address(a, i * depth), address(starts, 0), 1, address(origin, 0), 1, depth,
-                address(b, j), columns, address(c, i * columns + j), columns, 0,
+                address(b, j), columns, address(c, i * columns + j), columns, 0, MR,
             )  # fmt: skip
 
 

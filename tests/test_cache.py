@@ -1,5 +1,8 @@
 """Compiled kernels on disk: found by the next process, never stale, the two forms of a kernel apart."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,30 @@ def test_no_kernel_misses_the_cache_in_the_second_process(tmp_path):
     assert first_misses >= 12, "six ops in two forms"
     hits, misses = map(int, run_python(RUN_ALL, tmp_path, **cache).split())
     assert (hits, misses) == (first_misses, 0)
+
+
+OTHER_NUMBA = """
+import sys
+import numba
+
+numba.__version__ = "0.99.0"
+import numpy as np
+import tilewise
+from tilewise.kernels.cpu import threads
+
+threads.SERIAL_BELOW = 0
+x, y = np.ones((40, 30), np.float32), np.ones((30, 20), np.float32)
+with tilewise.using(threads=2):
+    assert (tilewise.matmul(x, y) == 30).all()
+assert "tilewise.kernels.cpu.device_compiler" not in sys.modules
+print("done")
+"""
+
+
+def test_another_numba_compiles_by_its_own_pipeline(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", OTHER_NUMBA], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "done\n"

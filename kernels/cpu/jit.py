@@ -23,7 +23,6 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 from tilewise.kernels.cpu import threads
-from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler
 
 _njit: Any = numba.njit  # its annotations know neither a dictionary for `parallel` nor our cache
 
@@ -43,6 +42,21 @@ _PARALLEL = {
     "stencil": False,
     "fusion": False,
 }
+
+# The Numba with whose inner workings device_compiler.py was tested. With another, first calls take a third longer.
+_SHORTENED_FOR = "0.68."
+
+
+def _shortened_pipelines() -> tuple[dict, dict]:
+    """The options that shorten the compilation of device functions, and of parallel loops."""
+    if not numba.__version__.startswith(_SHORTENED_FOR):
+        return {}, {}
+    from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler
+
+    return {"pipeline_class": DeviceCompiler}, {"pipeline_class": ParallelCompiler}
+
+
+_FOR_DEVICE, _FOR_PARALLEL = _shortened_pipelines()
 
 KERNELS: list["Kernel"] = []  # every kernel of the loaded modules, for `python -m tilewise warmup` and the tests
 
@@ -113,7 +127,7 @@ def device(*, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: 
     call, 120 cycles for three, more than copying a short row. A function that makes arrays must count them: allocates.
     """
     options = {"fastmath": set(fastmath), "error_model": "numpy", "inline": inline, "_nrt": allocates}
-    return _njit(**options, pipeline_class=DeviceCompiler)
+    return _njit(**options, **_FOR_DEVICE)
 
 
 def compiled(function: Callable, fastmath: frozenset, parallel: bool):
@@ -128,7 +142,7 @@ def compiled(function: Callable, fastmath: frozenset, parallel: bool):
         function = twin
     options: dict[str, Any] = {"fastmath": set(fastmath), "nogil": True, "error_model": "numpy"}
     if parallel:
-        options |= {"parallel": _PARALLEL, "pipeline_class": ParallelCompiler}
+        options |= {"parallel": _PARALLEL, **_FOR_PARALLEL}
     dispatcher = _njit(**options)(function)
     cache = _open_cache(function)
     if cache is not None:
