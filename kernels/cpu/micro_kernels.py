@@ -180,7 +180,7 @@ def offset_product_to(
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = _Tile(emit, *shape)
         step = _I64(shape[1] * emit.lanes)
-        way = _WayOut(tile, y, y_step, places, builder.icmp_signed("!=", has_bias, _I64(0)), relu)
+        way = _WayOut(tile, places, builder.icmp_signed("!=", has_bias, _I64(0)), relu)
         loop = _Loop(builder, outputs, shape[0], "tile")
         a_tile, y_tile = builder.mul(a_step, _I64(shape[0])), builder.mul(y_step, _I64(shape[0]))
         # without a bias its pointer must not wander off
@@ -198,7 +198,7 @@ def offset_product_to(
 class _WayOut:
     """Where the vectors of a tile's rows go, as masks and offsets that all tiles of a call share."""
 
-    def __init__(self, tile, y, y_step, places, biased, relu):
+    def __init__(self, tile, places, biased, relu):
         self.tile, self.biased = tile, biased
         emit, builder = tile.emit, tile.builder
         self.floor = _floor(emit, relu)
@@ -206,13 +206,6 @@ class _WayOut:
         self.first = [emit.mask(*field[6 * j : 6 * j + 2]) for j in range(tile.vectors)]
         self.second = [emit.mask(*field[6 * j + 3 : 6 * j + 5]) for j in range(tile.vectors)]
         self.offsets = [(field[6 * j + 2], field[6 * j + 5]) for j in range(tile.vectors)]
-        self.whole = _I1(1)
-        for j in range(tile.vectors):
-            self.whole = builder.and_(self.whole, builder.icmp_signed("==", field[6 * j], _I64(0)))
-            self.whole = builder.and_(self.whole, builder.icmp_signed("==", field[6 * j + 1], _I64(16)))
-            at = builder.ptrtoint(builder.gep(y, [field[6 * j + 2]]), _I64)
-            self.whole = builder.and_(self.whole, builder.icmp_signed("==", builder.and_(at, _I64(63)), _I64(0)))
-        self.whole = builder.and_(self.whole, builder.icmp_signed("==", builder.and_(y_step, _I64(15)), _I64(0)))
         self.broken = _I1(0)
         for j in range(tile.vectors):
             one = builder.icmp_signed("<", *field[6 * j + 3 : 6 * j + 5])
@@ -230,13 +223,8 @@ class _WayOut:
             sums = total[i * tile.vectors : (i + 1) * tile.vectors]
             finished = [emit.maximum(self.floor, emit.add(value, shifts)) for value in sums]
             base = builder.gep(y, [builder.mul(y_step, _I64(i))])
-            with builder.if_else(self.whole) as (then, other):
-                with then:
-                    for value, (offset, _) in zip(finished, self.offsets, strict=True):
-                        emit.stream(value, base, offset)
-                with other:
-                    for value, (offset, _), mask in zip(finished, self.offsets, self.first, strict=True):
-                        emit.masked_store(value, base, offset, mask)
+            for value, (offset, _), mask in zip(finished, self.offsets, self.first, strict=True):
+                emit.masked_store(value, base, offset, mask)
             with builder.if_then(self.broken):
                 for value, (_, offset), mask in zip(finished, self.offsets, self.second, strict=True):
                     emit.masked_store(value, base, offset, mask)

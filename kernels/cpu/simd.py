@@ -121,11 +121,6 @@ class _Emitter:
     def store(self, value, pointer, offset):
         self.builder.store(value, self.at(pointer, offset)).align = self.itemsize
 
-    def stream(self, value, pointer, offset):
-        st = self.builder.store(value, self.at(pointer, offset))
-        st.align = 64
-        st.set_metadata("nontemporal", self.builder.module.add_metadata([_I32(1)]))
-
     def splat(self, value, count: int | None = None, scalar=None):
         vector = ir.VectorType(scalar or self.scalar, count or self.lanes)
         undefined = ir.Constant(vector, ir.Undefined)
