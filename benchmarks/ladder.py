@@ -18,7 +18,7 @@ import numpy as np
 
 import tilewise
 from tilewise.kernels.cpu.jit import FASTMATH
-from tilewise.kernels.cpu.micro_kernels import row_product
+from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.simd import MR, NV, address, lane_count, lanes
 
 from . import cases, engines, report, table, timing

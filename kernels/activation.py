@@ -11,7 +11,7 @@ the shapes of grad and y differ. A NaN in x is a NaN in the result.
 from math import isfinite
 
 from tilewise.kernels.arrays import common_dtype
-from tilewise.kernels.dispatch import Operation, Problem
+from tilewise.kernels.operation import Operation, Problem
 
 
 def relu(x):

@@ -4,7 +4,7 @@ import numpy as np
 
 from tilewise.kernels import shapes
 from tilewise.kernels.arrays import common_dtype
-from tilewise.kernels.dispatch import Operation, Problem
+from tilewise.kernels.operation import Operation, Problem
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewise.kernels.dispatch import Operation, Plan
+from tilewise.kernels.operation import Operation, Plan
 
 
 class Constants:

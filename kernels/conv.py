@@ -15,7 +15,7 @@ from tilewise.kernels.conv_checks import (
     check_preparation,
     check_prepared_conv2d,
 )
-from tilewise.kernels.dispatch import Operation
+from tilewise.kernels.operation import Operation
 
 
 def conv2d(

@@ -7,7 +7,7 @@ import numpy as np
 
 from tilewise.kernels import shapes
 from tilewise.kernels.arrays import FLOATS, common_dtype, required
-from tilewise.kernels.dispatch import Problem
+from tilewise.kernels.operation import Problem
 
 # What `algorithm=` may name; which of them a problem allows is for the backend to say.
 ALGORITHMS = ("auto", "direct", "gemm", "winograd", "depthwise")

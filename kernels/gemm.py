@@ -6,7 +6,7 @@ import numpy as np
 
 from tilewise.kernels import shapes
 from tilewise.kernels.arrays import FLOATS, common_dtype, required
-from tilewise.kernels.dispatch import Operation, Problem
+from tilewise.kernels.operation import Operation, Problem
 
 _INTEGERS = tuple(np.dtype(kind + bits) for kind in ("int", "uint") for bits in ("8", "16", "32", "64"))
 _WIDENED = (np.dtype(np.int8), np.dtype(np.uint8))  # their products go into int32

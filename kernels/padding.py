@@ -5,7 +5,7 @@ from math import prod
 
 from tilewise.kernels import shapes
 from tilewise.kernels.arrays import common_dtype
-from tilewise.kernels.dispatch import Operation, Problem
+from tilewise.kernels.operation import Operation, Problem
 
 MODES = ("constant", "reflect", "replicate", "circular")
 

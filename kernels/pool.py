@@ -6,7 +6,7 @@ float64; maxima and unpooling also integers of 8 to 64 bits.
 """
 
 from tilewise.kernels import pool_checks as checks
-from tilewise.kernels.dispatch import Operation
+from tilewise.kernels.operation import Operation
 
 
 def max_pool2d(

@@ -6,7 +6,7 @@ import numpy as np
 
 from tilewise.kernels import shapes
 from tilewise.kernels.arrays import FLOATS, common_dtype, required
-from tilewise.kernels.dispatch import Problem
+from tilewise.kernels.operation import Problem
 
 INTEGERS = tuple(np.dtype(kind + size) for kind in "iu" for size in "1248")
 ORDERED = FLOATS + INTEGERS  # what a maximum is defined for

@@ -19,7 +19,7 @@ import numpy as np
 
 import tilewise
 from tilewise.benchmarks import cases, timing
-from tilewise.kernels import dispatch
+from tilewise.kernels import operation
 from tilewise.kernels.cpu import jit, threads
 
 DTYPES = ("float32", "float64")
@@ -98,12 +98,12 @@ def _call_case(case: cases.Case, dtype: str):
 def _serial_below(nanoseconds: float | None):
     before = threads.SERIAL_BELOW
     threads.SERIAL_BELOW = before if nanoseconds is None else nanoseconds
-    dispatch.forget_plans()
+    operation.forget_plans()
     try:
         yield
     finally:
         threads.SERIAL_BELOW = before
-        dispatch.forget_plans()
+        operation.forget_plans()
 
 
 def _operands(dtype: str) -> Callable[..., np.ndarray]:

@@ -40,10 +40,10 @@ def backend(request):
 @pytest.fixture
 def split_everything(monkeypatch):
     """Every kernel is split over threads, however little it has to do."""
-    from tilewise.kernels import dispatch
+    from tilewise.kernels import operation
     from tilewise.kernels.cpu import threads
 
     monkeypatch.setattr(threads, "SERIAL_BELOW", 0)
-    dispatch.forget_plans()
+    operation.forget_plans()
     yield
-    dispatch.forget_plans()
+    operation.forget_plans()

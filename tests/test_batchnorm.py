@@ -301,7 +301,7 @@ def test_bits_do_not_depend_on_the_thread_count(rng):
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, dtype):
-    from tilewise.kernels import dispatch
+    from tilewise.kernels import operation
     from tilewise.kernels.cpu import batchnorm as cpu
     from tilewise.kernels.cpu import recycling
 
@@ -326,9 +326,9 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
                     whole = run * x.itemsize % 64 == 0
                     way = cpu._way_to_memory(cpu.forward_by_row, x.shape, layout, x.itemsize)
                     assert way == (cpu.PAST_IN_USED if whole else cpu.KEPT_ALWAYS)
-                    dispatch.forget_plans()
+                    operation.forget_plans()
                     fresh, used = results(training), results(training)
-                dispatch.forget_plans()
+                operation.forget_plans()
             for a, b, c in zip(fresh, used, kept, strict=True):
                 np.testing.assert_array_equal(a, c)
                 np.testing.assert_array_equal(b, c)

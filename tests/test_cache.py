@@ -44,14 +44,14 @@ RUN_PROBE = """
 # Every op family, serial and parallel, then hits and misses over all kernels.
 RUN_ALL = """
     import numpy as np, tilewise as t
-    from tilewise.kernels import dispatch
+    from tilewise.kernels import operation
     from tilewise.kernels.cpu import jit, threads
     rng = np.random.default_rng(0)
     a = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     x, w, c = a(2, 8, 9, 9), a(8, 8, 3, 3), a(8)
     for below in (float("inf"), 0):
         threads.SERIAL_BELOW = below
-        dispatch.forget_plans()  # they hold the form that the threshold gave
+        operation.forget_plans()  # they hold the form that the threshold gave
         t.matmul(a(300, 300), a(300, 300))
         t.conv2d(x, w, c)
         t.max_pool2d(x, 3, 2)

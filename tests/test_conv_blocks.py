@@ -12,7 +12,7 @@ from conv_cases import FLOATS, LAYOUTS, Case, laid, nchw, reference
 from tolerances import assert_close
 
 from tilewise import kernels
-from tilewise.kernels import dispatch
+from tilewise.kernels import operation
 from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_pass, conv_weight
 from tilewise.kernels.cpu.simd import lane_count
 
@@ -119,7 +119,7 @@ def test_small_images_go_through_nhwc(rng, case, dtype, monkeypatch):
     turned = []
     turn = conv_pass._ThroughNHWC.__call__
     monkeypatch.setattr(conv_pass._ThroughNHWC, "__call__", lambda self, *a: (turned.append(1), turn(self, *a))[1])
-    dispatch.forget_plans()
+    operation.forget_plans()
     x, weight, bias = case.arrays(rng, dtype)
     y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm")
     expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu")
@@ -136,12 +136,12 @@ def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, wi
     parts = []
     once = conv_pass._Halves.__call__
     monkeypatch.setattr(conv_pass._Halves, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1])
-    dispatch.forget_plans()
+    operation.forget_plans()
     case = Case(5, 400, 5, 1, 400, (kernel, kernel), 1, kernel // 2)
     x, weight, bias = case.arrays(rng, dtype)
     add = rng.standard_normal((5, 400, 5, 1)).astype(dtype) if with_add else None
     y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm", add=add)
-    dispatch.forget_plans()
+    operation.forget_plans()
     assert parts == [2]
     wide = None if add is None else add.astype(np.float64)
     expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu", add=wide)

@@ -7,7 +7,7 @@ import pytest
 from conv_cases import FLOATS, LAYOUTS, Case, check, reference
 
 from tilewise import kernels, using
-from tilewise.kernels import dispatch
+from tilewise.kernels import operation
 from tilewise.kernels.cpu import conv_columns, conv_pointwise_weight
 from tilewise.kernels.cpu.simd import CHANNEL_NV, lane_count
 
@@ -48,7 +48,7 @@ def watched(monkeypatch, owner, name):
     """Calls of owner.name, which still does its work."""
     calls, function = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args: (calls.append(args), function(*args))[1])
-    dispatch.forget_plans()
+    operation.forget_plans()
     return calls
 
 
@@ -76,7 +76,7 @@ def test_input_gradient_by_columns(rng, monkeypatch, case, layout, dtype):
     result = kernels.conv_transpose2d(grad, weight, bias, **options)
     expected = reference(kernels.conv_transpose2d, grad, weight, bias, **options)
     check(result, expected, case.o * weight[0, 0].size, (case, layout, "transposed"), dtype)
-    dispatch.forget_plans()
+    operation.forget_plans()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -92,7 +92,7 @@ def test_weight_gradient_of_1x1(rng, monkeypatch, case, layout, dtype, pieces):
     grad, x, weight = arrays(rng, case, dtype, layout)
     compare(case, dtype, layout, grad, x, weight)
     assert calls
-    dispatch.forget_plans()
+    operation.forget_plans()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

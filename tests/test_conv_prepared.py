@@ -12,7 +12,7 @@ from conv_cases import EDGES, FLOATS, LAYOUTS, Case, check, laid, reference
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels import dispatch, prepare_conv2d
+from tilewise.kernels import operation, prepare_conv2d
 
 CASES = [case for cases in EDGES.values() for case in cases[::3]] + [
     Case(3, 140, 7, 7, 70, (3, 3), 1, 1),  # by way of NHWC
@@ -194,7 +194,7 @@ def test_it_is_freed_at_once_when_dropped(backend, dtype):
         y = prepared(np.ones((1, 3, 8, 8), dtype))
         prepared(np.ones((1, 3, 8, 8), dtype), add=y)
         bound = weakref.ref(prepared._alone)
-        assert bound() in dispatch._operations
+        assert bound() in operation._operations
         del prepared
         assert bound() is None
     finally:

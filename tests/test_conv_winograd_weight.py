@@ -41,15 +41,15 @@ def definition(grad, x, weight, **options):
 @pytest.fixture
 def by_winograd(monkeypatch):
     """Every problem that it applies to, and a list of the calls."""
-    from tilewise.kernels import dispatch
+    from tilewise.kernels import operation
 
     calls = []
     plan = conv_winograd_weight.plan
     monkeypatch.setattr(conv_weight_gradient, "WEIGHT_RATE", 1e-9)
     monkeypatch.setattr(conv_winograd_weight, "plan", lambda *args: (calls.append(args), plan(*args))[1])
-    dispatch.forget_plans()
+    operation.forget_plans()
     yield calls
-    dispatch.forget_plans()
+    operation.forget_plans()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -104,9 +104,9 @@ def test_a_non_finite_number_reaches_only_its_taps(rng, by_winograd, value, layo
 def test_same_bits_for_any_number_of_threads(rng, by_winograd, split_everything, monkeypatch, layout):
     grad, x, weight = operands(rng, (2, 50, 20, 21, 130, 1), layout)
     for size in (conv_winograd_weight.BYTES, 1 << 20):
-        from tilewise.kernels import dispatch
+        from tilewise.kernels import operation
 
-        dispatch.forget_plans()
+        operation.forget_plans()
         monkeypatch.setattr(conv_winograd_weight, "SMALL_BYTES", size)
         results = []
         for threads in (1, 2, 3):
@@ -116,12 +116,12 @@ def test_same_bits_for_any_number_of_threads(rng, by_winograd, split_everything,
 
 
 def test_chosen_where_it_pays(rng, monkeypatch):
-    from tilewise.kernels import dispatch
+    from tilewise.kernels import operation
 
     calls = []
     plan = conv_winograd_weight.plan
     monkeypatch.setattr(conv_winograd_weight, "plan", lambda *args: (calls.append(args), plan(*args))[1])
-    dispatch.forget_plans()
+    operation.forget_plans()
     for case, dtype, chosen in (
         ((4, 32, 28, 28, 64, 1), np.float32, True),
         ((4, 32, 28, 28, 64, 1), np.float64, False),
@@ -132,4 +132,4 @@ def test_chosen_where_it_pays(rng, monkeypatch):
         grad, x, weight = (a.astype(dtype) for a in operands(rng, case, "NCHW"))
         conv2d_backward(grad, x, weight, padding=1)
         assert bool(calls) == chosen, (case, dtype)
-    dispatch.forget_plans()
+    operation.forget_plans()

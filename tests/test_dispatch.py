@@ -11,7 +11,7 @@ from installation import run_python
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels import dispatch, machine, settings
+from tilewise.kernels import machine, operation, settings
 
 a32 = np.arange(6, dtype=np.float32).reshape(2, 3)
 image, weight = np.ones((1, 3, 8, 8), np.float32), np.ones((4, 3, 3, 3), np.float32)
@@ -49,12 +49,12 @@ def test_backends_have_the_same_signatures(family, name):
     assert ours == theirs
     assert ours, name
     # arrays are positional, options are keywords
-    operation = next(
+    found = next(
         o for o in vars(import_module(f"tilewise.kernels.{family}")).values()
-        if isinstance(o, dispatch.Operation) and o.name == name
+        if isinstance(o, operation.Operation) and o.name == name
     )  # fmt: skip
-    assert tuple(p[0] for p in ours if p[1] is inspect.Parameter.POSITIONAL_OR_KEYWORD) == operation.operands
-    assert all(p[1] is inspect.Parameter.KEYWORD_ONLY for p in ours[len(operation.operands) :])
+    assert tuple(p[0] for p in ours if p[1] is inspect.Parameter.POSITIONAL_OR_KEYWORD) == found.operands
+    assert all(p[1] is inspect.Parameter.KEYWORD_ONLY for p in ours[len(found.operands) :])
 
 
 def test_every_public_function_is_documented():
@@ -342,12 +342,12 @@ def test_the_same_shapes_with_another_dtype_or_setting_are_another_plan(backend,
 @pytest.mark.parametrize(("name", "operands"), [("relu", (a32,)), ("matmul", (a32, a32.T))])
 def test_a_plan_belongs_to_its_settings(monkeypatch, name, operands):
     family = next(family for family, names in FAMILIES.items() if name in names)
-    operation = next(
+    found = next(
         o for o in vars(import_module(f"tilewise.kernels.{family}")).values()
-        if isinstance(o, dispatch.Operation) and o.name == name
+        if isinstance(o, operation.Operation) and o.name == name
     )  # fmt: skip
     marker = np.full((1, 1), 7.0)
-    monkeypatch.setattr(operation, "plans", {})
+    monkeypatch.setattr(found, "plans", {})
     monkeypatch.setattr(import_module(f"tilewise.kernels.reference.{family}"), name, lambda *a, **o: marker)
     function = getattr(kernels, name)
     for backend in ("reference", "cpu", "reference"):
@@ -361,7 +361,7 @@ def test_a_plan_belongs_to_its_settings(monkeypatch, name, operands):
 def test_plans_are_forgotten_beyond_a_limit(monkeypatch):
     from tilewise.kernels import gemm
 
-    monkeypatch.setattr(dispatch, "MAX_PLANS", 5)
+    monkeypatch.setattr(operation, "MAX_PLANS", 5)
     gemm._MATMUL.plans.clear()
     with tilewise.using(backend="reference"):
         for n in range(1, 20):

@@ -154,12 +154,12 @@ def test_other_functions(rng, backend, cases):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of a few hundred elements, so that small operands are cut, the last part being another size."""
-    from tilewise.kernels import dispatch
+    from tilewise.kernels import operation
 
     monkeypatch.setattr(half, "PART", 300)
-    dispatch.forget_plans()
+    operation.forget_plans()
     yield
-    dispatch.forget_plans()
+    operation.forget_plans()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -190,16 +190,16 @@ def test_parts_of_a_weight(rng, small_parts, rows):
 
 
 def test_parts_do_not_change_a_bit(rng, monkeypatch):
-    from tilewise.kernels import dispatch
+    from tilewise.kernels import operation
 
     calls = [*pools(rng, "NCHW", n=3, h=13), *pools(rng, "NHWC", n=3, h=13), *elementwise(rng, 7, 11, 13)]
     whole = [tupled(function(*args, **options)) for function, args, options in calls]
     monkeypatch.setattr(half, "PART", 300)
-    dispatch.forget_plans()
+    operation.forget_plans()
     for (function, args, options), expected in zip(calls, whole, strict=True):
         for a, b in zip(tupled(function(*args, **options)), expected, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=function.__name__)
-    dispatch.forget_plans()
+    operation.forget_plans()
 
 
 def test_parts_are_used_where_operands_are_large(monkeypatch):

@@ -30,7 +30,7 @@ from numba import prange
 
 from tilewise.kernels.cpu.epilogue import activate_row, apply_activation
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.micro_kernels import offset_product, offset_product_to
+from tilewise.kernels.cpu.offset_kernel import offset_product, offset_product_to
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row, finish_row, gather_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR

@@ -20,7 +20,7 @@ from numba import prange
 
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.micro_kernels import row_product, row_product_to
+from tilewise.kernels.cpu.row_kernel import row_product, row_product_to
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row, gather_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes

@@ -15,7 +15,7 @@ from numba import prange
 
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.micro_kernels import panel_product_to
+from tilewise.kernels.cpu.panel_kernel import panel_product_to
 from tilewise.kernels.cpu.scratch import keep, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV

@@ -17,7 +17,7 @@ from numba import prange
 from tilewise.kernels.cpu.conv_winograd import apart, transform_weights
 from tilewise.kernels.cpu.epilogue import activate_row, apply_activation
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.micro_kernels import row_product
+from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.row_moves import clear_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lane_count

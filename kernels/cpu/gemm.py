@@ -1,29 +1,24 @@
-"""Matrix multiplication and the dense layer on the CPU: shapes and strides here, and which kernel takes them.
+"""Matrix multiplication and the dense layer on the CPU: shapes and strides here; gemm_plan.py chooses the kernel."""
 
-- gemm_in_place.py reads both operands where they lie: small products, and those with few rows.
-- gemm_dots.py multiplies rows by rows: a dense layer, a matrix and a vector.
-- gemm_blocks.py copies blocks into the caches: everything large.
-"""
-
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 
 import numpy as np
-from numba import prange
 
 from tilewise.kernels.arrays import canonical
-from tilewise.kernels.cpu import threads
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
-from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, multiply_blocks
-from tilewise.kernels.cpu.gemm_dots import BLOCK, ROWS, STEP_BYTES, finish, multiply_dots, multiply_stack_dots
-from tilewise.kernels.cpu.gemm_in_place import (
-    multiply_in_place,
-    multiply_stack_in_place,
-    small_linear_backward,
+from tilewise.kernels.cpu.gemm_in_place import column_sums, small_linear_backward
+from tilewise.kernels.cpu.gemm_plan import (
+    DOT_COLUMNS,
+    DOT_ROWS,
+    IN_CACHE,
+    dots,
+    fits_in_place,
+    in_place,
+    plan,
+    plan_stack,
 )
-from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.scratch import ALIGNED_FROM, empty
-from tilewise.kernels.cpu.simd import MR, NV, lane_count
 
 # Integers are multiplied in a type at least as wide as theirs: sums that wrap there wrap to the same bits in the narrow
 # one, signed or not. int8 and uint8 keep the wide type.
@@ -37,125 +32,8 @@ _COMPUTED_AS = {
 }
 _RESULT_DTYPE = {np.dtype(np.int8): np.dtype(np.int32), np.dtype(np.uint8): np.dtype(np.int32)}
 _NO_BIAS = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64, np.int32, np.int64)}
-_ONE_START = np.zeros(1, np.int64)
-NANOSECONDS_PER_FLOP = 0.01  # a core at 100 GFLOP/s, float32
-NANOSECONDS_PER_BYTE = 0.05  # a core reading 20 GB/s
-
-# Bytes of B that may stay in L2 (512 KB in the smallest in use) while the rows of A pass by, unpacked.
-IN_CACHE = 256 << 10
-# From this many rows and steps on, packing B, which aligns it, pays for itself.
-PACKED_ROWS, PACKED_DEPTH = 64, 96
-# Rows up to which a large B is read in place, once, and in steps of how many rows.
-FEW_ROWS, STEP_ROWS = 16, 16
-# Rows (or columns) of one operand up to which dot products beat packing the other.
-DOT_ROWS, DOT_COLUMNS = 96, 8
-# Bytes of one matrix in a stack up to which both are read in place.
-IN_STACK = 64 << 10
 # Multiply-adds up to which a dense layer's three gradients are one serial call.
 SMALL_BACKWARD = 8 << 20
-# Chunks of the result that threads share, if there are that many.
-CHUNKS = 8
-
-
-def _work(m, n, depth, itemsize):
-    """Nanoseconds, roughly, on one core."""
-    flops = 2 * m * n * depth * NANOSECONDS_PER_FLOP * itemsize / 4
-    return max(flops, (m * depth + depth * n + m * n) * itemsize * NANOSECONDS_PER_BYTE)
-
-
-def _chunk(size, unit, most):
-    """Equal chunks of whole units, at most `most` (in elements) each."""
-    count = -(-size // most)
-    return -(-size // (count * unit)) * unit
-
-
-def _plan(*problem):
-    # The plan holds the form of its kernels that the threshold gave.
-    return _cached_plan(threads.SERIAL_BELOW, *problem)
-
-
-@lru_cache(maxsize=4096)
-def _cached_plan(_, m, n, depth, a_by_rows, b_by_rows, dtype):
-    """How to multiply matrices of these shapes, stored by rows or by columns: run(a, b, c, bias, activation).
-
-    a, b: the memory as a C-contiguous matrix, so transposed where it is stored by columns.
-    """
-    itemsize = dtype.itemsize
-    work = _work(m, n, depth, itemsize)
-    if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
-        return _plan_dots(m, n, depth, itemsize)
-    if b_by_rows and _fits_in_place(m, n, depth, a_by_rows, itemsize):
-        return _plan_in_place(m, n, depth, a_by_rows, dtype, work)
-    if a_by_rows and n <= DOT_COLUMNS:
-        dots = _plan_dots(m, n, depth, itemsize)
-        return lambda a, b, *rest: dots(a, np.ascontiguousarray(b.T), *rest)
-    return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize)
-
-
-def _fits_in_place(m, n, depth, a_by_rows, itemsize):
-    if m > FEW_ROWS and (n * depth * itemsize > IN_CACHE or (m >= PACKED_ROWS and depth >= PACKED_DEPTH)):
-        return False
-    # Rows of A whole pages apart share the same few places of L1; columns of A touch a page each.
-    return m <= ROWS or depth <= 128 or (a_by_rows and depth * itemsize % 4096 != 0)
-
-
-def _dots(m, n, depth, itemsize):
-    """The kernel of dot products, and its rows and columns a chunk and step of the sum."""
-    step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // itemsize
-    rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else _chunk(m, ROWS, 64)
-    columns = _chunk(n, BLOCK, max(4 * BLOCK, n // 4))
-    return multiply_dots.sized(_work(m, n, depth, itemsize)), (rows, columns, max(step, 1))
-
-
-def _plan_dots(m, n, depth, itemsize):
-    product, sizes = _dots(m, n, depth, itemsize)
-    return lambda *args: product(*args, *sizes)
-
-
-def _in_place(m, n, depth, a_by_rows, dtype):
-    """The kernel that packs nothing, and its last argument."""
-    steps = (depth, 1) if a_by_rows else (1, m)
-    step = depth if n * depth * dtype.itemsize <= IN_CACHE else STEP_ROWS
-    rows = _chunk(m, MR, 8 * MR)
-    columns = n if m > FEW_ROWS else _chunk(n, NV * lane_count(dtype.itemsize), 1024)
-    geometry = np.array((m, n, depth, *steps, rows, columns, max(step, 1)), np.int64)
-    like = np.empty((0, 0), dtype)
-    return multiply_in_place.bound(_work(m, n, depth, dtype.itemsize), like, like, like, geometry), geometry
-
-
-def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
-    product, geometry = _in_place(m, n, depth, a_by_rows, dtype)
-
-    def run(a, b, c, bias, activation):
-        product(a, b, c, geometry)
-        if bias.size > 0 or activation != 0:
-            finish(work, c, bias, activation)
-
-    return run
-
-
-def _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts=None):
-    steps_a = (depth, 1) if a_by_rows else (1, m)
-    steps_b = (n, 1) if b_by_rows else (1, depth)
-    rows, columns = _blocks(m, n, NV * lane_count(itemsize), 1 if starts is None else starts[0].size)
-    kernel_ = multiply_blocks.sized(work)
-    a_starts, b_starts = (_ONE_START, _ONE_START) if starts is None else starts
-
-    def run(a, b, c, bias, activation):
-        kernel_(a, a_starts, *steps_a, b, b_starts, *steps_b, c, m, n, depth, rows, columns, bias, activation)
-
-    return run
-
-
-def _blocks(m, n, panel, matrices):
-    """Rows and columns of a task's block: as large as the caches allow, as small as CHUNKS tasks demand."""
-    rows, columns = _chunk(m, MR, BLOCK_ROWS), _chunk(n, panel, BLOCK_COLUMNS)
-    while -(-m // rows) * -(-n // columns) * matrices < CHUNKS and max(rows, columns) > 256:
-        if columns >= rows:
-            columns = _chunk(columns, panel, columns // 2)
-        else:
-            rows = _chunk(rows, MR, rows // 2)
-    return rows, columns
 
 
 def _allocator(shape, dtype):
@@ -174,9 +52,9 @@ def prepare_matmul(shapes, dtype):
         return matmul
     (m, depth), n = a, b[1]
     shape, no_bias = (m, n), _NO_BIAS[dtype]
-    product, rest = _plan(m, n, depth, True, True, dtype), (no_bias, 0)
-    if _fits_in_place(m, n, depth, True, dtype.itemsize):  # what the plan does, without its detours
-        product, *rest = _in_place(m, n, depth, True, dtype)
+    product, rest = plan(m, n, depth, True, True, dtype), (no_bias, 0)
+    if fits_in_place(m, n, depth, True, dtype.itemsize):  # what the plan does, without its detours
+        product, *rest = in_place(m, n, depth, True, dtype)
     empty = _allocator(shape, dtype)
 
     def run(a, b, *, out=None):
@@ -195,7 +73,7 @@ def _prepare_stack(a, b, dtype):
     """Two stacks of matrices: the plan for contiguous ones is made beforehand."""
     lead = np.broadcast_shapes(a[:-2], b[:-2])
     shape, no_bias = (*lead, a[-2], b[-1]), _NO_BIAS[dtype]
-    product = _plan_stack(a[-2], b[-1], a[-1], a[:-2], b[:-2], lead, True, True, dtype)
+    product = plan_stack(a[-2], b[-1], a[-1], a[:-2], b[:-2], lead, True, True, dtype)
     flat_a, flat_b, flat_c = ((prod(s[:-1]), s[-1]) for s in (a, b, shape))
 
     def run(a, b, *, out=None):
@@ -272,7 +150,7 @@ def _product(a, b, out, bias, activation):
         return
     a_memory, a_by_rows = _stored(a)
     b_memory, b_by_rows = _stored(b)
-    _plan(m, n, depth, a_by_rows, b_by_rows, out.dtype)(a_memory, b_memory, out, bias, activation)
+    plan(m, n, depth, a_by_rows, b_by_rows, out.dtype)(a_memory, b_memory, out, bias, activation)
 
 
 def _product_stack(a, b, lead, out):
@@ -280,35 +158,8 @@ def _product_stack(a, b, lead, out):
     n = b.shape[-1]
     a_memory, a_by_rows = _stored_stack(a)
     b_memory, b_by_rows = _stored_stack(b)
-    run = _plan_stack(m, n, depth, a.shape[:-2], b.shape[:-2], lead, a_by_rows, b_by_rows, out.dtype)
+    run = plan_stack(m, n, depth, a.shape[:-2], b.shape[:-2], lead, a_by_rows, b_by_rows, out.dtype)
     run(a_memory, b_memory, out.reshape(-1, n), _NO_BIAS[out.dtype], 0)
-
-
-def _plan_stack(*problem):
-    return _cached_plan_stack(threads.SERIAL_BELOW, *problem)
-
-
-@lru_cache(maxsize=64)
-def _cached_plan_stack(_, m, n, depth, a_lead, b_lead, lead, a_by_rows, b_by_rows, dtype):
-    """As `_cached_plan`, for stacks of matrices with these leading axes."""
-    itemsize = dtype.itemsize
-    starts = _starts(a_lead, lead, m * depth), _starts(b_lead, lead, depth * n)
-    count = starts[0].size
-    work = _work(m, n, depth, itemsize) * count
-    together = max(1, -(-count // 32))
-    if b_by_rows and max(m, n) * depth * itemsize <= IN_STACK:
-        steps, in_place = (depth, 1) if a_by_rows else (1, m), multiply_stack_in_place.sized(work)
-        return lambda a, b, c, *_: in_place(a, starts[0], *steps, b, starts[1], c, m, n, depth, together)
-    if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
-        dots = multiply_stack_dots.sized(work)
-        return lambda a, b, c, *_: dots(a, starts[0], b, starts[1], c, m, n, depth, together)
-    return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts)
-
-
-def _starts(own, lead, size):
-    """Where each matrix of the broadcast stack begins."""
-    first = (np.arange(int(np.prod(own)), dtype=np.int64) * size).reshape(own)
-    return np.ascontiguousarray(np.broadcast_to(first, lead)).reshape(-1)
 
 
 def _stored_stack(stack):
@@ -342,8 +193,8 @@ def prepare_matmul_backward(shapes, dtype, *, needs):
     if len(a) != 2 or len(b) != 2 or min(a + b) < 2:  # one row or column is stored both ways
         return partial(matmul_backward, needs=needs)
     (m, depth), n, no_bias = a, b[1], _NO_BIAS[dtype]
-    to_a = _plan(m, depth, n, True, False, dtype) if "a" in needs else None
-    to_b = _plan(depth, n, m, False, True, dtype) if "b" in needs else None
+    to_a = plan(m, depth, n, True, False, dtype) if "a" in needs else None
+    to_b = plan(depth, n, m, False, True, dtype) if "b" in needs else None
 
     def run(grad, of_a, of_b):
         grad_a = grad_b = None
@@ -374,9 +225,9 @@ def prepare_linear(shapes, dtype, *, activation):
         return partial(linear, activation=activation)
     shape, code, no_bias = (x[0], weight[0]), ACTIVATION_CODES[activation], _NO_BIAS[dtype]
     # a constant of this closure, not a closure of its own: a tenth of a microsecond
-    product, sizes = _plan(x[0], weight[0], x[1], True, False, dtype), ()
+    product, sizes = plan(x[0], weight[0], x[1], True, False, dtype), ()
     if x[0] <= DOT_ROWS or weight[0] <= DOT_COLUMNS:
-        product, sizes = _dots(x[0], weight[0], x[1], dtype.itemsize)
+        product, sizes = dots(x[0], weight[0], x[1], dtype.itemsize)
     empty = _allocator(shape, dtype)
 
     def run(x, weight, bias, *, out=None):
@@ -437,20 +288,3 @@ def linear_backward(grad, x, weight, *, needs):
         grad_bias = np.empty(weight.shape[0], x.dtype)
         column_sums(0.3 * flat_grad.size, flat_grad, grad_bias)
     return grad_x, grad_weight, grad_bias
-
-
-_SUM_COLUMNS = 256  # columns a chunk: their sums stay in L1
-
-
-@kernel()
-def column_sums(matrix, sums):
-    """sums[j] = sum over i of matrix[i, j], row after row, so that the order is the same for any number of threads."""
-    rows, columns = matrix.shape
-    for chunk in prange((columns + _SUM_COLUMNS - 1) // _SUM_COLUMNS):
-        first = chunk * _SUM_COLUMNS
-        last = min(columns, first + _SUM_COLUMNS)
-        for j in range(first, last):
-            sums[j] = 0
-        for i in range(rows):
-            for j in range(first, last):
-                sums[j] += matrix[i, j]

@@ -145,3 +145,20 @@ def small_linear_backward(grad, x, weight, grad_x, grad_weight, grad_bias, want_
         )  # fmt: skip
     if want_bias:
         _add_rows_up(grad, grad_bias, rows, outputs)
+
+
+_SUM_COLUMNS = 256  # columns a chunk: their sums stay in L1
+
+
+@kernel()
+def column_sums(matrix, sums):
+    """sums[j] = sum over i of matrix[i, j], row after row, so that the order is the same for any number of threads."""
+    rows, columns = matrix.shape
+    for chunk in prange((columns + _SUM_COLUMNS - 1) // _SUM_COLUMNS):
+        first = chunk * _SUM_COLUMNS
+        last = min(columns, first + _SUM_COLUMNS)
+        for j in range(first, last):
+            sums[j] = 0
+        for i in range(rows):
+            for j in range(first, last):
+                sums[j] += matrix[i, j]

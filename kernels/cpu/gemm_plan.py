@@ -1,0 +1,161 @@
+"""Which kernel multiplies matrices of given shapes, and how it is split: worked out once for each of them.
+
+- gemm_in_place.py reads both operands where they lie: small products, and those with few rows.
+- gemm_dots.py multiplies rows by rows: a dense layer, a matrix and a vector.
+- gemm_blocks.py copies blocks into the caches: everything large.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from tilewise.kernels.cpu import threads
+from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, multiply_blocks
+from tilewise.kernels.cpu.gemm_dots import BLOCK, ROWS, STEP_BYTES, finish, multiply_dots, multiply_stack_dots
+from tilewise.kernels.cpu.gemm_in_place import multiply_in_place, multiply_stack_in_place
+from tilewise.kernels.cpu.simd import MR, NV, lane_count
+
+_ONE_START = np.zeros(1, np.int64)
+NANOSECONDS_PER_FLOP = 0.01  # a core at 100 GFLOP/s, float32
+NANOSECONDS_PER_BYTE = 0.05  # a core reading 20 GB/s
+
+# Bytes of B that may stay in L2 (512 KB in the smallest in use) while the rows of A pass by, unpacked.
+IN_CACHE = 256 << 10
+# From this many rows and steps on, packing B, which aligns it, pays for itself.
+PACKED_ROWS, PACKED_DEPTH = 64, 96
+# Rows up to which a large B is read in place, once, and in steps of how many rows.
+FEW_ROWS, STEP_ROWS = 16, 16
+# Rows (or columns) of one operand up to which dot products beat packing the other.
+DOT_ROWS, DOT_COLUMNS = 96, 8
+# Bytes of one matrix in a stack up to which both are read in place.
+IN_STACK = 64 << 10
+# Chunks of the result that threads share, if there are that many.
+CHUNKS = 8
+
+
+def _work(m, n, depth, itemsize):
+    """Nanoseconds, roughly, on one core."""
+    flops = 2 * m * n * depth * NANOSECONDS_PER_FLOP * itemsize / 4
+    return max(flops, (m * depth + depth * n + m * n) * itemsize * NANOSECONDS_PER_BYTE)
+
+
+def _chunk(size, unit, most):
+    """Equal chunks of whole units, at most `most` (in elements) each."""
+    count = -(-size // most)
+    return -(-size // (count * unit)) * unit
+
+
+def plan(*problem):
+    # The plan holds the form of its kernels that the threshold gave.
+    return _cached_plan(threads.SERIAL_BELOW, *problem)
+
+
+@lru_cache(maxsize=4096)
+def _cached_plan(_, m, n, depth, a_by_rows, b_by_rows, dtype):
+    """How to multiply matrices of these shapes, stored by rows or by columns: run(a, b, c, bias, activation).
+
+    a, b: the memory as a C-contiguous matrix, so transposed where it is stored by columns.
+    """
+    itemsize = dtype.itemsize
+    work = _work(m, n, depth, itemsize)
+    if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
+        return _plan_dots(m, n, depth, itemsize)
+    if b_by_rows and fits_in_place(m, n, depth, a_by_rows, itemsize):
+        return _plan_in_place(m, n, depth, a_by_rows, dtype, work)
+    if a_by_rows and n <= DOT_COLUMNS:
+        turned = _plan_dots(m, n, depth, itemsize)
+        return lambda a, b, *rest: turned(a, np.ascontiguousarray(b.T), *rest)
+    return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize)
+
+
+def fits_in_place(m, n, depth, a_by_rows, itemsize):
+    if m > FEW_ROWS and (n * depth * itemsize > IN_CACHE or (m >= PACKED_ROWS and depth >= PACKED_DEPTH)):
+        return False
+    # Rows of A whole pages apart share the same few places of L1; columns of A touch a page each.
+    return m <= ROWS or depth <= 128 or (a_by_rows and depth * itemsize % 4096 != 0)
+
+
+def dots(m, n, depth, itemsize):
+    """The kernel of dot products, and its rows and columns a chunk and step of the sum."""
+    step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // itemsize
+    rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else _chunk(m, ROWS, 64)
+    columns = _chunk(n, BLOCK, max(4 * BLOCK, n // 4))
+    return multiply_dots.sized(_work(m, n, depth, itemsize)), (rows, columns, max(step, 1))
+
+
+def _plan_dots(m, n, depth, itemsize):
+    product, sizes = dots(m, n, depth, itemsize)
+    return lambda *args: product(*args, *sizes)
+
+
+def in_place(m, n, depth, a_by_rows, dtype):
+    """The kernel that packs nothing, and its last argument."""
+    steps = (depth, 1) if a_by_rows else (1, m)
+    step = depth if n * depth * dtype.itemsize <= IN_CACHE else STEP_ROWS
+    rows = _chunk(m, MR, 8 * MR)
+    columns = n if m > FEW_ROWS else _chunk(n, NV * lane_count(dtype.itemsize), 1024)
+    geometry = np.array((m, n, depth, *steps, rows, columns, max(step, 1)), np.int64)
+    like = np.empty((0, 0), dtype)
+    return multiply_in_place.bound(_work(m, n, depth, dtype.itemsize), like, like, like, geometry), geometry
+
+
+def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
+    product, geometry = in_place(m, n, depth, a_by_rows, dtype)
+
+    def run(a, b, c, bias, activation):
+        product(a, b, c, geometry)
+        if bias.size > 0 or activation != 0:
+            finish(work, c, bias, activation)
+
+    return run
+
+
+def _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts=None):
+    steps_a = (depth, 1) if a_by_rows else (1, m)
+    steps_b = (n, 1) if b_by_rows else (1, depth)
+    rows, columns = _blocks(m, n, NV * lane_count(itemsize), 1 if starts is None else starts[0].size)
+    kernel_ = multiply_blocks.sized(work)
+    a_starts, b_starts = (_ONE_START, _ONE_START) if starts is None else starts
+
+    def run(a, b, c, bias, activation):
+        kernel_(a, a_starts, *steps_a, b, b_starts, *steps_b, c, m, n, depth, rows, columns, bias, activation)
+
+    return run
+
+
+def _blocks(m, n, panel, matrices):
+    """Rows and columns of a task's block: as large as the caches allow, as small as CHUNKS tasks demand."""
+    rows, columns = _chunk(m, MR, BLOCK_ROWS), _chunk(n, panel, BLOCK_COLUMNS)
+    while -(-m // rows) * -(-n // columns) * matrices < CHUNKS and max(rows, columns) > 256:
+        if columns >= rows:
+            columns = _chunk(columns, panel, columns // 2)
+        else:
+            rows = _chunk(rows, MR, rows // 2)
+    return rows, columns
+
+
+def plan_stack(*problem):
+    return _cached_plan_stack(threads.SERIAL_BELOW, *problem)
+
+
+@lru_cache(maxsize=64)
+def _cached_plan_stack(_, m, n, depth, a_lead, b_lead, lead, a_by_rows, b_by_rows, dtype):
+    """As `_cached_plan`, for stacks of matrices with these leading axes."""
+    itemsize = dtype.itemsize
+    starts = _starts(a_lead, lead, m * depth), _starts(b_lead, lead, depth * n)
+    count = starts[0].size
+    work = _work(m, n, depth, itemsize) * count
+    together = max(1, -(-count // 32))
+    if b_by_rows and max(m, n) * depth * itemsize <= IN_STACK:
+        steps, product = (depth, 1) if a_by_rows else (1, m), multiply_stack_in_place.sized(work)
+        return lambda a, b, c, *_: product(a, starts[0], *steps, b, starts[1], c, m, n, depth, together)
+    if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
+        product = multiply_stack_dots.sized(work)
+        return lambda a, b, c, *_: product(a, starts[0], b, starts[1], c, m, n, depth, together)
+    return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts)
+
+
+def _starts(own, lead, size):
+    """Where each matrix of the broadcast stack begins."""
+    first = (np.arange(int(np.prod(own)), dtype=np.int64) * size).reshape(own)
+    return np.ascontiguousarray(np.broadcast_to(first, lead)).reshape(-1)

@@ -1,0 +1,141 @@
+"""Products whose right operand is found through a table: step k reads its vectors at b[offsets[k]] (conv_nchw.py)."""
+
+from numba import types
+from numba.extending import intrinsic
+
+from tilewise.kernels.cpu.register_tile import Loop, Tile, floor_of, row_pointers
+from tilewise.kernels.cpu.simd import _I1, _I64, _Emitter, _literal
+
+
+@intrinsic(prefer_literal=True)
+def offset_product(typingctx, rows, vectors, a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs):
+    """C[i, j] (+)= sum over k < depth of a[i * a_step + k] * b[offsets[k] + j], i < outputs.
+
+    In tiles of rows x vectors * lanes, all of which are written. offsets: pointer to int64. c: the first tile, its rows
+    one after the other; the next is c_tile on.
+    """
+    shape = _literal(rows), _literal(vectors)
+    intp = types.intp
+    signature = types.void(rows, vectors, a, intp, b, offsets, intp, c, intp, intp, intp)
+
+    def codegen(context, builder, signature, args):
+        a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs = args[2:]
+        emit = _Emitter(builder, signature.args[2].dtype)
+        tile = Tile(emit, *shape)
+        step = _I64(shape[1] * emit.lanes)
+        loop = Loop(builder, outputs, shape[0], "tile")
+        o, a, c = loop.begin((a, builder.mul(a_step, _I64(shape[0]))), (c, c_tile))
+        left = row_pointers(tile, a, a_step, builder.sub(outputs, o))
+        tile.finish(_offset_sums(tile, left, b, offsets, depth, c, step, accumulate), c, step)
+        loop.close()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _offset_sums(tile, left, b, offsets, depth, c, c_step, accumulate):
+    builder = tile.builder
+    begun = tile.start(c, c_step, accumulate)
+    entry = builder.block
+    loop = builder.append_basic_block("depth")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(_I64)
+    sums = tile.phis(begun, entry)
+    place = builder.gep(b, [builder.load(builder.gep(offsets, [k]))])
+    total = tile.step(sums, [builder.gep(row, [k]) for row in left], tile.loads(place))
+    k_next = builder.add(k, _I64(1))
+    k.add_incoming(_I64(0), entry)
+    k.add_incoming(k_next, loop)
+    tile.extend(sums, total, loop)
+    done = builder.append_basic_block("done")
+    builder.cbranch(builder.icmp_signed("<", k_next, depth), loop, done)
+    builder.position_at_end(done)
+    return total
+
+
+@intrinsic(prefer_literal=True)
+def offset_product_to(
+    typingctx, rows, vectors, a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias,
+    has_bias, relu,
+):  # fmt: skip
+    """`offset_product`, then bias and activation in registers, and straight to y.
+
+    All tiles in one call, for setting one up costs 100 cycles and more: as much as 8 steps k of a tile. Row i < outputs
+    goes to y[i * y_step ..]; of vector j the lanes places[6 * j] .. places[6 * j + 1] to offset places[6 * j + 2] (that
+    of lane 0), and where a row of pixels ends within the vector, the lanes places[6 * j + 3] .. places[6 * j + 4] to
+    offset places[6 * j + 5]. bias: one number a row, read where has_bias is not 0.
+    """
+    shape = _literal(rows), _literal(vectors)
+    intp = types.intp
+    signature = types.void(
+        rows, vectors, a, intp, b, offsets, intp, c, intp, intp, intp, y, intp, places, bias, intp, intp
+    )
+
+    def codegen(context, builder, signature, args):
+        a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias, has_bias, relu = args[2:]
+        emit = _Emitter(builder, signature.args[2].dtype)
+        tile = Tile(emit, *shape)
+        step = _I64(shape[1] * emit.lanes)
+        way = _WayOut(tile, places, builder.icmp_signed("!=", has_bias, _I64(0)), relu)
+        loop = Loop(builder, outputs, shape[0], "tile")
+        a_tile, y_tile = builder.mul(a_step, _I64(shape[0])), builder.mul(y_step, _I64(shape[0]))
+        # without a bias its pointer must not wander off
+        bias_tile = builder.select(way.biased, _I64(shape[0]), _I64(0))
+        o, a, c, y, bias = loop.begin((a, a_tile), (c, c_tile), (y, y_tile), (bias, bias_tile))
+        rest = builder.sub(outputs, o)
+        left = row_pointers(tile, a, a_step, rest)
+        way.write(_offset_sums(tile, left, b, offsets, depth, c, step, accumulate), y, y_step, rest, bias)
+        loop.close()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+class _WayOut:
+    """Where the vectors of a tile's rows go, as masks and offsets that all tiles of a call share."""
+
+    def __init__(self, tile, places, biased, relu):
+        self.tile, self.biased = tile, biased
+        emit, builder = tile.emit, tile.builder
+        self.floor = floor_of(emit, relu)
+        field = [builder.load(builder.gep(places, [_I64(i)])) for i in range(6 * tile.vectors)]
+        self.first = [emit.mask(*field[6 * j : 6 * j + 2]) for j in range(tile.vectors)]
+        self.second = [emit.mask(*field[6 * j + 3 : 6 * j + 5]) for j in range(tile.vectors)]
+        self.offsets = [(field[6 * j + 2], field[6 * j + 5]) for j in range(tile.vectors)]
+        self.broken = _I1(0)
+        for j in range(tile.vectors):
+            one = builder.icmp_signed("<", *field[6 * j + 3 : 6 * j + 5])
+            self.broken = builder.or_(self.broken, one)
+
+    def write(self, total, y, y_step, used, bias):
+        """y's rows i < used = max(total + bias, floor), the lanes of the masks."""
+        tile, emit, builder = self.tile, self.tile.emit, self.tile.builder
+        end = builder.append_basic_block("placed")
+        for i in range(tile.rows):
+            row = builder.append_basic_block("row")
+            builder.cbranch(builder.icmp_signed("<", _I64(i), used), row, end)
+            builder.position_at_end(row)
+            shifts = emit.splat(_load_if(builder, self.biased, builder.gep(bias, [_I64(i)]), emit))
+            sums = total[i * tile.vectors : (i + 1) * tile.vectors]
+            finished = [emit.maximum(self.floor, emit.add(value, shifts)) for value in sums]
+            base = builder.gep(y, [builder.mul(y_step, _I64(i))])
+            for value, (offset, _), mask in zip(finished, self.offsets, self.first, strict=True):
+                emit.masked_store(value, base, offset, mask)
+            with builder.if_then(self.broken):
+                for value, (_, offset), mask in zip(finished, self.offsets, self.second, strict=True):
+                    emit.masked_store(value, base, offset, mask)
+        builder.branch(end)
+        builder.position_at_end(end)
+
+
+def _load_if(builder, condition, pointer, emit):
+    """The number there, or 0 without reading."""
+    before = builder.block
+    with builder.if_then(condition):
+        value = builder.load(pointer)
+        inside = builder.block
+    phi = builder.phi(emit.scalar)
+    phi.add_incoming(emit.scalar(0), before)
+    phi.add_incoming(value, inside)
+    return phi

@@ -1,0 +1,121 @@
+"""Products whose left operand is found row by row: row i starts at a[bases[i]] (conv_nhwc.py, conv_weight.py)."""
+
+from numba import types
+from numba.extending import intrinsic
+
+from tilewise.kernels.cpu.register_tile import Loop, Tile, floor_of
+from tilewise.kernels.cpu.simd import _I1, _I64, _Emitter, _literal
+
+
+@intrinsic(prefer_literal=True)
+def row_product(
+    typingctx, rows, vectors, a, bases, a_step, starts, segments, length, b, b_step, c, c_step, accumulate, count
+):  # fmt: skip
+    """C[i, j] (+)= sum over s < segments, k < length of a[bases[i] + starts[s] + k * a_step] * b[(s * length + k) *
+    b_step + j], i < count, in tiles of rows x vectors * lanes.
+
+    bases, starts: pointers to int64. C's rows are c_step apart; whole tiles are read and written.
+    """
+    shape = _literal(rows), _literal(vectors)
+    intp = types.intp
+    signature = types.void(rows, vectors, a, bases, intp, starts, intp, intp, b, intp, c, intp, intp, intp)
+
+    def codegen(context, builder, signature, args):
+        a, bases, *operands, c, c_step, accumulate, count = args[2:]
+        tile = Tile(_Emitter(builder, signature.args[2].dtype), *shape)
+        loop = Loop(builder, count, shape[0], "tile")
+        _, bases, c = loop.begin((bases, _I64(shape[0])), (c, builder.mul(c_step, _I64(shape[0]))))
+        tile.finish(_row_sums(tile, a, bases, *operands, tile.start(c, c_step, accumulate)), c, c_step)
+        loop.close()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def row_product_to(
+    typingctx, rows, vectors, a, bases, a_step, starts, segments, length, b, b_step, c, c_step, accumulate, count,
+    y, places, columns, bias, has_bias, extra, has_extra, relu,
+):  # fmt: skip
+    """`row_product`, then bias, summand and activation in registers, and straight to y.
+
+    Row i < count goes to y[places[i]], its first `columns` lanes. bias: one number a column, read where has_bias is not
+    0; extra: laid out as y, read where has_extra is not 0; relu: max(., 0) where it is not 0.
+    """
+    shape = _literal(rows), _literal(vectors)
+    intp = types.intp
+    signature = types.void(
+        rows, vectors, a, bases, intp, starts, intp, intp, b, intp, c, intp, intp, intp, y, places, intp, bias, intp,
+        extra, intp, intp,
+    )  # fmt: skip
+
+    def codegen(context, builder, signature, args):
+        a, bases, *operands, c, c_step, accumulate, count = args[2:14]
+        y, places, columns, bias, has_bias, extra, has_extra, relu = args[14:]
+        emit = _Emitter(builder, signature.args[2].dtype)
+        tile = Tile(emit, *shape)
+        masks = [emit.mask(_I64(0), builder.sub(columns, _I64(j * emit.lanes))) for j in range(shape[1])]
+        biased = emit.splat(builder.icmp_signed("!=", has_bias, _I64(0)), scalar=_I1)
+        shifts = [emit.masked_load(bias, _I64(j * emit.lanes), builder.and_(m, biased)) for j, m in enumerate(masks)]
+        some = builder.icmp_signed("!=", has_extra, _I64(0))
+        floor = floor_of(emit, relu)
+        loop, rows = Loop(builder, count, shape[0], "tile"), _I64(shape[0])
+        i, bases, c, places = loop.begin((bases, rows), (c, builder.mul(c_step, rows)), (places, rows))
+        total = _row_sums(tile, a, bases, *operands, tile.start(c, c_step, accumulate))
+        used = builder.sub(count, i)
+        end = builder.append_basic_block("written")
+        for i in range(shape[0]):
+            row = builder.append_basic_block("row")
+            builder.cbranch(builder.icmp_signed("<", _I64(i), used), row, end)
+            builder.position_at_end(row)
+            place = builder.load(builder.gep(places, [_I64(i)]))
+            where = builder.gep(y, [place])
+            summands = emit.masked_loads_if(some, builder.gep(extra, [place]), masks)
+            for j, mask in enumerate(masks):
+                value = emit.add(emit.add(total[i * shape[1] + j], shifts[j]), summands[j])
+                value = emit.maximum(floor, value)
+                emit.masked_store(value, where, _I64(j * emit.lanes), mask)
+        builder.branch(end)
+        builder.position_at_end(end)
+        loop.close()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _row_sums(tile, a, bases, a_step, starts, segments, length, b, b_step, begun):
+    """A loop over segments around one over steps; the accumulators stay in registers through both."""
+    builder = tile.builder
+    left = [builder.gep(a, [builder.load(builder.gep(bases, [_I64(i)]))]) for i in range(tile.rows)]
+    entry = builder.block
+    outer, inner = builder.append_basic_block("segment"), builder.append_basic_block("depth")
+    after, done = builder.append_basic_block("after"), builder.append_basic_block("done")
+    builder.branch(outer)
+
+    builder.position_at_end(outer)
+    segment, b_segment = builder.phi(_I64), builder.phi(b.type)
+    outer_sums = tile.phis(begun, entry)
+    first = builder.load(builder.gep(starts, [segment]))
+    builder.branch(inner)
+
+    builder.position_at_end(inner)
+    k, place, b_now = builder.phi(_I64), builder.phi(_I64), builder.phi(b.type)
+    sums = tile.phis(outer_sums, outer)
+    total = tile.step(sums, [builder.gep(row, [place]) for row in left], tile.loads(b_now))
+    k_next, b_next = builder.add(k, _I64(1)), builder.gep(b_now, [b_step])
+    place_next = builder.add(place, a_step)
+    for phi, start, following in ((k, _I64(0), k_next), (place, first, place_next), (b_now, b_segment, b_next)):
+        phi.add_incoming(start, outer)
+        phi.add_incoming(following, inner)
+    tile.extend(sums, total, inner)
+    builder.cbranch(builder.icmp_signed("<", k_next, length), inner, after)
+
+    builder.position_at_end(after)
+    segment_next = builder.add(segment, _I64(1))
+    for phi, start, following in ((segment, _I64(0), segment_next), (b_segment, b, b_next)):
+        phi.add_incoming(start, entry)
+        phi.add_incoming(following, after)
+    tile.extend(outer_sums, total, after)
+    builder.cbranch(builder.icmp_signed("<", segment_next, segments), outer, done)
+    builder.position_at_end(done)
+    return total

@@ -1,0 +1,329 @@
+"""What a public function is made of: an operation, with a plan for every signature that it was called with.
+
+Every public function is thin: it hands its operands and options to an `Operation`. The first call with a new signature
+(settings, options, shapes and dtypes) is checked in full and becomes a `Plan`; later calls with that signature find the
+plan in a dictionary and go straight to the backend that dispatch.py chose.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+
+from tilewise.kernels import arrays as arrays_module
+from tilewise.kernels import settings as settings_module
+from tilewise.kernels.dispatch import Decision, Explained, choose_backend, implementation_module
+
+# bound once, for the hot path
+_current_settings = settings_module.current.get
+_ndarray = np.ndarray
+_HALF, _SINGLE = np.dtype(np.float16), np.dtype(np.float32)
+
+# Beyond this many signatures an operation forgets its plans, so that a program with ever new shapes stays small.
+MAX_PLANS = 4096
+
+
+@dataclass(slots=True)
+class Problem:
+    """What an operation's check found: the call in normal form.
+
+    options: the backend's keyword arguments, every pair spelled out.
+    flops, bytes: nominal work (padded taps included; each operand and result moved once).
+    unbatched: which operands lack their batch axis; if any does, every result with a batch axis loses it again.
+    out: (shape, dtype) that an `out=` array must have.
+    """
+
+    options: dict[str, Any]
+    flops: int = 0
+    bytes: int = 0
+    unbatched: tuple[int, ...] = ()
+    unbatched_results: tuple[int, ...] = (0,)
+    out: tuple[tuple[int, ...], np.dtype] | None = None
+
+
+@dataclass(slots=True)
+class Plan:
+    """One signature's way through a backend."""
+
+    run: Callable
+    canonical: bool  # operands must be C-contiguous, aligned and writeable
+    direct: bool  # no batch axis to add
+    problem: Problem
+
+
+class _Kind:
+    """A call's options: one object for all equal ones of equal types, which a dictionary finds by its identity.
+
+    1, 1.0 and True are equal as dictionary keys, so types belong to a signature. `lru_cache` compares them in C: half a
+    microsecond less than a tuple of types.
+
+    tuples: which of the options are tuples. Of those it compares the values alone.
+    """
+
+    __slots__ = ("tuples",)
+
+    def __init__(self, tuples: tuple[int, ...]):
+        self.tuples = tuples
+
+
+@lru_cache(maxsize=1 << 14, typed=True)
+def _kind(*options) -> _Kind:
+    return _Kind(tuple(i for i, option in enumerate(options) if isinstance(option, tuple)))
+
+
+def _nested_kind(kind: _Kind, options: tuple) -> tuple:
+    """Of options with tuples among them: the kinds of those, too."""
+    kinds: list = [kind]
+    for i in kind.tuples:
+        inner = _kind(*options[i])
+        kinds.append(_nested_kind(inner, options[i]) if inner.tuples else inner)
+    return tuple(kinds)
+
+
+_UNHASHABLE = _Kind(())
+_operations: WeakSet["Operation"] = WeakSet()  # a prepared convolution has one of its own, which goes with it
+
+
+class Operation:
+    """A public function's way to its backends.
+
+    family: the file name that holds it in every backend.
+    name: the function's name there.
+    operands: the names of the array arguments, for messages; a None operand is an absent optional one.
+    check: check(*operands, *options) -> Problem; raises for a wrong call. Sees NumPy arrays, allocates nothing.
+    mutates: operands (by position) that the function updates in place when `mutates_when(problem)`.
+    any_strides: the CPU kernel takes strided operands itself, so they are not made contiguous here.
+    in_place: operands (by position) that `out` may be identical with.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        name: str,
+        operands: tuple[str, ...],
+        check: Callable[..., Problem],
+        mutates: tuple[int, ...] = (),
+        mutates_when: Callable[[Problem], bool] = lambda problem: True,
+        any_strides: bool = False,
+        in_place: tuple[int, ...] = (),
+    ):
+        self.family = family
+        self.name = name
+        self.operands = operands
+        self.check = check
+        self.mutates = mutates
+        self.mutates_when = mutates_when
+        self.any_strides = any_strides
+        self.in_place = in_place
+        self.plans: dict[tuple, Plan] = {}
+        _operations.add(self)
+
+    def call(self, operands: tuple, options: tuple = (), out=None) -> Any:
+        # This is the hot path of every call, half a microsecond: no loop where one or two operands need none, no
+        # Python function called before the plan is run.
+        kind = None
+        if options:
+            try:
+                kind = _kind(*options)
+                if kind.tuples:
+                    kind = _nested_kind(kind, options)
+            except TypeError:  # an unhashable option, such as a list for a pair
+                kind = _UNHASHABLE
+        settings = _current_settings()  # None stands for the environment's
+        if len(operands) == 1:
+            (x,) = operands
+            if type(x) is not _ndarray:
+                return self._call_foreign(operands, options, out)
+            contiguous = x.flags.carray
+            key = (settings, kind, x.shape, x.dtype)
+        elif len(operands) == 2 and type(operands[0]) is type(operands[1]) is _ndarray:
+            x, y = operands
+            contiguous = x.flags.carray and y.flags.carray
+            key = (settings, kind, x.shape, x.dtype, y.shape, y.dtype)
+        else:
+            contiguous, signature = True, [settings, kind]
+            for x in operands:
+                if type(x) is _ndarray:
+                    signature += x.shape, x.dtype
+                    contiguous = contiguous and x.flags.carray
+                elif x is None:
+                    signature.append(None)
+                else:
+                    return self._call_foreign(operands, options, out)
+            key = tuple(signature)
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self._new_plan(key, operands, options)
+        if out is None and plan.direct and (contiguous or not plan.canonical):
+            return plan.run(*operands)
+        if not contiguous and plan.canonical:
+            return self._call_strided(plan, operands, out)
+        if plan.problem.unbatched:
+            return self._call_unbatched(plan, operands, out)
+        return self._call_into(plan, operands, out) if out is not None else plan.run(*operands)
+
+    def _new_plan(self, key: tuple, operands: tuple, options: tuple) -> Plan:
+        plan = self._plan(settings_module.active(), operands, options)
+        if key[1] is not _UNHASHABLE:
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            self.plans[key] = plan
+        return plan
+
+    def _plan(self, settings, operands: tuple, options: tuple) -> Plan:
+        if operands[0] is None:  # never optional
+            raise TypeError(f"{self.name}: {self.operands[0]} must be an array, got None")
+        problem = self.check(*operands, *options)
+        backend, rejected = choose_backend(settings)
+        module = implementation_module(backend, self.family)
+        function = getattr(module, self.name, None)
+        if function is None:
+            raise NotImplementedError(f"{self.name}: backend {backend!r} does not have it")
+        shapes = _batched_shapes(operands, problem.unbatched)
+        half = operands[0].dtype == _HALF
+        dtype = _SINGLE if half else operands[0].dtype  # what is computed in
+        choose = getattr(module, f"choose_{self.name}", None)
+        algorithm = problem.options.get("algorithm", self.name)
+        if choose is not None:
+            algorithm, others = self._choose(choose, shapes, dtype, problem.options)
+            rejected = rejected | others
+            if "algorithm" in problem.options:
+                problem.options["algorithm"] = algorithm
+        elif "algorithm" in problem.options:
+            algorithm = backend
+        if settings.explaining:
+            device = settings_module.DEVICE_OF[backend]
+            note = "float16 is computed in float32" if half else ""
+            work = problem.flops, problem.bytes
+            raise Explained(Decision(self.name, device, backend, algorithm, *work, rejected, note))
+
+        prepared = partial(self._implementation, module, dtype)
+        if half:
+            changed = self.mutates if self.mutates and self.mutates_when(problem) else ()
+            dtypes = [None if a is None else a.dtype for a in operands]
+            prepare_half = implementation_module(backend, "half").prepare
+            run = prepare_half(self.name, prepared, dtypes, shapes, problem.options, changed)
+        else:
+            run = prepared(shapes, problem.options)
+        return Plan(run, backend == "cpu" and not self.any_strides, not problem.unbatched, problem)
+
+    def _choose(self, choose: Callable, shapes: list, dtype, options: dict) -> tuple[str, dict[str, str]]:
+        return choose(shapes, dtype, options)
+
+    def _implementation(self, module, dtype, shapes: list, options: dict) -> Callable:
+        """The backend's function for this signature."""
+        function, prepare = getattr(module, self.name), getattr(module, f"prepare_{self.name}", None)
+        if prepare is None:
+            return partial(function, **options) if options else function
+        return prepare(shapes, dtype, **options)
+
+    def _call_foreign(self, operands: tuple, options: tuple, out):
+        """The way for what is not exactly a NumPy array: torch tensors, subclasses, and everything that is an error."""
+        views, wraps = [], []
+        for name, operand in zip(self.operands, operands, strict=True):
+            if operand is None:
+                if len(operands) <= 2:  # only longer calls have optional operands; `call` takes that for granted
+                    raise TypeError(f"{self.name}: {name} must be an array, got None")
+                views.append(None)
+                continue
+            view, wrap = arrays_module.host_view(self.name, name, operand)
+            views.append(view)
+            wraps.append((name, wrap))
+        if any(wrap is not wraps[0][1] for _, wrap in wraps):
+            kinds = ", ".join(f"{n} {type(o).__name__}" for n, o in zip(self.operands, operands, strict=True))
+            raise TypeError(f"{self.name}: the arrays must be of one kind, got {kinds}")
+        wrap = wraps[0][1] if wraps else arrays_module.identity
+        if not wraps:
+            raise TypeError(f"{self.name}: {self.operands[0]} must be an array, got None")
+        if out is None:
+            result = self.call(tuple(views), options)
+            return tuple(r if r is None else wrap(r) for r in result) if isinstance(result, tuple) else wrap(result)
+        target, out_wrap = arrays_module.host_view(self.name, "out", out)
+        if out_wrap is not wrap:
+            raise TypeError(f"{self.name}: out must be of the operands' kind, got {type(out).__name__}")
+        self.call(tuple(views), options, target)
+        return out
+
+    def _call_strided(self, plan: Plan, operands: tuple, out):
+        canonical = tuple(a if a is None or a.flags.carray else arrays_module.canonical(a) for a in operands)
+        changed = ()
+        if self.mutates and self.mutates_when(plan.problem):
+            changed = tuple(i for i in self.mutates if canonical[i] is not operands[i])
+        if plan.problem.unbatched:
+            result = self._call_unbatched(plan, canonical, out, operands)
+        else:
+            result = plan.run(*canonical) if out is None else self._call_into(plan, canonical, out, operands)
+        for i in changed:
+            operands[i][...] = canonical[i]
+        return result
+
+    def _call_unbatched(self, plan: Plan, operands: tuple, out, originals: tuple | None = None):
+        lifted = tuple(a[None] if i in plan.problem.unbatched else a for i, a in enumerate(operands))
+        if out is not None:
+            target = self._host_out(out)
+            self._check_out(plan.problem, originals or operands, target)
+            self._write(plan, lifted, target[None])
+            return out
+        result = plan.run(*lifted)
+        if isinstance(result, tuple):
+            squeezed = plan.problem.unbatched_results
+            return tuple(r[0] if i in squeezed and r is not None else r for i, r in enumerate(result))
+        return result[0]
+
+    def _call_into(self, plan: Plan, operands: tuple, out, originals: tuple | None = None):
+        target = self._host_out(out)
+        self._check_out(plan.problem, originals or operands, target)
+        self._write(plan, operands, target)
+        return out
+
+    def _host_out(self, out) -> np.ndarray:
+        if type(out) is np.ndarray:
+            return out
+        target, wrap = arrays_module.host_view(self.name, "out", out)
+        if wrap is not arrays_module.identity:
+            raise TypeError(f"{self.name}: out must be a NumPy array, as the operands are")
+        return target
+
+    def _write(self, plan: Plan, operands: tuple, out: np.ndarray):
+        if out.flags.carray:
+            plan.run(*operands, out=out)
+        else:
+            out[...] = plan.run(*operands)
+
+    def _check_out(self, problem: Problem, operands: tuple, out: np.ndarray):
+        assert problem.out is not None
+        shape, dtype = problem.out
+        if out.shape != shape or out.dtype != dtype:
+            raise ValueError(
+                f"{self.name}: out must have shape {shape} and dtype {dtype}, "
+                f"got shape {out.shape} and dtype {out.dtype}"
+            )
+        if not out.flags.writeable:
+            raise ValueError(f"{self.name}: out is read-only")
+        for i, (name, operand) in enumerate(zip(self.operands, operands, strict=True)):
+            if operand is None or not np.shares_memory(out, operand):
+                continue
+            if i not in self.in_place:
+                raise ValueError(f"{self.name}: out overlaps {name}")
+            if not _is_same_view(out, operand):
+                raise ValueError(f"{self.name}: out overlaps {name} without being the same array")
+
+
+def _is_same_view(a: np.ndarray, b: np.ndarray) -> bool:
+    first, second = a.__array_interface__, b.__array_interface__
+    return first["data"][0] == second["data"][0] and (a.shape, a.strides, a.dtype) == (b.shape, b.strides, b.dtype)
+
+
+def _batched_shapes(operands: tuple, unbatched: tuple[int, ...]) -> list[tuple[int, ...] | None]:
+    """The operands' shapes in normal form."""
+    shapes = [None if a is None else a.shape for a in operands]
+    return [(1, *shape) if i in unbatched and shape is not None else shape for i, shape in enumerate(shapes)]
+
+
+def forget_plans():
+    """Plan every call anew: for whoever changes what plans are made from, such as the threshold for splitting work."""
+    for operation in _operations:
+        operation.plans.clear()
