@@ -48,21 +48,26 @@ def implementation_module(backend: str, family: str):
 
 
 @lru_cache(maxsize=64)
-def choose_backend(settings) -> tuple[str, dict[str, str]]:
-    """The backend for host arrays under these settings, and why not the others.
+def choose_backend(settings, on_device: bool = False) -> tuple[str, dict[str, str]]:
+    """The backend under these settings for arrays on the host or on a GPU, and why not the others.
 
     An explicit choice that cannot be met raises RuntimeError with the reason; only "auto" falls back.
     """
     missing = machine_module.unavailable_backends()
+    device_of = settings_module.DEVICE_OF
     if settings.backend is not None:
         if settings.backend in missing:
             raise RuntimeError(f"backend {settings.backend!r} is not available: {missing[settings.backend]}")
+        if on_device and device_of[settings.backend] != "gpu":
+            raise RuntimeError(f"backend {settings.backend!r} runs on the CPU, but the arrays lie on the GPU")
         return settings.backend, {}
-    if settings.device == "gpu":
-        usable = [name for name, device in settings_module.DEVICE_OF.items() if device == "gpu" and name not in missing]
+    if on_device and settings.device == "cpu":
+        raise RuntimeError("device 'cpu' was asked for, but the arrays lie on the GPU; copy them to the host")
+    if on_device or settings.device == "gpu":
+        usable = [name for name, device in device_of.items() if device == "gpu" and name not in missing]
         if not usable:
             raise RuntimeError(f"device 'gpu' is not available: {missing['cuda']}")
-        return usable[0], {}
+        return usable[0], {name: missing[name] for name in missing if device_of[name] == "gpu"}
     return "cpu", missing | {"reference": "slower by construction; ask for it with using(backend='reference')"}
 
 

@@ -5,6 +5,7 @@ import os
 import platform
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,12 @@ def cuda_devices() -> tuple[tuple[str, ...], str | None]:
 def unavailable_backends() -> dict[str, str]:
     """Backend -> why it cannot be used here; a usable backend is not in it."""
     _, no_device = cuda_devices()
-    reason = "this version has kernels for the CPU only"
+    missing = {"cupy": "this version has no CuPy kernels"}
     if no_device:
-        reason = f"{no_device}; and {reason}"
-    return {"cuda": reason, "cupy": reason}
+        missing["cuda"] = no_device
+    elif find_spec("numba_cuda") is None or find_spec("cuda.bindings") is None:
+        missing["cuda"] = "numba-cuda is not installed (extra: cuda13 or cuda12)"
+    return missing
 
 
 def thread_limit() -> int:

@@ -1,6 +1,7 @@
 """The tests' own cache folder and thread limit, set before Numba is imported; the peers' fixtures."""
 
 import os
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "numba"))
@@ -35,6 +36,32 @@ def backend(request):
 
     with tilewise.using(backend=request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """A GPU executed on the CPU (tests/simt); a visible skip where its tools are missing."""
+    from simt import emulator as module
+
+    reason = module.why_not()
+    if reason:
+        pytest.skip(reason)
+    return module.Emulator()
+
+
+@pytest.fixture
+def gpu(emulator, request):
+    """Backend "cuda" on the emulator, pinned; each test has a schedule of its own, always the same one."""
+    from simt.emulator import SCHEDULES
+    from simt.installed import emulated_gpu
+
+    import tilewise
+
+    number = zlib.crc32(request.node.name.encode())
+    emulator.schedule = list(SCHEDULES)[number % len(SCHEDULES)]
+    emulator.eager_copies = bool(number // len(SCHEDULES) % 2)
+    with emulated_gpu(emulator), tilewise.using(backend="cuda"):
+        yield emulator
 
 
 @pytest.fixture

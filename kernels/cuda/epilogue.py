@@ -1,0 +1,42 @@
+"""Activations of one number: what elementwise kernels apply, and others on the way to their results."""
+
+import math
+
+from tilewise.kernels.cuda.launch import device
+
+NONE, RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN = range(7)
+# The activations that conv2d, linear and batch_norm apply to their result.
+ACTIVATION_CODES = {None: NONE, "relu": RELU, "leaky_relu": LEAKY_RELU, "sigmoid": SIGMOID, "tanh": TANH}
+LEAKY_SLOPE = 0.01
+
+
+@device
+def activate(value, code, slope):
+    """The activation `code` of a number; NaN stays NaN. slope: leaky_relu's, of the number's type."""
+    nought, one = type(value)(0), type(value)(1)
+    if code == NONE or value != value:
+        return value
+    if code == RELU:
+        return value if value > nought else nought
+    if code == LEAKY_RELU:
+        return value if value > nought else value * slope
+    if code == SIGMOID:
+        e = math.exp(-abs(value))
+        return (e if value < nought else one) / (one + e)
+    if code == TANH:
+        return math.tanh(value)
+    positive, negative = one if value > nought else nought, one if value < nought else nought
+    return positive if code == STEP else positive - negative
+
+
+@device
+def gradient(grad, y, code, slope):
+    """grad times the activation's derivative, from the forward's output y."""
+    nought, one = type(y)(0), type(y)(1)
+    if code == RELU:
+        return nought if y <= nought else grad
+    if code == LEAKY_RELU:
+        return grad if y > nought else grad * slope
+    if code == SIGMOID:
+        return grad * y * (one - y)
+    return grad * (one - y * y)

@@ -1,0 +1,234 @@
+"""Arrays on a GPU: whose they are, where they lie, and how results become arrays of the same kind.
+
+A backend for GPUs works on `DeviceArray`s alone, a pointer with a shape and a dtype. Each belongs to a `Place`: a
+library that owns memory on one device (CuPy, PyTorch, Numba), or the host, whose arrays are copied there and back. It
+allocates results, knows the current stream, and wraps results into its library's arrays, without a copy.
+"""
+
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+
+
+class DeviceArray:
+    """shape, dtype and strides (bytes) of memory on a device; `owner` keeps it alive."""
+
+    __slots__ = ("dtype", "owner", "place", "pointer", "shape", "strides")
+
+    def __init__(self, place, pointer: int, shape: tuple[int, ...], dtype: np.dtype, owner, strides=None):
+        self.place, self.pointer, self.shape, self.dtype, self.owner = place, pointer, shape, dtype, owner
+        self.strides = row_major(shape, dtype.itemsize) if strides is None else strides
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether it lies in row-major order; axes of one element may have any stride."""
+        expected = row_major(self.shape, self.dtype.itemsize)
+        return self.size == 0 or all(
+            n == 1 or s == e for n, s, e in zip(self.shape, self.strides, expected, strict=True)
+        )
+
+    def reshape(self, *shape: int) -> "DeviceArray":
+        """The same memory; only for contiguous arrays."""
+        return DeviceArray(self.place, self.pointer, shape, self.dtype, self.owner)
+
+    def extent(self) -> tuple[int, int]:
+        """First byte and the one after the last that the elements take."""
+        if self.size == 0:
+            return self.pointer, self.pointer
+        reach = [s * (n - 1) for n, s in zip(self.shape, self.strides, strict=True)]
+        low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+        return self.pointer + low, self.pointer + high + self.dtype.itemsize
+
+
+def row_major(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    strides, step = [], itemsize
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+def overlap(a: DeviceArray, b: DeviceArray) -> bool:
+    """Whether the spans of memory meet, which is necessary for the arrays to overlap."""
+    (first, last), (begin, end) = a.extent(), b.extent()
+    return first < end and begin < last
+
+
+class Place:
+    """Memory of one library on one device.
+
+    engine: what compiles and starts kernels there (cuda/driver.py).
+    """
+
+    engine: Any
+
+    def stream(self) -> int:
+        """The stream that the library's next work goes to, as the driver's handle."""
+        raise NotImplementedError
+
+    def empty(self, shape: tuple[int, ...], dtype) -> DeviceArray:
+        raise NotImplementedError
+
+    def wrap(self, array: DeviceArray):
+        """The library's own array over this memory."""
+        raise NotImplementedError
+
+
+class HostPlace(Place):
+    """A device that host arrays are copied to, for one call."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def stream(self) -> int:
+        return 0
+
+    def empty(self, shape, dtype):
+        dtype = np.dtype(dtype)
+        memory = self.engine.allocate(prod(shape) * dtype.itemsize)
+        return DeviceArray(self, memory.pointer, tuple(shape), dtype, memory)
+
+    def copy_in(self, array: np.ndarray) -> DeviceArray:
+        result = self.empty(array.shape, array.dtype)
+        if array.size:
+            self.engine.write(result.owner, array)
+        return result
+
+    def copy_out(self, array: DeviceArray, out: np.ndarray | None = None) -> np.ndarray:
+        result = np.empty(array.shape, array.dtype) if out is None or not out.flags.c_contiguous else out
+        if array.size:
+            self.engine.read(array.owner, result)
+        if out is not None and result is not out:
+            out[...] = result
+        return result if out is None else out
+
+    wrap = copy_out
+
+
+class CupyPlace(Place):
+    def __init__(self, engine, ordinal: int):
+        import cupy
+
+        self.engine, self.ordinal, self._cupy = engine, ordinal, cupy
+
+    def stream(self):
+        return self._cupy.cuda.get_current_stream(self.ordinal).ptr
+
+    def empty(self, shape, dtype):
+        with self._cupy.cuda.Device(self.ordinal):
+            array = self._cupy.empty(shape, dtype)
+        return DeviceArray(self, array.data.ptr, tuple(shape), np.dtype(dtype), array)
+
+    def wrap(self, array):
+        return array.owner if array.owner.shape == array.shape else array.owner.reshape(array.shape)
+
+
+class TorchPlace(Place):
+    def __init__(self, engine, ordinal: int):
+        import torch
+
+        self.engine, self._torch, self.device = engine, torch, torch.device("cuda", ordinal)
+
+    def stream(self):
+        return self._torch.cuda.current_stream(self.device).cuda_stream
+
+    def empty(self, shape, dtype):
+        dtype = np.dtype(dtype)
+        tensor = self._torch.empty(tuple(shape), dtype=getattr(self._torch, dtype.name), device=self.device)
+        return DeviceArray(self, tensor.data_ptr(), tuple(shape), dtype, tensor)
+
+    def wrap(self, array):
+        return array.owner.reshape(array.shape)
+
+
+class NumbaPlace(Place):
+    def __init__(self, engine, ordinal: int):
+        from numba import cuda
+
+        self.engine, self.ordinal, self._cuda = engine, ordinal, cuda
+
+    def stream(self):
+        return 0  # Numba has no current stream: its arrays are used on the default one
+
+    def empty(self, shape, dtype):
+        with self._cuda.gpus[self.ordinal]:
+            array = self._cuda.device_array(tuple(shape), dtype)
+        return DeviceArray(self, array.device_ctypes_pointer.value, tuple(shape), np.dtype(dtype), array)
+
+    def wrap(self, array):
+        return array.owner if array.owner.shape == array.shape else array.owner.reshape(array.shape)
+
+
+@lru_cache(maxsize=64)
+def place_of(library: str, ordinal: int) -> Place:
+    from tilewise.kernels.cuda import driver
+
+    kinds = {"cupy": CupyPlace, "torch": TorchPlace, "numba": NumbaPlace}
+    return kinds[library](driver.engine(ordinal), ordinal)
+
+
+def host_place() -> HostPlace:
+    """The device that host arrays are sent to."""
+    from tilewise.kernels.cuda import driver
+
+    return HostPlace(driver.engine(0))
+
+
+def is_on_device(value) -> bool:
+    """Whether `value` is an array of a library that tilewise knows, on a CUDA device."""
+    if type(value).__module__.partition(".")[0] == "torch":
+        return value.device.type == "cuda"
+    return hasattr(value, "__cuda_array_interface__") or isinstance(value, DeviceArray)
+
+
+def device_view(function: str, name: str, value) -> DeviceArray:
+    """A view of a CUDA array's memory; nothing is copied.
+
+    Raises:
+        TypeError: a tensor that requires grad or is sparse; an array of a library that tilewise does not know.
+    """
+    if isinstance(value, DeviceArray):
+        return value
+    library = type(value).__module__.partition(".")[0]
+    if library == "torch":
+        return _torch_view(function, name, value)
+    described = value.__cuda_array_interface__
+    if described.get("mask") is not None:
+        raise TypeError(f"{function}: {name} is masked, which the kernels do not know")
+    if library == "cupy":
+        place = place_of("cupy", value.device.id)
+    elif library in ("numba", "numba_cuda"):
+        place = place_of("numba", value.gpu_data.device.id if hasattr(value.gpu_data, "device") else 0)
+    else:
+        raise TypeError(f"{function}: {name} is a {type(value).__name__}; use CuPy, Numba or PyTorch arrays on the GPU")
+    dtype = np.dtype(described["typestr"])
+    return DeviceArray(place, described["data"][0], tuple(described["shape"]), dtype, value, described.get("strides"))
+
+
+def _torch_view(function, name, tensor):
+    import torch
+
+    if tensor.requires_grad:
+        raise TypeError(f"{function}: {name} requires grad, which these kernels do not record; pass {name}.detach()")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{function}: {name} must be dense, got a tensor of layout {tensor.layout}")
+    if tensor.dtype == torch.bfloat16:
+        raise NotImplementedError(f"{function}: {name} is bfloat16, which the numba.cuda kernels do not have")
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    strides = tuple(s * dtype.itemsize for s in tensor.stride())
+    place = place_of("torch", tensor.device.index)
+    return DeviceArray(place, tensor.data_ptr(), tuple(tensor.shape), dtype, tensor, strides)

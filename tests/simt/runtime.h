@@ -1,0 +1,55 @@
+// A CUDA block executed on one operating-system thread: every CUDA thread is a fibre with a stack of its own, and gives
+// up the processor only where CUDA lets threads wait for each other. See runtime.cpp.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+struct Dim3 {
+    unsigned x, y, z;
+};
+
+// Of the fibre that runs now, and of its launch.
+extern Dim3 simt_tid, simt_ctaid, simt_ntid, simt_nctaid;
+
+// In which order the fibres of a block run between two barriers. A kernel without races gives the same result in all.
+enum Schedule {
+    FORWARD = 0,
+    REVERSE = 1,
+    SHUFFLED = 2,       // another order in each round
+    WARP_BY_WARP = 3,   // one warp as far as it gets before the next one starts
+    WARPS_REVERSED = 4,
+};
+
+enum Outcome { FINISHED = 0, DEADLOCK = -1, DIVERGED = -2 };
+
+// The static shared memory of the kernel that is launched next: one range for each array.
+void simt_no_static_shared();
+void simt_static_shared(unsigned char *begin, size_t bytes);
+
+// Runs every block of a grid, one after the other. `entry(arguments)` is one thread's work.
+int simt_launch(void (*entry)(void *), void *arguments, const Dim3 *grid, const Dim3 *block, size_t shared_bytes,
+                int schedule, int eager_copies);
+
+// Waits for all threads of the block that still run.
+void simt_barrier();
+// The same; returns how many gave a nonzero value (operation 0), whether all did (1), whether any did (2).
+int simt_barrier_reduce(int value, int operation);
+
+// Waits for the lanes of `mask` that still run; returns what each lane deposited: lane l at 128 * l.
+const unsigned char *simt_warp_exchange(unsigned mask, const void *deposit, size_t bytes);
+
+unsigned simt_thread();        // the thread's number in its block
+unsigned char *simt_dynamic_shared();   // the block's dynamic shared memory
+size_t simt_dynamic_bytes();
+// The host address of `bytes` of shared memory whose 32-bit address is given; faults outside of what the kernel has.
+unsigned char *simt_shared(uint32_t address, size_t bytes);
+void simt_fault(const char *message);   // ends the launch with DIVERGED
+int simt_eager_copies();
+
+// The copies that a thread has begun with cp.async (ptx.cpp): dropped when a block begins, checked when it ends.
+void simt_copies_begin(unsigned threads);
+int simt_copies_pending();
+const char *simt_message();
+}
