@@ -260,7 +260,7 @@ def _convolve_many(
     here = 1 if packed.size == 0 else 0
     own = scratch(here * groups * panels * 36 * apart(channels * NR), weight)
     for i in prange(here * groups * panels):
-        _pack_panel(weight, i, outputs, channels, own)
+        _pack_panel(weight, np.int64(i), outputs, channels, own)
     transformed = own if here else packed
     blocks = (total + TILES - 1) // TILES
     for chunk in prange(blocks * groups):

@@ -47,16 +47,16 @@ _PARALLEL = {
 _SHORTENED_FOR = "0.68."
 
 
-def _shortened_pipelines() -> tuple[dict, dict]:
-    """The options that shorten the compilation of device functions, and of parallel loops."""
-    if not numba.__version__.startswith(_SHORTENED_FOR):
-        return {}, {}
-    from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler
+def _shortened_pipelines(version: str) -> tuple[dict, dict, dict]:
+    """The options that shorten the compilation of device functions, and of kernels' serial and parallel forms."""
+    if not version.startswith(_SHORTENED_FOR):
+        return {}, {}, {}
+    from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler, SerialCompiler
 
-    return {"pipeline_class": DeviceCompiler}, {"pipeline_class": ParallelCompiler}
+    return tuple({"pipeline_class": kind} for kind in (DeviceCompiler, SerialCompiler, ParallelCompiler))
 
 
-_FOR_DEVICE, _FOR_PARALLEL = _shortened_pipelines()
+_FOR_DEVICE, _FOR_SERIAL, _FOR_PARALLEL = _shortened_pipelines(numba.__version__)
 
 KERNELS: list["Kernel"] = []  # every kernel of the loaded modules, for `python -m tilewise warmup` and the tests
 
@@ -125,6 +125,9 @@ def device(*, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: 
 
     Arrays are borrowed from the caller: counting references would cost two atomic operations for each array of each
     call, 120 cycles for three, more than copying a short row. A function that makes arrays must count them: allocates.
+
+    Numba compiles one anew for each literal number it is called with, and for the unsigned index of a prange: where a
+    large one is called with both, write np.int64(0), np.int64(chunk).
     """
     options = {"fastmath": set(fastmath), "error_model": "numpy", "inline": inline, "_nrt": allocates}
     return _njit(**options, **_FOR_DEVICE)
@@ -141,8 +144,7 @@ def compiled(function: Callable, fastmath: frozenset, parallel: bool):
         twin.__module__ = function.__module__
         function = twin
     options: dict[str, Any] = {"fastmath": set(fastmath), "nogil": True, "error_model": "numpy"}
-    if parallel:
-        options |= {"parallel": _PARALLEL, **_FOR_PARALLEL}
+    options |= {"parallel": _PARALLEL, **_FOR_PARALLEL} if parallel else _FOR_SERIAL
     dispatcher = _njit(**options)(function)
     cache = _open_cache(function)
     if cache is not None:
