@@ -166,15 +166,18 @@ for layout in ("NCHW", "NHWC"):
             size = (outputs, channels // options.get("groups", 1), k, k)
             weight = fenced_copy(rng.standard_normal(size, dtype=np.float32))
             bias = fenced_copy(rng.standard_normal(outputs, dtype=np.float32))
-            y = kernels.conv2d(x, weight, bias, layout=layout, algorithm="auto", **options)
-            out = fenced_copy(y)
-            kernels.conv2d(x, weight, bias, layout=layout, out=out, **options)
-            assert (out == y).all()
-            prepared = kernels.prepare_conv2d(weight, bias, layout=layout, **options)
-            kernels.conv2d(x, weight, bias, layout=layout, add=fenced_copy(y), out=out, **options)
-            # the weights being free, it may choose Winograd where the plain call does not
-            assert np.allclose(prepared(x, add=fenced_copy(y), out=y), out, rtol=0, atol=1e-2)
-            kernels.conv2d_backward(out, x, weight, layout=layout, **options)
+            y = kernels.conv2d(x, weight, bias, layout=layout, **options)
+            for algorithm in ("direct", "gemm", "winograd", "depthwise"):
+                chosen = options | {"layout": layout, "algorithm": algorithm}
+                try:
+                    out = fenced_copy(kernels.conv2d(x, weight, bias, **chosen))
+                except ValueError as error:
+                    assert "does not apply" in str(error)
+                    continue
+                added = kernels.conv2d(x, weight, bias, add=fenced_copy(y), out=out, **chosen)
+                prepared = kernels.prepare_conv2d(weight, bias, **chosen)
+                assert (prepared(x, add=fenced_copy(y), out=fenced_copy(y)) == added).all()
+            kernels.conv2d_backward(y, x, weight, layout=layout, **options)
 x = fenced_copy(rng.standard_normal((3, 400, 5, 5), dtype=np.float32))  # joined to one image
 kernels.conv2d(x, fenced_copy(rng.standard_normal((400, 400, 1, 1), dtype=np.float32)), add=fenced_copy(x))
 print("done")

@@ -86,8 +86,7 @@ def test_results_of_many_threads_do_not_share_memory():
     assert not failures
 
 
-def test_a_torch_result_keeps_its_memory(rng):
-    torch = pytest.importorskip("torch")
+def test_a_torch_result_keeps_its_memory(rng, torch):
     x = torch.from_numpy(rng.standard_normal((4, 8, 32, 32)).astype(np.float32))
     state = torch.zeros(8), torch.ones(8)
     y = tilewise.batch_norm(x, *state, eps=0)

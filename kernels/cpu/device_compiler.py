@@ -14,12 +14,14 @@ A kernel from the cache is not compiled from these functions any more, so it nev
 import ctypes
 import gc
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 
+from llvmlite import ir
 from numba import _dynfunc  # pyright: ignore[reportAttributeAccessIssue]
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
+from numba.core.registry import cpu_target
 from numba.core.typed_passes import NativeLowering, NativeParforLowering
 
 
@@ -31,17 +33,31 @@ class _LinkedLibrary(JITCodeLibrary):
         self._finalized = True
 
 
-class _WrapperLibrary(_LinkedLibrary):
-    """As that, and not optimised before the library that it is linked into is."""
+class _LoopLibrary(_LinkedLibrary):
+    """As that, and optimised but once, in the kernel that it is linked into: as a serial loop is."""
 
     def _optimize_final_module(self):
-        if self.name.startswith("__numba_parfor_gufunc"):  # the loop's body itself
-            super()._optimize_final_module()
+        pass
 
 
-@ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-def _refuse(closure, args, kwargs):
-    raise TypeError("a device function has no machine code of its own: only kernels can call it")
+_REFUSAL = ctypes.create_string_buffer(b"a device function has no machine code of its own: only kernels can call it")
+
+
+@lru_cache(maxsize=1)
+def _refusal() -> tuple[JITCodeLibrary, int]:
+    """Machine code that raises a TypeError, and where it lies; what a ctypes callback raises would only be printed."""
+    module, pointer, size = ir.Module("tilewise_refusal"), ir.IntType(8).as_pointer(), ir.IntType(64)
+    entry = ir.Function(module, ir.FunctionType(pointer, [pointer] * 3), "tilewise_refusal")
+    builder = ir.IRBuilder(entry.append_basic_block())
+    addresses = ctypes.cast(ctypes.pythonapi.PyErr_SetString, ctypes.c_void_p).value, id(TypeError)
+    raising = ir.FunctionType(ir.VoidType(), [pointer] * 2).as_pointer()
+    values = [size(address).inttoptr(pointer) for address in (*addresses, ctypes.addressof(_REFUSAL))]
+    builder.call(builder.bitcast(values[0], raising), values[1:])
+    builder.ret(pointer(None))
+    library = JITCodeLibrary(cpu_target.target_context.codegen(), module.name)
+    library.add_ir_module(module)
+    library.finalize()
+    return library, library.get_pointer_to_function(entry.name)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -57,7 +73,7 @@ class _LinkedLowering(NativeLowering):
         super().run_pass(state)
         lowered = state["cr"]
         # Numba knows a compiled function by its entry from Python.
-        address = ctypes.cast(_refuse, ctypes.c_void_p).value
+        _, address = _refusal()
         entry = _dynfunc.make_function(
             lowered.fndesc.lookup_module(), state.func_id.func_name, "", address, lowered.env, (state.library,)
         )
@@ -86,7 +102,7 @@ class _ParallelLowering(NativeParforLowering):
         codegen = state.targetctx.codegen()
         state.library = codegen.create_library(state.func_id.func_qualname)
         state.library.enable_object_caching()
-        codegen._library_class, codegen.set_env = _WrapperLibrary, partial(_set_env, codegen)
+        codegen._library_class, codegen.set_env = _LoopLibrary, partial(_set_env, codegen)
         try:
             return super().run_pass(state)
         finally:
