@@ -276,6 +276,55 @@ def test_too_large_a_sum_is_infinite(rng, backend):
     np.testing.assert_array_equal(tilewise.matmul(a, b.T), 0)
 
 
+@pytest.fixture
+def tiny_calls(monkeypatch):
+    """How many plans took the short way for tiny operands."""
+    from tilewise.kernels import operation
+
+    made = []
+    prepare = half._prepare_tiny
+    monkeypatch.setattr(half, "_prepare_tiny", lambda *a: (made.append(1), prepare(*a))[1])
+    operation.forget_plans()
+    yield made
+    operation.forget_plans()
+
+
+@pytest.mark.parametrize("count", [half.TINY - 1, half.TINY, half.TINY + 1])
+def test_tiny_operands_take_the_short_way(rng, tiny_calls, count):
+    x = halves(rng, count)
+    x[:4] = np.nan, np.inf, -np.inf, -0.0
+    y = tilewise.relu(x)
+    assert len(tiny_calls) == (count <= half.TINY)
+    np.testing.assert_array_equal(y.view(np.uint16), tilewise.relu(x.astype(np.float32)).astype(HALF).view(np.uint16))
+    np.testing.assert_array_equal(tilewise.relu(x[::-2]), y[::-2])
+    assert (tilewise.relu(np.stack([x] * 3).T[:, 1]) == y)[1:].all()
+
+
+def test_tiny_operands_of_every_kind_take_the_short_way(rng, tiny_calls):
+    """Several results, results of other dtypes, absent operands, and results that are not tiny."""
+    x, w, bias = halves(rng, 2, 3, 6, 6), halves(rng, 3, 3, 3, 3), halves(rng, 3)
+    check(tilewise.conv2d, x, w, bias, padding=1)
+    check(tilewise.conv2d, x, w, None, padding=1)
+    check(tilewise.conv2d_backward, x, x, w, padding=1)
+    check(tilewise.max_pool2d, x, 2, return_indices=True)
+    check(tilewise.avg_pool2d, x, 2)
+    check(tilewise.matmul, halves(rng, 40, 3), halves(rng, 3, 40))  # 1600 results
+    check(tilewise.matmul, halves(rng, 0, 3), halves(rng, 3, 4))
+    out = np.empty_like(x)
+    assert tilewise.conv2d(x, w, bias, padding=1, out=out) is out
+    np.testing.assert_array_equal(out, tilewise.conv2d(x, w, bias, padding=1))
+    assert len(tiny_calls) == 8
+
+
+def test_statistics_that_are_updated_do_not_take_the_short_way(rng, tiny_calls):
+    x = halves(rng, 2, 3, 4, 4)
+    mean, variance = np.zeros(3, HALF), np.ones(3, HALF)
+    check(tilewise.batch_norm, x, mean, variance, training=True)
+    assert not tiny_calls
+    check(tilewise.batch_norm, x, mean, variance)
+    assert len(tiny_calls) == 1
+
+
 def test_explain_says_what_is_computed_in(rng):
     x, w = halves(rng, 8, 256, 14, 14), halves(rng, 256, 256, 3, 3)
     decision = tilewise.explain(tilewise.conv2d, x, w, padding=1)
