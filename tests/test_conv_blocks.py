@@ -11,7 +11,7 @@ import pytest
 from conv_cases import FLOATS, LAYOUTS, Case, laid, nchw, reference
 from tolerances import assert_close
 
-from tilewise import kernels
+from tilewise import explain, kernels, using
 from tilewise.kernels import operation
 from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_pass, conv_weight
 from tilewise.kernels.cpu.simd import lane_count
@@ -146,6 +146,32 @@ def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, wi
     wide = None if add is None else add.astype(np.float64)
     expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu", add=wide)
     assert_close(y, expected, reduction=case.taps)
+
+
+# what explain says of the way taken, which the tests above show to be taken
+DETOURS = [
+    (THROUGH, {}, "x and the result go through NHWC"),
+    (THROUGH._replace(n=300), {}, "x and the result go through NHWC, 150 images at a time"),
+    (THROUGH, {"layout": "NHWC"}, ""),
+    (THROUGH._replace(h=17, w=17), {}, ""),
+    (THROUGH._replace(n=3, c=400, o=400, kernel=(1, 1), padding=0), {}, "the batch's small images are joined to one"),
+    (THROUGH._replace(n=1, c=400, o=400, kernel=(1, 1), padding=0), {}, ""),
+    (Case(1, 64, 8, 8, 64, (3, 3), 1, 1), {"algorithm": "winograd"}, "x and the result go through NHWC"),
+    (Case(0, 64, 8, 8, 64, (3, 3), 1, 1), {}, ""),
+]
+
+
+@pytest.mark.parametrize(("case", "options", "note"), DETOURS)
+def test_explain_tells_of_copied_images(rng, case, options, note):
+    layout = options.get("layout", "NCHW")
+    x, weight, bias = case.arrays(rng, np.float32, layout)
+    options = {"algorithm": "gemm"} | options | case.options
+    decision = explain(kernels.conv2d, x, weight, bias, **options)
+    assert decision.note == note
+    assert note in str(decision)
+    assert explain(kernels.prepare_conv2d(weight, bias, **options), x).note == note
+    with using(backend="reference"):
+        assert not explain(kernels.conv2d, x, weight, bias, **options).note
 
 
 FENCED = """

@@ -184,6 +184,7 @@ class _PointwiseJoined:
     __slots__ = ("join", "move", "part", "sizes")
 
     packing = None
+    detour = "the batch's small images are joined to one"
 
     def __init__(self, n, pixels, weight, dtype, activation):
         outputs, channels = weight[:2]
@@ -251,6 +252,10 @@ class _Halves:
             move(x[images], weight, y[images], bias, more, packed)
 
     @property
+    def detour(self):
+        return f"{self.move.detour}, {self.some} image{'s' * (self.some > 1)} at a time"
+
+    @property
     def packing(self):
         return self.move.packing
 
@@ -294,6 +299,8 @@ class _ThroughNHWC:
     """
 
     __slots__ = ("move", "turn_x", "turn_y", "x", "y")
+
+    detour = "x and the result go through NHWC"
 
     def __init__(self, x, weight, y, prepare):
         self.x, self.y = (x[0], x[1], x[2] * x[3]), (y[0], y[2] * y[3], y[1])

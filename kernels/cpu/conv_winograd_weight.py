@@ -151,7 +151,8 @@ def _transform_x(x, unit, c, geometry, places, target, step, values):
     stage = scratch(6 * pitch * LANES, x)
     clear_row(address(stage, 0), 6 * pitch * LANES)
     image = unit // rows
-    _fill_stage(x, image, np.int64(6), h, w, (unit - image * rows) * 4 - top, channels, c, geometry[12], places, pitch, stage)
+    first = (unit - image * rows) * 4 - top
+    _fill_stage(x, image, np.int64(6), h, w, first, channels, c, geometry[12], places, pitch, stage)
     for tile in range(columns):
         source = address(stage, tile * 4 * LANES)
         input_transform(address(values, target + tile * NR), step, source, pitch * LANES, LANES)
@@ -165,7 +166,8 @@ def _transform_grad(grad, unit, o, geometry, places, target, step, values):
     stage = scratch(4 * pitch * LANES, grad)
     clear_row(address(stage, 0), 4 * pitch * LANES)
     image = unit // rows
-    _fill_stage(grad, image, np.int64(4), oh, ow, (unit - image * rows) * 4, outputs, o, geometry[12], places, pitch, stage)
+    first = (unit - image * rows) * 4
+    _fill_stage(grad, image, np.int64(4), oh, ow, first, outputs, o, geometry[12], places, pitch, stage)
     for tile in range(columns):
         source = address(stage, tile * 4 * LANES)
         grad_transform(address(values, target + tile * PANEL), step, source, pitch * LANES, LANES)
@@ -290,8 +292,8 @@ def weight_gradient(x, grad, result, bias, geometry):
         last = first + units == n * rows
         for block in prange(blocks):
             finite[block] &= _block(
-                u, v, units * columns, u_step, v_step, geometry, np.int64(block), across, sums, 1 if first > 0 else 0, last,
-                result,
+                u, v, units * columns, u_step, v_step, geometry, np.int64(block), across, sums, 1 if first > 0 else 0,
+                last, result,
             )  # fmt: skip
         if bias.size > 0:
             for o in range(0, outputs, LANES):
