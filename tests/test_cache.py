@@ -198,3 +198,33 @@ def test_the_shortened_pipeline_computes_what_numba_s_own_does(tmp_path):
 def test_only_the_numba_it_was_tested_with_gets_the_shortened_pipeline():
     assert all(jit._shortened_pipelines("0.68.1"))
     assert not any(any(jit._shortened_pipelines(version)) for version in ("0.67.0", "0.69.0", "1.0.0"))
+
+
+LOADED = """
+    import sys
+    import numpy as np, numba, tilewise as t
+    from tilewise.kernels import operation
+    from tilewise.kernels.cpu import jit, threads
+    x = np.linspace(-3, 3, 1000, dtype=np.float32).reshape(1, 10, 10, 10)
+    results = []
+    for below in (float("inf"), 0):
+        threads.SERIAL_BELOW = below
+        operation.forget_plans()
+        for call in (lambda: t.relu(x), lambda: t.max_pool2d(x, 3, 2), lambda: t.matmul(x[0, 0], x[0, 1])):
+            results.append(call())
+    first = "numba.np.linalg" in sys.modules
+    # what Numba did not load yet is there for whoever compiles
+    solve = numba.njit(lambda a, b: (np.linalg.solve(a, b), {"key": len(str(a.size))}))
+    solution, table = solve(np.eye(4) * 2, np.ones(4))
+    assert (solution == 0.5).all() and table["key"] == 2
+    assert (t.tanh(x) == np.tanh(x)).mean() > 0.2
+    print(first, *[r.tobytes().hex() for r in results])
+"""
+
+
+def test_loading_a_kernel_does_not_make_numba_load_its_compiler(tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_NUM_THREADS": "2"}
+    compiled, *first = run_python(LOADED, tmp_path, **cache).split()
+    loaded, *second = run_python(LOADED, tmp_path, **cache).split()
+    assert (compiled, loaded) == ("True", "False")
+    assert first == second

@@ -33,11 +33,12 @@ class _LinkedLibrary(JITCodeLibrary):
         self._finalized = True
 
 
-class _LoopLibrary(_LinkedLibrary):
-    """As that, and optimised but once, in the kernel that it is linked into: as a serial loop is."""
+class _WrapperLibrary(_LinkedLibrary):
+    """As that, and not optimised before the library that it is linked into is."""
 
     def _optimize_final_module(self):
-        pass
+        if self.name.startswith("__numba_parfor_gufunc"):  # the loop's body itself: 8 % faster products by it
+            super()._optimize_final_module()
 
 
 _REFUSAL = ctypes.create_string_buffer(b"a device function has no machine code of its own: only kernels can call it")
@@ -102,7 +103,7 @@ class _ParallelLowering(NativeParforLowering):
         codegen = state.targetctx.codegen()
         state.library = codegen.create_library(state.func_id.func_qualname)
         state.library.enable_object_caching()
-        codegen._library_class, codegen.set_env = _LoopLibrary, partial(_set_env, codegen)
+        codegen._library_class, codegen.set_env = _WrapperLibrary, partial(_set_env, codegen)
         try:
             return super().run_pass(state)
         finally:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.runtime import rtsys
 
 from tilewise.kernels.cpu import threads
 
@@ -227,7 +228,13 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig, target_context):
         try:
-            return super().load_overload(sig, target_context)
+            if not numba.__version__.startswith(_SHORTENED_FOR):
+                return super().load_overload(sig, target_context)
+            # Numba would load all that it can compile (and SciPy, where it is installed), 0.2 s, to link machine code
+            # that needs nothing of it but the counting of references. Whatever is compiled later still makes it do so.
+            rtsys.initialize(target_context)
+            with self._guard_against_spurious_io_errors():
+                return self._load_overload(sig, target_context)
         except (OSError, EOFError, ValueError):
             return None
 
