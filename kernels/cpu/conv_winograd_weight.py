@@ -215,7 +215,9 @@ def _write_weights(sums, start, step, pitch, o0, o1, c0, c1, channels, result):
     clear_row(address(taps, 0), max(9, LANES) * LANES)
     residue = scratch(9 * LANES, sums)
     clear_row(address(residue, 0), 9 * LANES)
-    places = np.arange(0, 9 * LANES, 9)
+    places = np.empty(LANES, np.int64)
+    for lane in range(LANES):
+        places[lane] = 9 * lane
     zero = sums.dtype.type(0)
     for o in range(o0, o1):
         for c in range(c0, c1, LANES):
@@ -274,7 +276,9 @@ def weight_gradient(x, grad, result, bias, geometry):
     blocks = (outputs + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS * across if result.size > 0 else 0
     whole = blocks * 36 * apart(BLOCK_OUTPUTS * BLOCK_PANELS * NR)
     sums = scratch(whole if part < n * rows else 0, x)[: whole if part < n * rows else 0]
-    finite = np.ones(blocks, np.bool_)
+    finite = np.empty(blocks, np.bool_)
+    for block in range(blocks):
+        finite[block] = True
     totals = scratch(bands * LANES, x)
     clear_row(address(totals, 0), bands * LANES)
     for first in range(0, n * rows, part):
@@ -302,4 +306,7 @@ def weight_gradient(x, grad, result, bias, geometry):
                 add_rows(address(totals, o), tiles, PANEL, units * columns)
     for o in range(bias.size):
         bias[o] = totals[o]
-    return finite.all()
+    everything = True  # finite.all() would make the first call compile it, and a later process import SciPy
+    for block in range(blocks):
+        everything &= finite[block]
+    return everything
