@@ -55,7 +55,8 @@ def _refusal() -> tuple[JITCodeLibrary, int]:
     values = [size(address).inttoptr(pointer) for address in (*addresses, ctypes.addressof(_REFUSAL))]
     builder.call(builder.bitcast(values[0], raising), values[1:])
     builder.ret(pointer(None))
-    library = JITCodeLibrary(cpu_target.target_context.codegen(), module.name)
+    codegen = cpu_target.target_context.codegen()  # pyright: ignore[reportAttributeAccessIssue]
+    library = JITCodeLibrary(codegen, module.name)
     library.add_ir_module(module)
     library.finalize()
     return library, library.get_pointer_to_function(entry.name)

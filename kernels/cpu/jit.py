@@ -54,7 +54,7 @@ def _shortened_pipelines(version: str) -> tuple[dict, dict, dict]:
         return {}, {}, {}
     from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler, SerialCompiler
 
-    return tuple({"pipeline_class": kind} for kind in (DeviceCompiler, SerialCompiler, ParallelCompiler))
+    return {"pipeline_class": DeviceCompiler}, {"pipeline_class": SerialCompiler}, {"pipeline_class": ParallelCompiler}
 
 
 _FOR_DEVICE, _FOR_SERIAL, _FOR_PARALLEL = _shortened_pipelines(numba.__version__)
