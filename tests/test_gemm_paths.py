@@ -23,10 +23,11 @@ DOTS = [
     (12, 10, 769), (15, 127, 384), (16, 6, 385), (33, 65, 800), (95, 20, 1537), (96, 30, 50), (97, 8, 70),
     (200, 1, 300), (131, 7, 900),
 ]  # fmt: skip
-# 448 rows and 1024 columns a block, 256 steps; from 1024 steps on the sums are collected beside C
+# 448 rows and 1024 columns a block, 256 steps; from 1024 steps on the sums are collected beside C;
+# beyond 512 columns (float32) 4 panels of B are packed together
 BLOCKS = [
     (97, 96, 96), (98, 127, 255), (112, 128, 256), (113, 129, 257), (449, 65, 100), (100, 1030, 97), (99, 70, 1024),
-    (98, 33, 1025), (105, 95, 1300), (97, 2100, 100), (64, 1100, 130),
+    (98, 33, 1025), (105, 95, 1300), (97, 2100, 100), (64, 1100, 130), (65, 639, 200), (97, 640, 257), (70, 641, 100),
 ]  # fmt: skip
 # rows a multiple of 2048 bytes apart, give or take less than a line: A is copied, C's sums collected from 513 steps on
 ALIASED = [(97, 512, 512), (99, 1039, 513), (113, 1024, 1009), (98, 527, 1025)]
