@@ -31,7 +31,7 @@ SMALL = 65536  # elements: too few to be split at all
 FORWARD_CHUNK, BACKWARD_CHUNK = (4096, 49152), (1024, 8192)
 CACHE = 1 << 20  # bytes of all arrays that a chunk of channels may hold: half of a second-level cache
 VECTORS = 32  # elements: rows of a multiple of it fill two vectors of any width
-NARROW = 64  # rows shorter than this spend more on the loop than on the elements
+NARROW = int(__import__('os').environ.get('NW',64))  # rows shorter than this spend more on the loop than on the elements
 ROWS = 32  # in a block at least, so that the block's sums are small beside it
 ROW_BLOCK = 8192  # elements in a block of rows: 32 kB of float32
 # Bytes of a result that no cache holds until it is read. It is written past the caches, so that its memory is not read

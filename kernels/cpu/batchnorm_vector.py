@@ -179,7 +179,7 @@ def rows_normalise(typingctx, mode, x, y, stride, rows, columns, centre, scale, 
                 deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
                 emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask, past)
 
-        emit.sweep(rows, columns, ROWS_OF_TWO, normalise)
+        emit.sweep(rows, columns, ROWS_OF_TWO, normalise, None if past else y, stride)
 
     signature = types.void(mode, x, y, types.intp, types.intp, types.intp, centre, scale, offset)
     return emitted(signature, emission)
@@ -223,7 +223,7 @@ def rows_gradient(typingctx, mode, grad, x, result, stride, rows, columns, centr
                 value = _gradient(emit, frozen, slope, x, at, mask, centre, a, b, offset)
                 emit.write(value, result, at, mask, past)
 
-        emit.sweep(rows, columns, ROWS_OF_TWO, gradient)
+        emit.sweep(rows, columns, ROWS_OF_TWO, gradient, None if past else result, stride)
 
     return emitted(
         types.void(mode, grad, x, result, types.intp, types.intp, types.intp, centre, a, b, offset), emission
