@@ -8,8 +8,8 @@ left after the last whole row are its tail.
 Unlike in NCHW, no group of channels can stay in a cache between the passes: a strip of them, a power of two of bytes
 apart, falls into a few of the cache's sets. So memory sees x twice, but for what a thread read last: there its second
 pass starts. Three transfers instead of two in training, five instead of three for the gradient: where the arrays leave
-the second-level cache, NCHW is faster by that much. Copying a strip of 4 to 32 cache lines of every pixel aside, so that
-it does fit, was 1.5 to 3 times slower for the gradient, with or without prefetching.
+the second-level cache, NCHW is faster by that much. Copying a strip of some cache lines of every pixel aside, so
+that it does fit, was 1.3 to 3 times slower for the gradient, with or without prefetching.
 """
 
 import numpy as np
