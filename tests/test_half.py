@@ -152,14 +152,9 @@ def test_other_functions(rng, backend, cases):
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
+def small_parts(planned_anew):
     """Parts of a few hundred elements, so that small operands are cut, the last part being another size."""
-    from tilewise.kernels import operation
-
-    monkeypatch.setattr(half, "PART", 300)
-    operation.forget_plans()
-    yield
-    operation.forget_plans()
+    planned_anew(half, "PART", 300)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -189,17 +184,13 @@ def test_parts_of_a_weight(rng, small_parts, rows):
     assert half_parts.cut("linear", [(65, 50), weight.shape, None], {}) is None
 
 
-def test_parts_do_not_change_a_bit(rng, monkeypatch):
-    from tilewise.kernels import operation
-
+def test_parts_do_not_change_a_bit(rng, planned_anew):
     calls = [*pools(rng, "NCHW", n=3, h=13), *pools(rng, "NHWC", n=3, h=13), *elementwise(rng, 7, 11, 13)]
     whole = [tupled(function(*args, **options)) for function, args, options in calls]
-    monkeypatch.setattr(half, "PART", 300)
-    operation.forget_plans()
+    planned_anew(half, "PART", 300)
     for (function, args, options), expected in zip(calls, whole, strict=True):
         for a, b in zip(tupled(function(*args, **options)), expected, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=function.__name__)
-    operation.forget_plans()
 
 
 def test_parts_are_used_where_operands_are_large(monkeypatch):
@@ -376,9 +367,9 @@ def test_conversions_are_exact():
     with np.errstate(invalid="ignore", over="ignore"):
         expected, rounded = bits.view(HALF).astype(np.float32), singles.astype(HALF)
     widened = np.empty(bits.size, np.float32)
-    half_convert.widen(0, bits, widened, 1, bits.size, bits.size, 0)
+    half_convert.convert(0, bits, 0, 0, widened, 0, 0, 1, bits.size)
     narrowed = np.empty(singles.size, np.uint16)
-    half_convert.narrow(0, singles, narrowed, 1, singles.size, singles.size, 0)
+    half_convert.convert(0, singles, 0, 0, narrowed, 0, 0, 1, singles.size)
     for actual, wanted in ((widened, expected), (narrowed.view(HALF), rounded)):
         number = ~np.isnan(wanted)
         np.testing.assert_array_equal(np.isnan(actual), ~number)
@@ -391,11 +382,11 @@ def test_rows_are_converted_in_place(rng, rows, length, step, start):
     source = halves(rng, rows * step + start)
     index = start + step * np.arange(rows)[:, None] + np.arange(length)
     target = np.full(rows * length + 16, 7, np.float32)
-    half_convert.widen(1e9, source.view(np.uint16), target, rows, length, step, start)
+    half_convert.convert(1e9, source.view(np.uint16), start, step, target, 0, length, rows, length)
     np.testing.assert_array_equal(target[: rows * length].reshape(rows, length), source[index])
     assert (target[rows * length :] == 7).all()
     back = np.full(source.size, 7, HALF)
-    half_convert.narrow(1e9, target, back.view(np.uint16), rows, length, step, start)
+    half_convert.convert(1e9, target, 0, length, back.view(np.uint16), start, step, rows, length)
     expected = np.full(source.size, 7, HALF)
     expected[index] = source[index]
     np.testing.assert_array_equal(back, expected)
