@@ -17,7 +17,7 @@ from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_pass, conv_weight
 from tilewise.kernels.cpu.simd import lane_count
 
 # the places of conv_nchw.plan's and conv_nhwc.plan's geometry
-NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "flat": 19, "line": 25, "in_place": 27}
+NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "line": 24, "in_place": 26}
 NHWC_FIELDS = {"rows": 14, "images": 15, "in_place": 18, "splits": 24}
 
 
@@ -50,8 +50,9 @@ def planned(case, layout, itemsize=4):
 
 NCHW_PATHS = {
     "read in place, the last block copied": (Case(5, 6, 14, 14, 16, (5, 5)), lambda p: p.in_place),
-    "several images a block": (Case(9, 40, 5, 5, 9, (1, 1)), lambda p: p.images > 1 and p.flat),
-    "several images a block, with a stride": (Case(9, 40, 9, 9, 9, (1, 1), 2), lambda p: p.images > 1 and not p.flat),
+    "several images a block": (Case(9, 40, 5, 5, 9, (1, 1)), lambda p: p.images > 1),
+    "several images a block, with a stride": (Case(9, 40, 9, 9, 9, (1, 1), 2), lambda p: p.images > 1),
+    "several images a block, in several planes": (Case(9, 40, 10, 6, 9, (2, 2), 2), lambda p: p.images > 1),
     "rows as one line": (Case(2, 8, 20, 20, 9, (1, 1)), lambda p: p.line > 20),
     "channels in blocks": (Case(2, 130, 12, 13, 17, (3, 3), 1, 1), lambda p: p.block < 130),
     "outputs in parts": (Case(1, 8, 8, 8, 8 * 36, (3, 3), 1, 1), lambda p: p.splits > 1),
