@@ -85,6 +85,7 @@ def offset_product_to(
         o, a, c, y, bias = loop.begin((a, a_tile), (c, c_tile), (y, y_tile), (bias, bias_tile))
         rest = builder.sub(outputs, o)
         left = row_pointers(tile, a, a_step, rest)
+        way.ask(y, y_step)
         way.write(_offset_sums(tile, left, b, offsets, depth, c, step, accumulate), y, y_step, rest, bias)
         loop.close()
         return context.get_dummy_value()
@@ -107,6 +108,14 @@ class _WayOut:
         for j in range(tile.vectors):
             one = builder.icmp_signed("<", *field[6 * j + 3 : 6 * j + 5])
             self.broken = builder.or_(self.broken, one)
+
+    def ask(self, y, y_step):
+        """Have the lines of y fetched while the sums are made."""
+        builder = self.tile.builder
+        for i in range(self.tile.rows):
+            base = builder.gep(y, [builder.mul(y_step, _I64(i))])
+            for offset, _ in self.offsets:
+                self.tile.emit.prefetch(builder.gep(base, [offset]), 3, write=True)
 
     def write(self, total, y, y_step, used, bias):
         """y's rows i < used = max(total + bias, floor), the lanes of the masks."""
