@@ -28,7 +28,6 @@ def panel_product_to(
             tile, columns, y_step, builder.icmp_signed("!=", has_extra, _I64(0)), floor_of(tile.emit, relu)
         )
         step = _I64(shape[0])
-        way.ask(y)
         way.write(way.sums(way.start(bias, extra, outputs), a, b, b_step, depth, outputs, panel), y, outputs)
         rest = builder.sub(outputs, step)
         with builder.if_then(builder.icmp_signed(">", rest, _I64(0))):
@@ -42,7 +41,6 @@ def panel_product_to(
             asking = builder.icmp_signed("<", o, _I64(shape[0] * shape[1]))
             ahead = builder.gep(b, [builder.add(width, builder.mul(builder.sdiv(o, step), _I64(tile.emit.lanes)))])
             ahead = ahead, builder.select(asking, b_step, _I64(0))
-            way.ask(y)
             way.write(way.sums(way.start(bias, extra, left), a, panel, width, depth, left, ahead=ahead), y, left)
             loop.close()
         return context.get_dummy_value()
@@ -69,14 +67,6 @@ class _WayThrough:
             yield i, builder.gep(pointer, [builder.mul(self.y_step, _I64(i))])
         builder.branch(end)
         builder.position_at_end(end)
-
-    def ask(self, y):
-        """Have the lines of y fetched while the sums are made."""
-        builder, tile = self.tile.builder, self.tile
-        for i in range(tile.rows):
-            row = builder.gep(y, [builder.mul(self.y_step, _I64(i))])
-            for j in range(tile.vectors):
-                tile.emit.prefetch(builder.gep(row, [_I64(j * tile.emit.lanes)]), 3, write=True)
 
     def start(self, bias, extra, count):
         """Accumulators that begin with bias and extra."""

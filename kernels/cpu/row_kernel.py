@@ -61,10 +61,6 @@ def row_product_to(
         floor = floor_of(emit, relu)
         loop, rows = Loop(builder, count, shape[0], "tile"), _I64(shape[0])
         i, bases, c, places = loop.begin((bases, rows), (c, builder.mul(c_step, rows)), (places, rows))
-        for row in range(shape[0]):  # y's lines come while the sums are made
-            where = builder.gep(y, [builder.load(builder.gep(places, [_I64(row)]))])
-            for j in range(shape[1]):
-                emit.prefetch(builder.gep(where, [_I64(j * emit.lanes)]), 3, write=True)
         total = _row_sums(tile, a, bases, *operands, tile.start(c, c_step, accumulate))
         used = builder.sub(count, i)
         end = builder.append_basic_block("written")
