@@ -158,7 +158,9 @@ rng = np.random.default_rng(0)
 for layout in ("NCHW", "NHWC"):
     for channels, outputs, k, options in (
         (5, 9, 3, {"padding": 1}), (5, 9, 3, {"padding": 1, "stride": 2}), (6, 16, 5, {}), (40, 33, 1, {}),
-        (40, 33, 1, {"stride": 2}), (3, 20, 3, {"stride": 3}), (6, 6, 3, {"groups": 6, "padding": 1}),
+        (40, 33, 1, {"stride": 2}), (70, 33, 1, {}),
+        (70, 33, 1, {"stride": 2}), (6, 9, 2, {"stride": 2}), (3, 20, 3, {"stride": 3}),
+        (6, 6, 3, {"groups": 6, "padding": 1}),
         (140, 70, 3, {"padding": 1}),
     ):
         for h, w in ((7, 7), (17, 19)):
