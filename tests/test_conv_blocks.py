@@ -17,7 +17,7 @@ from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_pass, conv_weight
 from tilewise.kernels.cpu.simd import lane_count
 
 # the places of conv_nchw.plan's and conv_nhwc.plan's geometry
-NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "flat": 19, "line": 25, "in_place": 27}
+NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "line": 24, "in_place": 26}
 NHWC_FIELDS = {"rows": 14, "images": 15, "in_place": 18, "splits": 24}
 
 
@@ -50,9 +50,8 @@ def planned(case, layout, itemsize=4):
 
 NCHW_PATHS = {
     "read in place, the last block copied": (Case(5, 6, 14, 14, 16, (5, 5)), lambda p: p.in_place),
-    "several images a block": (Case(9, 40, 5, 5, 9, (1, 1)), lambda p: p.images > 1 and p.flat),
-    "several images a block, with a stride": (Case(9, 40, 9, 9, 9, (1, 1), 2), lambda p: p.images > 1 and not p.flat),
-    "rows as one line": (Case(2, 8, 20, 20, 9, (1, 1)), lambda p: p.line > 20),
+    "several images a block, in several planes": (Case(9, 40, 10, 6, 9, (2, 2), 2), lambda p: p.images > 1),
+    "rows as one line": (Case(2, 8, 20, 20, 9, (3, 1)), lambda p: p.line > 20),
     "channels in blocks": (Case(2, 130, 12, 13, 17, (3, 3), 1, 1), lambda p: p.block < 130),
     "outputs in parts": (Case(1, 8, 8, 8, 8 * 36, (3, 3), 1, 1), lambda p: p.splits > 1),
     "a last block with fewer rows": (Case(1, 3, 75, 70, 9, (3, 3), 1, 1), lambda p: 75 % p.rows),
@@ -134,12 +133,14 @@ def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, wi
     """5 small images, 2 at a time, with a summand or without."""
     monkeypatch.setattr(conv_pass, "COPIES", 0)
     parts = []
-    once = conv_pass._Halves.__call__
-    monkeypatch.setattr(conv_pass._Halves, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1])
+    once = conv_pass._BatchInParts.__call__
+    monkeypatch.setattr(
+        conv_pass._BatchInParts, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1]
+    )
     operation.forget_plans()
-    case = Case(5, 400, 5, 1, 400, (kernel, kernel), 1, kernel // 2)
+    case = Case(5, 400, 3, 1, 400, (kernel, kernel), 1, kernel // 2)
     x, weight, bias = case.arrays(rng, dtype)
-    add = rng.standard_normal((5, 400, 5, 1)).astype(dtype) if with_add else None
+    add = rng.standard_normal((5, 400, 3, 1)).astype(dtype) if with_add else None
     y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm", add=add)
     operation.forget_plans()
     assert parts == [2]
@@ -183,7 +184,9 @@ rng = np.random.default_rng(0)
 for layout in ("NCHW", "NHWC"):
     for channels, outputs, k, options in (
         (5, 9, 3, {"padding": 1}), (5, 9, 3, {"padding": 1, "stride": 2}), (6, 16, 5, {}), (40, 33, 1, {}),
-        (40, 33, 1, {"stride": 2}), (3, 20, 3, {"stride": 3}), (6, 6, 3, {"groups": 6, "padding": 1}),
+        (40, 33, 1, {"stride": 2}), (70, 33, 1, {}),
+        (70, 33, 1, {"stride": 2}), (6, 9, 2, {"stride": 2}), (3, 20, 3, {"stride": 3}),
+        (6, 6, 3, {"groups": 6, "padding": 1}),
         (140, 70, 3, {"padding": 1}),
     ):
         for h, w in ((7, 7), (17, 19)):

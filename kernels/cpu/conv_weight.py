@@ -19,9 +19,9 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu import conv_nchw, conv_nhwc
-from tilewise.kernels.cpu.conv_nchw import copy_planes
 from tilewise.kernels.cpu.conv_nhwc import copy_padded
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
+from tilewise.kernels.cpu.phase_planes import copy_planes
 from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row
 from tilewise.kernels.cpu.scratch import scratch
