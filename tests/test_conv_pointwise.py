@@ -45,7 +45,7 @@ def check(rng, case, dtype, activation=None, with_add=False):
 def test_pixels_left_over(rng, dtype, activation, with_add, stride):
     lane = lane_count(np.dtype(dtype).itemsize)
     for rest in range(1, 3 * lane // 8 + 1):
-        case = Case(2, 2 * CHANNELS, 1, (3 * lane + rest) * stride, 2 * (MR + 1), (1, 1), stride, groups=2)
+        case = Case(2, 2 * CHANNELS, 1, (3 * lane + rest) * stride, 4 * MR, (1, 1), stride, groups=2)
         pixels, whole, _ = planned(case, dtype)
         assert pixels - whole == rest
         check(rng, case, dtype, activation, with_add)
@@ -56,7 +56,7 @@ def test_pixels_left_over(rng, dtype, activation, with_add, stride):
 def test_pixels_and_outputs_around_every_edge(rng, dtype, channels):
     lane = lane_count(np.dtype(dtype).itemsize)
     for pixels in (1, lane - 1, lane, lane + 1, 2 * lane + 1, NV * lane, NV * lane + 1, 5 * NV * lane + 1):
-        for outputs in (1, MR - 1, MR, MR + 1):
+        for outputs in (1, MR - 1, MR, MR + 1, 2 * MR):
             check(rng, Case(1, channels, 1, pixels, outputs, (1, 1)), dtype)
 
 
@@ -72,7 +72,10 @@ def test_strides(rng, dtype, stride, size):
 def test_outputs_in_parts(rng, dtype, monkeypatch):
     monkeypatch.setattr(conv_pointwise, "WEIGHT_BYTES", 1 << 14)
     operation.forget_plans()
-    case = Case(9, 80, 7, 7, 8 * MR * 4 + 3, (1, 1))
-    assert planned(case, dtype)[2] > 1
-    check(rng, case, dtype, "relu", True)
+    for outputs in (8 * MR * 4, 8 * MR * 4 + 3):
+        case = Case(9, 80, 7, 7, outputs, (1, 1))
+        pixels, whole, parts = planned(case, dtype)
+        assert parts > 1
+        assert (pixels > whole) == (outputs % MR == 0)
+        check(rng, case, dtype, "relu", True)
     operation.forget_plans()

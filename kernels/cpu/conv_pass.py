@@ -204,7 +204,7 @@ class _PointwiseJoined:
 def _pointwise(x, weight, dtype, stride, groups, activation):
     n, pixels = x[0], x[2] * x[3]
     lane = lane_count(dtype.itemsize)
-    alone = n * ceil(conv_pointwise.whole_pixels(pixels, weight[1], lane) / lane)
+    alone = n * ceil(conv_pointwise.whole_pixels(pixels, weight[1], weight[0] // groups, lane) / lane)
     joined = ceil(n * pixels / lane)
     # copying in and out costs about as much as 32 products a number
     if stride == (1, 1) and groups == 1 and alone - joined > alone * max(32 / weight[0], 32 / weight[1]) + alone / 16:

@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.epilogue import activate_row
-from tilewise.kernels.cpu.gemm_dots import ROWS, single_dots, tall_dots
+from tilewise.kernels.cpu.gemm_dots import ROWS, tall_dots
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.panel_kernel import panel_product_to
 from tilewise.kernels.cpu.phase_planes import copy_plane
@@ -41,11 +41,13 @@ WEIGHT_BYTES = 1 << 20
 DOTS_FROM = 64
 
 
-def whole_pixels(pixels, channels, lane):
+def whole_pixels(pixels, channels, outputs, lane):
     """The pixels that panels take; those left over are dot products."""
     rest = pixels % lane
+    # whole tiles of dot products (ROWS divides MR): others would be compiled for outputs that networks do not have
+    enough = outputs % MR == 0 and channels >= DOTS_FROM
     # 6 dot products of 16 lanes cost 1.5 cycles a step for 8 outputs, a panel of one vector 4.5
-    return pixels - rest if pixels > rest and 8 * rest <= 3 * lane and channels >= DOTS_FROM else pixels
+    return pixels - rest if enough and pixels > rest and 8 * rest <= 3 * lane else pixels
 
 
 def plan(n, groups, channels, size, outputs, stride, itemsize, activation):
@@ -53,7 +55,7 @@ def plan(n, groups, channels, size, outputs, stride, itemsize, activation):
     h, w = size
     oh, ow = ceil(h / stride[0]), ceil(w / stride[1])
     lane = lane_count(itemsize)
-    whole = whole_pixels(oh * ow, channels, lane)
+    whole = whole_pixels(oh * ow, channels, outputs, lane)
     panels = ceil(whole / (NV * lane))
     strided = stride != (1, 1)
     some = STRIDED_PANELS if strided else PANELS
@@ -94,30 +96,20 @@ def _take_lines(x, start, line, lines, geometry, phase, taken):
 
 @device(allocates=True)
 def _dots(x, source, step, weight, left, count, depth, outputs, y, target, pixels, bias, bias_start, extra, code):
-    """`count` pixels by dot products."""
+    """`count` pixels by dot products; outputs: a multiple of ROWS."""
     columns, sums = scratch(count * depth, x), scratch(outputs * count, x)
     for j in range(count):
         gather_row(address(columns, j * depth), address(x, source + j), depth, step)
+    for o in range(0, outputs, ROWS):
+        tall_dots(
+            address(weight, left + o * depth), depth, address(columns, 0), depth, depth, address(sums, o * count),
+            count, count, 0,
+        )  # fmt: skip
     for o in range(outputs):
         shift = bias[bias_start + o] if bias.size > 0 else x.dtype.type(0)
         for j in range(count):
-            sums[o * count + j] = shift + (extra[target + o * pixels + j] if extra.size > 0 else x.dtype.type(0))
-    o = 0
-    while o + ROWS <= outputs:
-        tall_dots(
-            address(weight, left + o * depth), depth, address(columns, 0), depth, depth, address(sums, o * count),
-            count, count, 1,
-        )  # fmt: skip
-        o += ROWS
-    while o < outputs:
-        single_dots(
-            address(weight, left + o * depth), depth, address(columns, 0), depth, depth, address(sums, o * count),
-            count, count, 1,
-        )  # fmt: skip
-        o += 1
-    for o in range(outputs):
-        for j in range(count):
-            y[target + o * pixels + j] = sums[o * count + j]
+            at = target + o * pixels + j
+            y[at] = sums[o * count + j] + shift + (extra[at] if extra.size > 0 else x.dtype.type(0))
         if code != 0:
             activate_row(y, target + o * pixels, count, code)
     keep(columns)
