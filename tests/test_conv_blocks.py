@@ -155,7 +155,11 @@ DETOURS = [
     (THROUGH._replace(n=300), {}, "x and the result go through NHWC, 150 images at a time"),
     (THROUGH, {"layout": "NHWC"}, ""),
     (THROUGH._replace(h=17, w=17), {}, ""),
-    (THROUGH._replace(n=3, c=400, o=400, kernel=(1, 1), padding=0), {}, "the batch's small images are joined to one"),
+    (
+        THROUGH._replace(n=8, c=400, h=1, w=3, o=400, kernel=(1, 1), padding=0),
+        {},
+        "the batch's small images are joined to one",
+    ),
     (THROUGH._replace(n=1, c=400, o=400, kernel=(1, 1), padding=0), {}, ""),
     (Case(1, 64, 8, 8, 64, (3, 3), 1, 1), {"algorithm": "winograd"}, "x and the result go through NHWC"),
     (Case(0, 64, 8, 8, 64, (3, 3), 1, 1), {}, ""),
