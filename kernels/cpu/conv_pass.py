@@ -40,8 +40,8 @@ def layout_shape(n, channels, h, w, layout):
 
 def few_tiles(n, groups, weight, oh, ow):
     """Whether Winograd shares out outputs instead of tiles; in NCHW by way of NHWC then."""
-    few = n * conv_winograd_nhwc.count_tiles(oh, ow) <= conv_winograd_nhwc.FEW_TILES
-    return few and min(weight[0] // groups, weight[1]) >= 32
+    outputs, channels = weight[0] // groups, weight[1]
+    return min(outputs, channels) >= 32 and conv_winograd_nhwc.shares_outputs(n, channels, outputs, oh, ow)
 
 
 class _Direct:
@@ -277,7 +277,7 @@ class _WinogradNHWC:
         total = x[0] * conv_winograd_nhwc.count_tiles(oh, ow)
         self.middle = (outputs, int(taps[0][0]), int(taps[1][0]), oh, ow, total, -(-oh // 4), -(-ow // 4))
         self.tail = activation
-        function = conv_winograd_nhwc.convolve(x[0], oh, ow)
+        function = conv_winograd_nhwc.convolve(x[0], weight[1], outputs, oh, ow)
         self.kernel = function.sized(2 * x[0] * prod(weight) * oh * ow * COST["winograd"])
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
