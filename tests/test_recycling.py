@@ -72,7 +72,9 @@ def test_all_but_the_last_used_are_lent_to_the_system(monkeypatch):
     places = [address(a) for a in arrays]
     while arrays:
         del arrays[0]
-    assert {block.address: block.lent for block in recycling._idle} == dict(zip(places, [True, True, False, False], strict=True))
+    assert {block.address: block.lent for block in recycling._idle} == dict(
+        zip(places, [True, True, False, False], strict=True)
+    )
     again = scratch.empty((recycling.HUGE_PAGE,), np.dtype(np.uint8))
     assert address(again) == places[3]  # used last, so what is not lent is taken first
     del again
