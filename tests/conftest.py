@@ -65,12 +65,21 @@ def gpu(emulator, request):
 
 
 @pytest.fixture
-def split_everything(monkeypatch):
-    """Every kernel is split over threads, however little it has to do."""
+def planned_anew(monkeypatch):
+    """planned_anew(module, name, value): a constant with another value, in plans made since; for this test only."""
     from tilewise.kernels import operation
+
+    def patch(module, name, value):
+        monkeypatch.setattr(module, name, value)
+        operation.forget_plans()
+
+    yield patch
+    operation.forget_plans()
+
+
+@pytest.fixture
+def split_everything(planned_anew):
+    """Every kernel is split over threads, however little it has to do."""
     from tilewise.kernels.cpu import threads
 
-    monkeypatch.setattr(threads, "SERIAL_BELOW", 0)
-    operation.forget_plans()
-    yield
-    operation.forget_plans()
+    planned_anew(threads, "SERIAL_BELOW", 0)

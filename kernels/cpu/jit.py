@@ -21,6 +21,7 @@ from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.runtime import rtsys
 
 from tilewise.kernels.cpu import threads
 
@@ -47,16 +48,16 @@ _PARALLEL = {
 _SHORTENED_FOR = "0.68."
 
 
-def _shortened_pipelines() -> tuple[dict, dict]:
-    """The options that shorten the compilation of device functions, and of parallel loops."""
-    if not numba.__version__.startswith(_SHORTENED_FOR):
-        return {}, {}
-    from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler
+def _shortened_pipelines(version: str) -> tuple[dict, dict, dict]:
+    """The options that shorten the compilation of device functions, and of kernels' serial and parallel forms."""
+    if not version.startswith(_SHORTENED_FOR):
+        return {}, {}, {}
+    from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler, SerialCompiler
 
-    return {"pipeline_class": DeviceCompiler}, {"pipeline_class": ParallelCompiler}
+    return {"pipeline_class": DeviceCompiler}, {"pipeline_class": SerialCompiler}, {"pipeline_class": ParallelCompiler}
 
 
-_FOR_DEVICE, _FOR_PARALLEL = _shortened_pipelines()
+_FOR_DEVICE, _FOR_SERIAL, _FOR_PARALLEL = _shortened_pipelines(numba.__version__)
 
 KERNELS: list["Kernel"] = []  # every kernel of the loaded modules, for `python -m tilewise warmup` and the tests
 
@@ -125,6 +126,9 @@ def device(*, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: 
 
     Arrays are borrowed from the caller: counting references would cost two atomic operations for each array of each
     call, 120 cycles for three, more than copying a short row. A function that makes arrays must count them: allocates.
+
+    Numba compiles one anew for each literal number it is called with, and for the unsigned index of a prange: where a
+    large one is called with both, write np.int64(0), np.int64(chunk).
     """
     options = {"fastmath": set(fastmath), "error_model": "numpy", "inline": inline, "_nrt": allocates}
     return _njit(**options, **_FOR_DEVICE)
@@ -141,8 +145,7 @@ def compiled(function: Callable, fastmath: frozenset, parallel: bool):
         twin.__module__ = function.__module__
         function = twin
     options: dict[str, Any] = {"fastmath": set(fastmath), "nogil": True, "error_model": "numpy"}
-    if parallel:
-        options |= {"parallel": _PARALLEL, **_FOR_PARALLEL}
+    options |= {"parallel": _PARALLEL, **_FOR_PARALLEL} if parallel else _FOR_SERIAL
     dispatcher = _njit(**options)(function)
     cache = _open_cache(function)
     if cache is not None:
@@ -225,7 +228,13 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig, target_context):
         try:
-            return super().load_overload(sig, target_context)
+            if not numba.__version__.startswith(_SHORTENED_FOR):
+                return super().load_overload(sig, target_context)
+            # Numba would load all that it can compile (and SciPy, where it is installed), 0.2 s, to link machine code
+            # that needs nothing of it but the counting of references. Whatever is compiled later still makes it do so.
+            rtsys.initialize(target_context)
+            with self._guard_against_spurious_io_errors():
+                return self._load_overload(sig, target_context)
         except (OSError, EOFError, ValueError):
             return None
 
