@@ -1,10 +1,13 @@
 """Every GPU kernel compiled for every architecture it is for, without a GPU: `make gpu-compile` prints the table.
 
-numba-cuda makes PTX, NVIDIA's assembler machine code, nvdisasm reads it. A kernel fails if registers spill to memory, if
-it has a stack frame (a local array that is indexed by run-time values), or if an instruction is missing that it promises.
+numba-cuda makes PTX, NVIDIA's assembler machine code, nvdisasm reads it. A kernel fails if registers spill to memory,
+if it has a stack frame (a local array that is indexed by run-time values), or if an instruction is missing that it
+promises.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -48,6 +51,7 @@ ARCHITECTURES = (
 )
 BY_NAME = {a.name: a for a in ARCHITECTURES}
 REGISTERS = 65_536
+CACHE = Path(__file__).parent.parent / ".cache" / "gpu-compile"
 _WARP, _REGISTER_UNIT = 32, 256  # a warp gets registers in units of 256
 _RESERVED = 1 << 10  # bytes of shared memory of each block that the system takes, since sm_80
 
@@ -180,10 +184,39 @@ def jobs(kernels: Iterable, architectures: Iterable[Architecture]) -> Iterator[t
             yield kernel, dtype, wanted
 
 
+@lru_cache(maxsize=1)
+def _stamp() -> str:
+    """What reports depend on: the kernels' sources, this file, the tools."""
+    import numba_cuda
+
+    import tilewise.kernels.cuda as package
+
+    digest = hashlib.sha256(numba_cuda.__version__.encode())
+    for path in [*sorted(Path(package.__path__[0]).glob("*.py")), Path(__file__), Path(str(tool("ptxas")))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _in_process(job: tuple[str, str, tuple[str, ...]]) -> list[Report]:
     name, dtype, architectures = job
+    return [_kept(name, dtype, BY_NAME[a]) for a in architectures]
+
+
+def _kept(name: str, dtype: str, architecture: Architecture) -> Report:
+    """The report of an earlier run where nothing has changed since, else a new one."""
+    file = CACHE / f"{_stamp()}-{name}-{dtype}-{architecture.name}.json".replace("/", "_").replace(" ", "_")
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return Report(**kept | {"faults": tuple(kept["faults"])})
+    except (OSError, ValueError, TypeError):
+        pass
     (kernel,) = [k for k in load_kernels() if k.name == name]
-    return [inspect(kernel, np.dtype(dtype), BY_NAME[a]) for a in architectures]
+    report = inspect(kernel, np.dtype(dtype), architecture)
+    partial_file = file.with_suffix(f".{os.getpid()}")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    partial_file.write_text(json.dumps(asdict(report)), encoding="utf-8")
+    partial_file.replace(file)
+    return report
 
 
 def compile_all(architectures: Iterable[Architecture], only: str = "", processes: int | None = None) -> list[Report]:
@@ -233,8 +266,8 @@ def main(argv: list[str] | None = None) -> int:
     reports = compile_all(architectures, args.only)
     header = ("kernel", "dtype", "threads", "shared", *args.arch, f"instructions of {args.arch[-1]}")
     title = (
-        "registers (r) of a thread, blocks (b) that fit a multiprocessor, and the share of its threads that is; shared: "
-        "bytes of static shared memory\n(dynamic shared memory, known at the launch, can make it fewer blocks)"
+        "registers (r) of a thread, blocks (b) that fit a multiprocessor, the share of its threads that this is\n"
+        "shared: bytes of static shared memory (dynamic one, known at the launch, can make it fewer blocks)"
     )
     table.show(list(rows(reports, architectures)), title, header, left=2)
     found = faults(reports)

@@ -9,6 +9,7 @@ from gpu_compile import BY_NAME, compile_all, count_promised, faults, inspect, l
 if why_not():
     pytest.skip(why_not(), allow_module_level=True)
 
+from numba import cuda
 from simt.small import small_kernel
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32
@@ -33,16 +34,25 @@ def test_every_kernel_compiles_as_promised():
 
 
 def spilling(x: ELEMENTS, y: ELEMENTS):
-    values = registers(x, 300)
-    for i in range(300):
-        values[i] = x[i]
-    for i in range(300):
-        y[i] = values[299 - i] * values[i]
+    """64 numbers at once, in 32 registers a thread (and not the same in all threads, for which there are others)."""
+    t = cuda.threadIdx.x
+    a, b = registers(x, 8), registers(x, 8)
+    sums = registers(x, 64)
+    for i in range(64):
+        sums[i] = x[64 * t + i]
+    for k in range(1000):
+        for i in range(8):
+            a[i], b[i] = x[8 * k + t + i], y[8 * k + t + i]
+        for i in range(8):
+            for j in range(8):
+                sums[8 * i + j] += a[i] * b[j]
+    for i in range(64):
+        y[64 * t + i] = sums[i]
 
 
 def indexed(x: ELEMENTS, y: ELEMENTS, n: INT32):
-    values = registers(x, 4)
-    for i in range(4):
+    values = registers(x, 300)
+    for i in range(300):
         values[i] = x[i]
     y[0] = values[n]
 
@@ -50,8 +60,8 @@ def indexed(x: ELEMENTS, y: ELEMENTS, n: INT32):
 @pytest.mark.parametrize(
     ("function", "options", "fault"),
     [
-        (spilling, {"threads": 1024}, "registers spill"),
-        (indexed, {"threads": 32}, "a stack frame of 16 bytes"),
+        (spilling, {"threads": 1024, "blocks": 2}, "registers spill"),
+        (indexed, {"threads": 32}, "a stack frame of 1200 bytes"),
         (indexed, {"threads": 32, "promises": ("HMMA",)}, "no HMMA"),
         (indexed, {"threads": 32, "promises": {"float64": ("DFMA",)}}, "a stack frame"),
     ],
@@ -71,10 +81,11 @@ def test_gate_reports_what_does_not_compile():
 
 
 def through_shared(x: ELEMENTS, y: ELEMENTS):
-    room, values = shared(x, 64), registers(x, 16)
-    load_vector(room, x, 0)
-    load_vector(values, room, lanes(x))
-    store_vector(y, 0, values)
+    room, values = shared(x, 32 * 16), registers(x, 16)
+    load_vector(room, x, cuda.threadIdx.x * lanes(x))
+    cuda.syncthreads()
+    load_vector(values, room, (31 - cuda.threadIdx.x) * lanes(x))
+    store_vector(y, cuda.threadIdx.x * lanes(x), values)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16", "float32", "float64"])
