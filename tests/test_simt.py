@@ -59,8 +59,9 @@ def run(place, function, *arrays, dtype=SINGLE, grid=1, shared=0, **options):
 
 def pairs(rows, columns):
     """A function from a matrix to words of two neighbouring halves."""
-    return lambda m: m[rows, columns].view(np.uint16).astype(np.int64) | (
-        m[rows, columns + 1].view(np.uint16).astype(np.int64) << 16
+    return lambda m: (
+        m[rows, columns].view(np.uint16).astype(np.int64)
+        | (m[rows, columns + 1].view(np.uint16).astype(np.int64) << 16)
     )
 
 
@@ -68,9 +69,7 @@ def mma_f16_of_words(x: ELEMENTS, words: INDICES, c: SUMS, d: SUMS):
     t = cuda.threadIdx.x
     w, s = 6 * t, 4 * t
     a = (np.uint32(words[w]), np.uint32(words[w + 1]), np.uint32(words[w + 2]), np.uint32(words[w + 3]))
-    sums = ptx.mma_f16(
-        a, (np.uint32(words[w + 4]), np.uint32(words[w + 5])), (c[s], c[s + 1], c[s + 2], c[s + 3])
-    )
+    sums = ptx.mma_f16(a, (np.uint32(words[w + 4]), np.uint32(words[w + 5])), (c[s], c[s + 1], c[s + 2], c[s + 3]))
     for i in range(4):
         d[s + i] = sums[i]
 

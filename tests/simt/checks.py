@@ -9,7 +9,9 @@ _TYPE = r"(<\d+ x \w+>|\w+)"
 _ADDRESS = r"ptr (addrspace\(3\) )?(.+?)(?:, align \d+)?(?:, ![^,]+ !\d+)*$"
 _LOAD = re.compile(rf"^\s+%\S+ = load (?:volatile )?{_TYPE}, {_ADDRESS}")
 _STORE = re.compile(rf"^\s+store (?:volatile )?{_TYPE} (?:<.*>|\S+|.*\)), {_ADDRESS}")
-_SET = re.compile(r"call void @llvm\.memset\.(p\d)\.i64\(ptr (?:addrspace\(3\) )?(?:\w+ |align \d+ )*(\S+), i8 [^,]+, i64 (\S+),")
+_SET = re.compile(
+    r"call void @llvm\.memset\.(p\d)\.i64\(ptr (?:addrspace\(3\) )?(?:\w+ |align \d+ )*(\S+), i8 [^,]+, i64 (\S+),"
+)
 _COPY = re.compile(
     r"call void @llvm\.mem(?:cpy|move)\.(p\d)\.(p\d)\.i64\(ptr (?:addrspace\(3\) )?(?:\w+ |align \d+ )*(\S+), "
     r"ptr (?:addrspace\(3\) )?(?:\w+ |align \d+ )*(\S+), i64 (\S+),"

@@ -118,7 +118,9 @@ def _compile(form, capability) -> tuple[bytes, list]:
     # a vectorised loop may load under a mask, which the checks do not know
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = False
-    llvm.create_pass_builder(machine, options).getModulePassManager().run(module, llvm.create_pass_builder(machine, options))
+    llvm.create_pass_builder(machine, options).getModulePassManager().run(
+        module, llvm.create_pass_builder(machine, options)
+    )
     module = llvm.parse_assembly(instrument(str(module)))
     runtime()
     unknown = [f.name for f in module.functions if f.is_declaration and not _is_known(f.name)]
