@@ -100,7 +100,7 @@ def load_kernels() -> list:
 
     for folder in package.__path__:
         for file in sorted(Path(folder).glob("*.py")):
-            if file.stem not in ("__init__", "driver"):
+            if file.stem not in ("__init__", "driver", "ptx_cache"):
                 import_module(f"tilewise.kernels.cuda.{file.stem}")
     return KERNELS
 

@@ -26,6 +26,10 @@ from simt.translate import GAP, Unsupported, translate
 FOLDER = Path(__file__).parent
 SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2, "warp by warp": 3, "warps reversed": 4}
 TESTED_NUMBA_CUDA = "0.30"
+CACHE = FOLDER.parent.parent / ".cache" / "simt"
+# (kernel's name, dtype's name) of all that was launched in this process, and what could not be run: conftest.py tells
+LAUNCHED: set[tuple[str, str]] = set()
+UNSUPPORTED: set[str] = set()
 FENCE = 256  # bytes before and after each array
 _PATTERN = 0xFF
 
@@ -56,10 +60,9 @@ def runtime() -> ctypes.CDLL:
     """The scheduler, compiled once for each version of its source."""
     sources = [FOLDER / name for name in ("runtime.cpp", "checks.cpp", "ptx.cpp")]
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, FOLDER / "runtime.h"])).hexdigest()[:16]
-    folder = FOLDER.parent.parent / ".cache" / "simt"
-    library = folder / f"simt-{stamp}.so"
+    library = CACHE / f"simt-{stamp}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
         with_name = library.with_suffix(f".{os.getpid()}")
         command = ["g++", "-O2", "-std=c++17", "-fPIC", "-shared", "-o", with_name, *sources]
         subprocess.run(command, check=True)
@@ -88,7 +91,7 @@ class Code:
     """
 
     def __init__(self, form, capability):
-        binary, known = _kept(form, capability) or _compile(form, capability)
+        binary, known = _kept_or_compiled(form, capability)
         machine = _target()
         self.engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self.engine.add_object_file(llvm.ObjectFileRef.from_data(binary))
@@ -144,8 +147,33 @@ def _is_known(name: str) -> bool:
     return name.startswith("llvm.") or llvm.address_of_symbol(name) is not None
 
 
-def _kept(form, capability):
-    return None
+@lru_cache(maxsize=1)
+def _sources() -> bytes:
+    """What compiled kernels depend on beside their own sources."""
+    parts = [path.read_bytes() for path in sorted(FOLDER.glob("*.py"))]
+    parts += [llvm.get_host_cpu_name().encode(), repr(llvm.llvm_version_info).encode()]
+    return b"".join(parts)
+
+
+def _kept_or_compiled(form, capability) -> tuple[bytes, list]:
+    """Machine code of tilewise's own kernels is kept in the checkout's .cache."""
+    from tilewise.kernels.cuda import launch, ptx_cache
+
+    if form.kernel not in launch.KERNELS:
+        return _compile(form, capability)
+    stamp = hashlib.sha256(_sources() + ptx_cache.key(form, capability).encode()).hexdigest()[:32]
+    file = CACHE / f"{form.kernel.function.__name__}-{stamp}"
+    try:
+        arrays, binary = file.read_bytes().split(b"\n", 1)
+        return binary, json.loads(arrays)
+    except (OSError, ValueError):
+        pass
+    binary, arrays = _compile(form, capability)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(json.dumps(arrays).encode() + b"\n" + binary)
+    unfinished.replace(file)
+    return binary, arrays
 
 
 def _wrap(module, entry):
@@ -219,8 +247,15 @@ class Emulator:
         code = self._codes.get(form)
         if code is None:
             runtime()
-            code = self._codes[form] = Code(form, self.capability)
+            try:
+                code = self._codes[form] = Code(form, self.capability)
+            except Unsupported as error:
+                UNSUPPORTED.add(f"{form.kernel.name} {form.dtype.name}: {error}")
+                raise
+        if form.kernel.least > self.capability:
+            raise EmulatedFault(f"kernel {form.kernel.name} needs compute capability {form.kernel.least}")
         self.launched.add((form.kernel.name, form.dtype.name))
+        LAUNCHED.add((form.kernel.name, form.dtype.name))
         self.run(code, grid, form.kernel.threads, shared, slots, form.dtype.itemsize)
 
     def run(self, code, grid, threads, shared, slots, itemsize=4):
