@@ -1,7 +1,7 @@
 """Every GPU kernel beside PyTorch (cuBLAS, cuDNN) on the same GPU: `make gpu-check` runs it after the tests.
 
-Results are compared with PyTorch's float32 before anything is timed. Times are of CUDA events around blocks of calls,
-back to back on tensors that lie on the GPU; the median of the blocks. PyTorch with TF32 off, which is the same precision,
+Results are compared with PyTorch's before anything is timed. Times are of CUDA events around blocks of calls, back to
+back on tensors that lie on the GPU; the median of the blocks. PyTorch with TF32 off, which is the same precision,
 and on. Prints a table and writes benchmarks/results/gpu/<device>.json.
 """
 

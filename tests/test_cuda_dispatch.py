@@ -1,7 +1,7 @@
 """Calls with arrays on a GPU, and with host arrays sent there: which kernel, where, in what form the result comes back.
 
-The arrays are of a library that is none (fake_arrays.py), the GPU is the emulator; the operands of real libraries are in
-test_cuda_operands.py.
+The arrays are of a library that is none (fake_arrays.py), the GPU is the emulator; the operands of real libraries are
+in test_cuda_operands.py.
 """
 
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""`make gpu-check` as far as it goes without a GPU: the checkout made importable, the steps, the timings on an emulator."""
+"""`make gpu-check` as far as it goes without a GPU: the checkout made importable, the steps, timings on an emulator."""
 
 import json
 import time

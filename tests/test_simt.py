@@ -283,7 +283,7 @@ def test_unknown_instructions_are_named():
         translate('call void @"llvm.nvvm.fence"()\n')
     with pytest.raises(Unsupported, match="__nv_j0f"):
         translate('call float @"__nv_j0f"(float %x)\n')
-    with pytest.raises(Unsupported, match="red.global.add"):
+    with pytest.raises(Unsupported, match=r"red\.global\.add"):
         translate('  call void asm sideeffect "red.global.add.f32 [$0], $1;", "l,f"(i64 %a, float %b)\n')
 
 

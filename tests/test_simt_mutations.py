@@ -95,7 +95,8 @@ WRONG = {
     "missing barrier": (reversed_blocks, "cuda.syncthreads()", "pass", "race in shared memory"),
     "missing barrier after shuffles": (sums_of_warps, "cuda.syncthreads()", "pass", "race in shared memory"),
     "barrier that some threads skip": (
-        reversed_blocks, "    cuda.syncthreads()", "    if t < 40:\n        cuda.syncthreads()", "race in shared memory",
+        reversed_blocks, "    cuda.syncthreads()", "    if t < 40:\n        cuda.syncthreads()",
+        "race in shared memory",
     ),
     "barrier in two branches": (
         reversed_blocks, "    cuda.syncthreads()",
@@ -104,13 +105,15 @@ WRONG = {
     ),
     "missing syncwarp": (in_a_warp, "cuda.syncwarp()", "pass", "race in shared memory"),
     "shuffle of half a warp": (
-        sums_of_warps, "value += cuda.shfl", "if t % 32 < 16 or step < 16:\n            value += cuda.shfl", "is stuck|take part|different",
+        sums_of_warps, "value += cuda.shfl", "if t % 32 < 16 or step < 16:\n            value += cuda.shfl",
+        "is stuck|take part|different",
     ),
     "missing wait": (pipelined, "wait_copies(1)", "pass", "cp.async is still filling"),
     "wait for one too few": (pipelined, "wait_copies(1)", "wait_copies(2)", "cp.async is still filling"),
-    "missing commit": (pipelined, "        commit_copies()\n        wait", "        wait", "cp.async is still filling"),
+    "missing commit": (pipelined, "        commit_copies()\n        wait", "        wait", "is still filling"),
     "commit in a branch only": (
-        pipelined, "        commit_copies()\n        wait", "            commit_copies()\n        wait", "cp.async is still filling",
+        pipelined, "        commit_copies()\n        wait", "            commit_copies()\n        wait",
+        "cp.async is still filling",
     ),
     "missing last wait": (
         pipelined, "if k + 1 < n:", "if k + 1 < n + 1:", "nobody waited for|outside of an array",
@@ -119,7 +122,7 @@ WRONG = {
         pipelined, "63 - t]\n        cuda.syncthreads()", "63 - t]", "without a barrier between|still filling",
     ),
     "one buffer instead of two": (pipelined, "64 * ((k + 1) % 2) + t", "t", "still filling|race|wrong"),
-    "one beyond the shared array": (reversed_blocks, "63 - t", "64 - t", "reads outside of an array: 4 bytes beyond shared memory"),
+    "one beyond the shared array": (reversed_blocks, "63 - t", "64 - t", "4 bytes beyond shared memory of 256 bytes"),
     "one before the array": (local_sum, "x[i] +", "x[i - 1] +", "reads outside of an array: 4 bytes before an array"),
     "one beyond the array": (local_sum, "x[i + 1]", "x[i + 2]", "reads outside of an array: 4 bytes beyond an array"),
     "writes one too many": (local_sum, "if i < n", "if i <= n", "outside of an array: 4 bytes beyond an array"),

@@ -12,21 +12,19 @@ from importlib.metadata import version
 from inspect import getclosurevars
 from pathlib import Path
 
+from tilewise.kernels.disk_cache import cache_folder, source_stamp
+
 _PLAIN = (int, float, bool, str, tuple, type(None))
 
 
 @lru_cache(maxsize=1)
 def _folder() -> Path | None:
-    from tilewise.kernels.cpu.jit import cache_folder
-
     base = cache_folder()
     return None if base is None else base / "ptx"
 
 
 @lru_cache(maxsize=1)
 def _stamp() -> str:
-    from tilewise.kernels.cpu.jit import source_stamp
-
     return "-".join([source_stamp(), version("numba-cuda"), version("numba")])
 
 

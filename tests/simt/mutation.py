@@ -23,7 +23,7 @@ def without_ordering(function: Callable) -> Iterator[tuple[str, Callable]]:
     first = function.__code__.co_firstlineno
     for line in sorted(lines):
         copy = _Drop(line).visit(ast.parse(textwrap.dedent(inspect.getsource(function))))
-        what = ast.unparse([n for n in ast.walk(tree) if _is_ordering(n) and n.lineno == line][0])
+        what = ast.unparse(next(n for n in ast.walk(tree) if _is_ordering(n) and n.lineno == line))
         yield f"{what} of line {first + line - 1}", _function(ast.fix_missing_locations(copy), function)
 
 
@@ -40,7 +40,7 @@ class _Drop(ast.NodeTransformer):
 
 
 def _function(tree: ast.Module, original: Callable) -> Callable:
-    """The tree's function, with what the original sees: its module and its closure. Its annotations are the caller's."""
+    """The tree's function, with what the original sees: its module and its closure. Annotations are the caller's."""
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []
