@@ -171,8 +171,14 @@ def test_nan_and_infinity_stay_in_their_channel(gpu, rng, layout):
         zeros, ones = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
         y = kernels.batch_norm(laid(x, layout), zeros, ones, layout=layout)
         assert (np.isnan(y).sum(), np.isinf(y).sum()) == (1, 1)
-        frozen = kernels.batch_norm_backward(laid(ones[0] + 0 * zeros[0] * 0 + np.zeros(shape, np.float32), layout),
-                                             laid(x, layout), zeros, ones, training=False, layout=layout)[0]
+        frozen = kernels.batch_norm_backward(
+            laid(ones[0] + 0 * zeros[0] * 0 + np.zeros(shape, np.float32), layout),
+            laid(x, layout),
+            zeros,
+            ones,
+            training=False,
+            layout=layout,
+        )[0]
         assert (frozen == 1).all()  # frozen statistics' gradient does not know x
 
 

@@ -10,7 +10,15 @@ from numba import cuda
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, ceil_div, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.ptx import (
-    lanes, load_vector, narrow, register_sums, registers, shared_sums, store_vector, widen, zero,
+    lanes,
+    load_vector,
+    narrow,
+    register_sums,
+    registers,
+    shared_sums,
+    store_vector,
+    widen,
+    zero,
 )  # fmt: skip
 from tilewise.kernels.cuda.reduction import block_sum, group_sum
 from tilewise.kernels.cuda.softmax_plan import THREADS, plan_columns, plan_rows

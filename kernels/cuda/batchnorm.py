@@ -16,7 +16,13 @@ from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, LEAKY_SLOPE, activa
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.ptx import (
-    lanes, load_vector, narrow, register_sums, registers, store_vector, widen,
+    lanes,
+    load_vector,
+    narrow,
+    register_sums,
+    registers,
+    store_vector,
+    widen,
 )  # fmt: skip
 
 TRAINED = 8  # besides batchnorm_statistics' HAS_...: take the coefficients from the table
@@ -73,9 +79,7 @@ def _make_rows(vector: bool):
         if row < rows and channel < channels:
             centres, scales, offsets = register_sums(x, 8), register_sums(x, 8), register_sums(x, 8)
             for i in range(width):
-                centre, scale, offset = _coefficients(
-                    table, mean, var, weight, bias, eps, channel + i, channels, has
-                )
+                centre, scale, offset = _coefficients(table, mean, var, weight, bias, eps, channel + i, channels, has)
                 centres[i], scales[i], offsets[i] = centre, scale, offset
             raw = registers(x, 16)
             for pixel in range(cuda.blockIdx.x * rows + row, pixels, cuda.gridDim.x * rows):

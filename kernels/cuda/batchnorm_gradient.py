@@ -12,13 +12,28 @@ import numpy as np
 from numba import cuda
 
 from tilewise.kernels.cuda.batchnorm_statistics import (
-    HAS_WEIGHT, PLANE_UNITS, ROOM, add_rows, next_unit, run_row_sums, unit_place,
+    HAS_WEIGHT,
+    PLANE_UNITS,
+    ROOM,
+    add_rows,
+    next_unit,
+    run_row_sums,
+    unit_place,
 )  # fmt: skip
 from tilewise.kernels.cuda.channel_plan import THREADS, Planes, planes_or_rows
 from tilewise.kernels.cuda.launch import DOUBLES, ELEMENTS, INT32, INT64, SUMS, ceil_div, kernel, sum_dtype
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.ptx import (
-    at, lanes, load_vector, narrow, register_sums, registers, shared, store_vector, widen, zero,
+    at,
+    lanes,
+    load_vector,
+    narrow,
+    register_sums,
+    registers,
+    shared,
+    store_vector,
+    widen,
+    zero,
 )  # fmt: skip
 from tilewise.kernels.cuda.reduction import block_sum, group_sum
 
