@@ -142,9 +142,10 @@ def softmax_long_rows(x: ELEMENTS, y: ELEMENTS, n: INT64, vectors: INT64, log: I
 
 @kernel(threads=THREADS)
 def softmax_columns(x: ELEMENTS, y: ELEMENTS, n: INT64, inner: INT64, tiles: INT32, columns: INT32, log: INT32):
-    """Down columns of n elements that are `inner` apart; a block takes `columns` of them, THREADS // columns threads each.
+    """Down columns of n elements that are `inner` apart.
 
-    Block b has columns (b % tiles) * columns ... of the (n, inner) matrix b // tiles.
+    A block takes `columns` of them, with THREADS // columns threads each. Block b has the columns from
+    (b % tiles) * columns on, of the (n, inner) matrix b // tiles.
     """
     thread = cuda.threadIdx.x
     group, member = THREADS // columns, thread // columns

@@ -16,6 +16,7 @@ from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, LEAKY_SLOPE, activa
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.ptx import (
+    at,
     lanes,
     load_vector,
     narrow,
@@ -45,7 +46,7 @@ def batch_norm_planes(
     eps: REAL, slope: REAL, planes: INT64, channels: INT64, plane: INT64, vectors: INT64, group: INT32, chunks: INT32,
     has: INT32, code: INT32,
 ):  # fmt: skip
-    """NCHW: `group` threads of each of `chunks` blocks for a plane, of which `vectors` of 16 bytes are taken as such."""
+    """NCHW: `group` threads of each of `chunks` blocks for a plane, which has `vectors` whole ones of 16 bytes."""
     width = lanes(x)
     thread = cuda.threadIdx.x
     which = cuda.blockIdx.x // chunks * (THREADS // group) + thread // group
@@ -54,11 +55,18 @@ def batch_norm_planes(
         centre, scale, offset = _coefficients(table, mean, var, weight, bias, eps, which % channels, channels, has)
         first = which * plane
         raw = registers(x, 16)
-        for v in range(start, vectors, step):
+        for v in range(start, vectors, 2 * step):  # two loads under way
+            second = v + step < vectors
             load_vector(raw, x, first + v * width)
+            if second:
+                load_vector(at(raw, width), x, first + (v + step) * width)
             for i in range(width):
                 raw[i] = narrow(activate((widen(raw[i]) - centre) * scale + offset, code, slope), y)
             store_vector(y, first + v * width, raw)
+            if second:
+                for i in range(width, 2 * width):
+                    raw[i] = narrow(activate((widen(raw[i]) - centre) * scale + offset, code, slope), y)
+                store_vector(y, first + (v + step) * width, at(raw, width))
         for i in range(vectors * width + start, plane, step):
             y[first + i] = narrow(activate((widen(x[first + i]) - centre) * scale + offset, code, slope), y)
 
@@ -82,18 +90,33 @@ def _make_rows(vector: bool):
                 centre, scale, offset = _coefficients(table, mean, var, weight, bias, eps, channel + i, channels, has)
                 centres[i], scales[i], offsets[i] = centre, scale, offset
             raw = registers(x, 16)
-            for pixel in range(cuda.blockIdx.x * rows + row, pixels, cuda.gridDim.x * rows):
+            step = cuda.gridDim.x * rows
+            for pixel in range(cuda.blockIdx.x * rows + row, pixels, 2 * step):  # two loads under way
+                second = pixel + step < pixels
                 place = pixel * channels + channel
+                other = place + step * channels
                 if vector:
                     load_vector(raw, x, place)
+                    if second:
+                        load_vector(at(raw, width), x, other)
                 else:
                     raw[0] = x[place]
+                    if second:
+                        raw[1] = x[other]
                 for i in range(width):
                     raw[i] = narrow(activate((widen(raw[i]) - centres[i]) * scales[i] + offsets[i], code, slope), y)
                 if vector:
                     store_vector(y, place, raw)
                 else:
                     y[place] = raw[0]
+                if second:
+                    for i in range(width):
+                        value = (widen(raw[width + i]) - centres[i]) * scales[i] + offsets[i]
+                        raw[width + i] = narrow(activate(value, code, slope), y)
+                    if vector:
+                        store_vector(y, other, at(raw, width))
+                    else:
+                        y[other] = raw[1]
 
     return batch_norm_rows
 

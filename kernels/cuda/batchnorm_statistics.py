@@ -1,9 +1,12 @@
 """The statistics of batch normalisation on the GPU: one read of x.
 
-Sums of d = x - shift and of d^2 for each channel, where the shift is the channel's first element: mean = shift + S1 / M,
-var = S2 / M - (S1 / M)^2. A thread adds up a few elements at a time around their own mean, in the type that it computes
-in, and moves these sums to the common shift in float64; so neither a mean of 1e4 nor an outlier in the first element
-costs digits, and float64, slow on many devices, has a fraction of the work. Parts are combined in a fixed order.
+Sums of d = x - shift and of d^2 for each channel, where the shift is the channel's first element:
+
+    mean = shift + S1 / M,  var = S2 / M - (S1 / M)^2
+
+A thread adds up a few elements at a time around their own mean, in the type that it computes in, and moves these sums
+to the common shift in float64; so neither a mean of 1e4 nor an outlier in the first element costs digits, and float64,
+slow on many devices, has a fraction of the work. Parts are combined in a fixed order.
 """
 
 import math

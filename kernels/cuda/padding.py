@@ -9,7 +9,7 @@ from math import prod
 from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
-from tilewise.kernels.cuda.pool_windows import THREADS, split
+from tilewise.kernels.cuda.pool_windows import THREADS, put, split
 from tilewise.kernels.cuda.ptx import lanes, narrow, registers, store_vector, widen, zero
 
 CONSTANT, REFLECT, REPLICATE, CIRCULAR = range(4)
@@ -95,7 +95,7 @@ def pad_backward_all(
         plane, h = split(rest, height)
         rows, columns = height + top + bottom, width + left + right
         raw = registers(grad, 16)
-        edges = mode == REFLECT or mode == CIRCULAR
+        edges = mode in (REFLECT, CIRCULAR)
         first, end = 0 if edges else 1, 3 if edges else 2
         for k in range(number):
             total = zero(grad)
@@ -107,7 +107,7 @@ def pad_backward_all(
                             first_column, last_column = _copies(w, width, left, right, mode, j)
                             for column in range(first_column, last_column + 1):
                                 total += widen(grad[(plane * rows + row) * columns + column])
-            raw[k] = narrow(total, result)
+            put(raw, k, narrow(total, result), number)
             w += 1
             if w == width:
                 w = 0 * w

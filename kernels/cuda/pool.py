@@ -49,7 +49,7 @@ def avg_pool2d(x, *, kernel_size, stride, padding, ceil_mode, count_include_pad,
     out = _counts(x.shape, kernel_size, stride, padding, (1, 1), ceil_mode, layout)
     y = x.place.empty(out_shape(x.shape, out, layout), x.dtype)
     pool = pool_of(x.shape, out, layout, x, y, kernel=kernel_size, stride=stride, padding=padding)
-    divisor = divisor_override or 0
+    divisor = divisor_override or pool.divisor(count_include_pad)
     if y.size and not average_columns(pool, layout, x, y, divisor, count_include_pad):
         run_average(pool, x, y, divisor, count_include_pad)
     return y
@@ -60,7 +60,8 @@ def adaptive_avg_pool2d(x, *, output_size, layout):
     if y.size and output_size == (1, 1):
         run_global_average(x, y, layout)
     elif y.size:
-        run_average(pool_of(x.shape, output_size, layout, x, y), x, y, 0, False)
+        pool = pool_of(x.shape, output_size, layout, x, y)
+        run_average(pool, x, y, pool.divisor(False), False)
     return y
 
 
@@ -100,5 +101,5 @@ def _average_backward(grad, input_shape, layout, divisor, include_pad, **windows
     result = grad.place.empty(input_shape, grad.dtype)
     if prod(input_shape):
         pool = pool_of(input_shape, _pooled_size(grad, layout), layout, grad, result, **windows)
-        run_average_gradient(pool, layout, grad, result, divisor, include_pad)
+        run_average_gradient(pool, layout, grad, result, divisor or pool.divisor(include_pad), include_pad)
     return result

@@ -102,10 +102,7 @@ def average_of_planes(x: ELEMENTS, y: ELEMENTS, planes: INT64, plane: INT64, vec
                 total += widen(raw[k])
         for i in range(vectors * width + member, plane, group):
             total += widen(x[first + i])
-    if group == 32:
-        total = group_sum(total, 32)
-    else:
-        total = block_sum(total, shared_sums(x, 32), WARPS)
+    total = group_sum(total, 32) if group == 32 else block_sum(total, shared_sums(x, 32), WARPS)
     if member == 0 and which < planes:
         y[which] = narrow(total / type(total)(plane), y)
 

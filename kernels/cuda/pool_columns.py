@@ -1,11 +1,11 @@
-"""Pooling of NCHW by the common windows, 3 x 3 and 2 x 2 two apart, along the columns.
+"""Pooling of NCHW by the common windows, 3 x 3 (one pixel of padding before) and 2 x 2 (none), two apart.
 
 A thread takes 16 bytes of a result's row: of each input row these are two vectors of 16 bytes, and for 3 x 3 windows
-one element beside them, where nine loads of one element each per result would be needed otherwise:
+one element before them, where nine loads of one element each per result would be needed otherwise:
 
-    left = 1:   e | v v v v | v v v v           left = 0:   v v v v | v v v v | e
-               [e   v   v]                                 [v   v   v]
-                    [v  v   v] ...                              [v   v   v] ...
+    e | v v v v | v v v v
+    [e  v v]              the first window
+         [v v   v]        the second
 """
 
 import math
@@ -20,7 +20,6 @@ from tilewise.kernels.cuda.ptx import (
     lanes,
     load_vector,
     narrow,
-    register_sums,
     registers,
     store_vector,
     widen,
@@ -28,7 +27,7 @@ from tilewise.kernels.cuda.ptx import (
 )  # fmt: skip
 
 ROOM = 3 * 17  # lines of two vectors of float16 and one element
-WINDOWS = ((3, 1), (3, 0), (2, 0))  # (side, padding on the left)
+WINDOWS = ((3, 1), (2, 0))  # (side, padding on the left)
 
 
 @device
@@ -46,24 +45,22 @@ def _load_lines(line, raw, x, fill, plane, first_row, base, height, width, count
                 load_vector(raw, x, start + part * count)
                 for k in range(count):
                     line[s * length + left + part * count + k] = raw[k]
-        if side == 3:
-            beside = -1 if left else 2 * count
-            k = 0 if left else 2 * count
-            line[s * length + k] = fill
-            if inside and base + beside >= 0 and base + beside < width:
-                line[s * length + k] = x[start + beside]
+        if left:
+            line[s * length] = fill
+            if inside and base > 0:
+                line[s * length] = x[start - 1]
 
 
 def _make_maximum(side: int, left: int, indexed: bool):
     @kernel(
-        threads=THREADS, name=f"max_pool_columns_{side}x{side}_left_{left}{'_with_indices' if indexed else ''}",
+        threads=THREADS, name=f"max_pool_columns_{side}x{side}{'_with_indices' if indexed else ''}",
         promises=("LDG.128", "STG.128"),
     )  # fmt: skip
     def max_pool_columns(
         x: ELEMENTS, y: ELEMENTS, indices: INDICES, groups: INT64, across: INT64,
         height: INT64, width: INT64, rows: INT64, columns: INT64, top: INT32, whole: INT32,
     ):  # fmt: skip
-        """across: groups of 16 bytes in a row of the result; groups: all of them. whole: rows are made of whole ones."""
+        """across: groups of 16 bytes in a row of the result; groups: all. whole: rows are made of whole ones."""
         i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if i < groups:
             count = lanes(x)
@@ -100,7 +97,7 @@ def _make_maximum(side: int, left: int, indexed: bool):
 
 
 def _make_average(side: int, left: int):
-    @kernel(threads=THREADS, name=f"avg_pool_columns_{side}x{side}_left_{left}", promises=("LDG.128", "STG.128"))
+    @kernel(threads=THREADS, name=f"avg_pool_columns_{side}x{side}", promises=("LDG.128", "STG.128"))
     def avg_pool_columns(
         x: ELEMENTS, y: ELEMENTS, divisor: REAL, groups: INT64, across: INT64,
         height: INT64, width: INT64, rows: INT64, columns: INT64, top: INT32, whole: INT32,
@@ -112,7 +109,7 @@ def _make_average(side: int, left: int):
             count = lanes(x)
             rest, group = split(i, across)
             plane, row = split(rest, rows)
-            line, raw, sums = registers(x, ROOM), registers(x, 8), register_sums(x, 8)
+            line, raw = registers(x, ROOM), registers(x, 8)
             first_row, base, first = row * 2 - top, group * 2 * count, group * count
             _load_lines(line, raw, x, narrow(zero(x), x), plane, first_row, base, height, width, count, side, left)
             high = extent(row, height, rows, side, 2, top, bottom, include_pad)

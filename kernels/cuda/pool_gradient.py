@@ -9,7 +9,7 @@ from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, INT64, REAL, ceil_div, kernel
 from tilewise.kernels.cuda.launch import device as device_function
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, covering, covering_next, extent, split
+from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, covering, covering_next, extent, put, split
 from tilewise.kernels.cuda.ptx import (
     at,
     lanes,
@@ -156,7 +156,7 @@ def max_pool_backward_columns(
                     place = (plane * rows + row) * columns + column
                     if indices[place] == h * width + w + k:
                         total += widen(grad[place])
-            raw[k] = narrow(total, result)
+            put(raw, k, narrow(total, result), count)
         _store_row(result, raw, rest * width + w, w, width, count, whole)
 
 
@@ -191,7 +191,7 @@ def avg_pool_backward_columns(
                         wide = extent(column, width, columns, kw, sw, left, right, include_pad)
                         by = type(divisor)(high * wide)
                     total += widen(grad[(plane * rows + row) * columns + column]) / by
-            raw[k] = narrow(total, result)
+            put(raw, k, narrow(total, result), count)
         _store_row(result, raw, rest * width + w, w, width, count, whole)
 
 

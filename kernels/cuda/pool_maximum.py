@@ -30,13 +30,14 @@ def _make(vector: bool, indexed: bool, side: int):
 
     @kernel(
         threads=THREADS, name=name + ("_with_indices" if indexed else ""),
-        dtypes=FLOATS if side else FLOATS + INTEGERS, promises=("LDG.128", "STG.128") if vector else (),
+        dtypes=FLOATS + INTEGERS if indexed and not side else FLOATS, promises=("LDG.128", "STG.128") if vector else (),
     )  # fmt: skip
     def max_pool(
         x: ELEMENTS, y: ELEMENTS, indices: INDICES, windows: INT64,
         height: INT64, width: INT64, rows: INT64, columns: INT64, units: INT64,
-        kh: INT32, kw: INT32, sh: INT32, sw: INT32, top: INT32, left: INT32, dh: INT32, dw: INT32,
+        kh: INT32, kw: INT32, sh: INT32, sw: INT32, top: INT32, left: INT32, dh: INT32, dw: INT32, wanted: INT32,
     ):  # fmt: skip
+        """wanted: whether there is room for indices; kernels for integers come in this one form."""
         i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if i < windows:
             count = lanes(x) if vector else 1
@@ -78,12 +79,12 @@ def _make(vector: bool, indexed: bool, side: int):
                             take(best, where, k, raw, k, place)
             if vector:
                 store_vector(y, i * count, best)
-                if indexed:
+                if indexed and wanted:
                     for k in range(0, count, 2):
                         store_vector(indices, i * count + k, at(where, k))
             else:
                 y[i] = best[0]
-                if indexed:
+                if indexed and wanted:
                     indices[i] = where[0]
 
     return max_pool
@@ -99,6 +100,7 @@ def run_maximum(pool: Pool, x, y, indices):
     """y, and where indices is not None they: the maxima of the windows over x."""
     vector = pool.width > 1
     side = pool.kernel[0] if pool.kernel in ((2, 2), (3, 3)) and pool.dilation == (1, 1) else 0
-    run = _kernels[vector, indices is not None, side if vector and x.dtype.kind == "f" else 0]
-    numbers = (*pool.shape, *pool.kernel, *pool.stride, *pool.low, *pool.dilation)
+    wanted, floats = indices is not None, x.dtype.kind == "f"
+    run = _kernels[vector, wanted or not floats, side if vector and floats else 0]
+    numbers = (*pool.shape, *pool.kernel, *pool.stride, *pool.low, *pool.dilation, wanted)
     run(x.place, blocks_of(pool.windows), x, y, indices, pool.windows, *numbers)

@@ -1,8 +1,8 @@
 """Unpooling on the GPU, and its gradient.
 
-Of several elements for one pixel the last one stays, as in the reference: first every element writes its position to its
-pixel's `owner` (the largest wins, whoever comes first), then every pixel fetches its owner's element. Elements are moved
-as words of their size, whatever they mean.
+Of several elements for one pixel the last one stays, as in the reference: first every element writes its position to
+its pixel's `owner` (the largest wins, whoever comes first), then every pixel fetches its owner's element. Elements are
+moved as words of their size, whatever they mean.
 """
 
 import numpy as np

@@ -71,6 +71,13 @@ def covering_next(first, last, p, n, count, stride, low, reach):
     return first, last
 
 
+@device_function
+def put(registers, k, value, count):
+    """registers[k] = value, for a k that need not be a constant: an index that is none would move them to memory."""
+    for i in range(count):
+        registers[i] = value if i == k else registers[i]
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """Windows over the images of a tensor. width: elements of a unit; units: units of a pixel's channels."""
@@ -111,6 +118,17 @@ class Pool:
     @property
     def reach(self) -> tuple[int, int]:
         return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+
+    def divisor(self, include_pad: bool) -> int:
+        """What every window's sum is divided by; 0 where windows differ."""
+        result = 1
+        axes = (self.size, self.out, self.kernel, self.stride, self.padding)
+        for n, count, kernel, stride, (low, high) in zip(*axes, strict=True):
+            beyond = (count - 1) * stride - low + kernel > n + high
+            if n % count if stride == 0 else beyond or (not include_pad and (low or high)):
+                return 0
+            result *= kernel if stride else n // count
+        return result
 
     def is_square(self, side: int, stride: int) -> bool:
         """Whether the windows are side x side, `stride` apart, not dilated."""
