@@ -1,5 +1,7 @@
 """Activations in numba.cuda, executed on the CPU, against the reference."""
 
+import inspect
+
 import numpy as np
 import pytest
 from tolerances import assert_close
@@ -164,3 +166,12 @@ def test_the_same_bits_at_every_call(gpu, rng):
         y = kernels.softmax(x)
         results.append(y.tobytes() + kernels.softmax_backward(x, y).tobytes() + kernels.softmax(x, 0).tobytes())
     assert len(set(results)) == 1
+
+
+def test_the_same_signatures_as_the_reference(gpu):
+    from tilewise.kernels.cuda import activation as cuda
+    from tilewise.kernels.reference import activation as reference
+
+    for name, function in vars(reference).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            assert inspect.signature(getattr(cuda, name)) == inspect.signature(function), name

@@ -1,5 +1,7 @@
 """Batch normalisation in numba.cuda, executed on the CPU, against the reference in float64."""
 
+import inspect
+
 import numpy as np
 import pytest
 from gradcheck import assert_gradient, numerical_gradient
@@ -242,3 +244,12 @@ def test_arrays_that_vectors_do_not_reach(gpu, rng, layout):
     grads = batchnorm.batch_norm_backward(there(grad, 1), there(x, 3), mean, invstd, None, training=True, layout=layout)
     wanted = reference(kernels.batch_norm_backward, grad, x, *expected[1:], layout=layout)
     assert_same([place.copy_out(a) for a in grads], wanted, 64, [4, 40, 40])
+
+
+def test_the_same_signatures_as_the_reference(gpu):
+    from tilewise.kernels.cuda import batchnorm as cuda
+    from tilewise.kernels.reference import batchnorm as reference
+
+    for name, function in vars(reference).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            assert inspect.signature(getattr(cuda, name)) == inspect.signature(function), name

@@ -1,5 +1,6 @@
 """Padding in numba.cuda, executed on the CPU, against the reference."""
 
+import inspect
 from itertools import product
 
 import numpy as np
@@ -81,3 +82,12 @@ def test_gradient_is_the_numerical_one(gpu, rng, mode):
     cotangent = rng.standard_normal((2, 6, 8))
     expected = numerical_gradient(lambda x: kernels.pad(x, padding, mode, 2), x, cotangent)
     assert_gradient(kernels.pad_backward(cotangent, x.shape, padding, mode), expected)
+
+
+def test_the_same_signatures_as_the_reference(gpu):
+    from tilewise.kernels.cuda import padding as cuda
+    from tilewise.kernels.reference import padding as reference
+
+    for name, function in vars(reference).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            assert inspect.signature(getattr(cuda, name)) == inspect.signature(function), name

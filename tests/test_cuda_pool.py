@@ -1,5 +1,7 @@
 """Pooling in numba.cuda, executed on the CPU, against the reference."""
 
+import inspect
+
 import numpy as np
 import pytest
 from gradcheck import assert_gradient, numerical_gradient
@@ -276,3 +278,12 @@ def test_arrays_that_vectors_do_not_reach(gpu, rng, layout):
     result = pool.avg_pool2d_backward(there(grad), input_shape=x.shape, **windows, **divided, layout=layout)
     expected = reference(kernels.avg_pool2d_backward, grad, x.shape, 3, 2, 1, layout=layout)
     assert_close(place.copy_out(result), expected, reduction=9)
+
+
+def test_the_same_signatures_as_the_reference(gpu):
+    from tilewise.kernels.cuda import pool as cuda
+    from tilewise.kernels.reference import pool as reference
+
+    for name, function in vars(reference).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            assert inspect.signature(getattr(cuda, name)) == inspect.signature(function), name

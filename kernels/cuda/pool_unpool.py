@@ -11,7 +11,6 @@ from numba import cuda
 from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT64, WORDS, kernel
 from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, split
 from tilewise.kernels.cuda.ptx import atomic_max, narrow, zero
-from tilewise.kernels.device_arrays import DeviceArray
 
 _BITS = {size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)}
 _INDEX = np.dtype(np.int64)
@@ -74,7 +73,7 @@ def _sizes(shape, layout) -> tuple[int, int]:
     return (shape[2] * shape[3], 1) if layout == "NCHW" else (shape[1] * shape[2], shape[3])
 
 
-def max_unpool2d(x: DeviceArray, indices: DeviceArray, *, output_size, layout):
+def max_unpool2d(x, indices, *, output_size, layout):
     n, c = x.shape[0], x.shape[1 if layout == "NCHW" else 3]
     shape = (n, c, *output_size) if layout == "NCHW" else (n, *output_size, c)
     place, y = x.place, x.place.empty(shape, x.dtype)
@@ -89,7 +88,7 @@ def max_unpool2d(x: DeviceArray, indices: DeviceArray, *, output_size, layout):
     return y
 
 
-def max_unpool2d_backward(grad: DeviceArray, indices: DeviceArray, *, layout):
+def max_unpool2d_backward(grad, indices, *, layout):
     result = grad.place.empty(indices.shape, grad.dtype)
     pooled, channels = _sizes(indices.shape, layout)
     pixels, _ = _sizes(grad.shape, layout)
