@@ -17,8 +17,9 @@ ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
 # channel in several parts (more than 1024 units), more channels than a block has threads
 SHAPES = [
     (2, 3, 4, 4), (3, 5, 3, 5), (2, 1, 1, 1), (1, 1, 1, 7), (3, 40, 7, 7), (2, 2, 36, 65), (1, 3, 80, 64),
-    (2, 300, 2, 2), (1, 2056, 1, 2), (9, 8, 16, 16),
+    (2, 300, 2, 2), (9, 8, 16, 16),
 ]  # fmt: skip
+CASES = [(shape, layout) for shape in SHAPES for layout in LAYOUTS] + [((1, 2056, 1, 2), "NHWC")]
 
 
 def laid(x, layout):
@@ -50,8 +51,7 @@ def assert_same(actual, expected, reduction, scales=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
 def test_training_and_its_gradient(gpu, rng, shape, layout, dtype):
     x, grad = (laid(a, layout).astype(dtype) for a in rng.standard_normal((2, *shape)))
     values = x.size // shape[1]

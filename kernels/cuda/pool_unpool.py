@@ -52,7 +52,7 @@ def unpool_fetch(
         y[i] = value
 
 
-@kernel(threads=THREADS, dtypes=_BITS.values())
+@kernel(threads=THREADS, dtypes=[_BITS[size] for size in (2, 4, 8)])
 def unpool_backward(
     grad: ELEMENTS, indices: INDICES, result: ELEMENTS, count: INT64, pooled: INT64, pixels: INT64, channels: INT64
 ):
