@@ -50,6 +50,10 @@ class Parameter:
                 return _NUMBA[sum_dtype(dtype)]
             case "indices":
                 return types.CPointer(types.int64)
+            case "doubles":
+                return types.CPointer(types.float64)
+            case "words":
+                return types.CPointer(types.int32)
         return types.int32 if self.kind == "int32" else types.int64
 
     def slot(self, dtype: np.dtype) -> str:
@@ -62,6 +66,8 @@ class Parameter:
 ELEMENTS = Parameter("elements")  # a pointer to numbers of the kernel's dtype
 SUMS = Parameter("sums")  # a pointer to numbers of the dtype that it sums in
 INDICES = Parameter("indices")  # a pointer to int64
+DOUBLES = Parameter("doubles")  # a pointer to float64, whatever the kernel's dtype: sums of very many numbers
+WORDS = Parameter("words")  # a pointer to int32
 REAL = Parameter("real")  # a number of the dtype that it sums in
 INT32, INT64 = Parameter("int32"), Parameter("int64")
 
