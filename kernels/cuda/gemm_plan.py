@@ -5,7 +5,9 @@ from math import prod
 
 import numpy as np
 
+from tilewise.kernels import settings
 from tilewise.kernels.cuda.epilogue import LEAKY_SLOPE, NONE
+from tilewise.kernels.cuda.gemm_tensor import FLOAT16, HALF, SINGLE, TF32, TensorTile
 from tilewise.kernels.cuda.gemm_tile import (
     BIG,
     BIG_VECTORS,
@@ -127,27 +129,28 @@ def _slice(result: DeviceArray, i: int, count: int) -> DeviceArray:
     return DeviceArray(result.place, pointer, (count,), result.dtype, result.owner)
 
 
-def _vectors(left: Matrices, right: Matrices) -> bool:
-    return left.array.dtype.kind == "f" and left.array.dtype.itemsize > 2 and left.aligned() and right.aligned()
-
-
-def choose(left: Matrices, right: Matrices, matrices: int):
+def choose(left: Matrices, right: Matrices, matrices: int, tf32: bool):
     """(kernel, tile) for a product."""
     dtype, engine = left.array.dtype, left.array.place.engine
     size = left.rows, right.columns, left.columns, matrices, engine.multiprocessors
+    orders = left.column_stride == 1, right.row_stride == 1  # is k contiguous
     if dtype.kind != "f":
         return INTEGERS, SMALL
-    if not _vectors(left, right):
+    aligned = left.aligned() and right.aligned()
+    half = dtype.itemsize == 2
+    if aligned and engine.capability >= (8, 0) and (half or (tf32 and dtype == np.float32)):
+        return (FLOAT16[orders], HALF) if half else (TF32[orders], SINGLE)
+    if half or not aligned:
         tile = choose_tile(*size, (SMALL, TINY))
         return STRIDED[tile], tile
     tile = choose_tile(*size, (BIG, TALL, SMALL, TINY) if dtype == np.float32 else (SMALL, TINY))
-    if tile is BIG:
-        return BIG_VECTORS[left.column_stride == 1, right.row_stride == 1], tile
-    return VECTORS[tile], tile
+    return (BIG_VECTORS[orders] if tile is BIG else VECTORS[tile]), tile
 
 
 def _launch(left: Matrices, right: Matrices, batch: Batch, matrices: int, result, bias, code):
-    kernel, tile = choose(left, right, matrices)
+    kernel, tile = choose(left, right, matrices, settings.active().tf32)
+    k_contiguous = left.column_stride == 1, right.row_stride == 1
+    shared = tile.shared_bytes(*k_contiguous) if isinstance(tile, TensorTile) else 0
     m, n, depth = left.rows, right.columns, left.columns
     dtype, place = left.array.dtype, left.array.place
     blocks = ceil_div(m, tile.rows) * ceil_div(n, tile.columns)
@@ -164,7 +167,7 @@ def _launch(left: Matrices, right: Matrices, batch: Batch, matrices: int, result
         left.array, right.array, None if widened else result, partial, bias, m, n, depth, part, matrices,
         left.row_stride, left.column_stride, right.row_stride, right.column_stride,
         *batch.sizes[:2], *batch.left, *batch.right,
-        to_sums, bias is not None, code, vectors, LEAKY_SLOPE if dtype.kind == "f" else 0,
+        to_sums, bias is not None, code, vectors, LEAKY_SLOPE if dtype.kind == "f" else 0, shared=shared,
     )  # fmt: skip
     if parts > 1:
         _add_parts(partial, result, bias, code, m * n * matrices, n, parts, dtype)

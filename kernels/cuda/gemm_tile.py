@@ -7,11 +7,11 @@ each of which goes to its own matrix of partial sums, added in order by `add_par
 """
 
 from numba import cuda
-from numba.cuda.types import uint32
+from numba.cuda.types import int32, int64, uint32
 
 from tilewise.kernels.cuda.epilogue import activate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, device, kernel
-from tilewise.kernels.cuda.product import Tile, make_product, make_store, strided_loader, vector_loader
+from tilewise.kernels.cuda.product import Tile, make_product_and_room, make_tile_store, strided_loader, vector_loader
 from tilewise.kernels.cuda.ptx import at, lanes, narrow, registers, store_vector, widen
 
 # 8 x 8 sums a thread need 16 loads of 4 numbers for 256 products: 64 products to 4 instructions that load, for each k.
@@ -26,8 +26,9 @@ def batch_offset(z, n0, n1, s0, s1, s2):
     """Where matrix z of a batch of n2 x n1 x n0 begins, with strides s: 0 where it is broadcast."""
     if n0 * n1 == 1:
         return z * s2
-    inner = uint32(z) % uint32(n0 * n1)
-    return inner % uint32(n0) * s0 + inner // uint32(n0) * s1 + uint32(z) // uint32(n0 * n1) * s2
+    inner = int64(uint32(z) % uint32(n0 * n1))
+    outer = int64(uint32(z) // uint32(n0 * n1))
+    return int64(uint32(inner) % uint32(n0)) * s0 + int64(uint32(inner) // uint32(n0)) * s1 + outer * s2
 
 
 @device
@@ -35,63 +36,52 @@ def start_row(operands, row):
     return row * operands[4], row < operands[3]
 
 
-def _make_put(finished: bool):
-    """Writes four sums: to the partial sums, or (finished) with bias and activation to the result."""
-
-    @device
-    def put(operands, place, column, values):
-        c, partial, bias, _, n, to_sums, has_bias, code, slope, vectors = operands
-        row, inside = place
-        if not inside:
-            return
-        if to_sums:
-            if vectors and column < n:
-                for i in range(0, 4, lanes(partial)):
-                    store_vector(partial, row + column + i, at(values, i))
-            else:
-                for i in range(4):
-                    if column + i < n:
-                        partial[row + column + i] = values[i]
-            return
-        results = registers(c, 16)
-        for i in range(4):
-            if column + i < n:
-                if finished:
-                    value = values[i] + widen(bias[column + i]) if has_bias else values[i]
-                    results[i] = narrow(activate(value, code, slope), c)
-                else:
-                    results[i] = narrow(values[i], c)
+@device
+def put(operands, place, column, values):
+    """Writes four sums: to the partial sums, or with bias and activation to the result."""
+    c, partial, bias, _, n, to_sums, has_bias, code, slope, vectors = operands
+    row, inside = place
+    if not inside:
+        return
+    if to_sums:
         if vectors and column < n:
-            for i in range(0, 4, lanes(c)):
-                store_vector(c, row + column + i, at(results, i))
+            for i in range(0, 4, lanes(partial)):
+                store_vector(partial, row + column + i, at(values, i))
         else:
             for i in range(4):
                 if column + i < n:
-                    c[row + column + i] = results[i]
+                    partial[row + column + i] = values[i]
+        return
+    results = registers(c, 16)
+    for i in range(4):
+        if column + i < n:
+            value = values[i] + widen(bias[column + i]) if has_bias else values[i]
+            results[i] = narrow(activate(value, code, slope), c)
+    if vectors and column < n:
+        for i in range(0, 4, lanes(c)):
+            store_vector(c, row + column + i, at(results, i))
+    else:
+        for i in range(4):
+            if column + i < n:
+                c[row + column + i] = results[i]
 
-    return put
 
-
-def _make_put_integers():
+@device
+def put_integers(operands, place, column, values):
     """The same without bias and activation, which are for floats."""
-
-    @device
-    def put(operands, place, column, values):
-        c, partial, _, _, n, to_sums, _, _, _, _ = operands
-        if place[1]:
-            for i in range(4):
-                if column + i < n:
-                    if to_sums:
-                        partial[place[0] + column + i] = values[i]
-                    else:
-                        c[place[0] + column + i] = narrow(values[i], c)
-
-    return put
+    c, partial, _, _, n, to_sums, _, _, _, _ = operands
+    if place[1]:
+        for i in range(4):
+            if column + i < n:
+                if to_sums:
+                    partial[place[0] + column + i] = values[i]
+                else:
+                    c[place[0] + column + i] = narrow(values[i], c)
 
 
-def _make_matmul(tile: Tile, left, right, name: str, put, turing_blocks=None):
-    product = make_product(tile, left, right)
-    store = make_store(tile, start_row, put)
+def _make_matmul(tile: Tile, left, right, name: str, put_sums, turing_blocks=None):
+    product = make_product_and_room(tile, left, right)
+    store = make_tile_store(tile, start_row, put_sums)
     tile_rows, tile_columns = tile.rows, tile.columns
 
     @kernel(threads=tile.threads, blocks=tile.blocks, turing_blocks=turing_blocks, name=f"matmul {tile.name} {name}")
@@ -104,17 +94,17 @@ def _make_matmul(tile: Tile, left, right, name: str, put, turing_blocks=None):
     ):  # fmt: skip
         z = cuda.blockIdx.z
         row_tiles = uint32((m + tile_rows - 1) // tile_rows)
-        column_tile = uint32(cuda.blockIdx.x) // row_tiles
-        first_row = (cuda.blockIdx.x - column_tile * row_tiles) * tile_rows
+        column_tile = int32(uint32(cuda.blockIdx.x) // row_tiles)
+        first_row = (cuda.blockIdx.x - column_tile * int32(row_tiles)) * tile_rows
         first_column = column_tile * tile_columns
         left_operands = (at(a, batch_offset(z, n0, n1, a0, a1, a2)), m, a_row, a_k)
         right_operands = (at(b, batch_offset(z, n0, n1, b0, b1, b2)), n, b_column, b_k)
         begin = cuda.blockIdx.y * part
-        sums = product(left_operands, right_operands, first_row, first_column, begin, min(begin + part, depth))
+        sums, room = product(left_operands, right_operands, first_row, first_column, begin, min(begin + part, depth))
         c_matrix = at(c, z * m * n)
         partial_matrix = at(partial, (cuda.blockIdx.y * batches + z) * m * n)
         operands = c_matrix, partial_matrix, bias, m, n, to_sums, has_bias, code, slope, vectors
-        store(sums, operands, first_row, first_column)
+        store(sums, room, operands, first_row, first_column)
 
     return matmul
 
@@ -123,26 +113,25 @@ def _both(tile: Tile, loader) -> tuple:
     return loader(tile, tile.rows), loader(tile, tile.columns)
 
 
-_PUT = _make_put(True)
 _ORDER = {True: "k", False: "row"}
 # (tile, vectors) -> kernel; of the largest tile one for each (A, B) of whether k is contiguous, which saves registers
 VECTORS = {
-    TALL: _make_matmul(TALL, *_both(TALL, vector_loader), "vectors", _PUT, turing_blocks=2),
-    SMALL: _make_matmul(SMALL, *_both(SMALL, vector_loader), "vectors", _PUT),
-    TINY: _make_matmul(TINY, *_both(TINY, vector_loader), "vectors", _PUT),
+    TALL: _make_matmul(TALL, *_both(TALL, vector_loader), "vectors", put, turing_blocks=2),
+    SMALL: _make_matmul(SMALL, *_both(SMALL, vector_loader), "vectors", put),
+    TINY: _make_matmul(TINY, *_both(TINY, vector_loader), "vectors", put),
 }
 BIG_VECTORS = {
     (left, right): _make_matmul(
         BIG, vector_loader(BIG, BIG.rows, left), vector_loader(BIG, BIG.columns, right),
-        f"vectors {_ORDER[left]} {_ORDER[right]}", _PUT, turing_blocks=1,
+        f"vectors {_ORDER[left]} {_ORDER[right]}", put, turing_blocks=1,
     )
     for left in (True, False) for right in (True, False)
 }  # fmt: skip
 STRIDED = {
-    SMALL: _make_matmul(SMALL, *_both(SMALL, strided_loader), "strided", _PUT),
-    TINY: _make_matmul(TINY, *_both(TINY, strided_loader), "strided", _PUT),
+    SMALL: _make_matmul(SMALL, *_both(SMALL, strided_loader), "strided", put),
+    TINY: _make_matmul(TINY, *_both(TINY, strided_loader), "strided", put),
 }
-INTEGERS = _make_matmul(SMALL, *_both(SMALL, strided_loader), "integers", _make_put_integers())
+INTEGERS = _make_matmul(SMALL, *_both(SMALL, strided_loader), "integers", put_integers)
 
 _THREADS = 256
 

@@ -100,7 +100,10 @@ class Code:
         self.entry = self.engine.get_function_address("simt_entry")
         layout = self.engine.target_data
         self.shared = [
-            (self.engine.get_global_value_address(name), layout.get_abi_size(value.global_value_type))
+            (
+                self.engine.get_global_value_address(name),
+                None if name == "dynamic_shared_memory" else layout.get_abi_size(value.global_value_type),
+            )
             for name, value in shared
         ]
         self.engine.detach()  # it lives as long as the process: at exit, LLVM may be gone before it
@@ -184,7 +187,7 @@ class Emulator:
         library = runtime()
         library.simt_no_static_shared()
         for address, size in code.shared:
-            library.simt_static_shared(ctypes.c_void_p(address), ctypes.c_size_t(size))
+            library.simt_static_shared(ctypes.c_void_p(address), ctypes.c_size_t(shared if size is None else size))
         buffer = (ctypes.c_char * len(slots)).from_buffer(slots)
         outcome = library.simt_launch(
             ctypes.c_void_p(code.entry), buffer, ctypes.byref(_Grid(*grid)), ctypes.byref(_Grid(threads, 1, 1)),

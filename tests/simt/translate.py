@@ -15,6 +15,8 @@ class Unsupported(NotImplementedError):
     """An instruction that the emulator does not have."""
 
 
+DYNAMIC_SHARED = 227 << 10  # bytes
+
 # PTX text -> (function of ptx.cpp, results, their type); a group in the pattern becomes an argument after the others
 _PTX = (
     (r"cp\.async\.c[ag]\.shared\.global \[\$0\], \[\$1\], 4, \$2;", "emu_cp_async_4", 0, ""),
@@ -70,6 +72,10 @@ def translate(text: str, entry: str) -> Translated:
     # the annotations would make the entry a kernel in NVIDIA's calling convention
     text = re.sub(r"^!nvvm\.annotations.*$", "", text, flags=re.M)
     text = re.sub(r"(addrspace\(3\) global \[[^\]]*\]) undef", r"\1 zeroinitializer", text)
+    text = text.replace(  # as large as any GPU has it; a launch uses what it asked for
+        '@"dynamic_shared_memory" = external addrspace(3) global [0 x i8], align 16',
+        f'@"dynamic_shared_memory" = addrspace(3) global [{DYNAMIC_SHARED} x i8] zeroinitializer, align 128',
+    )
     text = re.sub(r'"llvm\.nvvm\.read\.ptx\.sreg\.([a-z.]+)"', lambda m: f'"simt_sreg_{m[1].replace(".", "_")}"', text)
     for name, ours in _RENAMED.items():
         text = text.replace(f'"{name}"', f'"{ours}"')
