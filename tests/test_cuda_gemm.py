@@ -1,4 +1,4 @@
-"""matmul and linear in numba.cuda, executed on the CPU, against the reference: every tile, order of memory and dtype."""
+"""matmul and linear in numba.cuda, executed on the CPU, against the reference: every tile, order and dtype."""
 
 import numpy as np
 import pytest

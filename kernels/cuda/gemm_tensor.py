@@ -22,6 +22,7 @@ from numba.cuda.types import int32, uint32
 
 from tilewise.kernels.cuda.gemm_tile import batch_offset, put, start_row
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, device, kernel
+from tilewise.kernels.cuda.product import make_lay_out
 from tilewise.kernels.cuda.ptx import (
     at,
     commit_copies,
@@ -154,13 +155,10 @@ def _make_multiply(tile: TensorTile, mma, loads):
     return multiply
 
 
-@device
-def _lay_out(sums, room, row, column):
-    """A warp's 64 x 32 sums into shared memory, from (row, column) of this lane's first one on."""
-    for i in range(4):
-        for j in range(4):
-            for e in range(4):
-                room[(row + i * 16 + e // 2 * 8) * _OUT + column + j * 8 + e % 2] = sums[i * 16 + j * 4 + e]
+# a lane's 64 sums of its warp's 64 x 32, four of each product of 16 x 8
+_lay_out = make_lay_out([
+    (i * 16 + e // 2 * 8) * _OUT + j * 8 + e % 2 for i in range(4) for j in range(4) for e in range(4)
+])  # fmt: skip
 
 
 @device
@@ -229,7 +227,7 @@ def _make_matmul(tile: TensorTile, name: str, mma, make_loads, left_by_k: bool, 
         partial_matrix = at(partial, (cuda.blockIdx.y * batches + z) * m * n)
         cuda.syncthreads()
         room = dynamic_shared(partial)
-        _lay_out(sums, room, row + lane // 4, column + lane % 4 * 2)
+        _lay_out(at(room, (row + lane // 4) * _OUT + column + lane % 4 * 2), sums)
         cuda.syncthreads()
         operands = at(c, z * m * n), partial_matrix, bias, m, n, to_sums, has_bias, code, slope, vectors
         _store(room, operands, first_row, first_column)

@@ -18,7 +18,7 @@ from tilewise.kernels.cuda.ptx import at, lanes, narrow, registers, store_vector
 BIG = Tile((4, 2), (8, 8), 16, 2)  # 128 x 128, 256 threads of 128 registers: two blocks fill a multiprocessor
 TALL = Tile((4, 1), (8, 8), 16, 3)  # 128 x 64, 128 threads
 SMALL = Tile((2, 2), (8, 4), 16, 3)  # 64 x 64, 128 threads; float64 fits
-TINY = Tile((2, 1), (4, 4), 32, 8)  # 32 x 32, 64 threads: few rows or columns, bound by memory
+TINY = Tile((2, 1), (4, 4), 32, 6)  # 32 x 32, 64 threads: few rows or columns, bound by memory
 
 
 @device

@@ -274,6 +274,25 @@ def make_store(tile: Tile, start: Callable, put: Callable, by: str = "rows") -> 
     return store
 
 
+def make_lay_out(offsets: list[int]) -> Callable:
+    """The intrinsic (target, sums): target[offsets[i]] = sums[i].
+
+    Written out, since an index that NVVM does not find constant would put the sums into memory for the whole kernel.
+    """
+
+    @intrinsic
+    def lay_out(typingctx, target, sums):
+        def codegen(context, builder, signature, args):
+            for i, offset in enumerate(offsets):
+                value = builder.load(builder.gep(args[1], [_INT(i)]))
+                builder.store(value, builder.gep(args[0], [_INT(offset)]))
+            return context.get_dummy_value()
+
+        return types.void(target, sums), codegen
+
+    return lay_out
+
+
 def make_tile_store(tile: Tile, start: Callable, put: Callable) -> Callable:
     """As make_store by rows, but through shared memory: (sums, room, operands, first row, first column).
 
@@ -283,8 +302,10 @@ def make_tile_store(tile: Tile, start: Callable, put: Callable) -> Callable:
     """
     warp_height, columns, threads = tile.lanes[0] * tile.each[0], tile.columns, tile.threads
     pitch, vectors = columns + PAD, columns // _BLOCK
-    each_rows, each_columns = tile.each
-    row_stride, column_stride = tile.lanes[0] * _BLOCK, tile.lanes[1] * _BLOCK
+    lay_out = make_lay_out([
+        (i // _BLOCK * tile.lanes[0] * _BLOCK + i % _BLOCK) * pitch + j // _BLOCK * tile.lanes[1] * _BLOCK + j % _BLOCK
+        for i in range(tile.each[0]) for j in range(tile.each[1])
+    ])  # fmt: skip
     passes = tile.warps[0]
     first_element = make_first_element(tile)
     assert warp_height * pitch <= 2 * tile.depth * (tile.rows + PAD)
@@ -296,12 +317,7 @@ def make_tile_store(tile: Tile, start: Callable, put: Callable) -> Callable:
         values = register_sums(sums, _BLOCK)
         for strip in range(passes):
             if my_row // warp_height == strip:
-                mine = at(room, my_row % warp_height * pitch + my_column)
-                for i in range(each_rows):
-                    for j in range(0, each_columns, lanes(sums)):
-                        target = i // _BLOCK * row_stride * pitch + i % _BLOCK * pitch
-                        target += j // _BLOCK * column_stride + j % _BLOCK
-                        store_vector(mine, target, at(sums, i * each_columns + j))
+                lay_out(at(room, my_row % warp_height * pitch + my_column), sums)
             cuda.syncthreads()
             for vector in range(thread, warp_height * vectors, threads):
                 row, column = vector // vectors, vector % vectors * _BLOCK
