@@ -7,6 +7,7 @@ import numpy as np
 
 from tilewise.kernels import settings
 from tilewise.kernels.cuda.epilogue import LEAKY_SLOPE, NONE
+from tilewise.kernels.cuda.gemm_few import FEW, ROWS, multiply_few
 from tilewise.kernels.cuda.gemm_tensor import FLOAT16, HALF, SINGLE, TF32, TensorTile
 from tilewise.kernels.cuda.gemm_tile import (
     BIG,
@@ -27,6 +28,8 @@ from tilewise.kernels.device_arrays import DeviceArray
 # A product with fewer blocks than this splits its depth, if parts of at least that depth remain. A constant, not the
 # device's: the order of a sum depends on the shape alone.
 ENOUGH_BLOCKS, PART_DEPTH = 256, 256
+# A matrix with few vectors has a warp for each row: it needs many rows, or short ones.
+MANY_ROWS, SHORT_ROWS = 256, 2048
 MOST_MATRICES = (1 << 16) - 1  # the grid's z
 
 
@@ -147,7 +150,31 @@ def choose(left: Matrices, right: Matrices, matrices: int, tf32: bool):
     return (BIG_VECTORS[orders] if tile is BIG else VECTORS[tile]), tile
 
 
+def _few(left: Matrices, right: Matrices, bias, result, code) -> bool:
+    """Whether it was a product of a matrix, whose k are contiguous, with few vectors; then it is computed."""
+    m, n, depth = left.rows, right.columns, left.columns
+    by_rows = n <= FEW and left.column_stride == 1
+    rows, count = (m, n) if by_rows else (n, m)
+    if not by_rows and not (m <= FEW and right.row_stride == 1):
+        return False
+    if left.array.dtype.kind != "f" or (rows < MANY_ROWS and depth > SHORT_ROWS):
+        return False
+    if by_rows:
+        big, few, strides, to, of_bias = left, right, (right.column_stride, right.row_stride), (n, 1), (0, 1)
+    else:
+        big, few, strides, to, of_bias = right, left, (left.row_stride, left.column_stride), (1, n), (1, 0)
+    width = 16 // big.array.dtype.itemsize
+    whole = strides[1] == 1 and depth % width == 0 and not (big.array.pointer % 16 or few.array.pointer % 16)
+    multiply_few(
+        result.place, ceil_div(rows, ROWS), big.array, few.array, result, bias, rows, count, depth,
+        *strides, *to, *of_bias, depth // width if whole else 0, bias is not None, code, LEAKY_SLOPE,
+    )  # fmt: skip
+    return True
+
+
 def _launch(left: Matrices, right: Matrices, batch: Batch, matrices: int, result, bias, code):
+    if matrices == 1 and _few(left, right, bias, result, code):
+        return
     kernel, tile = choose(left, right, matrices, settings.active().tf32)
     k_contiguous = left.column_stride == 1, right.row_stride == 1
     shared = tile.shared_bytes(*k_contiguous) if isinstance(tile, TensorTile) else 0
