@@ -81,8 +81,8 @@ OLDEST = (7, 5)  # the first compute capability that kernels are compiled for
 class Kernel:
     """A function for the GPU; see `kernel`. Called with a place, the grid and the arguments, it starts."""
 
-    def __init__(self, function, threads: int, blocks: int, name: str, dtypes, least, promises):
-        self.function, self.threads, self.blocks = function, threads, blocks
+    def __init__(self, function, threads: int, blocks: int, turing_blocks: int, name: str, dtypes, least, promises):
+        self.function, self.threads, self.blocks, self.turing_blocks = function, threads, blocks, turing_blocks
         self.name = name or function.__name__
         self.dtypes, self.least = tuple(np.dtype(d) for d in dtypes), least
         self._promises = promises
@@ -136,7 +136,8 @@ class Form:
 
     def ptx(self, capability: tuple[int, ...]) -> str:
         """The PTX for a compute capability such as (9, 0)."""
-        bounds = (self.kernel.threads, self.kernel.blocks)
+        blocks = self.kernel.blocks if capability >= (8, 0) else self.kernel.turing_blocks
+        bounds = (self.kernel.threads, blocks)
         text, _ = cuda.compile_ptx(self.kernel.function, self.signature, cc=capability, launch_bounds=bounds)
         return text
 
@@ -148,16 +149,21 @@ class Form:
         return match[1]
 
 
-def kernel(*, threads: int, blocks: int = 1, name: str = "", dtypes=FLOATS, least=OLDEST, promises=()):
+def kernel(
+    *, threads: int, blocks: int = 1, turing_blocks: int | None = None, name: str = "", dtypes=FLOATS, least=OLDEST,
+    promises=(),
+):  # fmt: skip
     """Makes a function a `Kernel` of that many threads a block, of which `blocks` blocks shall fit a multiprocessor.
 
+    turing_blocks: the same before compute capability 8.0, where a multiprocessor has 64 KB of shared memory.
     name: what tells this kernel from others that the same factory makes, such as its tile.
     dtypes: what it is for. least: the lowest compute capability, such as (8, 0) where it uses cp.async.
     promises: machine instructions that its code must have, for all dtypes or {dtype's name: instructions}: "FFMA",
         "LDS.128" (also LDS.U.128), "HMMA". tests/gpu_compile.py compiles every kernel for every dtype and architecture
         and looks; tests that launch none of a kernel's forms are named at the end of a test run.
     """
-    return lambda function: Kernel(function, threads, blocks, name, dtypes, least, promises)
+    on_turing = blocks if turing_blocks is None else turing_blocks
+    return lambda function: Kernel(function, threads, blocks, on_turing, name, dtypes, least, promises)
 
 
 def device(function) -> Any:
