@@ -172,7 +172,7 @@ def _store(room, operands, first_row, first_column):
         put(operands, start_row(operands, first_row + row), first_column + column, values)
 
 
-def _make_matmul(tile: TensorTile, name: str, mma, make_loads, left_by_k: bool, right_by_k: bool):
+def _make_matmul(tile: TensorTile, dtype: str, name: str, mma, make_loads, left_by_k: bool, right_by_k: bool):
     copy_left, copy_right = _make_copy(tile, left_by_k), _make_copy(tile, right_by_k)
     multiply = _make_multiply(tile, mma, make_loads(left_by_k, right_by_k))
     left_stage, right_stage, step = tile.stage(left_by_k), tile.stage(right_by_k), tile.depth
@@ -180,7 +180,10 @@ def _make_matmul(tile: TensorTile, name: str, mma, make_loads, left_by_k: bool, 
     in_flight = STAGES - 2
     orders = f"{'k' if left_by_k else 'row'} {'k' if right_by_k else 'row'}"
 
-    @kernel(threads=THREADS, blocks=2, name=f"matmul tensor {name} {orders}")
+    @kernel(
+        threads=THREADS, blocks=2, name=f"matmul tensor {name} {orders}", dtypes=(dtype,), least=(8, 0),
+        promises=("HMMA", "LDGSTS"),
+    )  # fmt: skip
     def matmul(
         a: ELEMENTS, b: ELEMENTS, c: ELEMENTS, partial: SUMS, bias: ELEMENTS,
         m: INT64, n: INT64, depth: INT64, part: INT64, batches: INT64,
@@ -235,11 +238,11 @@ def _make_matmul(tile: TensorTile, name: str, mma, make_loads, left_by_k: bool, 
     return matmul
 
 
-def _orders(tile: TensorTile, name: str, mma, make_loads) -> dict:
+def _orders(tile: TensorTile, dtype: str, name: str, mma, make_loads) -> dict:
     """(is A's k contiguous, is B's) -> kernel."""
     both = (True, False)
-    return {(p, q): _make_matmul(tile, name, mma, make_loads, p, q) for p in both for q in both}
+    return {(p, q): _make_matmul(tile, dtype, name, mma, make_loads, p, q) for p in both for q in both}
 
 
-FLOAT16 = _orders(HALF, "f16", mma_f16, _make_half_loads)
-TF32 = _orders(SINGLE, "tf32", mma_tf32, _make_single_loads)
+FLOAT16 = _orders(HALF, "float16", "f16", mma_f16, _make_half_loads)
+TF32 = _orders(SINGLE, "float32", "tf32", mma_tf32, _make_single_loads)

@@ -10,7 +10,8 @@ from numba import cuda
 from numba.cuda.types import int32, int64, uint32
 
 from tilewise.kernels.cuda.epilogue import activate
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, device, kernel
+from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INT32, INT64, REAL, SUMS, device, kernel
+from tilewise.kernels.cuda.launch import INTEGERS as INTEGER_DTYPES
 from tilewise.kernels.cuda.product import Tile, make_product_and_room, make_tile_store, strided_loader, vector_loader
 from tilewise.kernels.cuda.ptx import at, lanes, narrow, registers, store_vector, widen
 
@@ -79,12 +80,15 @@ def put_integers(operands, place, column, values):
                     c[place[0] + column + i] = narrow(values[i], c)
 
 
-def _make_matmul(tile: Tile, left, right, name: str, put_sums, turing_blocks=None):
+def _make_matmul(tile: Tile, left, right, name: str, put_sums, turing_blocks=None, dtypes=FLOATS):
     product = make_product_and_room(tile, left, right)
     store = make_tile_store(tile, start_row, put_sums)
     tile_rows, tile_columns = tile.rows, tile.columns
 
-    @kernel(threads=tile.threads, blocks=tile.blocks, turing_blocks=turing_blocks, name=f"matmul {tile.name} {name}")
+    @kernel(
+        threads=tile.threads, blocks=tile.blocks, turing_blocks=turing_blocks, name=f"matmul {tile.name} {name}",
+        dtypes=dtypes, promises={"float32": ("FFMA", "LDS.128"), "float64": ("DFMA", "LDS.128")},
+    )  # fmt: skip
     def matmul(
         a: ELEMENTS, b: ELEMENTS, c: ELEMENTS, partial: SUMS, bias: ELEMENTS,
         m: INT64, n: INT64, depth: INT64, part: INT64, batches: INT64,
@@ -131,7 +135,7 @@ STRIDED = {
     SMALL: _make_matmul(SMALL, *_both(SMALL, strided_loader), "strided", put),
     TINY: _make_matmul(TINY, *_both(TINY, strided_loader), "strided", put),
 }
-INTEGERS = _make_matmul(SMALL, *_both(SMALL, strided_loader), "integers", put_integers)
+INTEGERS = _make_matmul(SMALL, *_both(SMALL, strided_loader), "integers", put_integers, dtypes=INTEGER_DTYPES)
 
 _THREADS = 256
 
@@ -152,7 +156,7 @@ def add_parts(
         c[i] = narrow(activate(total, code, slope), c)
 
 
-@kernel(threads=_THREADS)
+@kernel(threads=_THREADS, dtypes=INTEGER_DTYPES)
 def add_integer_parts(partial: SUMS, c: ELEMENTS, total: SUMS, count: INT64, parts: INT64, to_sums: INT32):
     """The same for integers: into `total`, or narrowed into c."""
     i = cuda.blockIdx.x * _THREADS + cuda.threadIdx.x

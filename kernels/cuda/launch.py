@@ -75,6 +75,7 @@ KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile an
 
 
 FLOATS = ("float16", "float32", "float64")
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 OLDEST = (7, 5)  # the first compute capability that kernels are compiled for
 
 
