@@ -44,7 +44,7 @@ class OnTheGpu:
         ("a", r"matmul: a must be a NumPy array or a CPU torch tensor, got str"),
         (None, r"matmul: a must be an array, got None"),
         (np.ma.masked_less(a32, 1), r"matmul: a is a masked array; pass \.filled\(value\) or \.data"),
-        (OnTheGpu(), r"matmul: a lies on the GPU"),
+        (OnTheGpu(), r"matmul: a is a OnTheGpu; use CuPy, Numba or PyTorch arrays on the GPU"),
         (a32.astype(object), r"matmul: a is object, which is not supported"),
     ],
     ids=["list", "float", "scalar", "str", "None", "masked", "gpu", "object"],

@@ -10,6 +10,7 @@ if simt.why_not():
     pytest.skip(simt.why_not(), allow_module_level=True)
 
 from numba import cuda
+from numba.cuda import types
 from simt.emulator import SCHEDULES, EmulatedFault, Emulator
 from simt.mutation import mutated, without_ordering
 from simt.small import small_kernel
@@ -182,3 +183,19 @@ def large_local_array(x: ELEMENTS, y: ELEMENTS, n: INT32):
 def test_overflow_of_a_stack_is_noticed():
     (seen,) = outcomes(large_local_array, dict(large_local_array.__annotations__), 1, 3, X[0], ("forward",))
     assert "overflow the stack of 256 KB" in seen
+
+
+def numbas_own_shared_array(x: ELEMENTS, y: ELEMENTS, n: INT32):
+    t = cuda.threadIdx.x
+    room = cuda.shared.array(64, types.int64)
+    room[t] = t
+    cuda.syncthreads()
+    y[t] = room[63 - t + n]
+
+
+def test_shared_arrays_of_numba_are_watched_too():
+    annotations = dict(numbas_own_shared_array.__annotations__)
+    expected = np.arange(63, -1, -1).astype(SINGLE)
+    assert outcomes(numbas_own_shared_array, annotations, 1, 0, expected, ("forward",)) == {"right"}
+    (seen,) = outcomes(numbas_own_shared_array, annotations, 1, 1, expected, ("forward",))
+    assert "8 bytes beyond shared memory of 512 bytes" in seen

@@ -64,7 +64,7 @@ def translate(text: str) -> str:
     text = re.sub(r'target datalayout = "[^"]*"\n', "", text)
     # the annotations would make the entry a kernel in NVIDIA's calling convention
     text = re.sub(r"^!nvvm\.annotations.*$", "", text, flags=re.M)
-    text = re.sub(r"internal addrspace\(3\) global \[(\d+) x ([^\]]*)\] undef", _shared_array, text)
+    text = re.sub(r"(?:\w+ )*addrspace\(3\) global \[(\d+) x ([^\]]*)\] undef", _shared_array, text)
     text = _replace_dynamic_shared(text)
     text = re.sub(r'"llvm\.nvvm\.read\.ptx\.sreg\.([a-z.]+)"', lambda m: f'"simt_sreg_{m[1].replace(".", "_")}"', text)
     for name, ours in _RENAMED.items():
