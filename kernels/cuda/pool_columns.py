@@ -34,21 +34,19 @@ WINDOWS = ((3, 1), (2, 0))  # (side, padding on the left)
 def _load_lines(line, raw, x, fill, plane, first_row, base, height, width, count, side, left):
     """line[s * length + k] = x[plane, first_row + s, base - left + k] for s < side, `fill` outside of the image."""
     length = 2 * count + side - 2
-    for s in range(side):
-        h = first_row + s
-        inside = h >= 0 and h < height
-        start = (plane * height + h) * width + base
-        for part in range(2):
+    for k in range(side * length):
+        line[k] = fill
+    for p in range(2 * side):  # one flat loop: a nested one stays a loop for sm_120, and `line` in memory
+        h, column = first_row + p // 2, base + p % 2 * count
+        if h >= 0 and h < height and column < width:
+            load_vector(raw, x, (plane * height + h) * width + column)
             for k in range(count):
-                line[s * length + left + part * count + k] = fill
-            if inside and base + part * count < width:
-                load_vector(raw, x, start + part * count)
-                for k in range(count):
-                    line[s * length + left + part * count + k] = raw[k]
-        if left:
-            line[s * length] = fill
-            if inside and base > 0:
-                line[s * length] = x[start - 1]
+                line[p // 2 * length + left + p % 2 * count + k] = raw[k]
+    if left:
+        for s in range(side):
+            h = first_row + s
+            if h >= 0 and h < height and base > 0:
+                line[s * length] = x[(plane * height + h) * width + base - 1]
 
 
 def _make_maximum(side: int, left: int, indexed: bool):
