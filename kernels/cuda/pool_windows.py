@@ -53,7 +53,7 @@ def covering(p, n, count, stride, low, reach):
     if stride == 0:
         first, _ = split(p * count, n)
         last, _ = split((p + 1) * count + n - 1, n)
-        return first, last - 1
+        return first, min(last - 1, count - 1)
     last, _ = split(p + low, stride)
     first, _ = split(max(p + low - reach + stride - 1, 0), stride)
     return first, min(last, count - 1)
