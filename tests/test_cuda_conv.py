@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conv_cases import DEPTHWISE, LAYOUTS, OPTIONS, SMALL, Case, check, reference
+from conv_cases import DEPTHWISE, LAYOUTS, OPTIONS, SMALL, check, reference
 
 import tilewise
 from tilewise import kernels
@@ -28,7 +28,8 @@ def forward(rng, case, dtype, layout, number=0, algorithm="auto"):
     options = case.options | {"layout": layout, "activation": ACTIVATIONS[number % 5]}
     bias, add = None if number % 3 == 1 else bias, None if number % 3 == 2 else add
     y = kernels.conv2d(x, weight, bias, add=add, algorithm=algorithm, **options)
-    expected = reference(kernels.conv2d, x, weight, bias, **options, **({"add": add.astype(np.float64)} if add is not None else {}))
+    added = {} if add is None else {"add": add.astype(np.float64)}
+    expected = reference(kernels.conv2d, x, weight, bias, **options, **added)
     check(y, expected, case.taps, (case, layout, options), dtype)
 
 

@@ -4,7 +4,7 @@
 - Gradients with respect to the weights and the bias: sums over pixels in fixed parts (conv_sums.py).
 """
 
-from tilewise.kernels.cuda import conv_direct, conv_geometry, conv_sums
+from tilewise.kernels.cuda import conv_depthwise, conv_depthwise_weight, conv_direct, conv_geometry, conv_sums
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, NONE
 
 
@@ -12,12 +12,19 @@ def _window(stride, padding, dilation, groups, layout) -> dict:
     return {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
 
 
+def _correlate(it, x, weight, y, bias, extra, code, algorithm):
+    if algorithm in ("auto", "depthwise") and conv_depthwise.applies(it, x, y):
+        conv_depthwise.correlate(it, x, weight, y, bias, extra, code)
+    else:
+        conv_direct.correlate(it, x, weight, y, bias, extra, code)
+
+
 def _forward(x, weight, size, bias, extra, code, algorithm, **window):
     """activation(the convolution of x + bias + extra), of that many rows and columns."""
     it = conv_geometry.forward(x.shape, weight.shape, size, **window)
     y = x.place.empty(it.shape_y, x.dtype)
     if y.size:
-        conv_direct.correlate(it, x, weight, y, bias, extra, code)
+        _correlate(it, x, weight, y, bias, extra, code, algorithm)
     return y
 
 
@@ -26,12 +33,14 @@ def _transposed(grad, weight, shape, bias, **window):
     result = grad.place.empty(shape, grad.dtype)
     if result.size:
         for it in conv_geometry.transposed(grad.shape, weight.shape, shape, **window):
-            conv_direct.correlate(it, grad, weight, result, bias, None, NONE)
+            _correlate(it, grad, weight, result, bias, None, NONE, "auto")
     return result
 
 
 def _weight_gradient(grad, x, weight, **window):
     it = conv_geometry.forward(x.shape, weight.shape, conv_geometry.pixels(grad.shape, window["layout"]), **window)
+    if conv_depthwise_weight.applies(it):
+        return conv_depthwise_weight.weight_gradient(it, grad, x, weight.shape)
     return conv_sums.weight_gradient(it, grad, x, weight.shape)
 
 
