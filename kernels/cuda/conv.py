@@ -4,7 +4,7 @@
 - Gradients with respect to the weights and the bias: sums over pixels in fixed parts (conv_sums.py).
 """
 
-from tilewise.kernels.cuda import conv_depthwise, conv_depthwise_weight, conv_direct, conv_geometry, conv_sums
+from tilewise.kernels.cuda import conv_depthwise, conv_depthwise_weight, conv_direct, conv_geometry, conv_product, conv_sums
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, NONE
 
 
@@ -15,6 +15,8 @@ def _window(stride, padding, dilation, groups, layout) -> dict:
 def _correlate(it, x, weight, y, bias, extra, code, algorithm):
     if algorithm in ("auto", "depthwise") and conv_depthwise.applies(it, x, y):
         conv_depthwise.correlate(it, x, weight, y, bias, extra, code)
+    elif algorithm == "gemm":
+        conv_product.correlate(it, x, weight, y, bias, extra, code)
     else:
         conv_direct.correlate(it, x, weight, y, bias, extra, code)
 
