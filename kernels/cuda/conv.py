@@ -4,7 +4,14 @@
 - Gradients with respect to the weights and the bias: sums over pixels in fixed parts (conv_sums.py).
 """
 
-from tilewise.kernels.cuda import conv_depthwise, conv_depthwise_weight, conv_direct, conv_geometry, conv_product, conv_sums
+from tilewise.kernels.cuda import (
+    conv_depthwise,
+    conv_depthwise_weight,
+    conv_direct,
+    conv_geometry,
+    conv_product,
+    conv_sums,
+)
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, NONE
 
 

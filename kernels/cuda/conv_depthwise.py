@@ -120,9 +120,7 @@ def depthwise_channels(
             place = n * yn + (row0 + i * row_step) * yh + (col0 + (j + b) * col_step) * channels + c
             for k in range(width):
                 total = totals[b * width + k]
-                results[k] = narrow(
-                    finished(total, c + k, place + k, bias, has_bias, extra, has_extra, code, slope), y
-                )
+                results[k] = narrow(finished(total, c + k, place + k, bias, has_bias, extra, has_extra, code, slope), y)
             store_vector(y, place, results)
 
 

@@ -3,20 +3,25 @@
     y[o, pixel] = sum over k = (tap, c) of  packed[k, o] * x[c, the tap's place of the pixel]
 
 The weights are packed first: rows k padded to whole steps and outputs to whole tiles with zeros, so that they are read
-without a question. Of x, each thread loads numbers of one pixel, or of few, and zeros outside of the image:
+without a question. Of x, each thread loads numbers of one pixel, and zeros outside of the image:
 
     any channels    row by row of the sum; a thread counts channel, column, row of the tap on. Lanes run along pixels.
-    whole           STEP divides the channels: a step lies within one tap, whose place is found once.
-                    NCHW: lanes run along pixels. NHWC: a thread loads four channels of a pixel, 16 bytes in float32.
+    whole           the step divides the channels, and lies within one tap, whose place is found once.
+                    NCHW: lanes run along pixels. NHWC: a thread loads neighbouring channels, 16 bytes at a time.
+
+The loop is product.py's, with this loading: two pairs of tiles in shared memory, one of them multiplied while the
+next numbers come into registers.
 """
 
+from llvmlite import ir
 from numba import cuda
-from numba.cuda.types import int64
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
 
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.conv_geometry import Correlation
-from tilewise.kernels.cuda.conv_tile import AREA, SIDE, STEP, clear, load_four, multiply, store_four
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, kernel, sum_dtype
+from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, device, kernel, sum_dtype
+from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_multiply
 from tilewise.kernels.cuda.ptx import (
     VECTOR_BYTES,
     at,
@@ -26,14 +31,20 @@ from tilewise.kernels.cuda.ptx import (
     register_sums,
     registers,
     shared_sums,
+    store_vector,
     widen,
     zero,
 )
 
 _PACK_THREADS = 256
 _NOWHERE = -(1 << 40)  # a row so far outside that no tap reaches the image
-# (outputs, pixels) of a block's tile: the large one reads each operand least often, the small one makes more blocks
-TILES = ((128, 128), (64, 64))
+_DEPTH = 8
+# Tiles of outputs x pixels. The large one reads each operand least often; its registers hold no sums in float64. The
+# middle one makes more blocks; the low one wastes less where there are few outputs.
+LARGE, MIDDLE, LOW = (
+    Tile((4, 2), (8, 8), _DEPTH, blocks=2), Tile((2, 1), (8, 8), _DEPTH, blocks=4), Tile((1, 2), (8, 8), _DEPTH, 4)
+)  # fmt: skip
+TILES = (LARGE, MIDDLE, LOW)
 _ENOUGH_BLOCKS = 128
 
 
@@ -52,27 +63,95 @@ def pack_weights(
         if o < outputs and k < depth:
             c, tap = k % channels, k // channels
             p, q = p0 + tap // kw * p_step, q0 + tap % kw * q_step
-            source = group * group_step + o * output_step + c * channel_step + p * width + q
-            value = widen(weight[source])
+            value = widen(weight[group * group_step + o * output_step + c * channel_step + p * width + q])
         packed[number] = value
 
 
-def _make(block_outputs: int, block_pixels: int, channels_last: bool, whole: bool):
-    threads = block_outputs * block_pixels // AREA
-    by_vectors = channels_last and whole
-    rows = STEP * block_pixels // threads  # numbers of x that a thread loads a step, of one pixel
-    sharers = STEP // rows  # threads that load of the same pixel
-    # sharers that are neighbours write rows of the sum `rows` apart at once: 4 more keep them in different banks
-    pixel_row = block_pixels + (4 if by_vectors else 0)
-    left_size, right_size = 2 * STEP * block_outputs, 2 * STEP * pixel_row
-    half_outputs, half_pixels = block_outputs // 2, block_pixels // 2
-    output_fours, fours = block_outputs // 4, STEP * block_outputs // 4 // threads  # groups of four weights
-    staged_size = 4 * fours
-    output_inner, chunk = channels_last, SIDE * threads  # neighbouring threads have neighbouring outputs, or pixels
-    output_threads, pixel_threads = block_outputs // SIDE, block_pixels // SIDE
-    name = f"implicit_{block_outputs}x{block_pixels}_{'nhwc' if channels_last else 'nchw'}{'_whole' if whole else ''}"
+@device
+def load_four(target, source, index):
+    """target[0 .. 3] = source[index ...], from a multiple of 16 bytes; numbers of 4 or 8 bytes."""
+    for k in range(0, 4, lanes(source)):
+        load_vector(at(target, k), source, index + k)
 
-    @kernel(threads=threads, name=name)
+
+@device
+def store_four(target, index, source):
+    """target[index ...] = source[0 .. 3], to a multiple of 16 bytes; numbers of 4 or 8 bytes."""
+    for k in range(0, 4, lanes(target)):
+        store_vector(target, index + k, at(source, k))
+
+
+@intrinsic
+def pick(typingctx, values, step, which):
+    """values[which * step] of eight registers: each is looked at, since registers have no index."""
+    if not isinstance(step, types.IntegerLiteral):
+        return None
+    distance = step.literal_value
+
+    def codegen(context, builder, signature, args):
+        pointer, _, index = args
+        chosen = builder.load(pointer)
+        for i in range(1, 8):
+            other = builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), i * distance)]))
+            hit = builder.icmp_signed("==", index, ir.Constant(index.type, i))
+            chosen = builder.select(hit, other, chosen)
+        return chosen
+
+    return values.dtype(values, step, which), codegen
+
+
+def _make_spread(tile: Tile, channels_last: bool):
+    """The device function that puts row `part` of every thread's results (column, where channels are last) in order,
+    and the one that tells which (output, pixel) of the tile then lies at a place."""
+    outputs, pixels = tile.rows, tile.columns
+    each_outputs, each_pixels = tile.each
+    lane_outputs, lane_pixels = tile.lanes
+    pitch = (outputs if channels_last else pixels) + PAD
+    warp_outputs, warp_pixels = lane_outputs * each_outputs, lane_pixels * each_pixels
+
+    @device
+    def spread(room, totals, part, o, p):
+        if channels_last:
+            line = p // warp_pixels * lane_pixels + p % warp_pixels // 4
+            for i in range(each_outputs):
+                room[line * pitch + o + i // 4 * 4 * lane_outputs + i % 4] = pick(at(totals, i * each_pixels), 1, part)
+        else:
+            line = o // warp_outputs * lane_outputs + o % warp_outputs // 4
+            for j in range(each_pixels):
+                room[line * pitch + p + j // 4 * 4 * lane_pixels + j % 4] = pick(at(totals, j), each_pixels, part)
+
+    @device
+    def whose(number, part):
+        if channels_last:
+            line, o = number // outputs, number % outputs
+            first = line // lane_pixels * warp_pixels + line % lane_pixels * 4
+            return o, first + part // 4 * 4 * lane_pixels + part % 4, line * pitch + o
+        line, p = number // pixels, number % pixels
+        first = line // lane_outputs * warp_outputs + line % lane_outputs * 4
+        return first + part // 4 * 4 * lane_outputs + part % 4, p, line * pitch + p
+
+    return spread, whose
+
+
+def _make(tile: Tile, channels_last: bool, whole: bool):
+    threads, block_outputs, block_pixels, depth = tile.threads, tile.rows, tile.columns, tile.depth
+    last_thread = threads - 1
+    by_vectors = channels_last and whole
+    rows = depth * block_pixels // threads  # numbers of x that a thread loads a step, of one pixel
+    sharers = depth // rows  # threads that load of the same pixel
+    output_pitch, pixel_pitch = block_outputs + PAD, block_pixels + PAD
+    left_stage, right_stage = depth * output_pitch, depth * pixel_pitch
+    left_size, right_size = 2 * left_stage, 2 * right_stage
+    output_fours, fours = block_outputs // 4, depth * block_outputs // 4 // threads  # groups of four weights
+    staged_size = 4 * fours
+    each_outputs, each_pixels = tile.each
+    sums = each_outputs * each_pixels
+    parts, chunk = (each_pixels, each_outputs * threads) if channels_last else (each_outputs, each_pixels * threads)
+    multiply, first_element = make_multiply(tile), make_first_element(tile)
+    spread, whose = _make_spread(tile, channels_last)
+    name = f"implicit_{tile.name}_{'nhwc' if channels_last else 'nchw'}{'_whole' if whole else ''}"
+
+    @kernel(threads=threads, blocks=tile.blocks, name=name)
     def implicit(
         x: ELEMENTS, packed: SUMS, y: ELEMENTS, bias: ELEMENTS, has_bias: INT32, extra: ELEMENTS, has_extra: INT32,
         code: INT32, slope: REAL,
@@ -82,13 +161,14 @@ def _make(block_outputs: int, block_pixels: int, channels_last: bool, whole: boo
         kw: INT64, taps: INT64, pixels: INT64, outputs: INT64, padded_outputs: INT64, channels: INT64, steps: INT64,
     ):  # fmt: skip
         """y of a Correlation; block (tile of pixels, tile of outputs, group)."""
-        thread, group = cuda.threadIdx.x, cuda.blockIdx.z
+        thread, group = cuda.threadIdx.x & last_thread, cuda.blockIdx.z
         first_pixel, first_output = cuda.blockIdx.x * block_pixels, cuda.blockIdx.y * block_outputs
         weights, values = shared_sums(x, left_size), shared_sums(x, right_size)
-        places = cuda.shared.array(block_pixels, int64)
-        staged, loaded, numbers = register_sums(x, staged_size), register_sums(x, rows), registers(x, STEP)
-        totals, a, b = register_sums(x, AREA), register_sums(x, SIDE), register_sums(x, SIDE)
-        clear(totals, x)
+        places = cuda.shared.array(block_pixels, types.int64)
+        staged, loaded, numbers = register_sums(x, staged_size), register_sums(x, rows), registers(x, 8)
+        totals = register_sums(x, sums)
+        for k in range(sums):
+            totals[k] = zero(x)
 
         # the pixel whose numbers this thread loads: where its image begins, and its place under tap (0, 0)
         if by_vectors:
@@ -104,20 +184,16 @@ def _make(block_outputs: int, block_pixels: int, channels_last: bool, whole: boo
         first_row = top + i * stride_h if pixel < pixels else _NOWHERE
         first_column = left + j * stride_w
 
-        if output_inner:
-            mine_o, mine_p = thread % output_threads * 4, thread // output_threads * 4
-        else:
-            mine_o, mine_p = thread // pixel_threads * 4, thread % pixel_threads * 4
-        # the tap (t, u) and the channel c of this thread's first row of the sum
-        t, u, c = 0, 0, own_row
-        packed_place = group * steps * STEP * padded_outputs + first_output
+        my_output, my_pixel = first_element(thread)
+        t, u, c = 0, 0, own_row  # the tap and the channel of this thread's first row of the sum
+        packed_place = group * steps * depth * padded_outputs + first_output
         for step in range(steps + 1):
             if step < steps:
                 for f in range(fours):
                     piece = thread + f * threads
                     source = packed_place + piece // output_fours * padded_outputs + piece % output_fours * 4
                     load_four(at(staged, 4 * f), packed, source)
-                packed_place += STEP * padded_outputs
+                packed_place += depth * padded_outputs
                 if whole:
                     row, column = first_row + t * spacing_h, first_column + u * spacing_w
                     source = base + row * xh + column * xw + c * xc
@@ -133,7 +209,7 @@ def _make(block_outputs: int, block_pixels: int, channels_last: bool, whole: boo
                     else:
                         for k in range(rows):
                             loaded[k] = zero(x)
-                    c += STEP
+                    c += depth
                     if c >= channels:
                         c, u = own_row, u + 1
                         if u == kw:
@@ -148,81 +224,72 @@ def _make(block_outputs: int, block_pixels: int, channels_last: bool, whole: boo
                         inside = row >= 0 and row < h and column >= 0 and column < w and t * kw + u < taps
                         loaded[k] = widen(x[base + row * xh + column * xw + c * xc]) if inside else zero(x)
                         c += 1
-                    c += STEP - rows
+                    c += depth - rows
             if step > 0:
-                before = (step - 1) % 2 * STEP
+                before = (step - 1) & 1
                 multiply(
-                    totals, weights, before * block_outputs + mine_o, block_outputs, half_outputs,
-                    values, before * pixel_row + mine_p, pixel_row, half_pixels, a, b,
-                )  # fmt: skip
+                    totals, at(weights, before * left_stage + my_output), at(values, before * right_stage + my_pixel)
+                )
             if step < steps:
-                now = step % 2 * STEP
+                now = step & 1
                 for f in range(fours):
                     piece = thread + f * threads
-                    store_four(weights, now * block_outputs + piece * 4, at(staged, 4 * f))
+                    target = now * left_stage + piece // output_fours * output_pitch + piece % output_fours * 4
+                    store_four(weights, target, at(staged, 4 * f))
                 for k in range(rows):
-                    values[(now + own_row + k) * pixel_row + own] = loaded[k]
+                    values[now * right_stage + (own_row + k) * pixel_pitch + own] = loaded[k]
             cuda.syncthreads()
 
-        for part in range(SIDE):
-            # one row (or column) of every thread's results goes by way of shared memory, to be written in order
-            half, inner = part // 4, part % 4
-            cuda.syncthreads()
-            if output_inner:
-                for k in range(SIDE):
-                    o = k // 4 * half_outputs + mine_o + k % 4
-                    values[mine_p // 4 * block_outputs + o] = totals[k * SIDE + part]
-            else:
-                for k in range(SIDE):
-                    p = k // 4 * half_pixels + mine_p + k % 4
-                    values[mine_o // 4 * block_pixels + p] = totals[part * SIDE + k]
+        for part in range(parts):
+            # the results go by way of shared memory, so that neighbouring threads write neighbouring numbers
+            spread(values, totals, part, my_output, my_pixel)
             cuda.syncthreads()
             for k in range(thread, chunk, threads):
-                if output_inner:
-                    o, p = k % block_outputs, k // block_outputs * 4 + inner + half * half_pixels
-                else:
-                    o, p = k // block_pixels * 4 + inner + half * half_outputs, k % block_pixels
+                o, p, source = whose(k, part)
                 if first_output + o < outputs and first_pixel + p < pixels:
                     channel = group * outputs + first_output + o
                     place = places[p] + channel * yc
-                    total = finished(values[k], channel, place, bias, has_bias, extra, has_extra, code, slope)
+                    total = finished(values[source], channel, place, bias, has_bias, extra, has_extra, code, slope)
                     y[place] = narrow(total, y)
+            cuda.syncthreads()
 
     return implicit
 
 
 implicit_kernels = {
-    (tile, last, whole): _make(*tile, last, whole) for tile in TILES for last in (False, True) for whole in (False, True)
+    (tile, last, whole): _make(tile, last, whole) for tile in TILES for last in (False, True) for whole in (False, True)
 }
 
 
-def choose_tile(it: Correlation) -> tuple[int, int]:
+def choose_tile(it: Correlation, dtype) -> Tile:
     """The large tile where it is filled, and makes enough blocks."""
-    large = TILES[0]
-    blocks = ceil_div(it.outputs, large[0]) * ceil_div(it.pixels, large[1]) * it.groups
-    return large if it.outputs > large[0] // 2 and blocks >= _ENOUGH_BLOCKS else TILES[1]
+    if it.outputs <= LOW.rows:
+        return LOW
+    blocks = ceil_div(it.outputs, LARGE.rows) * ceil_div(it.pixels, LARGE.columns) * it.groups
+    filled = it.outputs > LARGE.rows // 2 and blocks >= _ENOUGH_BLOCKS
+    return LARGE if filled and dtype.itemsize <= 4 else MIDDLE
 
 
 def packed_weights(it: Correlation, weight, block_outputs: int):
     """(the weights as `implicit` wants them, steps of the sum, padded outputs)."""
     depth = it.taps * it.channels
-    steps, padded_outputs = ceil_div(depth, STEP), ceil_div(it.outputs, block_outputs) * block_outputs
-    size = it.groups * steps * STEP * padded_outputs
+    steps, padded_outputs = ceil_div(depth, _DEPTH), ceil_div(it.outputs, block_outputs) * block_outputs
+    size = it.groups * steps * _DEPTH * padded_outputs
     packed = weight.place.empty((size,), sum_dtype(weight.dtype))
     pack_weights(
-        weight.place, ceil_div(size, _PACK_THREADS), weight, packed, size, depth, steps * STEP, it.outputs,
+        weight.place, ceil_div(size, _PACK_THREADS), weight, packed, size, depth, steps * _DEPTH, it.outputs,
         padded_outputs, it.channels, it.group_step, it.output_step, it.channel_step, it.width, it.rows.first_tap,
         it.rows.tap_step, it.columns.first_tap, it.columns.tap_step, max(it.columns.taps, 1),
     )  # fmt: skip
     return packed, steps, padded_outputs
 
 
-def correlate(it: Correlation, x, weight, y, bias, extra, code: int, tile: tuple[int, int] | None = None):
+def correlate(it: Correlation, x, weight, y, bias, extra, code: int, tile: Tile | None = None):
     """y = activation(the correlation + bias + extra); bias and extra may be None. tile: one of TILES."""
-    tile = tile or choose_tile(it)
-    packed, steps, padded_outputs = packed_weights(it, weight, tile[0])
-    whole = it.channels % STEP == 0 and (not it.channels_last or x.pointer % VECTOR_BYTES == 0)
-    grid = ceil_div(it.pixels, tile[1]), padded_outputs // tile[0], it.groups
+    tile = tile or choose_tile(it, x.dtype)
+    packed, steps, padded_outputs = packed_weights(it, weight, tile.rows)
+    whole = it.channels % _DEPTH == 0 and (not it.channels_last or x.pointer % VECTOR_BYTES == 0)
+    grid = ceil_div(it.pixels, tile.columns), padded_outputs // tile.rows, it.groups
     rows, columns = it.rows, it.columns
     implicit_kernels[tile, it.channels_last, whole](
         x.place, grid, x, packed, y, *epilogue_arguments(bias, extra, code), *rows.numbers[:7], *columns.numbers[:7],
