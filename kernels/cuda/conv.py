@@ -10,22 +10,55 @@ from tilewise.kernels.cuda import (
     conv_direct,
     conv_geometry,
     conv_product,
+    conv_product_weight,
     conv_sums,
 )
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, NONE
+
+# Fewer FLOPs than this fill no tile, nor does a group with fewer weights: a thread for each result is enough.
+DIRECT_BELOW = 4_000
+_FEW_WEIGHTS = 32
 
 
 def _window(stride, padding, dilation, groups, layout) -> dict:
     return {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
 
 
+def choose_conv2d(shapes, dtype, options, packed=False):
+    """(algorithm, why not the others) for this problem; raises ValueError where the one asked for does not apply."""
+    x, weight, *_ = shapes
+    window = {name: options[name] for name in ("stride", "padding", "dilation", "groups", "layout")}
+    it = conv_geometry.forward(x, weight, conv_geometry.output_size(x, weight, **window), **window)
+    why_not = {"winograd": "the numba.cuda kernels do not have it"}
+    if not conv_depthwise.applies(it, dtype):
+        why_not["depthwise"] = "needs groups of one channel of x, and a kernel and a layout that there is a tile for"
+    wanted = options["algorithm"]
+    if wanted != "auto":
+        if wanted in why_not:
+            raise ValueError(f"conv2d: algorithm {wanted!r} does not apply: {why_not[wanted]}")
+        return wanted, why_not
+    best = _choose(it, dtype)
+    reasons = {
+        "depthwise": "slower where it does not apply", "gemm": "a group is too thin for a tile, or the work too little",
+        "direct": "no operand is used twice from registers",
+    }  # fmt: skip
+    return best, {name: reason for name, reason in reasons.items() if name != best} | why_not
+
+
+def _choose(it, dtype) -> str:
+    if conv_depthwise.applies(it, dtype):
+        return "depthwise"
+    thin = it.outputs * it.channels * it.taps < _FEW_WEIGHTS
+    return "direct" if thin or it.flops < DIRECT_BELOW else "gemm"
+
+
 def _correlate(it, x, weight, y, bias, extra, code, algorithm):
-    if algorithm in ("auto", "depthwise") and conv_depthwise.applies(it, x, y):
-        conv_depthwise.correlate(it, x, weight, y, bias, extra, code)
-    elif algorithm == "gemm":
-        conv_product.correlate(it, x, weight, y, bias, extra, code)
-    else:
-        conv_direct.correlate(it, x, weight, y, bias, extra, code)
+    if algorithm == "auto":
+        algorithm = _choose(it, x.dtype)
+    if algorithm == "depthwise" and not conv_depthwise.aligned(it, x, y):
+        algorithm = "direct"
+    correlate = {"depthwise": conv_depthwise, "direct": conv_direct, "gemm": conv_product}[algorithm].correlate
+    correlate(it, x, weight, y, bias, extra, code)
 
 
 def _forward(x, weight, size, bias, extra, code, algorithm, **window):
@@ -50,7 +83,9 @@ def _weight_gradient(grad, x, weight, **window):
     it = conv_geometry.forward(x.shape, weight.shape, conv_geometry.pixels(grad.shape, window["layout"]), **window)
     if conv_depthwise_weight.applies(it):
         return conv_depthwise_weight.weight_gradient(it, grad, x, weight.shape)
-    return conv_sums.weight_gradient(it, grad, x, weight.shape)
+    if it.flops < DIRECT_BELOW or it.channels * it.taps * it.outputs < _FEW_WEIGHTS:
+        return conv_sums.weight_gradient(it, grad, x, weight.shape)
+    return conv_product_weight.weight_gradient(it, grad, x, weight.shape)
 
 
 def conv2d(x, weight, bias, add, *, stride, padding, dilation, groups, layout, activation, algorithm):

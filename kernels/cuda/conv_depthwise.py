@@ -28,7 +28,7 @@ from tilewise.kernels.cuda.ptx import (
 _THREADS = 128
 _ROWS, _COLUMNS = 4, 4
 _TOTALS = 8 * _COLUMNS  # at most 8 numbers in 16 bytes
-PLANE_TAPS, PLANE_STRIDES = (3, 5, 7), (1, 2)
+PLANES = ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))  # taps and strides; others, 7 with 2, take too many registers
 
 
 def _make_planes(taps: int, stride: int):
@@ -77,7 +77,7 @@ def _make_planes(taps: int, stride: int):
     return planes
 
 
-planes_kernels = {(taps, stride): _make_planes(taps, stride) for taps in PLANE_TAPS for stride in PLANE_STRIDES}
+planes_kernels = {plane: _make_planes(*plane) for plane in PLANES}
 
 
 @kernel(threads=_THREADS)
@@ -124,17 +124,21 @@ def depthwise_channels(
             store_vector(y, place, results)
 
 
-def applies(it: Correlation, x, y) -> bool:
-    """Whether `correlate` can compute it."""
+def applies(it: Correlation, dtype) -> bool:
+    """Whether `correlate` can compute it, of arrays that are `aligned`."""
     if it.channels != 1 or it.groups == 1:
         return False
+    if it.channels_last:
+        return it.outputs == 1 and it.groups * dtype.itemsize % VECTOR_BYTES == 0
     rows, columns = it.rows, it.columns
-    if not it.channels_last:
-        plain = rows.step == columns.step == 1 and rows.spacing == columns.spacing == 1
-        square = rows.taps == columns.taps and rows.stride == columns.stride
-        return plain and square and (rows.taps, rows.stride) in planes_kernels
-    aligned = x.pointer % VECTOR_BYTES == y.pointer % VECTOR_BYTES == 0
-    return it.outputs == 1 and aligned and it.groups * x.dtype.itemsize % VECTOR_BYTES == 0
+    plain = rows.step == columns.step == 1 and rows.spacing == columns.spacing == 1
+    square = rows.taps == columns.taps and rows.stride == columns.stride
+    return plain and square and (rows.taps, rows.stride) in planes_kernels
+
+
+def aligned(it: Correlation, x, y) -> bool:
+    """Whether the arrays begin where 16 bytes may be read at once, if that is wanted."""
+    return not it.channels_last or x.pointer % VECTOR_BYTES == y.pointer % VECTOR_BYTES == 0
 
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int):

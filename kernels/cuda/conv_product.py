@@ -39,12 +39,11 @@ from tilewise.kernels.cuda.ptx import (
 _PACK_THREADS = 256
 _NOWHERE = -(1 << 40)  # a row so far outside that no tap reaches the image
 _DEPTH = 8
-# Tiles of outputs x pixels. The large one reads each operand least often; its registers hold no sums in float64. The
-# middle one makes more blocks; the low one wastes less where there are few outputs.
-LARGE, MIDDLE, LOW = (
-    Tile((4, 2), (8, 8), _DEPTH, blocks=2), Tile((2, 1), (8, 8), _DEPTH, blocks=4), Tile((1, 2), (8, 8), _DEPTH, 4)
-)  # fmt: skip
-TILES = (LARGE, MIDDLE, LOW)
+# Tiles of outputs x pixels. The large one reads each operand least often, the middle one makes more blocks. The low one
+# wastes less where there are few outputs, and is the one whose sums fit the registers in float64.
+LARGE = Tile((4, 2), (8, 8), _DEPTH, blocks=2)
+MIDDLE = Tile((2, 1), (8, 8), _DEPTH, blocks=4)
+LOW = Tile((2, 2), (4, 8), _DEPTH, blocks=3)
 _ENOUGH_BLOCKS = 128
 
 
@@ -82,22 +81,22 @@ def store_four(target, index, source):
 
 
 @intrinsic
-def pick(typingctx, values, step, which):
-    """values[which * step] of eight registers: each is looked at, since registers have no index."""
-    if not isinstance(step, types.IntegerLiteral):
+def pick(typingctx, values, step, count, which):
+    """values[which * step] of `count` registers: each is looked at, since registers have no index."""
+    if not isinstance(step, types.IntegerLiteral) or not isinstance(count, types.IntegerLiteral):
         return None
-    distance = step.literal_value
+    distance, many = step.literal_value, count.literal_value
 
     def codegen(context, builder, signature, args):
-        pointer, _, index = args
+        pointer, _, _, index = args
         chosen = builder.load(pointer)
-        for i in range(1, 8):
+        for i in range(1, many):
             other = builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), i * distance)]))
             hit = builder.icmp_signed("==", index, ir.Constant(index.type, i))
             chosen = builder.select(hit, other, chosen)
         return chosen
 
-    return values.dtype(values, step, which), codegen
+    return values.dtype(values, step, count, which), codegen
 
 
 def _make_spread(tile: Tile, channels_last: bool):
@@ -114,11 +113,15 @@ def _make_spread(tile: Tile, channels_last: bool):
         if channels_last:
             line = p // warp_pixels * lane_pixels + p % warp_pixels // 4
             for i in range(each_outputs):
-                room[line * pitch + o + i // 4 * 4 * lane_outputs + i % 4] = pick(at(totals, i * each_pixels), 1, part)
+                room[line * pitch + o + i // 4 * 4 * lane_outputs + i % 4] = pick(
+                    at(totals, i * each_pixels), 1, each_pixels, part
+                )
         else:
             line = o // warp_outputs * lane_outputs + o % warp_outputs // 4
             for j in range(each_pixels):
-                room[line * pitch + p + j // 4 * 4 * lane_pixels + j % 4] = pick(at(totals, j), each_pixels, part)
+                room[line * pitch + p + j // 4 * 4 * lane_pixels + j % 4] = pick(
+                    at(totals, j), each_pixels, each_outputs, part
+                )
 
     @device
     def whose(number, part):
@@ -139,10 +142,12 @@ def _make(tile: Tile, channels_last: bool, whole: bool):
     by_vectors = channels_last and whole
     rows = depth * block_pixels // threads  # numbers of x that a thread loads a step, of one pixel
     sharers = depth // rows  # threads that load of the same pixel
+    assert sharers * rows == depth
     output_pitch, pixel_pitch = block_outputs + PAD, block_pixels + PAD
     left_stage, right_stage = depth * output_pitch, depth * pixel_pitch
     left_size, right_size = 2 * left_stage, 2 * right_stage
-    output_fours, fours = block_outputs // 4, depth * block_outputs // 4 // threads  # groups of four weights
+    output_fours, all_fours = block_outputs // 4, depth * block_outputs // 4  # groups of four weights
+    fours = ceil_div(all_fours, threads)
     staged_size = 4 * fours
     each_outputs, each_pixels = tile.each
     sums = each_outputs * each_pixels
@@ -192,7 +197,8 @@ def _make(tile: Tile, channels_last: bool, whole: bool):
                 for f in range(fours):
                     piece = thread + f * threads
                     source = packed_place + piece // output_fours * padded_outputs + piece % output_fours * 4
-                    load_four(at(staged, 4 * f), packed, source)
+                    if piece < all_fours:
+                        load_four(at(staged, 4 * f), packed, source)
                 packed_place += depth * padded_outputs
                 if whole:
                     row, column = first_row + t * spacing_h, first_column + u * spacing_w
@@ -235,7 +241,8 @@ def _make(tile: Tile, channels_last: bool, whole: bool):
                 for f in range(fours):
                     piece = thread + f * threads
                     target = now * left_stage + piece // output_fours * output_pitch + piece % output_fours * 4
-                    store_four(weights, target, at(staged, 4 * f))
+                    if piece < all_fours:
+                        store_four(weights, target, at(staged, 4 * f))
                 for k in range(rows):
                     values[now * right_stage + (own_row + k) * pixel_pitch + own] = loaded[k]
             cuda.syncthreads()
@@ -257,17 +264,23 @@ def _make(tile: Tile, channels_last: bool, whole: bool):
 
 
 implicit_kernels = {
-    (tile, last, whole): _make(tile, last, whole) for tile in TILES for last in (False, True) for whole in (False, True)
+    (tile, last, whole): _make(tile, last, whole)
+    for tile in (LARGE, MIDDLE, LOW)
+    for last in (False, True)
+    for whole in (False, True)
 }
+
+
+def tiles_for(dtype) -> tuple[Tile, ...]:
+    return (LOW,) if dtype.itemsize == 8 else (LARGE, MIDDLE, LOW)
 
 
 def choose_tile(it: Correlation, dtype) -> Tile:
     """The large tile where it is filled, and makes enough blocks."""
-    if it.outputs <= LOW.rows:
+    if it.outputs <= LOW.rows or dtype.itemsize == 8:
         return LOW
     blocks = ceil_div(it.outputs, LARGE.rows) * ceil_div(it.pixels, LARGE.columns) * it.groups
-    filled = it.outputs > LARGE.rows // 2 and blocks >= _ENOUGH_BLOCKS
-    return LARGE if filled and dtype.itemsize <= 4 else MIDDLE
+    return LARGE if it.outputs > LARGE.rows // 2 and blocks >= _ENOUGH_BLOCKS else MIDDLE
 
 
 def packed_weights(it: Correlation, weight, block_outputs: int):
@@ -285,7 +298,7 @@ def packed_weights(it: Correlation, weight, block_outputs: int):
 
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int, tile: Tile | None = None):
-    """y = activation(the correlation + bias + extra); bias and extra may be None. tile: one of TILES."""
+    """y = activation(the correlation + bias + extra); bias and extra may be None. tile: one of tiles_for."""
     tile = tile or choose_tile(it, x.dtype)
     packed, steps, padded_outputs = packed_weights(it, weight, tile.rows)
     whole = it.channels % _DEPTH == 0 and (not it.channels_last or x.pointer % VECTOR_BYTES == 0)

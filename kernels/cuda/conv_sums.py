@@ -31,14 +31,16 @@ def join_lanes(value):
 
 
 @kernel(threads=THREADS)
-def sum_parts(parts: SUMS, result: ELEMENTS, count: INT64, many: INT64):
-    """result[i] = parts[0, i] + ... + parts[many - 1, i], i < count."""
+def sum_parts(parts: SUMS, result: ELEMENTS, count: INT64, many: INT64, taps: INT64, channels: INT64):
+    """result[o, c, t] = parts[0, o, t, c] + ... + parts[many - 1, o, t, c], `count` of them."""
     i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if i < count:
         total = zero(result)
         for part in range(many):
             total += parts[part * count + i]
-        result[i] = narrow(total, result)
+        c, number = i % channels, i // channels
+        t, o = number % taps, number // taps
+        result[(o * channels + c) * taps + t] = narrow(total, result)
 
 
 @kernel(threads=THREADS)
@@ -121,10 +123,10 @@ def new_parts(place, many: int, count: int, dtype):
     return place.empty((many, count), sum_dtype(dtype))
 
 
-def add_parts(parts, result):
-    """The second stage."""
+def add_parts(parts, result, taps: int = 1, channels: int = 1):
+    """The second stage; taps and channels, where the parts have them in the other order than the result."""
     many, count = parts.shape
-    sum_parts(result.place, ceil_div(count, THREADS), parts, result, count, many, dtype=result.dtype)
+    sum_parts(result.place, ceil_div(count, THREADS), parts, result, count, many, taps, channels, dtype=result.dtype)
     return result
 
 
