@@ -71,8 +71,8 @@ KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile an
 class Kernel:
     """A function for the GPU; see the module. Called with a place, the grid and the arguments, it starts."""
 
-    def __init__(self, function, threads: int, blocks: int, name: str):
-        self.function, self.threads, self.blocks = function, threads, blocks
+    def __init__(self, function, threads: int, blocks: int, turing_blocks: int, name: str):
+        self.function, self.threads, self.blocks, self.turing_blocks = function, threads, blocks, turing_blocks
         self.name = name or function.__name__
         annotations = {k: v for k, v in function.__annotations__.items() if k != "return"}
         self.parameters: tuple[Parameter, ...] = tuple(annotations.values())
@@ -117,7 +117,8 @@ class Form:
 
     def ptx(self, capability: tuple[int, ...]) -> str:
         """The PTX for a compute capability such as (9, 0)."""
-        bounds = (self.kernel.threads, self.kernel.blocks)
+        blocks = self.kernel.blocks if capability >= (8, 0) else self.kernel.turing_blocks
+        bounds = (self.kernel.threads, blocks)
         text, _ = cuda.compile_ptx(self.kernel.function, self.signature, cc=capability, launch_bounds=bounds)
         return text
 
@@ -129,12 +130,13 @@ class Form:
         return match[1]
 
 
-def kernel(*, threads: int, blocks: int = 1, name: str = ""):
+def kernel(*, threads: int, blocks: int = 1, turing_blocks: int | None = None, name: str = ""):
     """Makes a function a `Kernel` of that many threads a block, of which `blocks` blocks shall fit a multiprocessor.
 
+    turing_blocks: the same before compute capability 8.0, where a multiprocessor has 64 KB of shared memory.
     name: what tells this kernel from others that the same factory makes, such as its tile.
     """
-    return lambda function: Kernel(function, threads, blocks, name)
+    return lambda function: Kernel(function, threads, blocks, blocks if turing_blocks is None else turing_blocks, name)
 
 
 def device(function) -> Any:

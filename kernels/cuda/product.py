@@ -18,7 +18,7 @@ What the operands are, the core does not know: a `Loader` brings them, three dev
 
     place = start(operands, first, thread)              once: where the thread's elements are; any tuple
     fetch(kept, operands, place, k, end)                the thread's elements of the step at k, into `kept` registers
-    keep(tile, kept, operands, place)                   writes them to shared memory, element (k, row) at k * pitch + row
+    keep(tile, kept, operands, place)                   writes them to shared memory, (k, row) at k * (size + PAD) + row
 
 `operands` is a tuple whose first member is the pointer to the elements; the others are the loader's affair. For the
 right operand "row" means column: both sides are loaded alike. Elements beyond the operand are 0; so is every k >= end.
@@ -55,6 +55,7 @@ from tilewise.kernels.cuda.ptx import (
     narrow,
     register_sums,
     registers,
+    settled,
     shared_sums,
     store_vector,
     widen,
@@ -266,15 +267,17 @@ def make_store(tile: Tile, start: Callable, put: Callable, by: str = "rows") -> 
 
 
 def row_loader(tile: Tile, size: int, start: Callable, element: Callable) -> Loader:
-    """Rows fastest. start(operands, row) -> place, once; element(operands, place, k) -> the element, called for k < end.
+    """Rows fastest. start(operands, row) -> place, once; element(operands, place, k) -> the element, asked for k < end.
 
-    size: rows (or columns) of the operand's tile. Both are device functions; 0 outside of the operand is theirs to give.
+    size: rows (or columns) of the operand's tile. Both are device functions, and 0 outside of the operand is theirs to
+    give. Every tile of the grid is asked for, also the part of it that lies outside.
     """
     threads, pitch = tile.threads, size + PAD
     together = threads // size  # k that are fetched at a time
     count = tile.depth // together
     start_row = start
-    assert threads % size == 0 and tile.depth % together == 0
+    assert threads % size == 0
+    assert tile.depth % together == 0
 
     @device
     def start_thread(operands, first, thread):
@@ -295,11 +298,15 @@ def row_loader(tile: Tile, size: int, start: Callable, element: Callable) -> Loa
 
 
 def depth_loader(tile: Tile, size: int, start: Callable, element: Callable) -> Loader:
-    """k fastest; otherwise as row_loader. `start` is called for each of the thread's rows, and gives tuples of a type."""
+    """k fastest; otherwise as row_loader. `start` is called for each of the thread's rows, and gives tuples of a type.
+
+    (The places of all its rows are kept in registers: few of them, or few numbers each.)
+    """
     step, pitch = tile.depth, size + PAD
     together = tile.threads // step  # rows that are fetched at a time
     count = size // together
-    assert tile.threads % step == 0 and size % together == 0
+    assert tile.threads % step == 0
+    assert size % together == 0
     starts = _start_rows(start, together, count)
 
     @device
@@ -334,37 +341,48 @@ def _start_rows(start: Callable, apart: int, count: int) -> Callable:
 def strided_loader(tile: Tile, size: int) -> Loader:
     """A matrix in either order: operands (pointer, rows, stride of rows, stride of k).
 
-    Where the stride of k is 1, k is fastest among the threads, else rows are.
+    Where the stride of k is 1, k is fastest among the threads, else rows are. What a thread finds beyond the last row
+    is any number: it meets only sums that belong to no element.
     """
     threads, step, pitch = tile.threads, tile.depth, size + PAD
     count = size * step // threads
-    assert max(threads, size) % min(threads, size) == 0 and count <= 32
+    assert max(threads, size) % min(threads, size) == 0
+    assert count <= 32
 
     @device
     def start(operands, first, thread):
         pointer, rows, row_stride, k_stride = operands
-        row, k, row_step, k_step = thread % size, thread // size, 0, threads // size
+        room = int32(min(rows - first, size))
         if k_stride == 1:
-            row, k, row_step, k_step = thread // step, thread % step, threads // step, 0
-        mine = at(pointer, (first + row) * row_stride + k * k_stride)
-        inside = _mask(count, rows - first - row, row_step)
-        return mine, row_step * row_stride + k_step * k_stride, inside, int32(k), int32(k * pitch + row)
+            row, k = thread // step, thread % step
+            inside = settled(_mask(count, room - row, threads // step))
+        else:
+            row, k, inside = thread % size, thread // size, int32(-1)
+        at_row = row if k_stride == 1 else min(row, room - 1)
+        mine = at(pointer, (first + at_row) * row_stride + k * k_stride)
+        return settled(mine), inside, int32(k), int32(k * pitch + row)
 
     @device
     def fetch(kept, operands, place, k, end):
-        mine, apart, inside, first_k, _ = place
-        k_step = 0 if operands[3] == 1 else threads // size
-        if k + step > end:
-            inside &= _mask(count, end - k - first_k, k_step)
-        begin = k * operands[3]
-        for i in range(count):
-            kept[i] = mine[begin + i * apart] if inside >> i & 1 else narrow(zero(kept), kept)
+        mine, inside, first_k, _ = place
+        _, _, row_stride, k_stride = operands
+        k_step = 0 if k_stride == 1 else threads // size
+        apart = threads // step * row_stride if k_stride == 1 else k_step * k_stride
+        begin = k * k_stride
+        if k + step <= end:
+            for i in range(count):
+                if inside >> i & 1:
+                    kept[i] = mine[begin + i * apart]
+        else:
+            inside &= _mask(count, int32(end - k) - first_k, k_step)
+            for i in range(count):
+                kept[i] = mine[begin + i * apart] if inside >> i & 1 else narrow(zero(kept), kept)
 
     @device
     def keep(target, kept, operands, place):
         apart = threads // step if operands[3] == 1 else threads // size * pitch
         for i in range(count):
-            target[place[4] + i * apart] = widen(kept[i])
+            target[place[3] + i * apart] = widen(kept[i])
 
     return Loader(start, fetch, keep, count)
 
@@ -384,15 +402,16 @@ def vector_loader(tile: Tile, size: int, k_fastest: bool | None = None) -> Loade
     def start(operands, first, thread):
         pointer, rows, row_stride, k_stride = operands
         width = lanes(pointer)
+        room = int32(min(rows - first, size))
         if constant if known else k_stride == 1:
             row, k = thread // (step // width), thread % (step // width) * width
             mine = at(pointer, (first + row) * row_stride + k)
-            inside = _mask(count // width, rows - first - row, threads * width // step)
+            inside = settled(_mask(count // width, room - row, threads * width // step))
         else:
             row, k = thread % (size // width) * width, thread // (size // width)
-            mine = at(pointer, first + row + k * k_stride)
-            inside = _mask(count // width, rows - first - row, 0)
-        return mine, inside, int32(k), int32(k * pitch + row)
+            mine = at(pointer, first + min(row, room - width) + k * k_stride)
+            inside = int32(-1)
+        return settled(mine), inside, int32(k), int32(k * pitch + row)
 
     @device
     def fetch(kept, operands, place, k, end):
@@ -401,16 +420,20 @@ def vector_loader(tile: Tile, size: int, k_fastest: bool | None = None) -> Loade
         width = lanes(operands[0])
         by_k = constant if known else k_stride == 1
         k_step = 0 if by_k else threads * width // size
-        if k + step > end:
-            inside &= _mask(count // width, end - k - first_k, k_step)
         begin = k if by_k else k * k_stride
         apart = threads * width // step * row_stride if by_k else k_step * k_stride
-        for i in range(count // width):
-            if inside >> i & 1:
-                load_vector(at(kept, i * width), mine, begin + i * apart)
-            else:
-                for j in range(width):
-                    kept[i * width + j] = narrow(zero(kept), kept)
+        if k + step <= end:
+            for i in range(count // width):
+                if inside >> i & 1:
+                    load_vector(at(kept, i * width), mine, begin + i * apart)
+        else:
+            inside &= _mask(count // width, int32(end - k) - first_k, k_step)
+            for i in range(count // width):
+                if inside >> i & 1:
+                    load_vector(at(kept, i * width), mine, begin + i * apart)
+                else:
+                    for j in range(width):
+                        kept[i * width + j] = narrow(zero(kept), kept)
 
     @device
     def keep(target, kept, operands, place):

@@ -82,6 +82,27 @@ def itemsize(typingctx, pointer):
     return types.int32(pointer), lambda context, builder, signature, args: ir.Constant(_I32, size)
 
 
+@intrinsic
+def settled(typingctx, value):
+    """The same int32 or pointer, of which the compiler does not know how it was computed.
+
+    It then stays in its registers, where NVVM would compute it anew at each turn of a loop.
+    """
+
+    def codegen(context, builder, signature, args):
+        word = builder.ptrtoint(args[0], _I64) if isinstance(value, types.CPointer) else args[0]
+        bits, constraint = (64, "l") if word.type == _I64 else (32, "r")
+        kept = builder.call(
+            ir.InlineAsm(
+                ir.FunctionType(word.type, [word.type]), f"mov.b{bits} $0, $1;", f"={constraint},{constraint}"
+            ),
+            [word],
+        )
+        return builder.inttoptr(kept, args[0].type) if isinstance(value, types.CPointer) else kept
+
+    return value(value), codegen
+
+
 # ---- room
 
 

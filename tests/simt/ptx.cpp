@@ -182,6 +182,9 @@ uint32_t emu_cvt_tf32(float value) {
     return finite ? (word + 0x1000u) & 0xffffe000u : word;
 }
 
+uint32_t emu_mov_32(uint32_t value) { return value; }
+uint64_t emu_mov_64(uint64_t value) { return value; }
+
 // ---- warp operations
 
 // Modes as in NVVM: 0 idx, 1 up, 2 down, 3 xor. Returns the word, and above it whether the source lane was in range.

@@ -29,6 +29,8 @@ _PTX = (
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32 .*", "emu_mma_f16", 4, "float"),
     (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32 .*", "emu_mma_tf32", 4, "float"),
     (r"cvt\.rna\.tf32\.f32 \$0, \$1;", "emu_cvt_tf32", 1, "i32"),
+    (r"mov\.b32 \$0, \$1;", "emu_mov_32", 1, "i32"),
+    (r"mov\.b64 \$0, \$1;", "emu_mov_64", 1, "i64"),
     (r"activemask\.b32 \$0;", "emu_activemask", 1, "i32"),
 )
 # Intrinsics with a plain result
