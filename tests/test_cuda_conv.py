@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from conv_cases import DEPTHWISE, LAYOUTS, OPTIONS, SMALL, check, reference
+from conv_cases import DEPTHWISE, LAYOUTS, OPTIONS, SMALL, Case, check, reference
 
 import tilewise
 from tilewise import kernels
+from tilewise.kernels.cuda import conv_product
 
 DTYPES = [np.float16, np.float32, np.float64]
 # what the CPU's tests have, without the large ones: each thread is executed
@@ -59,3 +60,104 @@ def test_forward(gpu, rng, name, layout, dtype, algorithm):
 def test_backward(gpu, rng, name, layout, dtype):
     for case in CASES[name]:
         backward(rng, case, dtype, layout)
+
+
+# around the tiles of the implicit product: 32 x 128, 64 x 64 and 128 x 128 outputs x pixels, 8 rows of the sum
+TILES = [
+    Case(1, 7, 1, 63, 31, (1, 1)),
+    Case(2, 8, 8, 8, 32, (1, 1)),
+    Case(1, 9, 5, 13, 33, (1, 1)),
+    Case(1, 16, 13, 10, 63, (3, 3), 2, 1),
+    Case(1, 5, 11, 12, 65, (3, 2), 1, ((1, 0), (0, 1)), 1),
+    Case(2, 8, 9, 15, 129, (3, 3), (1, 2), 1),
+    Case(2, 16, 7, 9, 70, (3, 3), 1, 2, 2, 2),
+    Case(2, 8, 17, 17, 66, (3, 3), 1, 1),  # two parts of the weight gradient's pixels
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("many_blocks", [False, True])
+def test_tiles_of_the_implicit_product(gpu, rng, monkeypatch, many_blocks, layout, dtype):
+    if many_blocks:
+        monkeypatch.setattr(conv_product, "_ENOUGH_BLOCKS", 1)
+    for number, case in enumerate(TILES):
+        forward(rng, case, dtype, layout, number, "gemm")
+        if not many_blocks:
+            backward(rng, case, dtype, layout)
+
+
+TRANSPOSED = [
+    (Case(2, 5, 4, 5, 6, (3, 3), 2, 1), 1),
+    (Case(1, 4, 5, 4, 6, (4, 4), 2, 1), 0),
+    (Case(1, 8, 6, 5, 8, (3, 3), 1, 1, 1, 4), 0),
+    (Case(2, 8, 3, 4, 8, (3, 3), 2, 0, 1, 8), 1),
+    (Case(1, 3, 4, 4, 4, (2, 3), (1, 3), ((0, 1), (1, 0)), (2, 1)), (1, 2)),
+    (Case(1, 2, 3, 3, 3, (2, 2), 2, 1, 3), 2),  # more pixels added than the stride
+    (Case(2, 3, 3, 3, 2, (1, 1), 3, 0), 1),  # most pixels meet no tap
+    (Case(0, 3, 3, 3, 2, (3, 3), 2, 1), 0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transposed(gpu, rng, layout, dtype):
+    for case, extra in TRANSPOSED:
+        x, _, bias = case.arrays(rng, dtype, layout)
+        shape = (case.c, case.o // case.groups, *case.kernel)
+        weight = (rng.standard_normal(shape) / case.taps**0.5).astype(dtype)
+        options = case.options | {"layout": layout, "output_padding": extra}
+        y = kernels.conv_transpose2d(x, weight, bias, **options)
+        expected = reference(kernels.conv_transpose2d, x, weight, bias, **options)
+        check(y, expected, case.taps, ("y", case, layout), dtype)
+        grad = rng.standard_normal(y.shape).astype(dtype)
+        got = kernels.conv_transpose2d_backward(grad, x, weight, **options)
+        expected = reference(kernels.conv_transpose2d_backward, grad, x, weight, **options)
+        pixels = max(y.size // case.o, 1)
+        for name, mine, right in zip(("x", "weight", "bias"), got, expected, strict=True):
+            check(mine, right, case.taps if name == "x" else pixels, (name, case, layout), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_needed_is_none(gpu, rng, layout):
+    case = Case(1, 2, 4, 5, 3, (3, 3), 1, 1)
+    x, weight, _, grad = operands(rng, case, np.float32, layout)
+    for needs in (("x",), ("weight",), ("bias",), ()):
+        got = kernels.conv2d_backward(grad, x, weight, **case.options, layout=layout, needs=needs)
+        assert [name for name, g in zip(("x", "weight", "bias"), got, strict=True) if g is not None] == list(needs)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [1, 8])
+def test_nan_and_inf_stay_in_their_windows(gpu, rng, groups, layout, value):
+    case = Case(1, 8, 9, 10, 8, (3, 3), 1, 1, 1, groups)
+    x, weight, bias, _ = operands(rng, case, np.float32, layout)
+    x.flat[137], x.flat[401] = value, -value
+    y = kernels.conv2d(x, weight, bias, padding=1, groups=groups, layout=layout)
+    expected = reference(kernels.conv2d, x, weight, bias, padding=1, groups=groups, layout=layout)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(y), np.isinf(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prepared(gpu, rng, layout, dtype):
+    case = Case(2, 6, 7, 8, 9, (3, 3), 1, 1)
+    x, weight, bias, add = operands(rng, case, dtype, layout)
+    prepared = kernels.prepare_conv2d(weight, bias, padding=1, layout=layout, activation="relu")
+    for given in (x, x[:1]):
+        expected = reference(kernels.conv2d, given, weight, bias, padding=1, layout=layout, activation="relu")
+        check(prepared(given), expected, case.taps, layout, dtype)
+    expected = kernels.conv2d(x, weight, bias, padding=1, layout=layout, activation="relu", add=add)
+    np.testing.assert_array_equal(prepared(x, add=add), expected)
+
+
+def test_choices(gpu, rng):
+    x, weight = rng.standard_normal((1, 8, 9, 9)), rng.standard_normal((8, 1, 3, 3))
+    assert tilewise.explain(kernels.conv2d, x, weight, groups=8).algorithm == "depthwise"
+    full = rng.standard_normal((8, 8, 3, 3))
+    assert tilewise.explain(kernels.conv2d, x, full).algorithm == "gemm"
+    assert tilewise.explain(kernels.conv2d, x[:, :1, :3, :3], full[:, :1]).algorithm == "direct"
+    with pytest.raises(ValueError, match="does not apply"):
+        kernels.conv2d(x, full, algorithm="depthwise")

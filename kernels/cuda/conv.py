@@ -14,6 +14,7 @@ from tilewise.kernels.cuda import (
     conv_sums,
 )
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, NONE
+from tilewise.kernels.device_arrays import DeviceArray
 
 # Fewer FLOPs than this fill no tile, nor does a group with fewer weights: a thread for each result is enough.
 DIRECT_BELOW = 4_000
@@ -92,6 +93,29 @@ def conv2d(x, weight, bias, add, *, stride, padding, dilation, groups, layout, a
     window = _window(stride, padding, dilation, groups, layout)
     size = conv_geometry.output_size(x.shape, weight.shape, **window)
     return _forward(x, weight, size, bias, add, ACTIVATION_CODES[activation], algorithm, **window)
+
+
+def bind_conv2d(shapes, dtype, arrays, packs, **options):
+    """conv2d with weight and bias, in `arrays`, given once: run(x, add=None). They are sent to a device once."""
+
+    def on_device(name, place):
+        array = arrays[name]
+        if array is None:
+            return None
+        key = ("cuda", id(place.engine), name)
+        if key not in packs:
+            array = array.astype(dtype)
+            memory = place.engine.allocate(array.nbytes)
+            place.engine.write(memory, array)
+            place.engine.synchronize()  # whatever stream reads it
+            packs[key] = DeviceArray(place, memory.pointer, array.shape, dtype, memory)
+        kept = packs[key]
+        return DeviceArray(place, kept.pointer, kept.shape, kept.dtype, kept.owner)
+
+    def run(x, add=None):
+        return conv2d(x, on_device("weight", x.place), on_device("bias", x.place), add, **options)
+
+    return run
 
 
 def conv2d_backward(grad, x, weight, *, stride, padding, dilation, groups, layout, needs):
