@@ -12,6 +12,7 @@ from tilewise.kernels.cuda import (
     conv_product,
     conv_product_weight,
     conv_sums,
+    conv_winograd,
 )
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, NONE
 from tilewise.kernels.device_arrays import DeviceArray
@@ -19,6 +20,7 @@ from tilewise.kernels.device_arrays import DeviceArray
 # Fewer FLOPs than this fill no tile, nor does a group with fewer weights: a thread for each result is enough.
 DIRECT_BELOW = 4_000
 _FEW_WEIGHTS = 32
+_MODULES = {"depthwise": conv_depthwise, "direct": conv_direct, "gemm": conv_product, "winograd": conv_winograd}
 
 
 def _window(stride, padding, dilation, groups, layout) -> dict:
@@ -30,7 +32,10 @@ def choose_conv2d(shapes, dtype, options, packed=False):
     x, weight, *_ = shapes
     window = {name: options[name] for name in ("stride", "padding", "dilation", "groups", "layout")}
     it = conv_geometry.forward(x, weight, conv_geometry.output_size(x, weight, **window), **window)
-    why_not = {"winograd": "the numba.cuda kernels do not have it"}
+    why_not = {}
+    reason = conv_winograd.why_not(it, dtype)
+    if reason:
+        why_not["winograd"] = reason
     if not conv_depthwise.applies(it, dtype):
         why_not["depthwise"] = "needs groups of one channel of x, and a kernel and a layout that there is a tile for"
     wanted = options["algorithm"]
@@ -41,7 +46,7 @@ def choose_conv2d(shapes, dtype, options, packed=False):
     best = _choose(it, dtype)
     reasons = {
         "depthwise": "slower where it does not apply", "gemm": "a group is too thin for a tile, or the work too little",
-        "direct": "no operand is used twice from registers",
+        "direct": "no operand is used twice from registers", "winograd": "too few channels or tiles",
     }  # fmt: skip
     return best, {name: reason for name, reason in reasons.items() if name != best} | why_not
 
@@ -50,7 +55,9 @@ def _choose(it, dtype) -> str:
     if conv_depthwise.applies(it, dtype):
         return "depthwise"
     thin = it.outputs * it.channels * it.taps < _FEW_WEIGHTS
-    return "direct" if thin or it.flops < DIRECT_BELOW else "gemm"
+    if thin or it.flops < DIRECT_BELOW:
+        return "direct"
+    return "winograd" if conv_winograd.why_not(it, dtype) is None and conv_winograd.pays(it) else "gemm"
 
 
 def _correlate(it, x, weight, y, bias, extra, code, algorithm):
@@ -58,8 +65,7 @@ def _correlate(it, x, weight, y, bias, extra, code, algorithm):
         algorithm = _choose(it, x.dtype)
     if algorithm == "depthwise" and not conv_depthwise.aligned(it, x, y):
         algorithm = "direct"
-    correlate = {"depthwise": conv_depthwise, "direct": conv_direct, "gemm": conv_product}[algorithm].correlate
-    correlate(it, x, weight, y, bias, extra, code)
+    _MODULES[algorithm].correlate(it, x, weight, y, bias, extra, code)
 
 
 def _forward(x, weight, size, bias, extra, code, algorithm, **window):

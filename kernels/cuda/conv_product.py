@@ -20,6 +20,7 @@ from numba.cuda.extending import intrinsic
 
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.conv_geometry import Correlation
+from tilewise.kernels.cuda.epilogue import NONE
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, device, kernel, sum_dtype
 from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_multiply
 from tilewise.kernels.cuda.ptx import (
@@ -301,6 +302,11 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int, tile: Tile 
     """y = activation(the correlation + bias + extra); bias and extra may be None. tile: one of tiles_for."""
     tile = tile or choose_tile(it, x.dtype)
     packed, steps, padded_outputs = packed_weights(it, weight, tile.rows)
+    multiply_packed(it, x, packed, y, tile, steps, padded_outputs, bias, extra, code)
+
+
+def multiply_packed(it, x, packed, y, tile, steps, padded_outputs, bias=None, extra=None, code: int = NONE):
+    """The same with weights as `implicit` wants them."""
     whole = it.channels % _DEPTH == 0 and (not it.channels_last or x.pointer % VECTOR_BYTES == 0)
     grid = ceil_div(it.pixels, tile.columns), padded_outputs // tile.rows, it.groups
     rows, columns = it.rows, it.columns
