@@ -1,7 +1,7 @@
 """Depthwise convolution (one input channel a group) on the GPU, bound by memory: every x is wanted by all taps, and
 comes from L1 after the first.
 
-    NCHW   a thread sums ROWS results below each other; threads run along the columns, so that a warp reads 128 bytes.
+    NCHW   a thread sums a few results below each other; threads run along the columns, so that a warp reads 128 bytes.
            A row of x, once loaded, serves all results it meets.
     NHWC   a thread sums COLUMNS results of the channels that 16 bytes hold; threads run along the channels. The weights
            are turned into (tap, channel) first, and a weight, once loaded, serves all results.
@@ -11,10 +11,12 @@ from numba import cuda
 
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.conv_geometry import Correlation, weight_view
+from tilewise.kernels.cuda.conv_product import pick
 from tilewise.kernels.cuda.copying import contiguous
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, kernel
 from tilewise.kernels.cuda.ptx import (
     VECTOR_BYTES,
+    at,
     lanes,
     load_vector,
     narrow,
@@ -26,14 +28,15 @@ from tilewise.kernels.cuda.ptx import (
 )
 
 _THREADS = 128
-_ROWS, _COLUMNS = 4, 4
+_COLUMNS = 4
 _TOTALS = 8 * _COLUMNS  # at most 8 numbers in 16 bytes
-PLANES = ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))  # taps and strides; others, 7 with 2, take too many registers
+# (taps, stride) -> results of a thread: more of them share more rows of x, as long as all numbers stay in registers
+PLANES = {(3, 1): 4, (3, 2): 4, (5, 1): 4, (5, 2): 2}
 
 
-def _make_planes(taps: int, stride: int):
+def _make_planes(taps: int, stride: int, results: int):
     area = taps * taps
-    met = (_ROWS - 1) * stride + taps  # rows of x that the results of a thread meet
+    met = (results - 1) * stride + taps  # rows of x that the results of a thread meet
 
     @kernel(threads=_THREADS, name=f"depthwise_planes_{taps}x{taps}_stride{stride}")
     def planes(
@@ -46,7 +49,7 @@ def _make_planes(taps: int, stride: int):
         if number >= work:
             return
         j, number = number % ow, number // ow
-        strips = (oh + _ROWS - 1) // _ROWS
+        strips = (oh + results - 1) // results
         strip, plane = number % strips, number // strips
         o = plane % outputs
         first = (plane // outputs * (outputs // multiplier) + o // multiplier) * h * w
@@ -54,22 +57,22 @@ def _make_planes(taps: int, stride: int):
         for p in range(taps):
             for q in range(taps):
                 weights[p * taps + q] = widen(weight[o * taps * taps + (p0 + p * p_step) * taps + q0 + q * q_step])
-        totals, values = register_sums(x, _ROWS), register_sums(x, taps)
-        for a in range(_ROWS):
+        totals, values = register_sums(x, results), register_sums(x, taps)
+        for a in range(results):
             totals[a] = zero(x)
         for r in range(met):
-            row = strip * _ROWS * stride + r + top
+            row = strip * results * stride + r + top
             for q in range(taps):
                 column = j * stride + q + left
                 inside = row >= 0 and row < h and column >= 0 and column < w
                 values[q] = widen(x[first + row * w + column]) if inside else zero(x)
-            for a in range(_ROWS):
+            for a in range(results):
                 p = r - a * stride
                 if p >= 0 and p < taps:
                     for q in range(taps):
                         totals[a] += values[q] * weights[p * taps + q]
-        for a in range(_ROWS):
-            i = strip * _ROWS + a
+        for a in range(results):
+            i = strip * results + a
             if i < oh:
                 place = (plane * oh + i) * ow + j
                 y[place] = narrow(finished(totals[a], o, place, bias, has_bias, extra, has_extra, code, slope), y)
@@ -77,7 +80,7 @@ def _make_planes(taps: int, stride: int):
     return planes
 
 
-planes_kernels = {plane: _make_planes(*plane) for plane in PLANES}
+planes_kernels = {plane: _make_planes(*plane, results) for plane, results in PLANES.items()}
 
 
 @kernel(threads=_THREADS)
@@ -99,7 +102,7 @@ def depthwise_channels(
     c, number = number % vectors * width, number // vectors
     j, number = number % strips * _COLUMNS, number // strips
     i, n = number % oh, number // oh
-    totals = register_sums(x, _TOTALS)
+    totals, row_of_results = register_sums(x, _TOTALS), register_sums(x, 8)
     values, weights, results = registers(x, 8), registers(x, 8), registers(x, 8)
     for k in range(_COLUMNS * width):
         totals[k] = zero(x)
@@ -114,13 +117,19 @@ def depthwise_channels(
                 if column >= 0 and column < w:
                     load_vector(values, x, ((n * h + row) * w + column) * channels + c)
                     for k in range(width):
-                        totals[b * width + k] += widen(values[k]) * widen(weights[k])
+                        totals[k * _COLUMNS + b] += widen(values[k]) * widen(weights[k])
     for b in range(_COLUMNS):
         if j + b < ow:
             place = n * yn + (row0 + i * row_step) * yh + (col0 + (j + b) * col_step) * channels + c
             for k in range(width):
-                total = totals[b * width + k]
-                results[k] = narrow(finished(total, c + k, place + k, bias, has_bias, extra, has_extra, code, slope), y)
+                row_of_results[k] = pick(at(totals, k * _COLUMNS), 1, _COLUMNS, b)
+            for k in range(width):  # in turn, for registers have no index; the epilogue is there once
+                total = finished(row_of_results[0], c + k, place + k, bias, has_bias, extra, has_extra, code, slope)
+                for m in range(width - 1):
+                    row_of_results[m] = row_of_results[m + 1]
+                row_of_results[width - 1] = total
+            for k in range(width):
+                results[k] = narrow(row_of_results[k], y)
             store_vector(y, place, results)
 
 
@@ -156,7 +165,8 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int):
         )  # fmt: skip
         return
     outputs = it.groups * it.outputs
-    work = it.images * outputs * ceil_div(rows.count, _ROWS) * columns.count
+    results = PLANES[rows.taps, rows.stride]
+    work = it.images * outputs * ceil_div(rows.count, results) * columns.count
     planes_kernels[rows.taps, rows.stride](
         x.place, ceil_div(work, _THREADS), x, weight, y, *epilogue, rows.size, columns.size, rows.count, columns.count,
         rows.origin, columns.origin, rows.first_tap, rows.tap_step, columns.first_tap, columns.tap_step, outputs,

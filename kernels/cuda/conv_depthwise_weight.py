@@ -12,11 +12,12 @@ from tilewise.kernels.cuda.conv_sums import THREADS, WARPS, add_parts, join_lane
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, kernel
 from tilewise.kernels.cuda.ptx import register_sums, shared_sums, widen, zero
 
-TAPS = (3, 5, 7)  # square kernels; 49 sums are as many as registers hold
+# Taps of square kernels -> rows of them that a block sums: all, but for 49 sums, which do not fit the registers
+ROWS = {3: 3, 5: 5, 7: 1}
 
 
-def _make(taps: int, channels_last: bool):
-    area = taps * taps
+def _make(taps: int, some: int, channels_last: bool):
+    area = some * taps
 
     @kernel(threads=THREADS, name=f"depthwise_weight_{taps}x{taps}_{'nhwc' if channels_last else 'nchw'}")
     def depthwise_weight(
@@ -25,7 +26,8 @@ def _make(taps: int, channels_last: bool):
         gn: INT64, gc: INT64, gh: INT64, gw: INT64, xn: INT64, xc: INT64, xh: INT64, xw: INT64,
         outputs: INT64, multiplier: INT64, pixels: INT64, per_part: INT64,
     ):  # fmt: skip
-        """parts[part, o, p, q]; block (o or 32 of them, part)."""
+        """parts[part, o, p, q]; block (o or 32 of them, part, rows of taps)."""
+        first_tap = cuda.blockIdx.z * some
         thread, part = cuda.threadIdx.x, cuda.blockIdx.y
         lane, warp = thread % 32, thread // 32
         o = cuda.blockIdx.x * 32 + lane if channels_last else cuda.blockIdx.x
@@ -39,8 +41,8 @@ def _make(taps: int, channels_last: bool):
             i, n = number % oh, number // oh
             value = widen(grad[n * gn + o * gc + i * gh + j * gw])
             source = n * xn + o // multiplier * xc
-            for p in range(taps):
-                row = top + i * stride_h + p * dilation_h
+            for p in range(some):
+                row = top + i * stride_h + (first_tap + p) * dilation_h
                 for q in range(taps):
                     column = left + j * stride_w + q * dilation_w
                     inside = row >= 0 and row < h and column >= 0 and column < w
@@ -53,17 +55,17 @@ def _make(taps: int, channels_last: bool):
             if (warp == 0 if channels_last else thread == 0) and o < outputs:
                 for other_warp in range(1, WARPS):
                     total += joined[other_warp * 32 + (lane if channels_last else 0)]
-                parts[(part * outputs + o) * area + t] = total
+                parts[((part * outputs + o) * taps + first_tap) * taps + t] = total
             cuda.syncthreads()
 
     return depthwise_weight
 
 
-weight_kernels = {(taps, last): _make(taps, last) for taps in TAPS for last in (False, True)}
+weight_kernels = {(taps, last): _make(taps, some, last) for taps, some in ROWS.items() for last in (False, True)}
 
 
 def applies(it: Correlation) -> bool:
-    return it.channels == 1 and it.groups > 1 and it.rows.taps == it.columns.taps and it.rows.taps in TAPS
+    return it.channels == 1 and it.groups > 1 and it.rows.taps == it.columns.taps and it.rows.taps in ROWS
 
 
 def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
@@ -74,7 +76,8 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     parts = new_parts(grad.place, many, outputs * it.taps, grad.dtype)
     rows, columns = it.rows, it.columns
     weight_kernels[rows.taps, it.channels_last](
-        grad.place, (blocks, many, 1), grad, x, parts, rows.count, columns.count, rows.size, columns.size, rows.origin,
+        grad.place, (blocks, many, rows.taps // ROWS[rows.taps]), grad, x, parts,
+        rows.count, columns.count, rows.size, columns.size, rows.origin,
         columns.origin, rows.stride, columns.stride, rows.spacing, columns.spacing,
         *image_steps(it.shape_y, it.layout), *image_steps(it.shape_x, it.layout),
         outputs, it.outputs, it.pixels, per_part,

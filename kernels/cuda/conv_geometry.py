@@ -12,9 +12,12 @@ progression, so that a kernel finds its operands by counting: no tables, nothing
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd, prod
 
 from tilewise.kernels.device_arrays import DeviceArray
+
+_KEPT = 4096  # signatures whose geometry is kept, so that a call works it out once
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,7 @@ def output_size(shape_x, shape_weight, *, stride, padding, dilation, groups, lay
     return tuple((n + sum(pads) - d * (k - 1) - 1) // s + 1 for n, pads, d, k, s in sizes)
 
 
+@lru_cache(maxsize=_KEPT)
 def forward(shape_x, shape_weight, size, *, stride, padding, dilation, groups, layout) -> Correlation:
     """The correlation that conv2d is; size: rows and columns of the result."""
     o, d, *taps = shape_weight
@@ -151,9 +155,10 @@ def forward(shape_x, shape_weight, size, *, stride, padding, dilation, groups, l
     )
 
 
+@lru_cache(maxsize=_KEPT)
 def transposed(
     shape_grad, shape_weight, shape_result, *, stride, padding, dilation, groups, layout
-) -> list[Correlation]:
+) -> tuple[Correlation, ...]:
     """The correlations that conv2d's gradient with respect to x is, one for each phase; together they fill it."""
     o, d, *taps = shape_weight
     sizes = pixels(shape_grad, layout), pixels(shape_result, layout)
@@ -162,14 +167,14 @@ def transposed(
         for size, result, k, s, (before, _), step in zip(*sizes, taps, stride, padding, dilation, strict=True)
     ]
     m, area = o // groups, prod(taps)
-    return [
+    return tuple(
         Correlation(
             rows, columns, tuple(shape_grad), tuple(shape_result), layout, groups, d, m, m * d * area, area, d * area,
             taps[1],
         )
         for rows in axes[0]
         for columns in axes[1]
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def weight_view(weight: DeviceArray, it: Correlation, order: str) -> DeviceArray:

@@ -24,6 +24,7 @@ from numba import cuda
 from tilewise.kernels.cuda import conv_product
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.conv_geometry import Axis, Correlation
+from tilewise.kernels.cuda.conv_product import pick
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
 from tilewise.kernels.cuda.ptx import register_sums, zero
 
@@ -33,6 +34,7 @@ _ROOM = 256 << 20  # bytes of V and M: more images go one part after the other
 # TB/s that a large GPU reaches, worth it from here on.
 _LEAST_CHANNELS = 24
 _LEAST_TILES = 128
+_MOST_GROUPS = 65_535  # of a product
 
 
 @device
@@ -165,14 +167,16 @@ def winograd_output(
         _back(v, i * 6, 1)
     for j in range(4):
         _back(v, j, 6)
-    check = zero(y)
-    target = n * yn + o * yc + row * yh + column * yw
+    results, check = register_sums(y, 16), zero(y)
     for i in range(4):
         for j in range(4):
+            results[i * 4 + j] = v[i * 6 + j]
             check += v[i * 6 + j] * zero(y)
-            if row + i < oh and column + j < ow:
-                place = target + i * yh + j * yw
-                y[place] = finished(v[i * 6 + j], o, place, bias, has_bias, extra, has_extra, code, slope)
+    for k in range(16):  # as a loop, or the epilogue would be there sixteen times
+        i, j = row + k // 4, column + k % 4
+        if i < oh and j < ow:
+            place, total = n * yn + o * yc + i * yh + j * yw, pick(results, 1, 16, k)
+            y[place] = finished(total, o, place, bias, has_bias, extra, has_extra, code, slope)
     if check == check:
         return
     # a NaN or an Inf, maybe of a neighbour in the tile: by the definition
@@ -199,6 +203,8 @@ def why_not(it: Correlation, dtype) -> str | None:
     axes = it.rows, it.columns
     if any(a.taps != 3 or a.stride != 1 or a.spacing != 1 or a.step != 1 for a in axes):
         return "needs a 3x3 kernel with stride and dilation 1"
+    if 36 * it.groups > _MOST_GROUPS:
+        return "too many groups for a grid"
     return None if dtype == np.float32 else "float32 only: its error is not small beside the rounding of float64"
 
 
