@@ -2,7 +2,8 @@
 #   make bench    time every kernel against its NumPy reference and print the table
 #   make test     run the tests
 # Others: bench-full, bench-peers, latency (imports, first calls, other pools, forks), ladder (docs/cpu-kernels.md),
-# test-avx2, targets, report, lint, typecheck, clean. Settings: PYTHON=python3.12, VENV=folder,
+# test-avx2, gpu-compile (every GPU kernel for every architecture, without a GPU), gpu-check (tests and timings on the
+# machine's GPU, installing nothing), targets, report, lint, typecheck, clean. Settings: PYTHON=python3.12, VENV=folder,
 # EXTRAS=peers (compare with PyTorch and ONNX Runtime in the tests), JOBS=n (test processes), ARGS="..." (for pytest).
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ KERNEL_TESTS := $(foreach family,activation batchnorm conv gemm half padding poo
 # The figures belong to a commit where there is one (a source archive has none).
 ASV_COMMIT = $(shell git rev-parse --verify --quiet HEAD >/dev/null 2>&1 && echo --set-commit-hash=HEAD)
 
-.PHONY: bench bench-full bench-peers latency ladder test test-avx2 lint typecheck targets report clean
+.PHONY: bench bench-full bench-peers latency ladder test test-avx2 gpu-compile gpu-check lint typecheck targets report clean
 .DELETE_ON_ERROR:
 
 $(PY):
@@ -30,8 +31,8 @@ $(PY):
 # One stamp for each set of extras; "test" is what the tests need, peers what they compare with.
 $(INSTALLED)-bench: EXTRA := bench
 $(INSTALLED)-lint: EXTRA := lint
-$(INSTALLED)-test: EXTRA := test,bench,train,plot
-$(INSTALLED)-test-peers: EXTRA := test,bench,train,plot,peers
+$(INSTALLED)-test: EXTRA := test,bench,train,plot,gpu
+$(INSTALLED)-test-peers: EXTRA := test,bench,train,plot,gpu,peers
 $(INSTALLED)-test-peers: MORE := "$(TORCH)"
 $(INSTALLED)-%: pyproject.toml | $(PY)
 	@echo "installing tilewise[$(EXTRA)] into $(VENV) ..."
@@ -56,6 +57,13 @@ test: $(INSTALLED)-test$(EXTRAS:%=-%)
 # The kernels' tests once more, compiled for a processor with AVX2 and without AVX-512.
 test-avx2: $(INSTALLED)-test$(EXTRAS:%=-%)
 	TILEWISE_TEST_PROCESSOR=avx2 $(PY) -m pytest -n $(JOBS) --dist loadfile $(KERNEL_TESTS) $(ARGS)
+
+gpu-compile: $(INSTALLED)-test$(EXTRAS:%=-%)
+	@PYTHONPATH=tests $(PY) -m gpu_compile $(ARGS)
+
+# With the interpreter at hand and what is installed for it: no network, no pip, under eight minutes.
+gpu-check:
+	@$(PYTHON) tests/gpu_check.py $(ARGS)
 
 lint: $(INSTALLED)-lint
 	$(VENV)/bin/ruff check

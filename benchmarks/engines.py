@@ -29,7 +29,7 @@ def build(case: Case, threads: int, dtype="float32") -> dict[str, Engine]:
     args, options = case.arguments(np.random.default_rng(SEED), np.dtype(dtype))
     engines: dict[str, Engine] = {**_both_layouts(case, args, options)}
     engines |= _into_own_array(engines[OURS])
-    engines |= _torch(case, args, options)
+    engines |= torch_calls(case, args, options)
     session = _onnx_session(case, args, options, threads)
     if session:
         engines[ONNX] = session
@@ -121,13 +121,14 @@ def _numpy(case: Case, args: tuple) -> Engine | None:
     return None
 
 
-def _torch(case: Case, args: tuple, options: dict) -> dict[str, Engine]:
+def torch_calls(case: Case, args: tuple, options: dict, device: str = "cpu") -> dict[str, Engine]:
+    """PyTorch's call of a case, for images in both memory formats; none where it is not installed."""
     try:
         import torch
     except ImportError:
         return {}
     torch.set_grad_enabled(False)
-    tensors = [torch.from_numpy(a.copy()) if isinstance(a, np.ndarray) else a for a in args]
+    tensors = [torch.from_numpy(a.copy()).to(device) if isinstance(a, np.ndarray) else a for a in args]
     make = {
         Matmul: _torch_products,
         Linear: _torch_products,
@@ -171,7 +172,7 @@ def _torch_pool(torch, case: Any, tensors: list, options: dict, layout=None) -> 
     if not case.is_backward:
         return partial(getattr(functional, case.op), tensors[0], **options)
     grad = tensors[0]
-    x = torch.zeros(options["input_shape"])
+    x = torch.zeros(options["input_shape"], dtype=grad.dtype, device=grad.device)
     x = x if layout is None else x.contiguous(memory_format=layout)
     if case.is_global:
         return lambda: aten._adaptive_avg_pool2d_backward(grad, x)

@@ -3,11 +3,10 @@
 Each figure comes from processes of its own, which print what they measured as JSON; the goal stands beside it.
 
 - import: `import tilewise` in a fresh interpreter, best and median of some.
-- first call: with NumPy, Numba and tilewise's own modules loaded, the time of the call itself: Numba's start (the first
-  call of any jitted function loads its registries, and SciPy where it is installed; shown beside the figure), planning,
-  compiling or loading the kernels, starting the threads where it has any, and the work. Cold: an empty cache folder,
-  into which it also writes. Warm: another process, which must find every kernel there. CPU time well below wall time
-  means that other programs ran.
+- first call: with NumPy, Numba and tilewise's own modules loaded, the time of the call itself: planning, compiling or
+  loading the kernels, starting the threads where it has any, and the work. Cold: an empty cache folder, into which it
+  also writes; the first compilation makes Numba load its registries, and SciPy where it is installed. Warm: another
+  process, which must find every kernel there. CPU time well below wall time means that other programs ran.
 - beside BLAS: a program that alternates one of our kernels with np.matmul, against the sum of both alone. The pools of
   both libraries stay; what they cost each other is the figure. OpenBLAS' threads spin for 2**26 cycles or more after a
   product and so share our workers' cores; OPENBLAS_THREAD_TIMEOUT=16 (2**16 cycles) makes them sleep sooner.
@@ -139,24 +138,16 @@ def first_call(name: str) -> Iterator[Figure]:
             ("cold", cold, COLD_GOAL, ", ".join(cold["kernels"])),
             ("warm", best, WARM_GOAL, ""),
         ):
-            note = (
-                f"Numba's start {table.duration(run['start'])}, CPU {table.duration(run['cpu'])}{more and '; '}{more}"
-            )
+            note = f"CPU {table.duration(run['cpu'])}{more and '; '}{more}"
             note += lost if state == "warm" else ""
             yield Figure(f"first call: {name}", f"{form} {state}", run["seconds"], goal, note=note)
 
 
 def _time_first_call(name: str, form: str) -> dict:
-    from numba.core.registry import cpu_target
-
     from tilewise.kernels.cpu import jit
 
     call = first_calls.prepared(name, form)
     begin, cpu = time.perf_counter(), time.process_time()
-    # what the first call of any jitted function does; timed on its own
-    cpu_target.typing_context.refresh()  # pyright: ignore[reportAttributeAccessIssue]
-    cpu_target.target_context.refresh()  # pyright: ignore[reportAttributeAccessIssue]
-    start = time.perf_counter() - begin
     call()
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     forms = [(k, f, getattr(k, f)) for k in jit.KERNELS for f in ("serial", "parallel") if f in vars(k)]
@@ -164,7 +155,6 @@ def _time_first_call(name: str, form: str) -> dict:
     misses = sum(sum(compiled.stats.cache_misses.values()) for _, _, compiled in used)
     return {
         "seconds": seconds,
-        "start": start,
         "cpu": cpu,
         "kernels": [f"{k.__name__} {f}" for k, f, _ in used],
         "misses": misses,

@@ -167,7 +167,7 @@ class NumbaPlace(Place):
     def empty(self, shape, dtype):
         with self._cuda.gpus[self.ordinal]:
             array = self._cuda.device_array(tuple(shape), dtype)
-        return DeviceArray(self, array.device_ctypes_pointer.value, tuple(shape), np.dtype(dtype), array)
+        return DeviceArray(self, array.device_ctypes_pointer.value or 0, tuple(shape), np.dtype(dtype), array)
 
     def wrap(self, array):
         return array.owner if array.owner.shape == array.shape else array.owner.reshape(array.shape)
@@ -212,11 +212,13 @@ def device_view(function: str, name: str, value) -> DeviceArray:
     if library == "cupy":
         place = place_of("cupy", value.device.id)
     elif library in ("numba", "numba_cuda"):
-        place = place_of("numba", value.gpu_data.device.id if hasattr(value.gpu_data, "device") else 0)
+        place = place_of("numba", 0 if value.gpu_data is None else value.gpu_data.context.device.id)
     else:
         raise TypeError(f"{function}: {name} is a {type(value).__name__}; use CuPy, Numba or PyTorch arrays on the GPU")
     dtype = np.dtype(described["typestr"])
-    return DeviceArray(place, described["data"][0], tuple(described["shape"]), dtype, value, described.get("strides"))
+    return DeviceArray(
+        place, described["data"][0] or 0, tuple(described["shape"]), dtype, value, described.get("strides")
+    )
 
 
 def _torch_view(function, name, tensor):

@@ -23,7 +23,7 @@ class Decision:
     flops: int
     bytes: int
     rejected: dict[str, str] = field(default_factory=dict)
-    note: str = ""  # what else is good to know, such as that float16 is computed in float32
+    note: str = ""  # what else is good to know, such as that float16 is computed in float32, or images copied
 
     def __str__(self):
         lines = [

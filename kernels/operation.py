@@ -199,7 +199,7 @@ class Operation:
             algorithm = backend
         if settings.explaining:
             device = settings_module.DEVICE_OF[backend]
-            note = "float16 is computed in float32" if half else ""
+            note = "float16 is computed in float32" if half else self._describe(module, shapes, dtype, problem.options)
             work = problem.flops, problem.bytes
             raise Explained(Decision(self.name, device, backend, algorithm, *work, rejected, note))
 
@@ -217,6 +217,11 @@ class Operation:
 
     def _choose(self, choose: Callable, shapes: list, dtype, options: dict) -> tuple[str, dict[str, str]]:
         return choose(shapes, dtype, options)
+
+    def _describe(self, module, shapes: list, dtype, options: dict) -> str:
+        """A backend's `describe_<op>` tells what the algorithm's name does not."""
+        describe = getattr(module, f"describe_{self.name}", None)
+        return "" if describe is None else describe(shapes, dtype, options)
 
     def _implementation(self, module, dtype, shapes: list, options: dict) -> Callable:
         """The backend's function for this signature."""

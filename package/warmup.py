@@ -116,6 +116,7 @@ def _gemm(dtype: str) -> Calls:
     for m, k, n in ((1, 9, 1), (1, 9, 40), (40, 9, 1), (3, 3, 3), (40, 40, 40)):
         yield f"matmul {m}x{k}x{n}", lambda m=m, k=k, n=n: t.matmul(a(m, k), a(k, n))
         yield f"matmul_backward {m}x{k}x{n}", lambda m=m, k=k, n=n: t.matmul_backward(a(m, n), a(m, k), a(k, n))
+    yield "matmul, a long sum in parts", lambda: t.matmul(a(64, 2048), a(2048, 64))
     yield "matmul of stacks", lambda: t.matmul(a(2, 40, 40), a(2, 40, 40))
     yield "matmul_backward of stacks", lambda: t.matmul_backward(a(2, 9, 9), a(2, 9, 9), a(2, 9, 9))
     for activation in (None, *EPILOGUES):
@@ -164,7 +165,7 @@ def _convolutions(a, layout: str) -> Calls:
         prepared = partial(t.prepare_conv2d, a(8, 8, 3, 3), algorithm=algorithm, **at)
         yield f"prepare_conv2d {algorithm}", lambda make=prepared: make()(x())
     if layout == "NCHW":  # joined to one long image
-        yield "conv2d 1x1 of small images", lambda: t.conv2d(a(8, 512, 7, 7), a(512, 512, 1, 1))
+        yield "conv2d 1x1 of small images", lambda: t.conv2d(a(8, 512, 1, 3), a(512, 512, 1, 1))
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
     image = a(2, 3, 9, 9) if layout == "NCHW" else a(2, 9, 9, 3)
     yield "conv2d_backward of few channels", lambda: t.conv2d_backward(x(7), image, a(8, 3, 3, 3), **at)

@@ -1,6 +1,7 @@
 """The tests' own cache folder and thread limit, set before Numba is imported; the peers' fixtures."""
 
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -40,9 +41,12 @@ def backend(request):
 
 @pytest.fixture(scope="session")
 def emulator():
-    """A GPU executed on the CPU (tests/simt); a visible skip where its tools are missing."""
+    """A GPU executed on the CPU (tests/simt); a visible skip where its tools are missing. In gpu-check: the GPU."""
     from simt import emulator as module
+    from simt import installed
 
+    if installed.REAL:
+        return installed.real_gpu()
     reason = module.why_not()
     if reason:
         pytest.skip(reason)
@@ -65,12 +69,60 @@ def gpu(emulator, request):
 
 
 @pytest.fixture
-def split_everything(monkeypatch):
-    """Every kernel is split over threads, however little it has to do."""
+def planned_anew(monkeypatch):
+    """planned_anew(module, name, value): a constant with another value, in plans made since; for this test only."""
     from tilewise.kernels import operation
+
+    def patch(module, name, value):
+        monkeypatch.setattr(module, name, value)
+        operation.forget_plans()
+
+    yield patch
+    operation.forget_plans()
+
+
+@pytest.fixture
+def split_everything(planned_anew):
+    """Every kernel is split over threads, however little it has to do."""
     from tilewise.kernels.cpu import threads
 
-    monkeypatch.setattr(threads, "SERIAL_BELOW", 0)
-    operation.forget_plans()
-    yield
-    operation.forget_plans()
+    planned_anew(threads, "SERIAL_BELOW", 0)
+
+
+# ---- what the emulator (or the GPU) ran: told at the end, from all processes
+
+_REPORTS: list[dict] = []
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands its part to the process that prints."""
+    module = sys.modules.get("simt.emulator")
+    if module is None:
+        return
+    report = {"launched": sorted(map(list, module.LAUNCHED)), "unsupported": sorted(module.UNSUPPORTED)}
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["gpu"] = report
+    else:
+        _REPORTS.append(report)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _REPORTS.append(getattr(node, "workeroutput", {}).get("gpu", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    launched = {tuple(form) for report in _REPORTS for form in report.get("launched", ())}
+    unsupported = sorted({text for report in _REPORTS for text in report.get("unsupported", ())})
+    if not launched and not unsupported:
+        return
+    from gpu_compile import load_kernels
+
+    forms = {(kernel.name, dtype.name) for kernel in load_kernels() for dtype in kernel.dtypes}
+    missing = sorted(forms - launched)
+    terminalreporter.section("GPU kernels")
+    terminalreporter.line(f"{len(forms) - len(missing)} of {len(forms)} forms (kernel x dtype) were executed")
+    for name in sorted({name for name, _ in missing}):
+        terminalreporter.line(f"not executed: {name} {', '.join(d for n, d in missing if n == name)}")
+    for text in unsupported:
+        terminalreporter.line(f"cannot be executed: {text}")

@@ -1,6 +1,7 @@
 """Batch normalisation: the reference against PyTorch, the CPU kernels against the reference, gradients, wrong calls."""
 
 import inspect
+import math
 from itertools import product
 
 import numpy as np
@@ -332,6 +333,41 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
             for a, b, c in zip(fresh, used, kept, strict=True):
                 np.testing.assert_array_equal(a, c)
                 np.testing.assert_array_equal(b, c)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, dtype):
+    from tilewise.kernels import operation
+    from tilewise.kernels.cpu import batchnorm as cpu
+
+    memories = []
+
+    def shifted(shape, dtype):
+        memory = np.full(math.prod(shape) + 256 // dtype.itemsize, 7, dtype)
+        memories.append(memory)
+        start = -memory.ctypes.data % 64 // dtype.itemsize + shift
+        return memory[start : start + math.prod(shape)].reshape(shape)
+
+    # rows of whole vectors, and not; too short to be aligned; a tail after the last whole row of pixels
+    for shape in ((3, 9, 7, 32), (2, 5, 7, 256), (2, 5, 7, 257), (2, 5, 7, 160), (2, 3, 5, 96), (3, 5, 7, 24)):
+        x, grad = rng.standard_normal((2, *shape)).astype(dtype)
+        vectors = statistics(rng, shape[3], dtype)
+        results = {}
+        monkeypatch.setattr(cpu, "ALIGNED", 0)
+        monkeypatch.setattr(cpu, "empty", shifted)
+        operation.forget_plans()
+        with tilewise.using(backend="cpu"):
+            for shift in (0, 1, 4, 64 // x.itemsize - 1):
+                memories.clear()
+                y = kernels.batch_norm(x, *vectors, layout="NHWC")
+                gradient, *_ = kernels.batch_norm_backward(grad, x, vectors[0], vectors[1], vectors[2], layout="NHWC")
+                results[shift] = y, gradient
+                for memory, result in zip(memories, results[shift], strict=True):
+                    assert (memory == 7).sum() == memory.size - result.size
+        operation.forget_plans()
+        for pair in results.values():
+            for result, aligned in zip(pair, results[0], strict=True):
+                np.testing.assert_array_equal(result, aligned)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients

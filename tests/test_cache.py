@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from installation import install_copy, run_python
 
+from tilewise.kernels.cpu import jit
+
 HELPER = """
 from tilewise.kernels.cpu.jit import device
 
@@ -134,3 +136,95 @@ def test_another_numba_compiles_by_its_own_pipeline(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "done\n"
+
+
+# Each form's result by Numba's own pipeline and by ours, bit for bit; whether the collector is on; and a device
+# function called from Python before and after a kernel was compiled with it.
+PIPELINES = """
+import gc
+import numpy as np
+from numba import prange
+from tilewise.kernels.cpu import jit
+
+results, enabled = [], []
+for options in (({},) * 3, jit._shortened_pipelines("0.68.1")):
+    jit._FOR_DEVICE, jit._FOR_SERIAL, jit._FOR_PARALLEL = options
+
+    @jit.device()
+    def inner(x, y):
+        return x * x + np.exp(y)
+
+    @jit.device(allocates=True)
+    def outer(source, i):
+        parts = np.empty(5, source.dtype)
+        for k in range(5):
+            parts[k] = inner(source[i] + k, source[i])
+        return parts.sum() if i else parts[0] / source[i]
+
+    @jit.kernel()
+    def fill(source, result):
+        for i in prange(result.size):
+            result[i] = outer(source, i)
+
+    for dtype in (np.float32, np.float64):
+        source = np.random.default_rng(0).standard_normal(101).astype(dtype)
+        source[[0, 7, 50]] = 0, np.nan, np.inf
+        for form in (fill.serial, fill.parallel):
+            result = np.empty_like(source)
+            form(source, result)
+            results.append((dtype, result.tobytes()))
+    enabled.append(gc.isenabled())
+for dtype in (np.float32, np.float64):
+    assert len({bits for kind, bits in results if kind is dtype}) == 1
+assert enabled == [True, True]
+for function, arguments in ((inner, (1.0, 2.0)), (inner, (1, 2)), (outer, (source, 1))):
+    try:
+        function(*arguments)
+    except TypeError as error:
+        assert "only kernels can call it" in str(error)
+    else:
+        raise AssertionError("called")
+gc.disable()
+fill.serial(source[::2], np.empty(51))
+assert not gc.isenabled(), "the caller's wish"
+print("done")
+"""
+
+
+def test_the_shortened_pipeline_computes_what_numba_s_own_does(tmp_path):
+    assert run_python(PIPELINES, tmp_path, NUMBA_CACHE_DIR=str(tmp_path)) == "done"
+
+
+def test_only_the_numba_it_was_tested_with_gets_the_shortened_pipeline():
+    assert all(jit._shortened_pipelines("0.68.1"))
+    assert not any(any(jit._shortened_pipelines(version)) for version in ("0.67.0", "0.69.0", "1.0.0"))
+
+
+LOADED = """
+    import sys
+    import numpy as np, numba, tilewise as t
+    from tilewise.kernels import operation
+    from tilewise.kernels.cpu import jit, threads
+    x = np.linspace(-3, 3, 1000, dtype=np.float32).reshape(1, 10, 10, 10)
+    results = []
+    for below in (float("inf"), 0):
+        threads.SERIAL_BELOW = below
+        operation.forget_plans()
+        for call in (lambda: t.relu(x), lambda: t.max_pool2d(x, 3, 2), lambda: t.matmul(x[0, 0], x[0, 1])):
+            results.append(call())
+    first = "numba.np.linalg" in sys.modules
+    # what Numba did not load yet is there for whoever compiles
+    solve = numba.njit(lambda a, b: (np.linalg.solve(a, b), {"key": len(str(a.size))}))
+    solution, table = solve(np.eye(4) * 2, np.ones(4))
+    assert (solution == 0.5).all() and table["key"] == 2
+    assert (t.tanh(x) == np.tanh(x)).mean() > 0.2
+    print(first, *[r.tobytes().hex() for r in results])
+"""
+
+
+def test_loading_a_kernel_does_not_make_numba_load_its_compiler(tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_NUM_THREADS": "2"}
+    compiled, *first = run_python(LOADED, tmp_path, **cache).split()
+    loaded, *second = run_python(LOADED, tmp_path, **cache).split()
+    assert (compiled, loaded) == ("True", "False")
+    assert first == second

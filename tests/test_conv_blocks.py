@@ -11,13 +11,13 @@ import pytest
 from conv_cases import FLOATS, LAYOUTS, Case, laid, nchw, reference
 from tolerances import assert_close
 
-from tilewise import kernels
+from tilewise import explain, kernels, using
 from tilewise.kernels import operation
 from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_pass, conv_weight
 from tilewise.kernels.cpu.simd import lane_count
 
 # the places of conv_nchw.plan's and conv_nhwc.plan's geometry
-NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "flat": 19, "line": 25, "in_place": 27}
+NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "line": 24, "in_place": 26}
 NHWC_FIELDS = {"rows": 14, "images": 15, "in_place": 18, "splits": 24}
 
 
@@ -50,9 +50,8 @@ def planned(case, layout, itemsize=4):
 
 NCHW_PATHS = {
     "read in place, the last block copied": (Case(5, 6, 14, 14, 16, (5, 5)), lambda p: p.in_place),
-    "several images a block": (Case(9, 40, 5, 5, 9, (1, 1)), lambda p: p.images > 1 and p.flat),
-    "several images a block, with a stride": (Case(9, 40, 9, 9, 9, (1, 1), 2), lambda p: p.images > 1 and not p.flat),
-    "rows as one line": (Case(2, 8, 20, 20, 9, (1, 1)), lambda p: p.line > 20),
+    "several images a block, in several planes": (Case(9, 40, 10, 6, 9, (2, 2), 2), lambda p: p.images > 1),
+    "rows as one line": (Case(2, 8, 20, 20, 9, (3, 1)), lambda p: p.line > 20),
     "channels in blocks": (Case(2, 130, 12, 13, 17, (3, 3), 1, 1), lambda p: p.block < 130),
     "outputs in parts": (Case(1, 8, 8, 8, 8 * 36, (3, 3), 1, 1), lambda p: p.splits > 1),
     "a last block with fewer rows": (Case(1, 3, 75, 70, 9, (3, 3), 1, 1), lambda p: 75 % p.rows),
@@ -134,18 +133,50 @@ def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, wi
     """5 small images, 2 at a time, with a summand or without."""
     monkeypatch.setattr(conv_pass, "COPIES", 0)
     parts = []
-    once = conv_pass._Halves.__call__
-    monkeypatch.setattr(conv_pass._Halves, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1])
+    once = conv_pass._BatchInParts.__call__
+    monkeypatch.setattr(
+        conv_pass._BatchInParts, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1]
+    )
     operation.forget_plans()
-    case = Case(5, 400, 5, 1, 400, (kernel, kernel), 1, kernel // 2)
+    case = Case(5, 400, 3, 1, 400, (kernel, kernel), 1, kernel // 2)
     x, weight, bias = case.arrays(rng, dtype)
-    add = rng.standard_normal((5, 400, 5, 1)).astype(dtype) if with_add else None
+    add = rng.standard_normal((5, 400, 3, 1)).astype(dtype) if with_add else None
     y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm", add=add)
     operation.forget_plans()
     assert parts == [2]
     wide = None if add is None else add.astype(np.float64)
     expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu", add=wide)
     assert_close(y, expected, reduction=case.taps)
+
+
+# what explain says of the way taken, which the tests above show to be taken
+DETOURS = [
+    (THROUGH, {}, "x and the result go through NHWC"),
+    (THROUGH._replace(n=300), {}, "x and the result go through NHWC, 150 images at a time"),
+    (THROUGH, {"layout": "NHWC"}, ""),
+    (THROUGH._replace(h=17, w=17), {}, ""),
+    (
+        THROUGH._replace(n=8, c=400, h=1, w=3, o=400, kernel=(1, 1), padding=0),
+        {},
+        "the batch's small images are joined to one",
+    ),
+    (THROUGH._replace(n=1, c=400, o=400, kernel=(1, 1), padding=0), {}, ""),
+    (Case(1, 64, 8, 8, 64, (3, 3), 1, 1), {"algorithm": "winograd"}, "x and the result go through NHWC"),
+    (Case(0, 64, 8, 8, 64, (3, 3), 1, 1), {}, ""),
+]
+
+
+@pytest.mark.parametrize(("case", "options", "note"), DETOURS)
+def test_explain_tells_of_copied_images(rng, case, options, note):
+    layout = options.get("layout", "NCHW")
+    x, weight, bias = case.arrays(rng, np.float32, layout)
+    options = {"algorithm": "gemm"} | options | case.options
+    decision = explain(kernels.conv2d, x, weight, bias, **options)
+    assert decision.note == note
+    assert note in str(decision)
+    assert explain(kernels.prepare_conv2d(weight, bias, **options), x).note == note
+    with using(backend="reference"):
+        assert not explain(kernels.conv2d, x, weight, bias, **options).note
 
 
 FENCED = """
@@ -157,7 +188,9 @@ rng = np.random.default_rng(0)
 for layout in ("NCHW", "NHWC"):
     for channels, outputs, k, options in (
         (5, 9, 3, {"padding": 1}), (5, 9, 3, {"padding": 1, "stride": 2}), (6, 16, 5, {}), (40, 33, 1, {}),
-        (40, 33, 1, {"stride": 2}), (3, 20, 3, {"stride": 3}), (6, 6, 3, {"groups": 6, "padding": 1}),
+        (40, 33, 1, {"stride": 2}), (70, 33, 1, {}),
+        (70, 33, 1, {"stride": 2}), (6, 9, 2, {"stride": 2}), (3, 20, 3, {"stride": 3}),
+        (6, 6, 3, {"groups": 6, "padding": 1}),
         (140, 70, 3, {"padding": 1}),
     ):
         for h, w in ((7, 7), (17, 19)):
@@ -166,15 +199,18 @@ for layout in ("NCHW", "NHWC"):
             size = (outputs, channels // options.get("groups", 1), k, k)
             weight = fenced_copy(rng.standard_normal(size, dtype=np.float32))
             bias = fenced_copy(rng.standard_normal(outputs, dtype=np.float32))
-            y = kernels.conv2d(x, weight, bias, layout=layout, algorithm="auto", **options)
-            out = fenced_copy(y)
-            kernels.conv2d(x, weight, bias, layout=layout, out=out, **options)
-            assert (out == y).all()
-            prepared = kernels.prepare_conv2d(weight, bias, layout=layout, **options)
-            kernels.conv2d(x, weight, bias, layout=layout, add=fenced_copy(y), out=out, **options)
-            # the weights being free, it may choose Winograd where the plain call does not
-            assert np.allclose(prepared(x, add=fenced_copy(y), out=y), out, rtol=0, atol=1e-2)
-            kernels.conv2d_backward(out, x, weight, layout=layout, **options)
+            y = kernels.conv2d(x, weight, bias, layout=layout, **options)
+            for algorithm in ("direct", "gemm", "winograd", "depthwise"):
+                chosen = options | {"layout": layout, "algorithm": algorithm}
+                try:
+                    out = fenced_copy(kernels.conv2d(x, weight, bias, **chosen))
+                except ValueError as error:
+                    assert "does not apply" in str(error)
+                    continue
+                added = kernels.conv2d(x, weight, bias, add=fenced_copy(y), out=out, **chosen)
+                prepared = kernels.prepare_conv2d(weight, bias, **chosen)
+                assert (prepared(x, add=fenced_copy(y), out=fenced_copy(y)) == added).all()
+            kernels.conv2d_backward(y, x, weight, layout=layout, **options)
 x = fenced_copy(rng.standard_normal((3, 400, 5, 5), dtype=np.float32))  # joined to one image
 kernels.conv2d(x, fenced_copy(rng.standard_normal((400, 400, 1, 1), dtype=np.float32)), add=fenced_copy(x))
 print("done")

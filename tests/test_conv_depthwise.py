@@ -6,7 +6,7 @@ from conv_cases import FLOATS, LAYOUTS, Case, both, check, laid, nchw, reference
 
 import tilewise
 from tilewise import explain, kernels
-from tilewise.kernels.cpu import conv_depthwise
+from tilewise.kernels.cpu import conv_depthwise_nchw
 from tilewise.kernels.cpu.depthwise_vector import TILE
 
 
@@ -207,7 +207,7 @@ def test_the_cases_reach_every_path():
         axes = [[(np.arange(o.size), o)] for o in offsets]
         sizes = zip((case.h, case.w), pads.sum(1), dilation, case.kernel, stride, strict=True)
         size = tuple(int(n + p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
-        strips = conv_depthwise.Strips(case.n * case.c, size, case.kernel[1], axes, stride, np.dtype("f4"))
+        strips = conv_depthwise_nchw.Strips(case.n * case.c, size, case.kernel[1], axes, stride, np.dtype("f4"))
         seen |= {("stride", stride[1]), ("square", strips.square, stride[0])}
         seen |= {("bands", strips.constants[1] > 1), ("rows", size[0] < TILE)}
     assert seen >= {("stride", 1), ("stride", 2), ("stride", 3), ("square", 3, 1), ("square", 3, 2), ("square", 0, 1)}

@@ -38,6 +38,7 @@ for threads in (1, 2):
             measure(layout, 8, 64, 112, 64, 3, padding=1)  # Winograd
             measure(layout, 8, 512, 7, 512, 3, padding=1)  # Winograd, few tiles
             measure(layout, 64, 512, 7, 512, 3, padding=1)
+            measure(layout, 5, 512, 28, 512, 3, padding=1)  # Winograd, many weights
             measure(layout, 256, 128, 7, 128, 5, padding=2)  # a product, by way of NHWC
             measure(layout, 8, 256, 56, 64, 1)
             measure(layout, 301, 256, 7, 256, 1)  # images joined

@@ -5,6 +5,8 @@ import pytest
 from conv_cases import LAYOUTS, laid, nchw
 
 from tilewise import conv2d, explain, using
+from tilewise.kernels import operation
+from tilewise.kernels.cpu import conv_winograd_nhwc
 
 # (batch, channels, height, width, outputs, groups, padding): around the 4x4 tile, the block of 48 tiles, the 16 lanes
 CASES = [
@@ -51,6 +53,26 @@ def test_relative_error_below_1e_5(rng, case, activation, layout):
     assert y.shape == expected.shape
     assert np.linalg.norm(y - expected) <= 1e-5 * np.linalg.norm(expected)
     assert np.abs(y - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_weights_are_shared_out_by_outputs(rng, layout, monkeypatch):
+    case = (3, 40, 29, 30, 34, 1, 1)
+    monkeypatch.setattr(conv_winograd_nhwc, "LARGE_U", 36 * 40 * 34)
+    assert conv_winograd_nhwc.convolve(3, 40, 34, 29, 30) is conv_winograd_nhwc.convolve_few
+    x, weight, bias = operands(rng, case)
+    operation.forget_plans()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            with using(threads=threads):
+                results.append(winograd(x, weight, bias, layout, padding=1))
+    finally:
+        operation.forget_plans()
+    expected = definition(x, weight, bias, 1, 1)
+    assert np.linalg.norm(results[0] - expected) <= 1e-5 * np.linalg.norm(expected)
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -23,10 +23,18 @@ DOTS = [
     (12, 10, 769), (15, 127, 384), (16, 6, 385), (33, 65, 800), (95, 20, 1537), (96, 30, 50), (97, 8, 70),
     (200, 1, 300), (131, 7, 900),
 ]  # fmt: skip
-# 448 rows and 1024 columns a block, 256 steps; from 1024 steps on the sums are collected beside C
+# 448 rows and 1024 columns a block, 256 steps; from 1024 steps on the sums are collected beside C;
+# beyond 512 columns (float32) 4 panels of B are packed together
 BLOCKS = [
     (97, 96, 96), (98, 127, 255), (112, 128, 256), (113, 129, 257), (449, 65, 100), (100, 1030, 97), (99, 70, 1024),
-    (98, 33, 1025), (105, 95, 1300), (97, 2100, 100), (64, 1100, 130),
+    (98, 33, 1025), (105, 95, 1300), (97, 2100, 100), (64, 1100, 130), (65, 639, 200), (97, 640, 257), (70, 641, 100),
+]  # fmt: skip
+# rows a multiple of 2048 bytes apart, give or take less than a line: A is copied, C's sums collected from 513 steps on
+ALIASED = [(97, 512, 512), (99, 1039, 513), (113, 1024, 1009), (98, 527, 1025)]
+# results of at most 256 x 256 whose sums of at least 2048 steps are split into at most 8 parts of whole 256 steps
+PARTS = [
+    (17, 40, 2047), (97, 33, 2048), (64, 65, 2049), (98, 256, 2304), (113, 9, 9000), (256, 31, 8193), (105, 47, 10241),
+    (257, 33, 2048),
 ]  # fmt: skip
 
 
@@ -36,7 +44,11 @@ def stored(array, by_columns):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("orders", ["rows rows", "columns rows", "rows columns", "columns columns"])
-@pytest.mark.parametrize("sizes", [IN_PLACE, FEW_ROWS, DOTS, BLOCKS], ids=["in place", "few rows", "dots", "blocks"])
+@pytest.mark.parametrize(
+    "sizes",
+    [IN_PLACE, FEW_ROWS, DOTS, BLOCKS, PARTS, ALIASED],
+    ids=["in place", "few rows", "dots", "blocks", "parts", "aliased"],
+)
 def test_products_at_the_edges(rng, sizes, orders, dtype):
     a_order, b_order = orders.split()
     for m, n, depth in sizes:
@@ -52,7 +64,7 @@ def test_products_at_the_edges(rng, sizes, orders, dtype):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_integers_take_the_same_ways(rng, dtype):
-    for m, n, depth in (IN_PLACE[8], FEW_ROWS[4], DOTS[12], BLOCKS[7]):
+    for m, n, depth in (IN_PLACE[8], FEW_ROWS[4], DOTS[12], BLOCKS[7], PARTS[2]):
         a, b = rng.integers(-99, 99, (m, depth), dtype), rng.integers(-99, 99, (depth, n), dtype)
         with tilewise.using(backend="cpu"):
             for left in (a, np.asfortranarray(a)):
@@ -101,9 +113,19 @@ def test_dense_layers_take_the_same_ways(rng, dtype):
         np.testing.assert_array_equal(only_weight[1], grads[1])
 
 
+def test_long_sums_of_small_results_take_bias_and_activation(rng):
+    x, weight = (rng.standard_normal((n, 2500)).astype(np.float32) for n in (113, 97))
+    bias = rng.standard_normal(97).astype(np.float32)
+    with tilewise.using(backend="cpu"):
+        y = kernels.linear(x, weight, bias, activation="relu")
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+    assert_close(y, np.maximum(exact, 0), reduction=2500, scale=float(np.abs(exact).max()))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_no_way_depends_on_the_thread_count(rng, split_everything, dtype):
     sizes = [IN_PLACE[13], FEW_ROWS[0], FEW_ROWS[5], DOTS[7], DOTS[12], DOTS[16], BLOCKS[4], BLOCKS[5], BLOCKS[8]]
+    sizes += [*PARTS[1:], ALIASED[1]]
     operands = [
         (rng.standard_normal((m, depth)).astype(dtype), rng.standard_normal((depth, n)).astype(dtype))
         for m, n, depth in sizes

@@ -152,14 +152,9 @@ def test_other_functions(rng, backend, cases):
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
+def small_parts(planned_anew):
     """Parts of a few hundred elements, so that small operands are cut, the last part being another size."""
-    from tilewise.kernels import operation
-
-    monkeypatch.setattr(half, "PART", 300)
-    operation.forget_plans()
-    yield
-    operation.forget_plans()
+    planned_anew(half, "PART", 300)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -189,17 +184,13 @@ def test_parts_of_a_weight(rng, small_parts, rows):
     assert half_parts.cut("linear", [(65, 50), weight.shape, None], {}) is None
 
 
-def test_parts_do_not_change_a_bit(rng, monkeypatch):
-    from tilewise.kernels import operation
-
+def test_parts_do_not_change_a_bit(rng, planned_anew):
     calls = [*pools(rng, "NCHW", n=3, h=13), *pools(rng, "NHWC", n=3, h=13), *elementwise(rng, 7, 11, 13)]
     whole = [tupled(function(*args, **options)) for function, args, options in calls]
-    monkeypatch.setattr(half, "PART", 300)
-    operation.forget_plans()
+    planned_anew(half, "PART", 300)
     for (function, args, options), expected in zip(calls, whole, strict=True):
         for a, b in zip(tupled(function(*args, **options)), expected, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=function.__name__)
-    operation.forget_plans()
 
 
 def test_parts_are_used_where_operands_are_large(monkeypatch):
@@ -276,6 +267,55 @@ def test_too_large_a_sum_is_infinite(rng, backend):
     np.testing.assert_array_equal(tilewise.matmul(a, b.T), 0)
 
 
+@pytest.fixture
+def tiny_calls(monkeypatch):
+    """How many plans took the short way for tiny operands."""
+    from tilewise.kernels import operation
+
+    made = []
+    prepare = half._prepare_tiny
+    monkeypatch.setattr(half, "_prepare_tiny", lambda *a: (made.append(1), prepare(*a))[1])
+    operation.forget_plans()
+    yield made
+    operation.forget_plans()
+
+
+@pytest.mark.parametrize("count", [half.TINY - 1, half.TINY, half.TINY + 1])
+def test_tiny_operands_take_the_short_way(rng, tiny_calls, count):
+    x = halves(rng, count)
+    x[:4] = np.nan, np.inf, -np.inf, -0.0
+    y = tilewise.relu(x)
+    assert len(tiny_calls) == (count <= half.TINY)
+    np.testing.assert_array_equal(y.view(np.uint16), tilewise.relu(x.astype(np.float32)).astype(HALF).view(np.uint16))
+    np.testing.assert_array_equal(tilewise.relu(x[::-2]), y[::-2])
+    assert (tilewise.relu(np.stack([x] * 3).T[:, 1]) == y)[1:].all()
+
+
+def test_tiny_operands_of_every_kind_take_the_short_way(rng, tiny_calls):
+    """Several results, results of other dtypes, absent operands, and results that are not tiny."""
+    x, w, bias = halves(rng, 2, 3, 6, 6), halves(rng, 3, 3, 3, 3), halves(rng, 3)
+    check(tilewise.conv2d, x, w, bias, padding=1)
+    check(tilewise.conv2d, x, w, None, padding=1)
+    check(tilewise.conv2d_backward, x, x, w, padding=1)
+    check(tilewise.max_pool2d, x, 2, return_indices=True)
+    check(tilewise.avg_pool2d, x, 2)
+    check(tilewise.matmul, halves(rng, 40, 3), halves(rng, 3, 40))  # 1600 results
+    check(tilewise.matmul, halves(rng, 0, 3), halves(rng, 3, 4))
+    out = np.empty_like(x)
+    assert tilewise.conv2d(x, w, bias, padding=1, out=out) is out
+    np.testing.assert_array_equal(out, tilewise.conv2d(x, w, bias, padding=1))
+    assert len(tiny_calls) == 8
+
+
+def test_statistics_that_are_updated_do_not_take_the_short_way(rng, tiny_calls):
+    x = halves(rng, 2, 3, 4, 4)
+    mean, variance = np.zeros(3, HALF), np.ones(3, HALF)
+    check(tilewise.batch_norm, x, mean, variance, training=True)
+    assert not tiny_calls
+    check(tilewise.batch_norm, x, mean, variance)
+    assert len(tiny_calls) == 1
+
+
 def test_explain_says_what_is_computed_in(rng):
     x, w = halves(rng, 8, 256, 14, 14), halves(rng, 256, 256, 3, 3)
     decision = tilewise.explain(tilewise.conv2d, x, w, padding=1)
@@ -327,9 +367,9 @@ def test_conversions_are_exact():
     with np.errstate(invalid="ignore", over="ignore"):
         expected, rounded = bits.view(HALF).astype(np.float32), singles.astype(HALF)
     widened = np.empty(bits.size, np.float32)
-    half_convert.widen(0, bits, widened, 1, bits.size, bits.size, 0)
+    half_convert.convert(0, bits, 0, 0, widened, 0, 0, 1, bits.size)
     narrowed = np.empty(singles.size, np.uint16)
-    half_convert.narrow(0, singles, narrowed, 1, singles.size, singles.size, 0)
+    half_convert.convert(0, singles, 0, 0, narrowed, 0, 0, 1, singles.size)
     for actual, wanted in ((widened, expected), (narrowed.view(HALF), rounded)):
         number = ~np.isnan(wanted)
         np.testing.assert_array_equal(np.isnan(actual), ~number)
@@ -342,11 +382,11 @@ def test_rows_are_converted_in_place(rng, rows, length, step, start):
     source = halves(rng, rows * step + start)
     index = start + step * np.arange(rows)[:, None] + np.arange(length)
     target = np.full(rows * length + 16, 7, np.float32)
-    half_convert.widen(1e9, source.view(np.uint16), target, rows, length, step, start)
+    half_convert.convert(1e9, source.view(np.uint16), start, step, target, 0, length, rows, length)
     np.testing.assert_array_equal(target[: rows * length].reshape(rows, length), source[index])
     assert (target[rows * length :] == 7).all()
     back = np.full(source.size, 7, HALF)
-    half_convert.narrow(1e9, target, back.view(np.uint16), rows, length, step, start)
+    half_convert.convert(1e9, target, 0, length, back.view(np.uint16), start, step, rows, length)
     expected = np.full(source.size, 7, HALF)
     expected[index] = source[index]
     np.testing.assert_array_equal(back, expected)

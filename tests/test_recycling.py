@@ -66,6 +66,21 @@ def test_little_is_kept(monkeypatch):
     assert [block.address for block in recycling._idle] == places[2:]
 
 
+def test_all_but_the_last_used_are_lent_to_the_system(monkeypatch):
+    monkeypatch.setattr(recycling, "KEPT", 2 * recycling.HUGE_PAGE)
+    arrays = [scratch.empty((recycling.HUGE_PAGE,), np.dtype(np.uint8)) for _ in range(4)]
+    places = [address(a) for a in arrays]
+    while arrays:
+        del arrays[0]
+    assert {block.address: block.lent for block in recycling._idle} == dict(
+        zip(places, [True, True, False, False], strict=True)
+    )
+    again = scratch.empty((recycling.HUGE_PAGE,), np.dtype(np.uint8))
+    assert address(again) == places[3]  # used last, so what is not lent is taken first
+    del again
+    assert [block.lent for block in recycling._idle].count(False) == 2
+
+
 def test_results_of_many_threads_do_not_share_memory():
     failures = []
 
@@ -86,8 +101,7 @@ def test_results_of_many_threads_do_not_share_memory():
     assert not failures
 
 
-def test_a_torch_result_keeps_its_memory(rng):
-    torch = pytest.importorskip("torch")
+def test_a_torch_result_keeps_its_memory(rng, torch):
     x = torch.from_numpy(rng.standard_normal((4, 8, 32, 32)).astype(np.float32))
     state = torch.zeros(8), torch.ones(8)
     y = tilewise.batch_norm(x, *state, eps=0)

@@ -187,7 +187,8 @@ def _prepare_softmax(rows, columns, log: bool):
         inner = math.prod(shape[axis + 1 :])
         last = axis == len(shape) - 1
         lines = (shape[axis], log) if last else (shape[axis], inner, log)
-        kernel = (rows if last else columns).sized(math.prod(shape) * _SOFTMAX_NANOSECONDS)
+        arrays = [np.empty(0, dtype)] * (len(shapes) + 1)
+        kernel = (rows if last else columns).bound(math.prod(shape) * _SOFTMAX_NANOSECONDS, *arrays, *lines)
 
         def run(x):
             y = np.empty(shape, dtype)

@@ -31,7 +31,9 @@ SMALL = 65536  # elements: too few to be split at all
 FORWARD_CHUNK, BACKWARD_CHUNK = (4096, 49152), (1024, 8192)
 CACHE = 1 << 20  # bytes of all arrays that a chunk of channels may hold: half of a second-level cache
 VECTORS = 32  # elements: rows of a multiple of it fill two vectors of any width
-NARROW = 64  # rows shorter than this spend more on the loop than on the elements
+# Rows shorter than this spend more on the loop than on the elements; and in a result below so many bytes, which may lie
+# anywhere in memory (see ALIGNED), more on a row's ends under a mask.
+NARROW, NARROW_UNALIGNED, UNALIGNED_BELOW = 64, 256, 1 << 22
 ROWS = 32  # in a block at least, so that the block's sums are small beside it
 ROW_BLOCK = 8192  # elements in a block of rows: 32 kB of float32
 # Bytes of a result that no cache holds until it is read. It is written past the caches, so that its memory is not read
@@ -46,10 +48,11 @@ ALIGNED = 1 << 22
 _ABSENT = {4: np.empty(0, np.float32), 8: np.empty(0, np.float64)}  # itemsize -> what stands for None in a kernel
 
 
-def _rows(channels: int, pixels: int) -> tuple[int, int]:
+def _rows(channels: int, pixels: int, itemsize: int) -> tuple[int, int]:
     """(width of a row in elements, rows in a block) for channels-last data."""
-    together = VECTORS // gcd(channels, VECTORS) if channels < NARROW else 1
-    while together * channels < NARROW:
+    narrow = NARROW if pixels * channels * itemsize >= UNALIGNED_BELOW else NARROW_UNALIGNED
+    together = VECTORS // gcd(channels, VECTORS) if channels < narrow else 1
+    while together * channels < narrow:
         together *= 2
     if pixels < 8 * together:  # too few rows to be worth it
         together = 1
@@ -113,7 +116,7 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
 def _forward_way(shape: tuple[int, ...], layout: str, training: bool, itemsize: int):
     """(kernel, the dimensions that it takes)."""
     if layout == "NHWC":
-        width, block = _rows(shape[3], prod(shape[:3]))
+        width, block = _rows(shape[3], prod(shape[:3]), itemsize)
         return forward_by_row, (shape[3], width, block)
     images, channels, plane = shape[0], shape[1], shape[2] * shape[3]
     if not training or (channels < ENOUGH_CHANNELS and prod(shape) >= SMALL):
@@ -182,7 +185,7 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
 def _backward_way(shape: tuple[int, ...], layout: str, itemsize: int):
     """As `_forward_way`."""
     if layout == "NHWC":
-        width, block = _rows(shape[3], prod(shape[:3]))
+        width, block = _rows(shape[3], prod(shape[:3]), itemsize)
         return backward_by_row, (shape[3], width, block)
     images, channels, plane = shape[0], shape[1], shape[2] * shape[3]
     if channels < ENOUGH_CHANNELS and prod(shape) >= SMALL:

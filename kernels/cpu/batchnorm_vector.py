@@ -122,28 +122,26 @@ def _prefetch(emit, x, places, ahead, mask):
 
 
 @intrinsic
-def rows_total(typingctx, x, stride, rows, columns, total, ahead):
-    """total[j] += the sum of column j of x, whose rows are `stride` elements apart. ahead: where what follows this
-    block lies, of which every third row is asked for; `rows_deviations` asks for the others."""
+def rows_total(typingctx, x, stride, rows, columns, total):
+    """total[j] += the sum of column j of x, whose rows are `stride` elements apart."""
 
     def emission(emit, args):
-        x, stride, rows, columns, total, ahead = args
+        x, stride, rows, columns, total = args
 
         def add(i, height, j, mask):
             places = emit.places(i, height, stride, j)
-            _prefetch(emit, x, places[::3], ahead, mask)
             values = [emit.read(x, at, mask) for at in places]
             emit.write(emit.add(emit.read(total, j, mask), emit.tree_sum(values)), total, j, mask)
 
         emit.sweep(rows, columns, ROWS, add)
 
-    return emitted(types.void(x, types.intp, types.intp, types.intp, total, types.intp), emission)
+    return emitted(types.void(x, types.intp, types.intp, types.intp, total), emission)
 
 
 @intrinsic
 def rows_deviations(typingctx, x, stride, rows, columns, pivot, first, second, ahead):
-    """first[j], second[j] += the sums of the deviations of column j from pivot[j], and of their squares. ahead: as in
-    `rows_total`."""
+    """first[j], second[j] += the sums of the deviations of column j from pivot[j], and of their squares. ahead: where
+    what follows this block lies, which is asked for."""
 
     def emission(emit, args):
         x, stride, rows, columns, pivot, first, second, ahead = args
@@ -151,7 +149,7 @@ def rows_deviations(typingctx, x, stride, rows, columns, pivot, first, second, a
         def add(i, height, j, mask):
             middle = emit.read(pivot, j, mask)
             places = emit.places(i, height, stride, j)
-            _prefetch(emit, x, [at for r, at in enumerate(places) if r % 3], ahead, mask)
+            _prefetch(emit, x, places, ahead, mask)
             deviations = [emit.builder.fsub(emit.read(x, at, mask), middle) for at in places]
             squares = emit.read(second, j, mask)
             for deviation in deviations:
@@ -179,7 +177,7 @@ def rows_normalise(typingctx, mode, x, y, stride, rows, columns, centre, scale, 
                 deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
                 emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask, past)
 
-        emit.sweep(rows, columns, ROWS_OF_TWO, normalise)
+        emit.sweep(rows, columns, 1, normalise, None if past else y, stride)
 
     signature = types.void(mode, x, y, types.intp, types.intp, types.intp, centre, scale, offset)
     return emitted(signature, emission)
@@ -223,7 +221,7 @@ def rows_gradient(typingctx, mode, grad, x, result, stride, rows, columns, centr
                 value = _gradient(emit, frozen, slope, x, at, mask, centre, a, b, offset)
                 emit.write(value, result, at, mask, past)
 
-        emit.sweep(rows, columns, ROWS_OF_TWO, gradient)
+        emit.sweep(rows, columns, ROWS_OF_TWO, gradient, None if past else result, stride)
 
     return emitted(
         types.void(mode, grad, x, result, types.intp, types.intp, types.intp, centre, a, b, offset), emission

@@ -62,6 +62,13 @@ def choose_conv2d(shapes, dtype, options, packed=False):
     return best, why_not
 
 
+def describe_conv2d(shapes, dtype, options):
+    """What `explain` says beside the algorithm: copies that are made on its way."""
+    x, weight, *_ = shapes
+    _, forward = _forward(x, weight, dtype, **options)
+    return getattr(forward, "detour", "")
+
+
 def _output_size(x, weight, options):
     sizes = zip(
         image_size(x, options["layout"]), options["padding"], options["dilation"], weight[2:], options["stride"],

@@ -16,7 +16,8 @@ from math import prod
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.conv_depthwise import FEWEST, Regions, Strips, fill_strip, row_bands
+from tilewise.kernels.cpu.conv_depthwise_nchw import FEWEST, Strips, fill_strip
+from tilewise.kernels.cpu.conv_depthwise_nhwc import Regions, row_bands
 from tilewise.kernels.cpu.depthwise_strip import clear, step
 from tilewise.kernels.cpu.depthwise_vector import TILE, accumulate_square, accumulate_taps, sum_of_lanes
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel

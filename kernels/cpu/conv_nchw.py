@@ -31,7 +31,8 @@ from numba import prange
 from tilewise.kernels.cpu.epilogue import activate_row, apply_activation
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.offset_kernel import offset_product, offset_product_to
-from tilewise.kernels.cpu.row_moves import clear_row, copy_row, finish_row, gather_row
+from tilewise.kernels.cpu.phase_planes import copy_planes
+from tilewise.kernels.cpu.row_moves import clear_row, finish_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
@@ -76,7 +77,6 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
     plane = (block_rows + extra_rows) * pitch * images
     offsets = _offsets(block, parts, used, plane, pitch)
     phases = np.array([_phase(r + lows[0], s + lows[1], stride[1], w, pitch) for r, s in used], np.int64).ravel()
-    flat = n_taps == 1 and tuple(stride) == (1, 1) and lows == [0, 0] and (oh, ow) == (h, w)
     # Without padding and stride the planes are x itself; but the channels of large images often lie a power of two
     # apart, so that they compete for the same few cache sets, and copies do not.
     in_place = (oh + extra_rows, pitch) == (h, w) and tuple(stride) == (1, 1) and lows == [0, 0] and images == 1
@@ -88,7 +88,7 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
         line, lines = block_rows * ow, 1
     geometry = np.array(
         [n, groups, channels, h, w, outputs, oh, ow, stride[0], stride[1], n_taps, len(used), extra_rows, pitch,
-         block_rows, images, splits, block, plane, flat, *y_steps, activation, line, lines, in_place],
+         block_rows, images, splits, block, plane, *y_steps, activation, line, lines, in_place],
         np.int64,
     )  # fmt: skip
     return geometry, offsets, phases
@@ -144,49 +144,6 @@ def _vectors(oh, rows, ow, pitch, extra_rows, lane):
     each row that it shares with the next."""
     sizes = [min(rows, oh - first) for first in range(0, oh, rows)]
     return sum(ceil(((size - 1) * pitch + ow) / lane) + 2 + extra_rows * pitch / lane / 4 for size in sizes)
-
-
-@device()
-def _copy_plane_row(x, base, h, w, row, stride_w, phases, phase, pitch, planes, target):
-    left, count = phases[phase + 1], phases[phase + 2]
-    if row < 0 or row >= h or count == 0:
-        clear_row(address(planes, target), pitch)
-        return
-    source = address(x, base + row * w + phases[phase + 3])
-    if left > 0:
-        clear_row(address(planes, target), left)
-    if stride_w > 2 or base + row * w + phases[phase + 3] + (count + lanes(x)) * stride_w > x.size:
-        gather_row(address(planes, target + left), source, count, stride_w)
-    elif stride_w == 1:
-        copy_row(1, address(planes, target + left), source, count)
-    else:
-        copy_row(2, address(planes, target + left), source, count)
-    if left + count < pitch:
-        clear_row(address(planes, target + left + count), pitch - left - count)
-
-
-@device()
-def copy_planes(x, base, image_step, images, channels, row0, rows, geometry, phases, planes):
-    """planes[(c * phases + phase) * plane + (image * rows + i) * pitch + j]; `rows` with those that taps add."""
-    h, w, stride_h, stride_w = geometry[3], geometry[4], geometry[8], geometry[9]
-    n_phases, pitch, plane, flat = geometry[11], geometry[13], geometry[18], geometry[19]
-    for c in range(channels):
-        for image in range(images):
-            source = base + image * image_step + c * h * w
-            if flat:
-                target = c * plane + image * rows * pitch
-                first = source + row0 * w
-                if first + rows * w + lanes(x) > x.size:
-                    gather_row(address(planes, target), address(x, first), rows * w, 1)
-                else:
-                    copy_row(1, address(planes, target), address(x, first), rows * w)
-                continue
-            for phase in range(n_phases):
-                target = (c * n_phases + phase) * plane + image * rows * pitch
-                for i in range(rows):
-                    row = (row0 + i) * stride_h + phases[4 * phase]
-                    _copy_plane_row(x, source, h, w, row, stride_w, phases, 4 * phase, pitch, planes, target)
-                    target += pitch
 
 
 @device()
@@ -303,9 +260,9 @@ def _block(
 ):  # fmt: skip
     channels, ow, n_taps, n_phases, extra_rows = geometry[2], geometry[7], geometry[10], geometry[11], geometry[12]
     pitch, block, plane = geometry[13], geometry[17], geometry[18]
-    y_plane, row_step, column_step, code = geometry[21], geometry[22], geometry[23], geometry[24]
+    y_plane, row_step, column_step, code = geometry[20], geometry[21], geometry[22], geometry[23]
     y_image = geometry[1] * geometry[5] * y_plane
-    line, lines = geometry[25], geometry[26]
+    line, lines = geometry[24], geometry[25]
     whole, width = channels * n_taps, NV * lanes(x)
     pixels = (images * rows - 1) * pitch + ow
     n_panels = (pixels + width - 1) // width
@@ -373,7 +330,7 @@ def convolve(x, weight, y, bias, extra, geometry, offsets, phases):
     n, groups, channels, h, w = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
     outputs, oh, n_taps = geometry[5], geometry[6], geometry[10]
     block_rows, images, splits = geometry[14], geometry[15], geometry[16]
-    y_start, y_plane = geometry[20], geometry[21]
+    y_start, y_plane = geometry[19], geometry[20]
     whole = channels * n_taps
     tiles = (outputs + MR - 1) // MR
     row_blocks = (oh + block_rows - 1) // block_rows
@@ -387,11 +344,11 @@ def convolve(x, weight, y, bias, extra, geometry, offsets, phases):
         some = min(split_outputs, outputs - first)
         if some > 0:
             # the last block of all would read a panel's width beyond x
-            in_place = geometry[27] == 1 and (image + 1 < n or g + 1 < groups or row0 + block_rows < oh)
+            in_place = geometry[26] == 1 and (image + 1 < n or g + 1 < groups or row0 + block_rows < oh)
             _block(
                 x, (image * groups + g) * channels * h * w, groups * channels * h * w, min(images, n - image),
                 row0, min(block_rows, oh - row0), weight, (g * outputs + first) * whole, some,
                 geometry, offsets, phases, in_place,
-                y, y_start + ((image * groups + g) * outputs + first) * y_plane + row0 * geometry[22], bias,
+                y, y_start + ((image * groups + g) * outputs + first) * y_plane + row0 * geometry[21], bias,
                 g * outputs + first, extra,
             )  # fmt: skip

@@ -300,7 +300,7 @@ def convolve(x, weight, packed, y, bias, extra, geometry, starts, parts, order):
     here = 1 if packed.size == 0 else 0
     own = scratch(here * groups * padded_outputs * depth, x)
     for i in prange(here * groups * (padded_outputs // width)):
-        _pack_panel(weight, i, geometry, order, own)
+        _pack_panel(weight, np.int64(i), geometry, order, own)
     panels = own if here else packed
     row_blocks, image_blocks = (oh + rows - 1) // rows, (n + images - 1) // images
     splits = geometry[24]

@@ -11,14 +11,11 @@ that are used again. Where `packing` is None there is nothing to prepare.
 from math import ceil, prod
 
 import numpy as np
-from numba import prange
 
 from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd, conv_winograd_nhwc
-from tilewise.kernels.cpu.jit import kernel
-from tilewise.kernels.cpu.row_moves import finish_row
+from tilewise.kernels.cpu.plane_moves import exchange_images, turn_planes
 from tilewise.kernels.cpu.scratch import aligned
-from tilewise.kernels.cpu.simd import address, lane_count, lanes
-from tilewise.kernels.cpu.vector_move import reverse_row, transpose_square_to
+from tilewise.kernels.cpu.simd import lane_count
 
 NO_BIAS = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)}
 _DIRECT = {
@@ -43,8 +40,8 @@ def layout_shape(n, channels, h, w, layout):
 
 def few_tiles(n, groups, weight, oh, ow):
     """Whether Winograd shares out outputs instead of tiles; in NCHW by way of NHWC then."""
-    few = n * conv_winograd_nhwc.count_tiles(oh, ow) <= conv_winograd_nhwc.FEW_TILES
-    return few and min(weight[0] // groups, weight[1]) >= 32
+    outputs, channels = weight[0] // groups, weight[1]
+    return min(outputs, channels) >= 32 and conv_winograd_nhwc.shares_outputs(n, channels, outputs, oh, ow)
 
 
 class _Direct:
@@ -159,20 +156,21 @@ class _WinogradNCHW:
 
 
 class _Pointwise:
-    """One NCHW convolution by 1x1 kernels, by `conv_pointwise.convolve`."""
+    """One NCHW convolution by 1x1 kernels, by `conv_pointwise.convolve`; size: rows and columns of x."""
 
-    __slots__ = ("geometry", "kernel")
+    __slots__ = ("kernel", "plan")
 
     packing = None  # it reads the weights as they lie
 
-    def __init__(self, n, pixels, weight, dtype, groups, activation):
+    def __init__(self, n, size, weight, dtype, stride, groups, activation):
         outputs, channels = weight[0] // groups, weight[1]
-        self.geometry = conv_pointwise.plan(n, groups, channels, pixels, outputs, dtype.itemsize, activation)
+        self.plan = conv_pointwise.plan(n, groups, channels, size, outputs, stride, dtype.itemsize, activation)
+        pixels = prod(ceil(length / s) for length, s in zip(size, stride, strict=True))
         self.kernel = conv_pointwise.convolve.sized(2 * n * pixels * prod(weight) * COST["gemm"])
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
         extra = NO_BIAS[x.dtype] if extra is None else extra
-        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, self.geometry)
+        self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, *self.plan)
 
 
 class _PointwiseJoined:
@@ -184,11 +182,12 @@ class _PointwiseJoined:
     __slots__ = ("join", "move", "part", "sizes")
 
     packing = None
+    detour = "the batch's small images are joined to one"
 
     def __init__(self, n, pixels, weight, dtype, activation):
         outputs, channels = weight[:2]
         self.sizes = n, channels, outputs, pixels
-        self.move = _Pointwise(1, n * pixels, weight, dtype, 1, activation)
+        self.move = _Pointwise(1, (1, n * pixels), weight, dtype, (1, 1), 1, activation)
         self.join, self.part = (exchange_images.sized(1.0 * n * c * pixels) for c in (channels, outputs))
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
@@ -202,26 +201,28 @@ class _PointwiseJoined:
         self.part(joined_y, outputs, n, pixels, y.ravel())
 
 
-def _pointwise(x, weight, dtype, groups, activation):
+def _pointwise(x, weight, dtype, stride, groups, activation):
     n, pixels = x[0], x[2] * x[3]
     lane = lane_count(dtype.itemsize)
-    alone, joined = n * ceil(pixels / lane), ceil(n * pixels / lane)
+    alone = n * ceil(conv_pointwise.whole_pixels(pixels, weight[1], weight[0] // groups, lane) / lane)
+    joined = ceil(n * pixels / lane)
     # copying in and out costs about as much as 32 products a number
-    if groups == 1 and alone - joined > alone * max(32 / weight[0], 32 / weight[1]) + alone / 16:
+    if stride == (1, 1) and groups == 1 and alone - joined > alone * max(32 / weight[0], 32 / weight[1]) + alone / 16:
         y = (n, weight[0], *x[2:])
-        return _Halves.where_large(x, y, dtype, lambda n: _PointwiseJoined(n, pixels, weight, dtype, activation))
-    return _Pointwise(n, pixels, weight, dtype, groups, activation)
+        return _BatchInParts.where_large(x, y, dtype, lambda n: _PointwiseJoined(n, pixels, weight, dtype, activation))
+    return _Pointwise(n, x[2:], weight, dtype, stride, groups, activation)
 
 
 def _is_pointwise(x, weight, y, taps, stride, grid):
-    """Whether pixel p of y depends on pixel p of x alone, and y has no others."""
+    """Whether each pixel of y depends on one pixel of x alone, and y has no others."""
+    size = tuple(ceil(length / s) for length, s in zip(x[2:], stride, strict=True))
     return (
-        weight[2:] == (1, 1) and taps[0][0] == taps[1][0] == 0 and tuple(stride) == (1, 1)
-        and x[2:] == y[2:] and tuple(grid) == (0, 0, 1, 1, *y[2:])
+        weight[2:] == (1, 1) and taps[0][0] == taps[1][0] == 0 and size == tuple(y[2:])
+        and tuple(grid) == (0, 0, 1, 1, *size)
     )  # fmt: skip
 
 
-class _Halves:
+class _BatchInParts:
     """A batch in two or three parts, for passes that copy their images: the copies take half of x and y at most.
 
     prepare(n): the pass for n images.
@@ -251,6 +252,10 @@ class _Halves:
             move(x[images], weight, y[images], bias, more, packed)
 
     @property
+    def detour(self):
+        return f"{self.move.detour}, {self.some} image{'s' * (self.some > 1)} at a time"
+
+    @property
     def packing(self):
         return self.move.packing
 
@@ -272,7 +277,7 @@ class _WinogradNHWC:
         total = x[0] * conv_winograd_nhwc.count_tiles(oh, ow)
         self.middle = (outputs, int(taps[0][0]), int(taps[1][0]), oh, ow, total, -(-oh // 4), -(-ow // 4))
         self.tail = activation
-        function = conv_winograd_nhwc.convolve(x[0], oh, ow)
+        function = conv_winograd_nhwc.convolve(x[0], weight[1], outputs, oh, ow)
         self.kernel = function.sized(2 * x[0] * prod(weight) * oh * ow * COST["winograd"])
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
@@ -294,6 +299,8 @@ class _ThroughNHWC:
     """
 
     __slots__ = ("move", "turn_x", "turn_y", "x", "y")
+
+    detour = "x and the result go through NHWC"
 
     def __init__(self, x, weight, y, prepare):
         self.x, self.y = (x[0], x[1], x[2] * x[3]), (y[0], y[2] * y[3], y[1])
@@ -341,10 +348,12 @@ def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algori
         return product(x, weight, y)
     if algorithm == "gemm":
         if _is_pointwise(x, weight, y, taps, stride, grid):
-            return _pointwise(x, weight, dtype, groups, activation)
+            return _pointwise(x, weight, dtype, tuple(stride), groups, activation)
         there = _ProductNCHW(x, weight, y, dtype, taps, stride, grid, groups, activation)
         if _better_in_nhwc(x, weight, dtype, there, grid, groups):
-            return _Halves.where_large(x, y, dtype, lambda n: _ThroughNHWC((n, *x[1:]), weight, (n, *y[1:]), product))
+            return _BatchInParts.where_large(
+                x, y, dtype, lambda n: _ThroughNHWC((n, *x[1:]), weight, (n, *y[1:]), product)
+            )
         return there
     if algorithm == "winograd" and layout == "NHWC":
         return winograd(x, weight, y)
@@ -353,59 +362,3 @@ def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algori
     if algorithm == "winograd":
         return _WinogradNCHW(x, weight, y, taps, groups, activation)
     return _Direct(x, weight, y, taps, stride, grid, groups, layout, activation)
-
-
-@kernel()
-def turn_planes(source, n, rows, columns, target):
-    """target[i, c, r] = source[i, r, c] for n planes: NCHW to NHWC with (channels, pixels), and back."""
-    lane = lanes(source)
-    places = np.arange(0, lane * rows, rows)
-    blocks = (columns + lane - 1) // lane
-    for chunk in prange(n * blocks):
-        i = chunk // blocks
-        c = min((chunk - i * blocks) * lane, max(0, columns - lane))
-        start = i * rows * columns
-        if rows < lane or columns < lane:
-            for r in range(rows):
-                for k in range(c, min(columns, c + lane)):
-                    target[start + k * rows + r] = source[start + r * columns + k]
-            continue
-        for r in range(0, rows, lane):
-            at = min(r, rows - lane)
-            where = address(source, start + at * columns + c)
-            transpose_square_to(address(target, start + c * rows + at), address(places, 0), where, columns)
-
-
-@kernel()
-def exchange_images(source, outer, inner, pixels, target):
-    """target[j, i, p] = source[i, j, p] for i < outer, j < inner: whole rows of pixels change places."""
-    for j in prange(inner):
-        for i in range(outer):
-            to, row = address(target, (j * outer + i) * pixels), address(source, (i * inner + j) * pixels)
-            finish_row(1, to, row, pixels, source.dtype.type(0), 0, row, 0)
-
-
-# A square of channels and outputs whose taps fit L1 together: transposed at once, or each row would be a page apart.
-_EXCHANGE = 16
-
-
-@kernel()
-def exchange_channels(weight, groups, outputs, channels, taps, wanted, result):
-    """result[g, c, o, i] = weight[g, o, c, wanted[i]]: the taps of one phase, outputs and channels swapped.
-
-    wanted descends; where it is all of the taps, they are turned around in registers.
-    """
-    blocks = (channels + _EXCHANGE - 1) // _EXCHANGE
-    for chunk in prange(groups * blocks):
-        g = chunk // blocks
-        c0 = (chunk - g * blocks) * _EXCHANGE
-        for o0 in range(0, outputs, _EXCHANGE):
-            for c in range(c0, min(channels, c0 + _EXCHANGE)):
-                for o in range(o0, min(outputs, o0 + _EXCHANGE)):
-                    source = ((g * outputs + o) * channels + c) * taps
-                    target = ((g * channels + c) * outputs + o) * wanted.size
-                    if wanted.size == taps:
-                        reverse_row(address(result, target), address(weight, source), taps)
-                        continue
-                    for i in range(wanted.size):
-                        result[target + i] = weight[source + wanted[i]]

@@ -14,7 +14,8 @@ import numpy as np
 from tilewise.kernels.cpu import conv_columns, gemm
 from tilewise.kernels.cpu.conv_choice import DIRECT_BELOW, estimate_times, why_not_winograd
 from tilewise.kernels.cpu.conv_depthwise import Depthwise
-from tilewise.kernels.cpu.conv_pass import exchange_channels, image_size, prepare_pass, turn_planes
+from tilewise.kernels.cpu.conv_pass import image_size, prepare_pass
+from tilewise.kernels.cpu.plane_moves import exchange_channels, turn_planes
 
 
 def _phase(first, stride, padding, dilation, kernel_size):

@@ -19,9 +19,9 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu import conv_nchw, conv_nhwc
-from tilewise.kernels.cpu.conv_nchw import copy_planes
 from tilewise.kernels.cpu.conv_nhwc import copy_padded
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
+from tilewise.kernels.cpu.phase_planes import copy_planes
 from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row
 from tilewise.kernels.cpu.scratch import scratch
@@ -205,12 +205,10 @@ def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, 
             _add_pixels(panels, outputs, rows * ow, bias, at)
         if result.size == 0:
             continue
-        copy_planes(x, base, 0, 1, some, row0, rows + geometry[12], geometry, phases, planes)
+        copy_planes(x, base, np.int64(0), np.int64(1), some, row0, rows + geometry[12], geometry, phases, planes)
         more = 1 if unit > first else 0
-        if pitch == ow:
-            _add_products(planes, bases, count, starts, 1, rows * ow, 1, panels, outputs, sums, more)
-        else:
-            _add_products(planes, bases, count, starts, rows, ow, 1, panels, outputs, sums, more)
+        lines, line = (1, rows * ow) if pitch == ow else (rows, ow)
+        _add_products(planes, bases, count, starts, lines, line, 1, panels, outputs, sums, more)
     if result.size == 0:
         return
     places = np.empty(outputs + width, np.int64)
@@ -281,7 +279,7 @@ def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, 
         if result.size == 0:
             continue
         if not in_place:
-            copy_padded(x, image, g, 1, row0, (rows - 1) * stride_h + geometry[13] + 1, geometry, padded)
+            copy_padded(x, image, g, np.int64(1), row0, (rows - 1) * stride_h + geometry[13] + 1, geometry, padded)
         more = 1 if unit > first else 0
         if in_place:
             _add_products(x, bases, count, starts, rows, ow, a_step, panels, outputs, sums, more)

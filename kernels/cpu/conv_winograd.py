@@ -289,7 +289,7 @@ def convolve(
     here = 1 if packed.size == 0 else 0
     own = scratch(here * groups * blocks * block_size, weight)
     for i in prange(here * groups * blocks):
-        _pack_block(weight, i, outputs, channels, own)
+        _pack_block(weight, np.int64(i), outputs, channels, own)
     transformed = own if here else packed
     tile_rows, tile_columns = (oh + 3) // 4, (ow + 3) // 4
     total = n * tile_rows * tile_columns

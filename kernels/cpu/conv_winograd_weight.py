@@ -151,7 +151,8 @@ def _transform_x(x, unit, c, geometry, places, target, step, values):
     stage = scratch(6 * pitch * LANES, x)
     clear_row(address(stage, 0), 6 * pitch * LANES)
     image = unit // rows
-    _fill_stage(x, image, 6, h, w, (unit - image * rows) * 4 - top, channels, c, geometry[12], places, pitch, stage)
+    first = (unit - image * rows) * 4 - top
+    _fill_stage(x, image, np.int64(6), h, w, first, channels, c, geometry[12], places, pitch, stage)
     for tile in range(columns):
         source = address(stage, tile * 4 * LANES)
         input_transform(address(values, target + tile * NR), step, source, pitch * LANES, LANES)
@@ -165,7 +166,8 @@ def _transform_grad(grad, unit, o, geometry, places, target, step, values):
     stage = scratch(4 * pitch * LANES, grad)
     clear_row(address(stage, 0), 4 * pitch * LANES)
     image = unit // rows
-    _fill_stage(grad, image, 4, oh, ow, (unit - image * rows) * 4, outputs, o, geometry[12], places, pitch, stage)
+    first = (unit - image * rows) * 4
+    _fill_stage(grad, image, np.int64(4), oh, ow, first, outputs, o, geometry[12], places, pitch, stage)
     for tile in range(columns):
         source = address(stage, tile * 4 * LANES)
         grad_transform(address(values, target + tile * PANEL), step, source, pitch * LANES, LANES)
@@ -213,7 +215,9 @@ def _write_weights(sums, start, step, pitch, o0, o1, c0, c1, channels, result):
     clear_row(address(taps, 0), max(9, LANES) * LANES)
     residue = scratch(9 * LANES, sums)
     clear_row(address(residue, 0), 9 * LANES)
-    places = np.arange(0, 9 * LANES, 9)
+    places = np.empty(LANES, np.int64)
+    for lane in range(LANES):
+        places[lane] = 9 * lane
     zero = sums.dtype.type(0)
     for o in range(o0, o1):
         for c in range(c0, c1, LANES):
@@ -246,16 +250,13 @@ def _block(u, v, tiles, u_step, v_step, geometry, block, across, sums, more, las
     step = apart(BLOCK_OUTPUTS * pitch)
     o0, p0 = block // across * BLOCK_OUTPUTS, block % across * BLOCK_PANELS
     o1, p1 = min(outputs, o0 + BLOCK_OUTPUTS), min((channels + NR - 1) // NR, p0 + BLOCK_PANELS)
-    if sums.size > 0:
-        _multiply(u, v, tiles, u_step, v_step, o0, o1, p0, p1, channels, sums, block * 36 * step, step, pitch, more)
-        if not last:
-            return True
-        return _write_weights(
-            sums, block * 36 * step, step, pitch, o0, o1, p0 * NR, min(channels, p1 * NR), channels, result
-        )
-    own = scratch(36 * step, u)
-    _multiply(u, v, tiles, u_step, v_step, o0, o1, p0, p1, channels, own, 0, step, pitch, 0)
-    return _write_weights(own, 0, step, pitch, o0, o1, p0 * NR, min(channels, p1 * NR), channels, result)
+    in_parts = sums.size > 0
+    products = sums if in_parts else scratch(36 * step, u)
+    start = block * 36 * step if in_parts else 0
+    _multiply(u, v, tiles, u_step, v_step, o0, o1, p0, p1, channels, products, start, step, pitch, more)
+    if not last:
+        return True
+    return _write_weights(products, start, step, pitch, o0, o1, p0 * NR, min(channels, p1 * NR), channels, result)
 
 
 @kernel()
@@ -269,13 +270,15 @@ def weight_gradient(x, grad, result, bias, geometry):
     groups, bands = (channels + LANES - 1) // LANES if result.size > 0 else 0, (outputs + LANES - 1) // LANES
     u = scratch((channels + NR - 1) // NR * 36 * u_step, x)
     v = scratch((outputs + PANEL - 1) // PANEL * 36 * v_step, x)
-    x_places = _places(6, w, geometry[8], 4 * columns + 2)
-    grad_places = _places(4, ow, 0, 4 * columns)
+    x_places = _places(np.int64(6), w, geometry[8], 4 * columns + 2)
+    grad_places = _places(np.int64(4), ow, np.int64(0), 4 * columns)
     across = ((channels + NR - 1) // NR + BLOCK_PANELS - 1) // BLOCK_PANELS
     blocks = (outputs + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS * across if result.size > 0 else 0
     whole = blocks * 36 * apart(BLOCK_OUTPUTS * BLOCK_PANELS * NR)
     sums = scratch(whole if part < n * rows else 0, x)[: whole if part < n * rows else 0]
-    finite = np.ones(blocks, np.bool_)
+    finite = np.empty(blocks, np.bool_)
+    for block in range(blocks):
+        finite[block] = True
     totals = scratch(bands * LANES, x)
     clear_row(address(totals, 0), bands * LANES)
     for first in range(0, n * rows, part):
@@ -293,8 +296,8 @@ def weight_gradient(x, grad, result, bias, geometry):
         last = first + units == n * rows
         for block in prange(blocks):
             finite[block] &= _block(
-                u, v, units * columns, u_step, v_step, geometry, block, across, sums, 1 if first > 0 else 0, last,
-                result,
+                u, v, units * columns, u_step, v_step, geometry, np.int64(block), across, sums, 1 if first > 0 else 0,
+                last, result,
             )  # fmt: skip
         if bias.size > 0:
             for o in range(0, outputs, LANES):
@@ -303,4 +306,7 @@ def weight_gradient(x, grad, result, bias, geometry):
                 add_rows(address(totals, o), tiles, PANEL, units * columns)
     for o in range(bias.size):
         bias[o] = totals[o]
-    return finite.all()
+    everything = True  # finite.all() would make the first call compile it, and a later process import SciPy
+    for block in range(blocks):
+        everything &= finite[block]
+    return everything

@@ -3,6 +3,7 @@
 - gemm_in_place.py reads both operands where they lie: small products, and those with few rows.
 - gemm_dots.py multiplies rows by rows: a dense layer, a matrix and a vector.
 - gemm_blocks.py copies blocks into the caches: everything large.
+- gemm_parts.py does so for parts of a long sum, where the result is small.
 """
 
 from functools import lru_cache
@@ -10,9 +11,10 @@ from functools import lru_cache
 import numpy as np
 
 from tilewise.kernels.cpu import threads
-from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, multiply_blocks
+from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, KC, multiply_blocks
 from tilewise.kernels.cpu.gemm_dots import BLOCK, ROWS, STEP_BYTES, finish, multiply_dots, multiply_stack_dots
 from tilewise.kernels.cpu.gemm_in_place import multiply_in_place, multiply_stack_in_place
+from tilewise.kernels.cpu.gemm_parts import multiply_parts
 from tilewise.kernels.cpu.simd import MR, NV, lane_count
 
 _ONE_START = np.zeros(1, np.int64)
@@ -31,6 +33,8 @@ DOT_ROWS, DOT_COLUMNS = 96, 8
 IN_STACK = 64 << 10
 # Chunks of the result that threads share, if there are that many.
 CHUNKS = 8
+# Rows and columns of a result up to which a sum is split into parts, and the fewest steps of a part.
+IN_PARTS, PART_DEPTH = 256, 4 * KC
 
 
 def _work(m, n, depth, itemsize):
@@ -113,6 +117,10 @@ def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
 def _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts=None):
     steps_a = (depth, 1) if a_by_rows else (1, m)
     steps_b = (n, 1) if b_by_rows else (1, depth)
+    if starts is None and max(m, n) <= IN_PARTS and depth >= 2 * PART_DEPTH:
+        part = _chunk(depth, KC, max(PART_DEPTH, -(-depth // CHUNKS)))
+        product = multiply_parts.sized(work)
+        return lambda a, b, c, *rest: product(a, *steps_a, b, *steps_b, c, m, n, depth, part, *rest)
     rows, columns = _blocks(m, n, NV * lane_count(itemsize), 1 if starts is None else starts[0].size)
     kernel_ = multiply_blocks.sized(work)
     a_starts, b_starts = (_ONE_START, _ONE_START) if starts is None else starts

@@ -71,6 +71,24 @@ def multiply_and_pack_tile(
     return signature, codegen
 
 
+@intrinsic(prefer_literal=True)
+def prefetch_tile(typingctx, rows, vectors, c, c_step):
+    """Ask for a tile of C before its sums are formed: into L2, as its rows may share a few places of L1."""
+    shape = _literal(rows), _literal(vectors)
+    signature = types.void(rows, vectors, c, types.intp)
+
+    def codegen(context, builder, signature, args):
+        c, c_step = args[2:]
+        emit = _Emitter(builder, signature.args[2].dtype)
+        for i in range(shape[0]):
+            row = builder.gep(c, [builder.mul(c_step, _I64(i))])
+            for j in range(shape[1]):
+                emit.prefetch(builder.gep(row, [_I64(j * emit.lanes)]), 2)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 class _Rows:
     """Where `count` rows, `step` elements apart, lie, in few registers: four rows share a pointer that moves on.
 

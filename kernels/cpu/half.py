@@ -28,11 +28,11 @@ NANOSECONDS = 0.1  # to convert an element, for the decision to split over threa
 
 
 def _widen_into(target, bits, rows: int, length: int, step: int, start: int):
-    half_convert.widen(rows * length * NANOSECONDS, bits, target, rows, length, step, start)
+    half_convert.convert(rows * length * NANOSECONDS, bits, start, step, target, 0, length, rows, length)
 
 
 def _narrow_into(bits, source, rows: int, length: int, step: int, start: int):
-    half_convert.narrow(rows * length * NANOSECONDS, source, bits, rows, length, step, start)
+    half_convert.convert(rows * length * NANOSECONDS, source, 0, length, bits, start, step, rows, length)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -97,14 +97,14 @@ def prepare(name: str, prepare_single: Callable, dtypes: list, shapes: list, opt
 def _prepare_tiny(single: Callable, halves: tuple[bool, ...]):
     """`run` without detours, for operands whose conversions take less than the calls around them."""
     like = np.empty(0, SINGLE), np.empty(0, BITS)
-    narrow = half_convert.narrow.bound(0, *like, 1, 1, 1, 0)
+    narrow = half_convert.convert.bound(0, like[0], 0, 1, like[1], 0, 1, 1, 1)
 
     def rounded(array):
         count = array.size
         if not 0 < count <= TINY or not array.flags.carray:
             return narrowed(array)
         result = np.empty(array.shape, HALF)
-        narrow(array.ravel(), result.view(BITS).ravel(), 1, count, count, 0)
+        narrow(array.ravel(), 0, count, result.view(BITS).ravel(), 0, count, 1, count)
         return result
 
     every = all(halves)

@@ -103,18 +103,14 @@ def _run(target, source, convert):
 
 
 @intrinsic
-def _widen_run(typingctx, target, source, count):
-    return _run(target, source, _widen)
-
-
-@intrinsic
-def _narrow_run(typingctx, target, source, count):
-    return _run(target, source, _narrow)
+def _convert_run(typingctx, target, source, count):
+    """Which way follows from the types: bits are float16."""
+    return _run(target, source, _widen if source.dtype == types.uint16 else _narrow)
 
 
 @kernel()
-def widen(source, target, rows, length, step, start):
-    """target, (rows, length), from rows of float16 bits `step` elements apart, the first one at `start`.
+def convert(source, source_start, source_step, target, target_start, target_step, rows, length):
+    """Rows of `length` elements, each array's from its `start` on and `step` apart: float16 bits to float32, or back.
 
     A chunk owns some blocks, of at most CHUNK elements of one row.
     """
@@ -125,17 +121,5 @@ def widen(source, target, rows, length, step, start):
             row = unit // blocks
             first = (unit - row * blocks) * CHUNK
             count = min(CHUNK, length - first)
-            _widen_run(address(target, row * length + first), address(source, start + row * step + first), count)
-
-
-@kernel()
-def narrow(source, target, rows, length, step, start):
-    """Rows of float16 bits in target, `step` elements apart from `start` on, from source, (rows, length)."""
-    blocks = (length + CHUNK - 1) // CHUNK
-    group = CHUNK // length + 1
-    for chunk in prange((rows * blocks + group - 1) // group):
-        for unit in range(chunk * group, min(chunk * group + group, rows * blocks)):
-            row = unit // blocks
-            first = (unit - row * blocks) * CHUNK
-            count = min(CHUNK, length - first)
-            _narrow_run(address(target, start + row * step + first), address(source, row * length + first), count)
+            written = address(target, target_start + row * target_step + first)
+            _convert_run(written, address(source, source_start + row * source_step + first), count)

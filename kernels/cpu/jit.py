@@ -10,19 +10,17 @@ process alone.
 """
 
 import functools
-import hashlib
-import os
-import sys
 import types
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.runtime import rtsys
 
 from tilewise.kernels.cpu import threads
+from tilewise.kernels.disk_cache import cache_folder, source_stamp
 
 _njit: Any = numba.njit  # its annotations know neither a dictionary for `parallel` nor our cache
 
@@ -47,16 +45,16 @@ _PARALLEL = {
 _SHORTENED_FOR = "0.68."
 
 
-def _shortened_pipelines() -> tuple[dict, dict]:
-    """The options that shorten the compilation of device functions, and of parallel loops."""
-    if not numba.__version__.startswith(_SHORTENED_FOR):
-        return {}, {}
-    from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler
+def _shortened_pipelines(version: str) -> tuple[dict, dict, dict]:
+    """The options that shorten the compilation of device functions, and of kernels' serial and parallel forms."""
+    if not version.startswith(_SHORTENED_FOR):
+        return {}, {}, {}
+    from tilewise.kernels.cpu.device_compiler import DeviceCompiler, ParallelCompiler, SerialCompiler
 
-    return {"pipeline_class": DeviceCompiler}, {"pipeline_class": ParallelCompiler}
+    return {"pipeline_class": DeviceCompiler}, {"pipeline_class": SerialCompiler}, {"pipeline_class": ParallelCompiler}
 
 
-_FOR_DEVICE, _FOR_PARALLEL = _shortened_pipelines()
+_FOR_DEVICE, _FOR_SERIAL, _FOR_PARALLEL = _shortened_pipelines(numba.__version__)
 
 KERNELS: list["Kernel"] = []  # every kernel of the loaded modules, for `python -m tilewise warmup` and the tests
 
@@ -125,6 +123,9 @@ def device(*, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: 
 
     Arrays are borrowed from the caller: counting references would cost two atomic operations for each array of each
     call, 120 cycles for three, more than copying a short row. A function that makes arrays must count them: allocates.
+
+    Numba compiles one anew for each literal number it is called with, and for the unsigned index of a prange: where a
+    large one is called with both, write np.int64(0), np.int64(chunk).
     """
     options = {"fastmath": set(fastmath), "error_model": "numpy", "inline": inline, "_nrt": allocates}
     return _njit(**options, **_FOR_DEVICE)
@@ -141,53 +142,12 @@ def compiled(function: Callable, fastmath: frozenset, parallel: bool):
         twin.__module__ = function.__module__
         function = twin
     options: dict[str, Any] = {"fastmath": set(fastmath), "nogil": True, "error_model": "numpy"}
-    if parallel:
-        options |= {"parallel": _PARALLEL, **_FOR_PARALLEL}
+    options |= {"parallel": _PARALLEL, **_FOR_PARALLEL} if parallel else _FOR_SERIAL
     dispatcher = _njit(**options)(function)
     cache = _open_cache(function)
     if cache is not None:
         dispatcher._cache = cache
     return dispatcher
-
-
-def cache_folder() -> Path | None:
-    """Where compiled kernels are kept, or None where no folder can be written.
-
-    One folder for each installation, so that two environments of one user do not overwrite each other's kernels. It is
-    not called `tilewise`: where NUMBA_CACHE_DIR is the working folder, that would hide an editable installation.
-    """
-    base = os.environ.get("NUMBA_CACHE_DIR")
-    if not base:
-        base = os.environ.get("XDG_CACHE_HOME") or _user_cache_folder()
-    place = hashlib.sha256(str(_package_folder()).encode()).hexdigest()[:12]
-    folder = Path(base) / "tilewise-kernels" / place
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK | os.X_OK) else None
-
-
-def _user_cache_folder() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path.home() / ".cache"
-
-
-def _package_folder() -> Path:
-    return Path(__file__).resolve().parent.parent
-
-
-@lru_cache(maxsize=1)
-def source_stamp() -> str:
-    """A hash over every kernel source: when any of them changes, no cached kernel is used."""
-    digest = hashlib.sha256()
-    for path in sorted(_package_folder().glob("**/*.py")):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 class _Locator:
@@ -225,7 +185,13 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig, target_context):
         try:
-            return super().load_overload(sig, target_context)
+            if not numba.__version__.startswith(_SHORTENED_FOR):
+                return super().load_overload(sig, target_context)
+            # Numba would load all that it can compile (and SciPy, where it is installed), 0.2 s, to link machine code
+            # that needs nothing of it but the counting of references. Whatever is compiled later still makes it do so.
+            rtsys.initialize(target_context)
+            with self._guard_against_spurious_io_errors():
+                return self._load_overload(sig, target_context)
         except (OSError, EOFError, ValueError):
             return None
 

@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from tilewise.kernels.cpu.register_tile import Loop
 from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
 from tilewise.kernels.cpu.vector_move import _gather
 
@@ -50,18 +51,55 @@ def copy_row(typingctx, stride, target, source, count):
         even = ir.Constant(ir.VectorType(_I32, emit.lanes), [2 * i for i in range(emit.lanes)])
 
         def move(i):
-            if kind == 1:
-                value = emit.load(source, i)
-            else:
-                place = builder.mul(i, _I64(2))
-                parts = emit.load(source, place), emit.load(source, builder.add(place, _I64(emit.lanes)))
-                value = builder.shuffle_vector(*parts, even)
+            value = _load_line(emit, source, i, even) if kind == 2 else emit.load(source, i)
             emit.store(value, target, i)
 
         _loop(builder, emit, builder.add(count, _I64(emit.lanes - 1)), move)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def copy_lines(typingctx, stride, target, pitch, left, source, source_step, count, lines):
+    """target[i * pitch + left + j] = source[i * source_step + j * stride] for i < lines, j < count; lines > 0.
+
+    And zeros in the rest of each line of `pitch` elements, of which there may be a vector's length at most before and
+    behind. In whole vectors: up to one vector more is read (two with stride 2), and written behind the last line.
+    stride: a literal, 1 or 2. All lines in one call, for a call and its bounds cost more than a line of 28 elements.
+    """
+    kind = _literal(stride)
+    intp = types.intp
+    signature = types.void(stride, target, intp, intp, source, intp, intp, intp)
+
+    def codegen(context, builder, signature, args):
+        _, target, pitch, left, source, source_step, count, lines = args
+        emit = _Emitter(builder, signature.args[1].dtype)
+        even = ir.Constant(ir.VectorType(_I32, emit.lanes), [2 * i for i in range(emit.lanes)])
+        last = builder.add(count, _I64(emit.lanes - 1))
+        loop = Loop(builder, lines, 1, "line")
+        _, target, source = loop.begin((target, pitch), (source, source_step))
+        inside = builder.gep(target, [left])
+
+        def move(j):
+            value = _load_line(emit, source, j, even) if kind == 2 else emit.load(source, j)
+            emit.store(value, inside, j)
+
+        # each store may run over into what the next one writes
+        emit.store(emit.zero, target, _I64(0))
+        _loop(builder, emit, last, move)
+        emit.store(emit.zero, inside, count)
+        loop.close()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _load_line(emit, source, j, even):
+    """Every second element from 2 j on, a vector of them."""
+    place = emit.builder.mul(j, _I64(2))
+    parts = emit.load(source, place), emit.load(source, emit.builder.add(place, _I64(emit.lanes)))
+    return emit.builder.shuffle_vector(*parts, even)
 
 
 @intrinsic

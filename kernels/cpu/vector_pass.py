@@ -137,11 +137,20 @@ class Pass(_Emitter):
         first = self.rest(at, count, first, lambda values, mask: body(at, values, mask))
         return [self.tree_sum([first[s], *many[s + sums :: sums]]) for s in range(sums)]
 
-    def sweep(self, rows, columns, together, body):
-        """body(first row, rows, column, mask) for every vector: along the columns for `together` rows at a time."""
+    def sweep(self, rows, columns, together, body, result=None, stride=None):
+        """body(first row, rows, column, mask) for every vector: along the columns for `together` rows at a time.
+
+        result: where rows are written, `stride` apart; their vectors are aligned, if that is possible in all rows."""
+        first = _I64(0)
+        if result is not None:
+            same = self.builder.and_(stride, _I64(self.lanes - 1))
+            missing = self.to_alignment(result, columns)
+            first = self.builder.select(self.builder.icmp_signed("==", same, _I64(0)), missing, first)
 
         def along(i, height):
-            at, _ = self.loop(_I64(0), columns, self.lanes, [], lambda j, _: body(i, height, j, None) or [])
+            if result is not None:
+                self.rest(_I64(0), first, [], lambda _, mask: body(i, height, _I64(0), mask) or [])
+            at, _ = self.loop(first, columns, self.lanes, [], lambda j, _: body(i, height, j, None) or [])
             self.rest(at, columns, [], lambda _, mask: body(i, height, at, mask) or [])
             return []
 

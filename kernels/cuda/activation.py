@@ -15,7 +15,7 @@ _THREADS = 256
 _EACH = 4
 
 
-@kernel(threads=_THREADS)
+@kernel(threads=_THREADS, promises=("LDG.128", "STG.128"))
 def activate_all(x: ELEMENTS, y: ELEMENTS, slope: REAL, count: INT64, vectors: INT64, code: INT32):
     """y[i] = activation(x[i]), i < count; the first `vectors` of 16 bytes as such, the rest one by one."""
     step = cuda.gridDim.x * _THREADS
@@ -31,7 +31,7 @@ def activate_all(x: ELEMENTS, y: ELEMENTS, slope: REAL, count: INT64, vectors: I
         y[i] = narrow(activate(widen(x[i]), code, slope), y)
 
 
-@kernel(threads=_THREADS)
+@kernel(threads=_THREADS, promises=("LDG.128", "STG.128"))
 def gradient_all(
     grad: ELEMENTS, y: ELEMENTS, result: ELEMENTS, slope: REAL, count: INT64, vectors: INT64, code: INT32
 ):  # fmt: skip

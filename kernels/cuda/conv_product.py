@@ -21,7 +21,7 @@ from numba.cuda.extending import intrinsic
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.conv_geometry import Correlation
 from tilewise.kernels.cuda.epilogue import NONE
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, device, kernel, sum_dtype
+from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INT32, INT64, REAL, SUMS, ceil_div, device, kernel, sum_dtype
 from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_multiply
 from tilewise.kernels.cuda.ptx import (
     VECTOR_BYTES,
@@ -45,7 +45,9 @@ _DEPTH = 8
 LARGE = Tile((4, 2), (8, 8), _DEPTH, blocks=2)
 MIDDLE = Tile((2, 1), (8, 8), _DEPTH, blocks=4)
 LOW = Tile((2, 2), (4, 8), _DEPTH, blocks=3)
+_NO_DOUBLES = ("float16", "float32")
 _ENOUGH_BLOCKS = 128
+_PROMISED = ("FFMA", "LDS.128", "LDG.128")
 
 
 @kernel(threads=_PACK_THREADS)
@@ -157,7 +159,10 @@ def _make(tile: Tile, channels_last: bool, whole: bool):
     spread, whose = _make_spread(tile, channels_last)
     name = f"implicit_{tile.name}_{'nhwc' if channels_last else 'nchw'}{'_whole' if whole else ''}"
 
-    @kernel(threads=threads, blocks=tile.blocks, name=name)
+    @kernel(
+        threads=threads, blocks=tile.blocks, name=name, dtypes=FLOATS if tile is LOW else _NO_DOUBLES,
+        promises={"float16": _PROMISED, "float32": _PROMISED, "float64": ("DFMA", "LDS.128")},
+    )  # fmt: skip
     def implicit(
         x: ELEMENTS, packed: SUMS, y: ELEMENTS, bias: ELEMENTS, has_bias: INT32, extra: ELEMENTS, has_extra: INT32,
         code: INT32, slope: REAL,

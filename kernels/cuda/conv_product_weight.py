@@ -40,7 +40,9 @@ def _make(tile: Tile, channels_last: bool):
     own = 1 if channels_last else count  # outputs and columns that a thread loads
     name = f"implicit_weight_{tile.name}_{'nhwc' if channels_last else 'nchw'}"
 
-    @kernel(threads=threads, blocks=tile.blocks, name=name)
+    promises = {"float16": ("FFMA", "LDS.128"), "float32": ("FFMA", "LDS.128"), "float64": ("DFMA", "LDS.128")}
+
+    @kernel(threads=threads, blocks=tile.blocks, name=name, promises=promises)
     def implicit_weight(
         grad: ELEMENTS, x: ELEMENTS, parts: SUMS, oh: INT64, ow: INT64, h: INT64, w: INT64,
         top: INT64, left: INT64, stride_h: INT64, stride_w: INT64, dilation_h: INT64, dilation_w: INT64,

@@ -77,7 +77,7 @@ def _back(v, first, step):
     v[first + 3 * step] = d + eight * e + m5
 
 
-@kernel(threads=_THREADS)
+@kernel(threads=_THREADS, dtypes=("float32",))
 def winograd_weight(
     weight: ELEMENTS, packed: ELEMENTS, size: INT64, padded_depth: INT64, channels: INT64, outputs: INT64,
     padded_outputs: INT64, group_step: INT64, output_step: INT64, channel_step: INT64, width: INT64, p0: INT64,
@@ -105,7 +105,7 @@ def winograd_weight(
         packed[target + xi * plane] = whole[xi]
 
 
-@kernel(threads=_THREADS)
+@kernel(threads=_THREADS, dtypes=("float32",))
 def winograd_input(
     x: ELEMENTS, values: ELEMENTS, size: INT64, first_image: INT64, tiles: INT64, tile_rows: INT64,
     tile_columns: INT64, h: INT64, w: INT64, top: INT64, left: INT64, all_channels: INT64, channels: INT64,
@@ -139,7 +139,7 @@ def winograd_input(
         values[target + xi * channels * channel_step] = v[xi]
 
 
-@kernel(threads=_THREADS)
+@kernel(threads=_THREADS, dtypes=("float32",))
 def winograd_output(
     products: ELEMENTS, y: ELEMENTS, x: ELEMENTS, weight: ELEMENTS, bias: ELEMENTS, has_bias: INT32, extra: ELEMENTS,
     has_extra: INT32, code: INT32, slope: REAL, size: INT64, first_image: INT64, tiles: INT64, tile_rows: INT64,

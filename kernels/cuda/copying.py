@@ -1,5 +1,6 @@
 """Copies between arrays of any strides, on the device."""
 
+import numpy as np
 from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, ceil_div, kernel
@@ -7,9 +8,11 @@ from tilewise.kernels.device_arrays import DeviceArray
 
 _THREADS = 256
 MAX_AXES = 6
+# A copy has nothing to do with what the bits mean: one form for each size of an element.
+_WORDS = {size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)}
 
 
-@kernel(threads=_THREADS)
+@kernel(threads=_THREADS, dtypes=_WORDS.values())
 def copy_elements(
     source: ELEMENTS, target: ELEMENTS, count: INT64,
     n0: INT64, n1: INT64, n2: INT64, n3: INT64, n4: INT64,
@@ -37,7 +40,8 @@ def copy_strided(source: DeviceArray, target: DeviceArray):
     sizes = (*source.shape[::-1], *[1] * fill)
     from_, to = ([s // item for s in a.strides[::-1]] + [0] * fill for a in (source, target))
     blocks = ceil_div(source.size, _THREADS)
-    copy_elements(source.place, blocks, source, target, source.size, *sizes[:5], *from_, *to)
+    numbers = (source.size, *sizes[:5], *from_, *to)
+    copy_elements(source.place, blocks, source, target, *numbers, dtype=_WORDS[item])
 
 
 def contiguous(array: DeviceArray) -> DeviceArray:

@@ -6,11 +6,18 @@ Numba use as well, so their memory and streams are ours.
 """
 
 import ctypes
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from threading import Lock, local
 
 import numpy as np
 from cuda.bindings import driver as cu
+
+from tilewise.kernels.cuda import ptx_cache
+
+# Kernels are compiled for these compute capabilities, which the tests compile too; the driver takes the code of one for
+# all later devices.
+TARGETS = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
 
 
 class DriverError(RuntimeError):
@@ -21,28 +28,40 @@ class OutOfMemory(DriverError, MemoryError):
     """The device has not enough memory."""
 
 
-def _checked(result):
+_HINTS = {
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the driver is older than the installed CUDA compiler; update it, or install "
+    "the extra for its version (cuda12)",
+    "CUDA_ERROR_NO_DEVICE": "the driver lists no device",
+    "CUDA_ERROR_INVALID_DEVICE": "there is no device of this number",
+}
+
+
+def _checked(result, doing: str = ""):
+    """What a call of the driver returned beside its status; raises where that is an error."""
     status, *values = result
     if status != cu.CUresult.CUDA_SUCCESS:
         _, name = cu.cuGetErrorName(status)
         _, text = cu.cuGetErrorString(status)
+        name = name.decode() if name else f"error {int(status)}"
         kind = OutOfMemory if status == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY else DriverError
-        raise kind(f"{name.decode()}: {text.decode()}")
+        parts = [doing, name, text.decode() if text else "", _HINTS.get(name, "")]
+        raise kind(": ".join(part for part in parts if part))
     return values[0] if len(values) == 1 else values
 
 
 class Memory:
-    """Bytes on the device, given back when the last reference goes."""
+    """Bytes on the device, given back when the last reference goes. In the order of the default stream."""
 
     def __init__(self, driver: "Driver", nbytes: int):
         self._driver, self.nbytes = driver, nbytes
-        driver.make_current()
-        self.pointer = int(_checked(cu.cuMemAllocAsync(max(nbytes, 1), 0)))
+        with driver.current():
+            result = driver.allocate_bytes(max(nbytes, 1))
+        self.pointer = int(_checked(result, f"{nbytes} bytes on {driver.name}"))
 
     def __del__(self):
         if hasattr(self, "pointer"):
-            self._driver.make_current()
-            cu.cuMemFreeAsync(self.pointer, 0)
+            with suppress(Exception):  # at the interpreter's end the driver may be gone, and the memory with it
+                self._driver.free(self.pointer)
 
 
 class _Function:
@@ -61,17 +80,27 @@ class Driver:
     """
 
     def __init__(self, ordinal: int):
-        _checked(cu.cuInit(0))
+        try:
+            status = cu.cuInit(0)
+        except Exception as error:  # the binding's own, where it finds no driver
+            raise DriverError(f"no NVIDIA driver: {error}") from None
+        _checked(status, "the NVIDIA driver did not start")
         self.ordinal = ordinal
-        self._device = _checked(cu.cuDeviceGet(ordinal))
-        self._context = _checked(cu.cuDevicePrimaryCtxRetain(self._device))
+        self._device = _checked(cu.cuDeviceGet(ordinal), f"GPU {ordinal}")
         attribute = cu.CUdevice_attribute
         self.capability = (
             self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
             self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
         )
+        self.name = _checked(cu.cuDeviceGetName(256, self._device)).split(b"\0")[0].decode()
+        targets = [target for target in TARGETS if target <= self.capability]
+        if not targets:
+            raise DriverError(f"{self.name} has compute capability {self.capability}, the kernels need {TARGETS[0]}")
+        self.target = targets[-1]
         self.multiprocessors = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-        self.name = _checked(cu.cuDeviceGetName(256, self._device)).rstrip(b"\0").decode()
+        self._pools = bool(self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED))
+        self._context = _checked(cu.cuDevicePrimaryCtxRetain(self._device), f"GPU {ordinal}")
+        self._handle = int(self._context)
         self._functions: dict = {}
         self._lock = Lock()
         self._slots = local()
@@ -79,49 +108,82 @@ class Driver:
     def _attribute(self, which) -> int:
         return _checked(cu.cuDeviceGetAttribute(which, self._device))
 
-    def make_current(self):
-        """This thread's calls go to this device."""
-        if int(_checked(cu.cuCtxGetCurrent())) != int(self._context):
-            _checked(cu.cuCtxSetCurrent(self._context))
+    @contextmanager
+    def current(self):
+        """Inside, this thread's calls go to this device; afterwards to whichever they went to before."""
+        if self._is_current():
+            yield
+            return
+        _checked(cu.cuCtxPushCurrent(self._context))
+        try:
+            yield
+        finally:
+            _checked(cu.cuCtxPopCurrent())
+
+    def _is_current(self) -> bool:
+        return int(_checked(cu.cuCtxGetCurrent())) == self._handle
 
     def allocate(self, nbytes: int) -> Memory:
         return Memory(self, nbytes)
 
+    def allocate_bytes(self, nbytes: int):
+        return cu.cuMemAllocAsync(nbytes, 0) if self._pools else cu.cuMemAlloc(nbytes)
+
+    def free(self, pointer: int):
+        with self.current():
+            _checked(cu.cuMemFreeAsync(pointer, 0) if self._pools else cu.cuMemFree(pointer))
+
     def write(self, memory: Memory, array: np.ndarray):
         array = np.ascontiguousarray(array)
-        self.make_current()
-        _checked(cu.cuMemcpyHtoD(memory.pointer, array.ctypes.data, array.nbytes))
+        with self.current():
+            _checked(cu.cuMemcpyHtoD(memory.pointer, array.ctypes.data, array.nbytes), "copy to the GPU")
 
     def read(self, memory: Memory, array: np.ndarray):
-        self.make_current()
-        _checked(cu.cuMemcpyDtoH(array.ctypes.data, memory.pointer, array.nbytes))
+        """Waits for the kernels of the default stream, so that their errors show here."""
+        with self.current():
+            _checked(cu.cuMemcpyDtoH(array.ctypes.data, memory.pointer, array.nbytes), "copy from the GPU")
 
     def synchronize(self):
-        self.make_current()
-        _checked(cu.cuCtxSynchronize())
+        with self.current():
+            _checked(cu.cuCtxSynchronize())
 
     def _load(self, form) -> _Function:
+        """Compiles a form, or takes its PTX from the cache, and loads it; also while a stream is being captured."""
+        kernel = form.kernel
+        if kernel.least > self.capability:
+            raise DriverError(f"kernel {kernel.name} needs compute capability {kernel.least}, {self.name} has less")
         with self._lock:
             if form not in self._functions:
-                text = form.ptx(self.capability)
-                module = _checked(cu.cuModuleLoadData(text.encode() + b"\0"))
-                handle = _checked(cu.cuModuleGetFunction(module, form.entry(text).encode()))
+                text = ptx_cache.ptx(form, self.target)
+                relaxed = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+                before = _checked(cu.cuThreadExchangeStreamCaptureMode(relaxed))
+                try:
+                    module = _checked(cu.cuModuleLoadData(text.encode() + b"\0"), f"kernel {kernel.name}")
+                    handle = _checked(cu.cuModuleGetFunction(module, form.entry(text).encode()))
+                finally:
+                    _checked(cu.cuThreadExchangeStreamCaptureMode(before))
                 self._functions[form] = _Function(module, handle)
             return self._functions[form]
 
     def start(self, form, grid: tuple[int, int, int], shared: int, stream: int, slots: bytearray):
         """Puts a kernel into a stream; see launch.Form for the slots."""
-        self.make_current()
+        if not self._is_current():
+            with self.current():
+                self._start(form, grid, shared, stream, slots)
+            return
+        self._start(form, grid, shared, stream, slots)
+
+    def _start(self, form, grid, shared, stream, slots):
         function = self._functions.get(form) or self._load(form)
         if shared > function.shared:
             limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(cu.cuFuncSetAttribute(function.handle, limit, shared))
+            _checked(cu.cuFuncSetAttribute(function.handle, limit, shared), f"{shared} bytes of shared memory")
             function.shared = shared
-        status = cu.cuLaunchKernel(
+        (status,) = cu.cuLaunchKernel(
             function.handle, *grid, form.kernel.threads, 1, 1, shared, stream, self._pointers(slots), 0
         )
-        if status[0] != cu.CUresult.CUDA_SUCCESS:
-            _checked(status)
+        if status != cu.CUresult.CUDA_SUCCESS:
+            _checked((status,), f"kernel {form.kernel.name}, grid {grid}, {shared} bytes of shared memory")
 
     def _pointers(self, slots: bytearray) -> int:
         """The address of a table of addresses, one for each slot; the same buffer of a thread has the same table."""

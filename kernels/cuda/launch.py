@@ -68,12 +68,18 @@ INT32, INT64 = Parameter("int32"), Parameter("int64")
 KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile and launch them all
 
 
-class Kernel:
-    """A function for the GPU; see the module. Called with a place, the grid and the arguments, it starts."""
+FLOATS = ("float16", "float32", "float64")
+OLDEST = (7, 5)  # the first compute capability that kernels are compiled for
 
-    def __init__(self, function, threads: int, blocks: int, turing_blocks: int, name: str):
+
+class Kernel:
+    """A function for the GPU; see `kernel`. Called with a place, the grid and the arguments, it starts."""
+
+    def __init__(self, function, threads: int, blocks: int, turing_blocks: int, name: str, dtypes, least, promises):
         self.function, self.threads, self.blocks, self.turing_blocks = function, threads, blocks, turing_blocks
         self.name = name or function.__name__
+        self.dtypes, self.least = tuple(np.dtype(d) for d in dtypes), least
+        self._promises = promises
         annotations = {k: v for k, v in function.__annotations__.items() if k != "return"}
         self.parameters: tuple[Parameter, ...] = tuple(annotations.values())
         function.__annotations__ = {}  # ours, not Python types
@@ -83,9 +89,16 @@ class Kernel:
     def __repr__(self):
         return f"<kernel {self.name}>"
 
+    def promises(self, dtype: np.dtype) -> tuple[str, ...]:
+        """The machine instructions that its code for this dtype must have."""
+        promised = self._promises
+        return tuple(promised.get(dtype.name, ())) if isinstance(promised, dict) else tuple(promised)
+
     def form(self, dtype: np.dtype) -> "Form":
         found = self._forms.get(dtype)
         if found is None:
+            if dtype not in self.dtypes:
+                raise TypeError(f"kernel {self.name} is declared for {[d.name for d in self.dtypes]}, not for {dtype}")
             found = self._forms[dtype] = Form(self, dtype)
         return found
 
@@ -130,13 +143,27 @@ class Form:
         return match[1]
 
 
-def kernel(*, threads: int, blocks: int = 1, turing_blocks: int | None = None, name: str = ""):
+def kernel(
+    *,
+    threads: int,
+    blocks: int = 1,
+    turing_blocks: int | None = None,
+    name: str = "",
+    dtypes=FLOATS,
+    least=OLDEST,
+    promises=(),
+):
     """Makes a function a `Kernel` of that many threads a block, of which `blocks` blocks shall fit a multiprocessor.
 
     turing_blocks: the same before compute capability 8.0, where a multiprocessor has 64 KB of shared memory.
     name: what tells this kernel from others that the same factory makes, such as its tile.
+    dtypes: what it is for. least: the lowest compute capability, such as (8, 0) where it uses cp.async.
+    promises: machine instructions that its code must have, for all dtypes or {dtype's name: instructions}: "FFMA",
+        "LDS.128" (also LDS.U.128), "HMMA". tests/gpu_compile.py compiles every kernel for every dtype and architecture
+        and looks; tests that launch none of a kernel's forms are named at the end of a test run.
     """
-    return lambda function: Kernel(function, threads, blocks, blocks if turing_blocks is None else turing_blocks, name)
+    turing_blocks = blocks if turing_blocks is None else turing_blocks
+    return lambda function: Kernel(function, threads, blocks, turing_blocks, name, dtypes, least, promises)
 
 
 def device(function) -> Any:

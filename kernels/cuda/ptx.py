@@ -192,7 +192,8 @@ def load_vector(typingctx, target, pointer, index):
     """
 
     def codegen(context, builder, signature, args):
-        _move_vector(context, builder, target.dtype, args[0], _further(context, builder, args[1], args[2], index))
+        source = _further(context, builder, args[1], args[2], index)
+        _move_vector(context, builder, target.dtype, args[0], source, to_memory=False)
         return context.get_dummy_value()
 
     return types.void(target, pointer, index), codegen
@@ -203,7 +204,8 @@ def store_vector(typingctx, pointer, index, source):
     """pointer[index], ... = the 16 bytes at source; the address must be a multiple of 16."""
 
     def codegen(context, builder, signature, args):
-        _move_vector(context, builder, pointer.dtype, _further(context, builder, args[0], args[1], index), args[2])
+        place = _further(context, builder, args[0], args[1], index)
+        _move_vector(context, builder, pointer.dtype, place, args[2], to_memory=True)
         return context.get_dummy_value()
 
     return types.void(pointer, index, source), codegen
@@ -213,12 +215,29 @@ def _further(context, builder, pointer, index, index_type):
     return builder.gep(pointer, [context.cast(builder, index, index_type, types.int64)])
 
 
-def _move_vector(context, builder, element, target, source):
-    count = VECTOR_BYTES // _dtype(element).itemsize
-    vector = _pointer_type(ir.VectorType(context.get_data_type(element), count))
-    loaded = builder.load(builder.bitcast(source, vector))
-    stored = builder.store(loaded, builder.bitcast(target, vector))
-    loaded.align = stored.align = VECTOR_BYTES
+def _move_vector(context, builder, element, target, source, to_memory):
+    """16 bytes as four words on the side of the memory, and word by word on the side of the registers.
+
+    PTX has vectors of four at most: eight halves NVVM would load one by one, and as a whole vector in registers it
+    cannot take them apart.
+    """
+    size = _dtype(element).itemsize
+    lane = context.get_data_type(element) if size >= 4 else _I32
+    count = VECTOR_BYTES // max(size, 4)
+    memory, own = (target, source) if to_memory else (source, target)
+    memory = builder.bitcast(memory, _pointer_type(ir.VectorType(lane, count)))
+    own = builder.bitcast(own, _pointer_type(lane))
+    words = [builder.gep(own, [_I32(i)]) for i in range(count)]
+    if to_memory:
+        vector = ir.Constant(memory.type.pointee, ir.Undefined)
+        for i, word in enumerate(words):
+            vector = builder.insert_element(vector, builder.load(word), _I32(i))
+        builder.store(vector, memory).align = VECTOR_BYTES
+    else:
+        vector = builder.load(memory)
+        vector.align = VECTOR_BYTES
+        for i, word in enumerate(words):
+            builder.store(builder.extract_element(vector, _I32(i)), word)
 
 
 # ---- asynchronous copies (sm_80)

@@ -7,6 +7,9 @@ compiled for this processor, and run by the scheduler in runtime.cpp, in the sch
 
 import ctypes
 import hashlib
+import json
+import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -17,11 +20,16 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import numpy as np
 
-from simt.translate import translate
+from simt.checks import instrument
+from simt.translate import GAP, Unsupported, translate
 
 FOLDER = Path(__file__).parent
 SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2, "warp by warp": 3, "warps reversed": 4}
 TESTED_NUMBA_CUDA = "0.30"
+CACHE = FOLDER.parent.parent / ".cache" / "simt"
+# (kernel's name, dtype's name) of all that was launched in this process, and what could not be run: conftest.py tells
+LAUNCHED: set[tuple[str, str]] = set()
+UNSUPPORTED: set[str] = set()
 FENCE = 256  # bytes before and after each array
 _PATTERN = 0xFF
 
@@ -50,13 +58,12 @@ def why_not() -> str | None:
 @lru_cache(maxsize=1)
 def runtime() -> ctypes.CDLL:
     """The scheduler, compiled once for each version of its source."""
-    sources = [FOLDER / name for name in ("runtime.cpp", "ptx.cpp")]
+    sources = [FOLDER / name for name in ("runtime.cpp", "checks.cpp", "ptx.cpp")]
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, FOLDER / "runtime.h"])).hexdigest()[:16]
-    folder = FOLDER.parent.parent / ".cache" / "simt"
-    library = folder / f"simt-{stamp}.so"
+    library = CACHE / f"simt-{stamp}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with_name = library.with_suffix(f".{id(sources):x}.tmp")
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with_name = library.with_suffix(f".{os.getpid()}")
         command = ["g++", "-O2", "-std=c++17", "-fPIC", "-shared", "-o", with_name, *sources]
         subprocess.run(command, check=True)
         with_name.replace(library)
@@ -78,47 +85,110 @@ def _target():
 
 
 class Code:
-    """A kernel's form, compiled for this processor."""
+    """A kernel's form, compiled for this processor.
+
+    entry: the address of its code. ranges: (address, bytes, kind) of its shared arrays and constants.
+    """
 
     def __init__(self, form, capability):
-        from numba.cuda.compiler import _compile_pyfunc_with_fixup
-
-        library, _ = _compile_pyfunc_with_fixup(
-            form.kernel.function, form.signature, device=False, cc=capability, abi="numba"
-        )
-        parts = [llvm.parse_assembly(translate(part, "").text) for part in library.llvm_strs]
-        module = parts[0]
-        for part in parts[1:]:
-            module.link_in(part)
-        self._wrap(module, library._entry_name)
+        binary, known = _kept_or_compiled(form, capability)
         machine = _target()
-        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
-        passes.getModulePassManager().run(module, passes)
-        shared = [(g.name, g) for g in module.global_variables if "addrspace(3)" in str(g).split("=", 1)[1][:60]]
-        self.engine = llvm.create_mcjit_compiler(module, machine)
+        self.engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self.engine.add_object_file(llvm.ObjectFileRef.from_data(binary))
         self.engine.finalize_object()
         self.entry = self.engine.get_function_address("simt_entry")
-        layout = self.engine.target_data
-        self.shared = [
-            (self.engine.get_global_value_address(name), layout.get_abi_size(value.global_value_type))
-            for name, value in shared
-        ]
+        self.ranges = [(self.engine.get_global_value_address(name), *rest) for name, *rest in known]
+        self.shared_bytes = sum(size for _, size, kind in self.ranges if kind == _SHARED)
         self.engine.detach()  # it lives as long as the process: at exit, LLVM may be gone before it
 
-    @staticmethod
-    def _wrap(module, entry):
-        """simt_entry(slots): the kernel with its arguments read from slots of eight bytes."""
-        kinds = [str(argument.type) for argument in module.get_function(entry).arguments]
-        lines = [
-            f"  %p{i} = getelementptr i64, ptr %slots, i32 {i}\n  %v{i} = load {kind}, ptr %p{i}"
-            for i, kind in enumerate(kinds)
-        ]
-        arguments = ", ".join(f"{kind} %v{i}" for i, kind in enumerate(kinds))
-        text = f'declare void @"{entry}"({", ".join(kinds)})\ndefine void @simt_entry(ptr %slots) {{\n'
-        text += "\n".join(lines) + f'\n  call void @"{entry}"({arguments})\n  ret void\n}}\n'
-        wrapper = llvm.parse_assembly(text)
-        wrapper.triple = module.triple
-        module.link_in(wrapper)
+
+_ARRAY, _SHARED, _CONSTANT = range(3)
+
+
+def _compile(form, capability) -> tuple[bytes, list]:
+    """Machine code, and (name, bytes, kind) of the arrays it has."""
+    from numba.cuda.compiler import _compile_pyfunc_with_fixup
+
+    library, _ = _compile_pyfunc_with_fixup(
+        form.kernel.function, form.signature, device=False, cc=capability, abi="numba"
+    )
+    parts = [llvm.parse_assembly(translate(part)) for part in library.llvm_strs]
+    module = parts[0]
+    for part in parts[1:]:
+        module.link_in(part)
+    _wrap(module, library._entry_name)
+    machine = _target()
+    # a vectorised loop may load under a mask, which the checks do not know
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = False
+    llvm.create_pass_builder(machine, options).getModulePassManager().run(
+        module, llvm.create_pass_builder(machine, options)
+    )
+    module = llvm.parse_assembly(instrument(str(module)))
+    runtime()
+    unknown = [f.name for f in module.functions if f.is_declaration and not _is_known(f.name)]
+    if unknown:
+        raise Unsupported(f"no emulation for {', '.join(unknown)}")
+    arrays = []
+    for variable in module.global_variables:
+        declared = str(variable)
+        if " external " in declared:
+            continue
+        size = machine.target_data.get_abi_size(variable.global_value_type)
+        if "addrspace(3)" in declared.split("[", 1)[0]:
+            element = size // int(re.search(r"\[(\d+) x", declared)[1])
+            arrays.append((variable.name, size - GAP * element, _SHARED))
+        elif variable.linkage in (llvm.Linkage.external, llvm.Linkage.common):
+            arrays.append((variable.name, size, _CONSTANT))
+    return machine.emit_object(module), arrays
+
+
+def _is_known(name: str) -> bool:
+    return name.startswith("llvm.") or llvm.address_of_symbol(name) is not None
+
+
+@lru_cache(maxsize=1)
+def _sources() -> bytes:
+    """What compiled kernels depend on beside their own sources."""
+    parts = [path.read_bytes() for path in sorted(FOLDER.glob("*.py"))]
+    parts += [llvm.get_host_cpu_name().encode(), repr(llvm.llvm_version_info).encode()]
+    return b"".join(parts)
+
+
+def _kept_or_compiled(form, capability) -> tuple[bytes, list]:
+    """Machine code of tilewise's own kernels is kept in the checkout's .cache."""
+    from tilewise.kernels.cuda import launch, ptx_cache
+
+    if form.kernel not in launch.KERNELS:
+        return _compile(form, capability)
+    stamp = hashlib.sha256(_sources() + ptx_cache.key(form, capability).encode()).hexdigest()[:32]
+    file = CACHE / f"{form.kernel.function.__name__}-{stamp}"
+    try:
+        arrays, binary = file.read_bytes().split(b"\n", 1)
+        return binary, json.loads(arrays)
+    except (OSError, ValueError):
+        pass
+    binary, arrays = _compile(form, capability)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(json.dumps(arrays).encode() + b"\n" + binary)
+    unfinished.replace(file)
+    return binary, arrays
+
+
+def _wrap(module, entry):
+    """simt_entry(slots): the kernel with its arguments read from slots of eight bytes."""
+    kinds = [str(argument.type) for argument in module.get_function(entry).arguments]
+    lines = [
+        f"  %p{i} = getelementptr i64, ptr %slots, i32 {i}\n  %v{i} = load {kind}, ptr %p{i}"
+        for i, kind in enumerate(kinds)
+    ]
+    arguments = ", ".join(f"{kind} %v{i}" for i, kind in enumerate(kinds))
+    text = f'declare void @"{entry}"({", ".join(kinds)})\ndefine void @simt_entry(ptr %slots) {{\n'
+    text += "\n".join(lines) + f'\n  call void @"{entry}"({arguments})\n  ret void\n}}\n'
+    wrapper = llvm.parse_assembly(text)
+    wrapper.triple = module.triple
+    module.link_in(wrapper)
 
 
 class _Grid(ctypes.Structure):
@@ -156,6 +226,7 @@ class Emulator:
 
     def __init__(self, capability=(9, 0), schedule="forward", eager_copies=False):
         self.capability, self.multiprocessors = capability, 4
+        self.most_shared = 227 << 10 if capability >= (9, 0) else 163 << 10
         self.schedule, self.eager_copies = schedule, eager_copies
         self.launched: set[tuple[str, str]] = set()
         self._codes: dict = {}
@@ -176,27 +247,37 @@ class Emulator:
         code = self._codes.get(form)
         if code is None:
             runtime()
-            code = self._codes[form] = Code(form, self.capability)
+            try:
+                code = self._codes[form] = Code(form, self.capability)
+            except Unsupported as error:
+                UNSUPPORTED.add(f"{form.kernel.name} {form.dtype.name}: {error}")
+                raise
+        if form.kernel.least > self.capability:
+            raise EmulatedFault(f"kernel {form.kernel.name} needs compute capability {form.kernel.least}")
         self.launched.add((form.kernel.name, form.dtype.name))
-        self.run(code, grid, form.kernel.threads, shared, slots)
+        LAUNCHED.add((form.kernel.name, form.dtype.name))
+        self.run(code, grid, form.kernel.threads, shared, slots, form.dtype.itemsize)
 
-    def run(self, code, grid, threads, shared, slots):
+    def run(self, code, grid, threads, shared, slots, itemsize=4):
         library = runtime()
-        library.simt_no_static_shared()
-        for address, size in code.shared:
-            library.simt_static_shared(ctypes.c_void_p(address), ctypes.c_size_t(size))
+        if shared + code.shared_bytes > self.most_shared:
+            raise EmulatedFault(f"{shared + code.shared_bytes} bytes of shared memory, at most {self.most_shared}")
+        memories = [memory for reference in self._memories if (memory := reference()) is not None]
+        self._memories = [weakref.ref(memory) for memory in memories]
         buffer = (ctypes.c_char * len(slots)).from_buffer(slots)
+        given = [(m.pointer, m.nbytes, _ARRAY) for m in memories]
+        given += [(ctypes.addressof(buffer), len(slots), _CONSTANT)]
+        library.simt_no_ranges()
+        for address, size, kind in given + code.ranges:
+            library.simt_range(ctypes.c_void_p(address), ctypes.c_size_t(size), kind)
         outcome = library.simt_launch(
             ctypes.c_void_p(code.entry), buffer, ctypes.byref(_Grid(*grid)), ctypes.byref(_Grid(threads, 1, 1)),
-            ctypes.c_size_t(shared), SCHEDULES[self.schedule], int(self.eager_copies),
+            ctypes.c_size_t(shared), SCHEDULES[self.schedule], int(self.eager_copies), min(itemsize, 4),
         )  # fmt: skip
         if outcome != 0:
             raise EmulatedFault(library.simt_message().decode())
-        self._memories = [reference for reference in self._memories if reference() is not None]
-        for reference in self._memories:
-            memory = reference()
-            if memory is not None:
-                memory.check()
+        for memory in memories:
+            memory.check()
 
     def synchronize(self):
         pass

@@ -1,8 +1,28 @@
-"""Puts an emulator where the GPU would be, for as long as a test lasts."""
+"""Puts an emulator where the GPU would be, for as long as a test lasts; or tells what the GPU itself has run."""
 
+import os
 from contextlib import contextmanager
 
-from simt.emulator import Emulator
+from simt.emulator import LAUNCHED, Emulator
+
+# Set by `make gpu-check`: the tests of GPU kernels run on the machine's GPU.
+REAL = os.environ.get("TILEWISE_TEST_GPU") == "1"
+
+
+def real_gpu():
+    """The machine's GPU as an engine that notes what is launched."""
+    from tilewise.kernels.cuda import driver
+
+    class Noting(driver.Driver):
+        schedule, eager_copies = "real", False
+
+        def start(self, form, grid, shared, stream, slots):
+            LAUNCHED.add((form.kernel.name, form.dtype.name))
+            super().start(form, grid, shared, stream, slots)
+
+    engine = Noting(0)
+    engine.launched = LAUNCHED
+    return engine
 
 
 @contextmanager

@@ -51,7 +51,8 @@ struct Fragments {
 
 template <int DEPTH, typename Element>
 void mma(const Fragments &mine, Element element) {
-    const unsigned char *all = simt_warp_exchange(ALL_LANES, &mine, sizeof mine);
+    const unsigned char *all = simt_warp_exchange(ALL_LANES, &mine, sizeof mine, DEPTH == 16 ? "mma.f16" : "mma.tf32");
+    if (simt_participants() != ALL_LANES) simt_fault("mma by a part of a warp");
     const unsigned g = lane() / 4, t = lane() % 4;
     float sums[4];
     for (unsigned e = 0; e < 4; ++e) {
@@ -77,7 +78,7 @@ REGISTER(nctaid_x, simt_nctaid.x) REGISTER(nctaid_y, simt_nctaid.y) REGISTER(nct
 REGISTER(laneid, lane()) REGISTER(warpsize, 32)
 
 // ---- cp.async: the copy happens when its group is waited for, so that a missing wait reads old data; launched with
-// eager copies it happens at once, so that a copy into what others still read shows.
+// eager copies it happens at once, so that a copy into what others still read shows. Either way it ends when waited for.
 
 struct Copy {
     unsigned char *target;
@@ -99,9 +100,14 @@ int simt_copies_pending() {
     return pending;
 }
 
-static void perform(const Copy &copy) {
+static void copy_bytes(const Copy &copy) {
     memcpy(copy.target, copy.source, copy.source_bytes);
     memset(copy.target + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+}
+
+static void finish(const Copy &copy) {
+    check_copy_ends(copy.target, copy.bytes);
+    if (!simt_eager_copies()) copy_bytes(copy);
 }
 
 static void cp_async(uint32_t target, uint64_t source, unsigned bytes, unsigned source_bytes) {
@@ -109,10 +115,10 @@ static void cp_async(uint32_t target, uint64_t source, unsigned bytes, unsigned 
     if (target % bytes || (source_bytes && source % bytes)) simt_fault("cp.async with an unaligned address");
     const Copy copy{simt_shared(target, bytes), reinterpret_cast<const unsigned char *>(source), bytes, source_bytes,
                     groups[simt_thread()]};
-    if (simt_eager_copies())
-        perform(copy);
-    else
-        copies[simt_thread()].push_back(copy);
+    if (source_bytes) emu_check_load(copy.source, source_bytes);
+    check_copy_begins(copy.target, bytes);
+    if (simt_eager_copies()) copy_bytes(copy);
+    copies[simt_thread()].push_back(copy);
 }
 
 void emu_cp_async_4(uint32_t target, uint64_t source, uint32_t source_bytes) { cp_async(target, source, 4, source_bytes); }
@@ -123,7 +129,7 @@ void emu_cp_async_commit() { ++groups[simt_thread()]; }
 void emu_cp_async_wait(int pending) {
     auto &queue = copies[simt_thread()];
     size_t done = 0;
-    while (done < queue.size() && queue[done].group < groups[simt_thread()] - pending) perform(queue[done++]);
+    while (done < queue.size() && queue[done].group < groups[simt_thread()] - pending) finish(queue[done++]);
     queue.erase(queue.begin(), queue.begin() + static_cast<long>(done));
 }
 
@@ -131,7 +137,8 @@ void emu_cp_async_wait(int pending) {
 // the matrices: (l / 4, 2 * (l % 4) ...), or of the transposed ones.
 
 static void ldmatrix(uint32_t address, unsigned matrices, bool transposed) {
-    const unsigned char *rows = simt_warp_exchange(ALL_LANES, &address, sizeof address);
+    const unsigned char *rows = simt_warp_exchange(ALL_LANES, &address, sizeof address, "ldmatrix");
+    if (simt_participants() != ALL_LANES) simt_fault("ldmatrix by a part of a warp");
     const unsigned l = lane();
     for (unsigned m = 0; m < matrices; ++m) {
         uint16_t pair[2];
@@ -139,7 +146,9 @@ static void ldmatrix(uint32_t address, unsigned matrices, bool transposed) {
             const unsigned row = transposed ? l % 4 * 2 + e : l / 4, column = transposed ? l / 4 : l % 4 * 2 + e;
             const uint32_t row_address = deposit<uint32_t>(rows, m * 8 + row);
             if (row_address % 16) simt_fault("ldmatrix with a row that is not aligned to 16 bytes");
-            memcpy(&pair[e], simt_shared(row_address, 16) + column * 2, 2);
+            const unsigned char *element = simt_shared(row_address, 16) + column * 2;
+            emu_check_load(element, 2);
+            memcpy(&pair[e], element, 2);
         }
         results[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
     }
@@ -178,6 +187,7 @@ void emu_mma_tf32(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b
 uint32_t emu_cvt_tf32(float value) {
     uint32_t word;
     memcpy(&word, &value, sizeof word);
+    if (std::isnan(value)) return 0x7fffffffu;
     const bool finite = (word & 0x7f800000u) != 0x7f800000u;
     return finite ? (word + 0x1000u) & 0xffffe000u : word;
 }
@@ -191,40 +201,42 @@ uint64_t emu_mov_64(uint64_t value) { return value; }
 uint64_t emu_shfl(int mask, int mode, int value, int by, int control) {
     const unsigned l = lane(), segment = static_cast<unsigned>(control) >> 8 & 31, clamp = control & 31;
     const unsigned last = (l & segment) | (clamp & ~segment), first = l & segment;
+    by &= 31;
     int source;
     bool in_range;
     switch (mode) {
-    case 0: source = static_cast<int>(first | (by & ~segment & 31)); in_range = source <= static_cast<int>(last); break;
+    case 0: source = static_cast<int>(first | (by & ~segment)); in_range = source <= static_cast<int>(last); break;
     case 1: source = static_cast<int>(l) - by; in_range = source >= static_cast<int>(last); break;
     case 2: source = static_cast<int>(l) + by; in_range = source <= static_cast<int>(last); break;
     default: source = static_cast<int>(l) ^ by; in_range = source <= static_cast<int>(last); break;
     }
-    const unsigned char *all = simt_warp_exchange(static_cast<unsigned>(mask), &value, sizeof value);
+    const unsigned char *all = simt_warp_exchange(static_cast<unsigned>(mask), &value, sizeof value, "shfl");
     const unsigned from = in_range ? static_cast<unsigned>(source) : l;
-    if (!(static_cast<unsigned>(mask) >> from & 1)) simt_fault("a shuffle reads a lane that its mask leaves out");
+    if (!(simt_participants() >> from & 1)) simt_fault("a shuffle reads a lane that does not take part");
     return deposit<uint32_t>(all, from) | static_cast<uint64_t>(in_range) << 32;
 }
 
 // Modes as in NVVM: 0 all, 1 any, 2 whether all agree, 3 ballot. Returns the ballot, and above it the verdict.
 uint64_t emu_vote(int mask, int mode, bool predicate) {
     const unsigned char mine = predicate;
-    const unsigned char *all = simt_warp_exchange(static_cast<unsigned>(mask), &mine, 1);
+    const unsigned char *all = simt_warp_exchange(static_cast<unsigned>(mask), &mine, 1, "vote");
+    const unsigned lanes = simt_participants();
     uint32_t ballot = 0;
     for (unsigned l = 0; l < 32; ++l)
-        if (static_cast<unsigned>(mask) >> l & 1 && all[DEPOSIT * l]) ballot |= 1u << l;
-    const bool every = ballot == static_cast<unsigned>(mask);
+        if (lanes >> l & 1 && all[DEPOSIT * l]) ballot |= 1u << l;
+    const bool every = ballot == lanes;
     const bool verdict = mode == 0 ? every : mode == 1 ? ballot != 0 : every || ballot == 0;
     return ballot | static_cast<uint64_t>(verdict) << 32;
 }
 
 void emu_syncwarp(int mask) {
     const char nothing = 0;
-    simt_warp_exchange(static_cast<unsigned>(mask), &nothing, 1);
+    simt_warp_exchange(static_cast<unsigned>(mask), &nothing, 1, SYNCWARP);
 }
 
-int emu_barrier_popc(int value) { return simt_barrier_reduce(value, 0); }
-int emu_barrier_and(int value) { return simt_barrier_reduce(value, 1); }
-int emu_barrier_or(int value) { return simt_barrier_reduce(value, 2); }
+int emu_barrier_popc(int value) { return simt_barrier_reduce(value, 0, __builtin_return_address(0)); }
+int emu_barrier_and(int value) { return simt_barrier_reduce(value, 1, __builtin_return_address(0)); }
+int emu_barrier_or(int value) { return simt_barrier_reduce(value, 2, __builtin_return_address(0)); }
 
 // ---- libdevice, where the C library has no function of the name
 

@@ -5,7 +5,8 @@
 //        ^ ^-------- (saved stack) <-------+
 //        +---------> thread 1 ... barrier, and so on; when all wait, the barrier opens
 //
-// Shared memory is filled with 0xFF (NaN, -1) when a block begins, so that reading what nobody wrote shows.
+// Shared memory is filled with 0xFF (NaN, -1) when a block begins, so that reading what nobody wrote shows. Accesses are
+// checked in checks.cpp.
 
 #include "runtime.h"
 
@@ -13,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <vector>
 
 extern "C" {
@@ -40,6 +42,8 @@ extern "C" void simt_switch(void **saved, void *next);
 namespace {
 
 constexpr size_t STACK_BYTES = 256 * 1024;
+constexpr size_t SPARE_BYTES = 64 * 1024;   // below the stack, so that an overflow reaches the mark and nothing else
+constexpr uint64_t MARK = 0x7469'6c65'7769'7365;
 constexpr size_t DEPOSIT_BYTES = 128;
 constexpr unsigned WARP = 32;
 
@@ -49,26 +53,25 @@ struct Fibre {
     void *stack_pointer;
     Dim3 tid;
     State state;
-    unsigned exchanges;   // warp operations begun: they alternate between two buffers
-    int value;            // given to simt_barrier_reduce
+    std::vector<unsigned> exchanges;   // warp operations begun with each mask: they alternate between two buffers
+    int value;                         // given to simt_barrier_reduce
+    void *barrier;                     // where it waits
 };
 
-struct WarpState {
+// The warp operations of one mask. Lanes with different masks do not wait for each other.
+struct Exchange {
+    unsigned mask;
     alignas(64) unsigned char deposits[2][WARP * DEPOSIT_BYTES];
-    unsigned arrived[2], released[2];
-};
-
-struct Range {
-    unsigned char *begin;
-    size_t bytes;
+    unsigned arrived[2], released[2], lanes[2];
+    const char *operation[2];
 };
 
 std::vector<Fibre> fibres;
-std::vector<WarpState> warps;
+std::vector<std::deque<Exchange>> warps;
 std::vector<char *> stacks;
-std::vector<Range> static_shared;
 unsigned char *dynamic_shared;
 size_t dynamic_bytes;
+unsigned participants;
 void *scheduler_stack;
 unsigned current;
 unsigned live;
@@ -81,6 +84,8 @@ void (*entry_point)(void *);
 void *entry_arguments;
 
 void give_up_processor() { simt_switch(&fibres[current].stack_pointer, scheduler_stack); }
+
+uint64_t *stack_mark(unsigned thread) { return reinterpret_cast<uint64_t *>(stacks[thread] + SPARE_BYTES); }
 
 extern "C" void simt_fibre_main() {
     entry_point(entry_arguments);
@@ -99,7 +104,8 @@ unsigned running_lanes(unsigned warp) {
 void prepare_fibre(unsigned i, const Dim3 &block) {
     fibres[i] = Fibre{};
     fibres[i].tid = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
-    void **top = reinterpret_cast<void **>(stacks[i] + STACK_BYTES - 64);
+    *stack_mark(i) = MARK;
+    void **top = reinterpret_cast<void **>(stacks[i] + SPARE_BYTES + STACK_BYTES - 64);
     *--top = nullptr;   // so that the stack is aligned as after a call
     *--top = reinterpret_cast<void *>(simt_fibre_main);
     for (int k = 0; k < SAVED_REGISTERS; ++k) *--top = nullptr;
@@ -118,6 +124,11 @@ bool sweep(const std::vector<unsigned> &order, size_t first, size_t last) {
         simt_switch(&scheduler_stack, fibre.stack_pointer);
         moved |= fibre.state != IN_WARP;
         live -= fibre.state == DONE;
+        if (*stack_mark(current) != MARK && !broken) {
+            snprintf(message, sizeof message, "thread %u of block (%u, %u, %u): its local arrays overflow the stack of %zu KB",
+                     current, simt_ctaid.x, simt_ctaid.y, simt_ctaid.z, STACK_BYTES >> 10);
+            broken = true;
+        }
     }
     return moved;
 }
@@ -144,16 +155,26 @@ bool run_round(std::vector<unsigned> &order, int schedule, unsigned &seed) {
     return moved || exchanges_done != before;
 }
 
-void open_barrier() {
+// Lets all go on; false where they do not wait at the same barrier.
+bool open_barrier() {
     int count = 0;
+    const void *where = nullptr;
     for (Fibre &fibre : fibres)
         if (fibre.state == AT_BARRIER) {
+            if (where && where != fibre.barrier) {
+                snprintf(message, sizeof message, "threads of block (%u, %u, %u) wait at different barriers",
+                         simt_ctaid.x, simt_ctaid.y, simt_ctaid.z);
+                return false;
+            }
+            where = fibre.barrier;
             count += fibre.value != 0;
             fibre.state = RUNNABLE;
         }
+    check_barrier_opens();
     reduced[0] = count;
     reduced[1] = count == static_cast<int>(live);
     reduced[2] = count > 0;
+    return true;
 }
 
 int run_block(std::vector<unsigned> &order, int schedule, unsigned &seed) {
@@ -163,7 +184,7 @@ int run_block(std::vector<unsigned> &order, int schedule, unsigned &seed) {
         unsigned waiting = 0;
         for (const Fibre &fibre : fibres) waiting += fibre.state == AT_BARRIER;
         if (waiting > 0 && waiting == live) {
-            open_barrier();
+            if (!open_barrier()) return DIVERGED;
         } else if (!moved && live > 0) {
             snprintf(message, sizeof message,
                      "block (%u, %u, %u) is stuck: of %u running threads %u wait at a barrier, the others in a warp "
@@ -197,59 +218,86 @@ void simt_fault(const char *text) {
     give_up_processor();   // never resumed: the launch ends
 }
 
-void simt_barrier() {
-    fibres[current].value = 0;
+static void wait_at_barrier(int value, void *where) {
+    fibres[current].value = value;
+    fibres[current].barrier = where;
     fibres[current].state = AT_BARRIER;
     give_up_processor();
 }
 
-int simt_barrier_reduce(int value, int operation) {
-    fibres[current].value = value;
-    fibres[current].state = AT_BARRIER;
-    give_up_processor();
+void simt_barrier() { wait_at_barrier(0, __builtin_return_address(0)); }
+
+int simt_barrier_reduce(int value, int operation, void *where) {
+    wait_at_barrier(value, where);
     return reduced[operation];
 }
 
-const unsigned char *simt_warp_exchange(unsigned mask, const void *deposit, size_t bytes) {
+static unsigned exchange_of(std::deque<Exchange> &warp, unsigned mask) {
+    for (unsigned k = 0; k < warp.size(); ++k)
+        if (warp[k].mask == mask) return k;
+    warp.emplace_back();
+    warp.back().mask = mask;
+    return static_cast<unsigned>(warp.size()) - 1;
+}
+
+const unsigned char *simt_warp_exchange(unsigned mask, const void *deposit, size_t bytes, const char *operation) {
     const unsigned me = current, lane = me % WARP, bit = 1u << lane;
-    WarpState &warp = warps[me / WARP];
     if (!(mask & bit)) simt_fault("a warp operation whose mask leaves out the calling lane");
     if (bytes > DEPOSIT_BYTES) simt_fault("a warp operation deposits more than 128 bytes");
+    auto &begun = fibres[me].exchanges;
+    const unsigned which = exchange_of(warps[me / WARP], mask);
+    if (begun.size() <= which) begun.resize(which + 1);
+    Exchange &exchange = warps[me / WARP][which];
     // Two buffers: a lane can be one operation ahead of another, never two.
-    const unsigned turn = fibres[me].exchanges++ & 1;
-    memcpy(warp.deposits[turn] + lane * DEPOSIT_BYTES, deposit, bytes);
-    warp.arrived[turn] |= bit;
+    const unsigned turn = begun[which]++ & 1;
+    if (exchange.arrived[turn] && exchange.operation[turn] != operation)
+        simt_fault("lanes of a warp meet in different operations");
+    exchange.operation[turn] = operation;
+    memcpy(exchange.deposits[turn] + lane * DEPOSIT_BYTES, deposit, bytes);
+    exchange.arrived[turn] |= bit;
     for (;;) {
         const unsigned needed = mask & running_lanes(me / WARP);
-        if ((warp.arrived[turn] & needed) == needed) {
-            warp.released[turn] |= needed;
-            warp.arrived[turn] &= ~needed;
+        if ((exchange.arrived[turn] & needed) == needed) {
+            exchange.lanes[turn] = exchange.arrived[turn];
+            exchange.released[turn] |= exchange.arrived[turn];
+            exchange.arrived[turn] = 0;
+            check_warp_meets(me / WARP, operation);
         }
-        if (warp.released[turn] & bit) {
-            warp.released[turn] &= ~bit;
+        if (exchange.released[turn] & bit) {
+            exchange.released[turn] &= ~bit;
             ++exchanges_done;
-            return warp.deposits[turn];
+            participants = exchange.lanes[turn];
+            return exchange.deposits[turn];
         }
         fibres[me].state = IN_WARP;
         give_up_processor();
     }
 }
 
-void simt_no_static_shared() { static_shared.clear(); }
-void simt_static_shared(unsigned char *begin, size_t bytes) { static_shared.push_back({begin, bytes}); }
+unsigned simt_participants() { return participants; }
 
-unsigned char *simt_shared(uint32_t address, size_t bytes) {
-    for (const Range &range : static_shared) {
-        const uint32_t offset = address - static_cast<uint32_t>(reinterpret_cast<uintptr_t>(range.begin));
-        if (offset < range.bytes && offset + bytes <= range.bytes) return range.begin + offset;
+void simt_stack(const unsigned char **begin, size_t *bytes) {
+    *begin = reinterpret_cast<const unsigned char *>(stacks[current]);
+    *bytes = SPARE_BYTES + STACK_BYTES;
+}
+
+static int run_one(std::vector<unsigned> &order, const Dim3 &block, int schedule, unsigned &seed) {
+    const unsigned threads = static_cast<unsigned>(order.size());
+    warps.assign((threads + WARP - 1) / WARP, {});
+    memset(dynamic_shared, 0xFF, dynamic_bytes);
+    check_block_begins(threads);
+    simt_copies_begin(threads);
+    for (unsigned i = 0; i < threads; ++i) {
+        const bool backward = schedule == REVERSE || schedule == WARPS_REVERSED;
+        order[i] = backward ? threads - 1 - i : i;
+        prepare_fibre(i, block);
     }
-    const uint32_t offset = address - static_cast<uint32_t>(reinterpret_cast<uintptr_t>(simt_dynamic_shared()));
-    if (offset + bytes > simt_dynamic_bytes()) simt_fault("an address outside of the kernel's shared memory");
-    return simt_dynamic_shared() + offset;
+    live = threads;
+    return run_block(order, schedule, seed);
 }
 
 int simt_launch(void (*entry)(void *), void *arguments, const Dim3 *grid, const Dim3 *block, size_t shared_bytes,
-                int schedule, int eager_copies) {
+                int schedule, int eager_copies, unsigned granularity) {
     entry_point = entry;
     entry_arguments = arguments;
     eager = eager_copies != 0;
@@ -258,30 +306,24 @@ int simt_launch(void (*entry)(void *), void *arguments, const Dim3 *grid, const 
     simt_ntid = *block;
     simt_nctaid = *grid;
     const unsigned threads = block->x * block->y * block->z;
-    while (stacks.size() < threads) stacks.push_back(static_cast<char *>(aligned_alloc(64, STACK_BYTES)));
+    while (stacks.size() < threads)
+        stacks.push_back(static_cast<char *>(aligned_alloc(64, SPARE_BYTES + STACK_BYTES)));
     fibres.resize(threads);
     free(dynamic_shared);
     dynamic_bytes = shared_bytes;
     dynamic_shared = static_cast<unsigned char *>(aligned_alloc(128, (shared_bytes / 128 + 1) * 128));
+    check_launch_begins(granularity);
     std::vector<unsigned> order(threads);
     unsigned seed = 12345;
-    for (unsigned z = 0; z < grid->z; ++z)
-        for (unsigned y = 0; y < grid->y; ++y)
-            for (unsigned x = 0; x < grid->x; ++x) {
-                simt_ctaid = {x, y, z};
-                warps.assign((threads + WARP - 1) / WARP, WarpState{});
-                memset(dynamic_shared, 0xFF, dynamic_bytes);
-                for (const Range &range : static_shared) memset(range.begin, 0xFF, range.bytes);
-                simt_copies_begin(threads);
-                for (unsigned i = 0; i < threads; ++i) {
-                    const bool backward = schedule == REVERSE || schedule == WARPS_REVERSED;
-                    order[i] = backward ? threads - 1 - i : i;
-                    prepare_fibre(i, *block);
-                }
-                live = threads;
-                const int outcome = run_block(order, schedule, seed);
-                if (outcome != FINISHED) return outcome;
-            }
+    const unsigned long blocks = 1ul * grid->x * grid->y * grid->z;
+    for (unsigned long k = 0; k < blocks; ++k) {
+        // a grid's blocks run in any order
+        const unsigned long b = schedule == REVERSE || schedule == WARPS_REVERSED ? blocks - 1 - k : k;
+        simt_ctaid = {static_cast<unsigned>(b % grid->x), static_cast<unsigned>(b / grid->x % grid->y),
+                      static_cast<unsigned>(b / grid->x / grid->y)};
+        const int outcome = run_one(order, *block, schedule, seed);
+        if (outcome != FINISHED) return outcome;
+    }
     return FINISHED;
 }
 }

@@ -6,7 +6,6 @@ has no replacement raises `Unsupported`, so that nothing is skipped in silence.
 """
 
 import re
-from dataclasses import dataclass
 
 import llvmlite.binding as llvm
 
@@ -31,7 +30,6 @@ _PTX = (
     (r"cvt\.rna\.tf32\.f32 \$0, \$1;", "emu_cvt_tf32", 1, "i32"),
     (r"mov\.b32 \$0, \$1;", "emu_mov_32", 1, "i32"),
     (r"mov\.b64 \$0, \$1;", "emu_mov_64", 1, "i64"),
-    (r"activemask\.b32 \$0;", "emu_activemask", 1, "i32"),
 )
 # Intrinsics with a plain result
 _RENAMED = {
@@ -58,21 +56,22 @@ _C_LIBRARY = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Translated:
-    text: str
-    entry: str
+GAP = 64  # elements behind every shared array
 
 
-def translate(text: str, entry: str) -> Translated:
+def translate(text: str) -> str:
     text = re.sub(r'target triple = "[^"]*"', f'target triple = "{llvm.get_process_triple()}"', text)
     text = re.sub(r'target datalayout = "[^"]*"\n', "", text)
     # the annotations would make the entry a kernel in NVIDIA's calling convention
     text = re.sub(r"^!nvvm\.annotations.*$", "", text, flags=re.M)
-    text = re.sub(r"(addrspace\(3\) global \[[^\]]*\]) undef", r"\1 zeroinitializer", text)
+    text = re.sub(r"internal addrspace\(3\) global \[(\d+) x ([^\]]*)\] undef", _shared_array, text)
+    text = _replace_dynamic_shared(text)
     text = re.sub(r'"llvm\.nvvm\.read\.ptx\.sreg\.([a-z.]+)"', lambda m: f'"simt_sreg_{m[1].replace(".", "_")}"', text)
     for name, ours in _RENAMED.items():
         text = text.replace(f'"{name}"', f'"{ours}"')
+    # as on the GPU, no optimisation may put a barrier into two places
+    barriers = "|".join(v for k, v in _RENAMED.items() if "barrier" in k)
+    text = re.sub(rf'^(declare \S+ @"(?:{barriers})"\([^)]*\)).*$', r"\1 convergent", text, flags=re.M)
     for name, (ours, arguments) in _PAIRS.items():
         text = _replace_pair(text, name, ours, arguments)
     text = re.sub(r'"__nv_(\w+)"', _libdevice, text)
@@ -80,7 +79,22 @@ def translate(text: str, entry: str) -> Translated:
     left = sorted(set(re.findall(r'@"?(llvm\.nvvm\.[\w.]+)', text)))
     if left:
         raise Unsupported(f"no emulation for {', '.join(left)}")
-    return Translated(text, entry)
+    return text
+
+
+def _replace_dynamic_shared(text):
+    """Its address is the launch's, not the code's."""
+    name, ours = '@"dynamic_shared_memory"', '@"simt_dynamic_shared"()'
+    text, uses = re.subn(rf"addrspacecast \[0 x i8\] addrspace\(3\)\* {name} to \[0 x i8\]\*", f"call ptr {ours}", text)
+    text = re.sub(rf"^{name} = .*$", "", text, flags=re.M)
+    if name in text:
+        raise Unsupported("a use of dynamic shared memory other than its address")
+    return text + f"declare ptr {ours}\n" * (uses > 0)
+
+
+def _shared_array(match):
+    """Visible to the runtime, and longer than it is for the kernel, so that an access beyond its end is seen as one."""
+    return f"addrspace(3) global [{int(match[1]) + GAP} x {match[2]}] zeroinitializer"
 
 
 def _libdevice(match):

@@ -1,0 +1,65 @@
+"""Arrays turned around for a pass: channels and pixels, images and channels, or outputs and channels change places."""
+
+import numpy as np
+from numba import prange
+
+from tilewise.kernels.cpu.jit import kernel
+from tilewise.kernels.cpu.row_moves import finish_row
+from tilewise.kernels.cpu.simd import address, lanes
+from tilewise.kernels.cpu.vector_move import reverse_row, transpose_square_to
+
+
+@kernel()
+def turn_planes(source, n, rows, columns, target):
+    """target[i, c, r] = source[i, r, c] for n planes: NCHW to NHWC with (channels, pixels), and back."""
+    lane = lanes(source)
+    places = np.arange(0, lane * rows, rows)
+    blocks = (columns + lane - 1) // lane
+    for chunk in prange(n * blocks):
+        i = chunk // blocks
+        c = min((chunk - i * blocks) * lane, max(0, columns - lane))
+        start = i * rows * columns
+        if rows < lane or columns < lane:
+            for r in range(rows):
+                for k in range(c, min(columns, c + lane)):
+                    target[start + k * rows + r] = source[start + r * columns + k]
+            continue
+        for r in range(0, rows, lane):
+            at = min(r, rows - lane)
+            where = address(source, start + at * columns + c)
+            transpose_square_to(address(target, start + c * rows + at), address(places, 0), where, columns)
+
+
+@kernel()
+def exchange_images(source, outer, inner, pixels, target):
+    """target[j, i, p] = source[i, j, p] for i < outer, j < inner: whole rows of pixels change places."""
+    for j in prange(inner):
+        for i in range(outer):
+            to, row = address(target, (j * outer + i) * pixels), address(source, (i * inner + j) * pixels)
+            finish_row(1, to, row, pixels, source.dtype.type(0), 0, row, 0)
+
+
+# A square of channels and outputs whose taps fit L1 together: transposed at once, or each row would be a page apart.
+_EXCHANGE = 16
+
+
+@kernel()
+def exchange_channels(weight, groups, outputs, channels, taps, wanted, result):
+    """result[g, c, o, i] = weight[g, o, c, wanted[i]]: the taps of one phase, outputs and channels swapped.
+
+    wanted descends; where it is all of the taps, they are turned around in registers.
+    """
+    blocks = (channels + _EXCHANGE - 1) // _EXCHANGE
+    for chunk in prange(groups * blocks):
+        g = chunk // blocks
+        c0 = (chunk - g * blocks) * _EXCHANGE
+        for o0 in range(0, outputs, _EXCHANGE):
+            for c in range(c0, min(channels, c0 + _EXCHANGE)):
+                for o in range(o0, min(outputs, o0 + _EXCHANGE)):
+                    source = ((g * outputs + o) * channels + c) * taps
+                    target = ((g * channels + c) * outputs + o) * wanted.size
+                    if wanted.size == taps:
+                        reverse_row(address(result, target), address(weight, source), taps)
+                        continue
+                    for i in range(wanted.size):
+                        result[target + i] = weight[source + wanted[i]]

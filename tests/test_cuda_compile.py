@@ -1,0 +1,124 @@
+"""Every GPU kernel compiles for its architectures, without spills, and has the instructions that it promises."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from gpu_compile import BY_NAME, compile_all, count_promised, faults, inspect, load_kernels, resident_blocks, why_not
+
+if why_not():
+    pytest.skip(why_not(), allow_module_level=True)
+
+from numba import cuda
+from simt.small import small_kernel
+
+from tilewise.kernels.cuda.launch import ELEMENTS, INT32
+from tilewise.kernels.cuda.ptx import lanes, load_vector, registers, shared, store_vector
+
+SINGLE = np.dtype(np.float32)
+HERE = ("sm_80", "sm_90")  # the others: make gpu-compile
+
+
+def test_kernels_have_names_of_their_own():
+    names = Counter(kernel.name for kernel in load_kernels())
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_every_kernel_compiles_as_promised():
+    reports = compile_all([BY_NAME[name] for name in HERE])
+    assert {r.kernel for r in reports} == {k.name for k in load_kernels()}
+    assert faults(reports) == []
+
+
+# ---- the gate itself
+
+
+def spilling(x: ELEMENTS, y: ELEMENTS):
+    """64 numbers at once, in 32 registers a thread (and not the same in all threads, for which there are others)."""
+    t = cuda.threadIdx.x
+    a, b = registers(x, 8), registers(x, 8)
+    sums = registers(x, 64)
+    for i in range(64):
+        sums[i] = x[64 * t + i]
+    for k in range(1000):
+        for i in range(8):
+            a[i], b[i] = x[8 * k + t + i], y[8 * k + t + i]
+        for i in range(8):
+            for j in range(8):
+                sums[8 * i + j] += a[i] * b[j]
+    for i in range(64):
+        y[64 * t + i] = sums[i]
+
+
+def indexed(x: ELEMENTS, y: ELEMENTS, n: INT32):
+    values = registers(x, 300)
+    for i in range(300):
+        values[i] = x[i]
+    y[0] = values[n]
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "fault"),
+    [
+        (spilling, {"threads": 1024, "blocks": 2}, "registers spill"),
+        (indexed, {"threads": 32}, "a stack frame of 1200 bytes"),
+        (indexed, {"threads": 32, "promises": ("HMMA",)}, "no HMMA"),
+        (indexed, {"threads": 32, "promises": {"float64": ("DFMA",)}}, "a stack frame"),
+    ],
+)
+def test_gate_sees(function, options, fault):
+    report = inspect(small_kernel(function, **options), SINGLE, BY_NAME["sm_90"])
+    assert fault in " ".join(report.faults)
+    assert ("no " in " ".join(report.faults)) == ("HMMA" in fault)
+
+
+def test_gate_reports_what_does_not_compile():
+    def wrong(x: ELEMENTS):
+        x[0] = "text"
+
+    (fault,) = inspect(small_kernel(wrong, threads=32), SINGLE, BY_NAME["sm_90"]).faults
+    assert fault.startswith("does not compile")
+
+
+def through_shared(x: ELEMENTS, y: ELEMENTS):
+    room, values = shared(x, 32 * 16), registers(x, 16)
+    load_vector(room, x, cuda.threadIdx.x * lanes(x))
+    cuda.syncthreads()
+    load_vector(values, room, (31 - cuda.threadIdx.x) * lanes(x))
+    store_vector(y, cuda.threadIdx.x * lanes(x), values)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32", "float64"])
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90", "sm_100"])
+def test_vectors_move_with_one_instruction(dtype, architecture):
+    promises = ("LDG.128", "STS.128", "LDS.128", "STG.128")
+    kernel = small_kernel(through_shared, threads=32, dtypes=(dtype,), promises=promises)
+    assert inspect(kernel, np.dtype(dtype), BY_NAME[architecture]).faults == ()
+
+
+def test_promises_are_matched_part_by_part():
+    found = Counter({"LDG.E.128.CONSTANT": 2, "LDG.E": 5, "LDGSTS.E.BYPASS.128": 3, "FFMA": 64, "FFMA.FTZ": 1})
+    assert [count_promised(p, found) for p in ("LDG.128", "LDG", "LDGSTS", "FFMA", "HFMA2")] == [2, 7, 3, 65, 0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "threads", "registers_", "shared_", "blocks"),
+    [
+        # by registers, threads, blocks and shared memory; the figures of NVIDIA's occupancy calculator
+        ("sm_80", 256, 128, 0, 2),
+        ("sm_80", 256, 32, 0, 8),
+        ("sm_80", 32, 16, 0, 32),
+        ("sm_80", 128, 32, 48 << 10, 3),
+        ("sm_75", 256, 64, 32 << 10, 2),
+        ("sm_90", 256, 33, 0, 6),
+        ("sm_120", 1024, 64, 0, 1),
+    ],
+)
+def test_blocks_that_fit(architecture, threads, registers_, shared_, blocks):
+    assert resident_blocks(BY_NAME[architecture], threads, registers_, shared_) == blocks
+
+
+def test_kernel_refuses_a_dtype_it_is_not_for():
+    kernel = small_kernel(indexed, threads=32, dtypes=("float32",))
+    with pytest.raises(TypeError, match=r"kernel indexed is declared for \['float32'\], not for float64"):
+        kernel.form(np.dtype(np.float64))
