@@ -31,6 +31,7 @@ from tilewise.kernels.cuda.ptx import (
     narrow,
     register_sums,
     registers,
+    shared_indices,
     shared_sums,
     store_vector,
     widen,
@@ -175,7 +176,7 @@ def _make(tile: Tile, channels_last: bool, whole: bool):
         thread, group = cuda.threadIdx.x & last_thread, cuda.blockIdx.z
         first_pixel, first_output = cuda.blockIdx.x * block_pixels, cuda.blockIdx.y * block_outputs
         weights, values = shared_sums(x, left_size), shared_sums(x, right_size)
-        places = cuda.shared.array(block_pixels, types.int64)
+        places = shared_indices(block_pixels)
         staged, loaded, numbers = register_sums(x, staged_size), register_sums(x, rows), registers(x, 8)
         totals = register_sums(x, sums)
         for k in range(sums):
