@@ -12,6 +12,10 @@ from tilewise.kernels.device_arrays import DeviceArray, host_place
 DTYPES = [np.float16, np.float32, np.float64]
 # what the CPU's tests have, without the large ones: each thread is executed
 CASES = {"options": OPTIONS, "depthwise": DEPTHWISE, "small": SMALL}
+# every kernel for depthwise convolution; 8 channels, so that float16 has 16 bytes
+ALL_DEPTHWISE = [
+    Case(1, 8, 7, 9, 8, (k, k), stride, k // 2, 1, 8) for k, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))
+]
 ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
 
 
@@ -49,6 +53,14 @@ def backward(rng, case, dtype, layout, growth=1.0):
 def chosen(name, dtype):
     """All cases in float32, every third in the other dtypes, which differ in little."""
     return CASES[name][:: 1 if dtype == np.float32 else 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_depthwise_kernel(gpu, rng, layout, dtype):
+    for number, case in enumerate(ALL_DEPTHWISE):
+        forward(rng, case, dtype, layout, number, "auto")
+        backward(rng, case, dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
