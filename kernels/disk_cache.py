@@ -37,11 +37,11 @@ def _package_folder() -> Path:
     return Path(__file__).resolve().parent
 
 
-@lru_cache(maxsize=1)
-def source_stamp() -> str:
-    """A hash over every kernel source: when any of them changes, no cached kernel is used."""
+@lru_cache(maxsize=4)
+def source_stamp(backend: str = "") -> str:
+    """A hash over every kernel source, or one backend's: when any of them changes, no cached kernel is used."""
     digest = hashlib.sha256()
-    for path in sorted(_package_folder().glob("**/*.py")):
+    for path in sorted((_package_folder() / backend).glob("**/*.py")):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

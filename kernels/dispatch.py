@@ -78,22 +78,28 @@ class using:
         device: "auto", "cpu" or "gpu".
         backend: "cpu", "reference", "cuda" or "cupy".
         threads: how many threads a CPU kernel may use, from 1 to Numba's limit (NUMBA_NUM_THREADS).
+        tf32: whether float32 matrix products on a GPU may round their operands to TF32 (10 bits of mantissa instead of
+            23), which tensor cores multiply; without it float32 is float32.
 
     What is not given stays as the enclosing `using`, the environment (TILEWISE_DEVICE, TILEWISE_BACKEND,
-    TILEWISE_THREADS) or the default has it. Safe with threads and asyncio; may be entered more than once.
+    TILEWISE_THREADS, TILEWISE_TF32=1) or the default has it. Safe with threads and asyncio; may be entered more than
+    once.
 
     Raises:
-        TypeError, ValueError: not a device, backend or thread count.
+        TypeError, ValueError: not a device, backend, thread count or truth value.
         RuntimeError: on entering, when the choice cannot be met, with the reason.
     """
 
-    def __init__(self, *, device: str | None = None, backend: str | None = None, threads: int | None = None):
-        settings_module.checked("auto" if device is None else device, backend, threads)
-        self._choice = (device, backend, threads)
+    def __init__(
+        self, *, device: str | None = None, backend: str | None = None, threads: int | None = None,
+        tf32: bool | None = None,
+    ):  # fmt: skip
+        settings_module.checked("auto" if device is None else device, backend, threads, False if tf32 is None else tf32)
+        self._choice = (device, backend, threads, tf32)
 
     def __enter__(self):
         outer = settings_module.active()
-        device, backend, threads = self._choice
+        device, backend, threads, tf32 = self._choice
         if device is not None and backend is None and outer.backend is not None:
             # A device pinned inside a pinned backend: the inner one wins where the two do not agree.
             backend = outer.backend if device in ("auto", settings_module.DEVICE_OF[outer.backend]) else None
@@ -103,7 +109,8 @@ class using:
             device = outer.device
             if backend is not None and device not in ("auto", settings_module.DEVICE_OF[backend]):
                 device = "auto"
-        settings = settings_module.intern(device, backend, outer.threads if threads is None else threads)
+        threads, tf32 = outer.threads if threads is None else threads, outer.tf32 if tf32 is None else tf32
+        settings = settings_module.intern(device, backend, threads, False, tf32)
         choose_backend(settings)
         settings_module.outer.set((*settings_module.outer.get(), settings_module.current.get()))
         settings_module.current.set(settings)
@@ -123,7 +130,9 @@ def explain(function: Callable, *args, **kwargs) -> Decision:
     Raises whatever the call itself would raise for wrong arguments; TypeError for a function that is not tilewise's.
     """
     here = settings_module.active()
-    token = settings_module.current.set(settings_module.intern(here.device, here.backend, here.threads, True))
+    token = settings_module.current.set(
+        settings_module.intern(here.device, here.backend, here.threads, True, here.tf32)
+    )
     try:
         function(*args, **kwargs)
     except Explained as explained:

@@ -389,7 +389,8 @@ def _run_from_host(run: Callable, changed: tuple[int, ...], *operands, out=None)
     views = [None if a is None else place.copy_in(a) for a in operands]
     result = run(*views)
     for i in changed:
-        place.copy_out(views[i], operands[i])
+        if views[i] is not None:
+            place.copy_out(views[i], operands[i])
     if isinstance(result, tuple):
         return tuple(None if r is None else place.copy_out(r) for r in result)
     return place.copy_out(result, out)

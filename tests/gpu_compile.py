@@ -223,6 +223,9 @@ def compile_all(architectures: Iterable[Architecture], only: str = "", processes
     """Reports on every kernel of kernels/cuda whose name contains `only`, compiled in several processes."""
     chosen = [k for k in load_kernels() if only in k.name]
     work = [(k.name, d.name, tuple(a.name for a in some)) for k, d, some in jobs(chosen, list(architectures))]
+    for file in CACHE.glob("*"):  # of other sources
+        if not file.name.startswith(_stamp()):
+            file.unlink(missing_ok=True)
     with ProcessPoolExecutor(processes or min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
         return [report for some in pool.map(_in_process, work) for report in some]
 

@@ -109,6 +109,7 @@ def test_one_using_may_be_entered_again():
         ({"threads": 0}, ValueError, r"using: threads must be at least 1, got 0"),
         ({"threads": 1.0}, TypeError, r"using: threads must be an int, got float"),
         ({"threads": True}, TypeError, r"using: threads must be an int, got bool"),
+        ({"tf32": 1}, TypeError, r"using: tf32 must be True or False, got int"),
         ({"threads": 10_000}, ValueError, r"using: threads must be at most \d+ \(NUMBA_NUM_THREADS\), got 10000"),
     ],
 )
@@ -125,6 +126,19 @@ def test_asking_for_a_gpu_that_is_not_there_says_why(options):
         pass
     assert reason in str(caught.value)
     assert backend_now() == "cpu"  # the failed choice left nothing behind
+
+
+def test_tf32_is_off_until_asked_for(monkeypatch):
+    assert not settings.active().tf32
+    with tilewise.using(tf32=True):
+        assert settings.active().tf32
+        with tilewise.using(backend="reference"):
+            assert settings.active().tf32  # an inner choice of something else leaves it
+        with tilewise.using(tf32=False):
+            assert not settings.active().tf32
+    assert not settings.active().tf32
+    monkeypatch.setenv("TILEWISE_TF32", "1")
+    assert settings.from_environment.__wrapped__().tf32
 
 
 def test_threads_see_their_own_using():
@@ -206,7 +220,7 @@ except Exception as error:
 
 
 def asked(tmp_path, **environment) -> list[str]:
-    names = ("TILEWISE_DEVICE", "TILEWISE_BACKEND", "TILEWISE_THREADS")
+    names = ("TILEWISE_DEVICE", "TILEWISE_BACKEND", "TILEWISE_THREADS", "TILEWISE_TF32")
     return run_python(ASK, tmp_path, **{name: environment.get(name) for name in names}).splitlines()
 
 
@@ -228,6 +242,7 @@ def test_environment(tmp_path):
         ("TILEWISE_THREADS", "two", "ValueError TILEWISE_THREADS must be a whole number, got 'two'"),
         ("TILEWISE_THREADS", "0", "ValueError environment TILEWISE_*: threads must be at least 1, got 0"),
         ("TILEWISE_THREADS", "9999", "ValueError environment TILEWISE_*: threads must be at most "),
+        ("TILEWISE_TF32", "yes", "ValueError TILEWISE_TF32 must be 0 or 1, got 'yes'"),
     ],
 )
 def test_wrong_environment(tmp_path, variable, value, message):

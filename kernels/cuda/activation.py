@@ -6,6 +6,12 @@ instruction; bound by memory, one read and one write of each number.
 
 from numba import cuda
 
+from tilewise.kernels.cuda.activation_softmax import (  # noqa: F401
+    log_softmax,
+    log_softmax_backward,
+    softmax,
+    softmax_backward,
+)
 from tilewise.kernels.cuda.epilogue import LEAKY_RELU, RELU, SIGMOID, SIGN, STEP, TANH, activate, gradient
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, kernel
 from tilewise.kernels.cuda.ptx import lanes, load_vector, narrow, registers, store_vector, widen

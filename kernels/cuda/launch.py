@@ -50,6 +50,10 @@ class Parameter:
                 return _NUMBA[sum_dtype(dtype)]
             case "indices":
                 return types.CPointer(types.int64)
+            case "doubles":
+                return types.CPointer(types.float64)
+            case "words":
+                return types.CPointer(types.int32)
         return types.int32 if self.kind == "int32" else types.int64
 
     def slot(self, dtype: np.dtype) -> str:
@@ -62,6 +66,8 @@ class Parameter:
 ELEMENTS = Parameter("elements")  # a pointer to numbers of the kernel's dtype
 SUMS = Parameter("sums")  # a pointer to numbers of the dtype that it sums in
 INDICES = Parameter("indices")  # a pointer to int64
+DOUBLES = Parameter("doubles")  # a pointer to float64, whatever the kernel's dtype: sums of very many numbers
+WORDS = Parameter("words")  # a pointer to int32
 REAL = Parameter("real")  # a number of the dtype that it sums in
 INT32, INT64 = Parameter("int32"), Parameter("int64")
 
@@ -144,15 +150,9 @@ class Form:
 
 
 def kernel(
-    *,
-    threads: int,
-    blocks: int = 1,
-    turing_blocks: int | None = None,
-    name: str = "",
-    dtypes=FLOATS,
-    least=OLDEST,
+    *, threads: int, blocks: int = 1, turing_blocks: int | None = None, name: str = "", dtypes=FLOATS, least=OLDEST,
     promises=(),
-):
+):  # fmt: skip
     """Makes a function a `Kernel` of that many threads a block, of which `blocks` blocks shall fit a multiprocessor.
 
     turing_blocks: the same before compute capability 8.0, where a multiprocessor has 64 KB of shared memory.
@@ -162,8 +162,8 @@ def kernel(
         "LDS.128" (also LDS.U.128), "HMMA". tests/gpu_compile.py compiles every kernel for every dtype and architecture
         and looks; tests that launch none of a kernel's forms are named at the end of a test run.
     """
-    turing_blocks = blocks if turing_blocks is None else turing_blocks
-    return lambda function: Kernel(function, threads, blocks, turing_blocks, name, dtypes, least, promises)
+    on_turing = blocks if turing_blocks is None else turing_blocks
+    return lambda function: Kernel(function, threads, blocks, on_turing, name, dtypes, least, promises)
 
 
 def device(function) -> Any:

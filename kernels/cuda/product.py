@@ -116,6 +116,17 @@ def make_product(tile: Tile, left: Loader, right: Loader) -> Callable:
     It sums over begin <= k < end. All threads of the block must call it. The sums lie in `register_sums`, row by row of
     the thread's `each`; make_store tells which elements of C they are.
     """
+    product = make_product_and_room(tile, left, right)
+
+    @device
+    def sums_alone(left_operands, right_operands, first_row, first_column, begin, end):
+        return product(left_operands, right_operands, first_row, first_column, begin, end)[0]
+
+    return sums_alone
+
+
+def make_product_and_room(tile: Tile, left: Loader, right: Loader) -> Callable:
+    """The same function -> (sums, shared memory that nobody reads any more), for make_tile_store."""
     start_left, fetch_left, keep_left, left_count = left.start, left.fetch, left.keep, left.count
     start_right, fetch_right, keep_right, right_count = right.start, right.fetch, right.keep, right.count
     step, each_rows, each_columns = tile.depth, *tile.each
@@ -158,7 +169,7 @@ def make_product(tile: Tile, left: Loader, right: Loader) -> Callable:
                 keep_left(at(left_tiles, stage * left_stage), left_kept, left_operands, left_place)
                 keep_right(at(right_tiles, stage * right_stage), right_kept, right_operands, right_place)
             cuda.syncthreads()
-        return sums
+        return sums, left_tiles
 
     return product
 
@@ -259,6 +270,62 @@ def make_store(tile: Tile, start: Callable, put: Callable, by: str = "rows") -> 
                 for j in range(_BLOCK):
                     values[j] = sums[i * outer_step + (block * _BLOCK + j) * inner_step]
                 put(operands, place, position + block * inner_stride, values)
+
+    return store
+
+
+def make_lay_out(offsets: list[int]) -> Callable:
+    """The intrinsic (target, sums): target[offsets[i]] = sums[i].
+
+    Written out, since an index that NVVM does not find constant would put the sums into memory for the whole kernel.
+    """
+
+    @intrinsic
+    def lay_out(typingctx, target, sums):
+        def codegen(context, builder, signature, args):
+            for i, offset in enumerate(offsets):
+                value = builder.load(builder.gep(args[1], [_INT(i)]))
+                builder.store(value, builder.gep(args[0], [_INT(offset)]))
+            return context.get_dummy_value()
+
+        return types.void(target, sums), codegen
+
+    return lay_out
+
+
+def make_tile_store(tile: Tile, start: Callable, put: Callable) -> Callable:
+    """As make_store by rows, but through shared memory: (sums, room, operands, first row, first column).
+
+    Warps side by side lay their rows of sums there, and the whole block takes them out again, a row's neighbouring
+    columns by neighbouring threads: full lines of memory are written. `put` is in the code once, not once for each sum,
+    so that it may be long.
+    """
+    warp_height, columns, threads = tile.lanes[0] * tile.each[0], tile.columns, tile.threads
+    pitch, vectors = columns + PAD, columns // _BLOCK
+    lay_out = make_lay_out([
+        (i // _BLOCK * tile.lanes[0] * _BLOCK + i % _BLOCK) * pitch + j // _BLOCK * tile.lanes[1] * _BLOCK + j % _BLOCK
+        for i in range(tile.each[0]) for j in range(tile.each[1])
+    ])  # fmt: skip
+    passes = tile.warps[0]
+    first_element = make_first_element(tile)
+    assert warp_height * pitch <= 2 * tile.depth * (tile.rows + PAD)
+
+    @device
+    def store(sums, room, operands, first_row, first_column):
+        thread = cuda.threadIdx.x & _THREADS
+        my_row, my_column = first_element(thread)
+        values = register_sums(sums, _BLOCK)
+        for strip in range(passes):
+            if my_row // warp_height == strip:
+                lay_out(at(room, my_row % warp_height * pitch + my_column), sums)
+            cuda.syncthreads()
+            for vector in range(thread, warp_height * vectors, threads):
+                row, column = vector // vectors, vector % vectors * _BLOCK
+                for j in range(0, _BLOCK, lanes(sums)):
+                    load_vector(at(values, j), room, row * pitch + column + j)
+                place = start(operands, first_row + strip * warp_height + row)
+                put(operands, place, first_column + column, values)
+            cuda.syncthreads()
 
     return store
 

@@ -50,6 +50,17 @@ def widen(typingctx, value):
 
 
 @intrinsic
+def comparable(typingctx, value):
+    """The number in a type that the device compares: float16 as float32, all others as they are, unsigned ones too."""
+    wide = types.float32 if value == types.float16 else value
+
+    def codegen(context, builder, signature, args):
+        return builder.fpext(_as_half(builder, args[0]), _F32) if value == types.float16 else args[0]
+
+    return wide(value), codegen
+
+
+@intrinsic
 def narrow(typingctx, value, pointer):
     """The number in the type that the pointer points to, rounded to nearest."""
     element = pointer.dtype
@@ -251,6 +262,23 @@ def _move_vector(context, builder, element, target, source, to_memory):
         vector.align = VECTOR_BYTES
         for i, word in enumerate(words):
             builder.store(builder.extract_element(vector, _I32(i)), word)
+
+
+# ---- atomics
+
+
+@intrinsic
+def atomic_max(typingctx, pointer, index, value):
+    """pointer[index] = max(pointer[index], value) of integers, whatever the order of the threads that do it."""
+    if not isinstance(pointer.dtype, types.Integer) or not pointer.dtype.signed:
+        return None
+
+    def codegen(context, builder, signature, args):
+        operand = context.cast(builder, args[2], value, pointer.dtype)
+        builder.atomic_rmw("max", _further(context, builder, args[0], args[1], index), operand, "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(pointer, index, value), codegen
 
 
 # ---- asynchronous copies (sm_80)

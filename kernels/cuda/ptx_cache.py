@@ -1,7 +1,7 @@
 """The PTX of kernels, kept on disk beside Numba's cache of the CPU kernels, so that a second process compiles nothing.
 
-A file's name is a hash of everything that its text depends on: all the kernels' sources, the versions of numba-cuda and
-Numba, the kernel, its dtype and the compute capability. Where no folder can be written, every process compiles.
+A file's name is a hash of everything that its text depends on: the sources of this folder, the versions of numba-cuda
+and Numba, the kernel, its dtype and the compute capability. Where no folder can be written, every process compiles.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def _folder() -> Path | None:
 
 @lru_cache(maxsize=1)
 def _stamp() -> str:
-    return "-".join([source_stamp(), version("numba-cuda"), version("numba")])
+    return "-".join([source_stamp("cuda"), version("numba-cuda"), version("numba")])
 
 
 def key(form, capability: tuple[int, int]) -> str:
