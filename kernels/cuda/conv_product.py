@@ -45,7 +45,7 @@ _DEPTH = 8
 # wastes less where there are few outputs, and is the one whose sums fit the registers in float64.
 LARGE = Tile((4, 2), (8, 8), _DEPTH, blocks=2)
 MIDDLE = Tile((2, 1), (8, 8), _DEPTH, blocks=4)
-LOW = Tile((2, 2), (4, 8), _DEPTH, blocks=3)
+LOW = Tile((2, 2), (4, 8), _DEPTH, blocks=2)
 _NO_DOUBLES = ("float16", "float32")
 _ENOUGH_BLOCKS = 128
 _PROMISED = ("FFMA", "LDS.128", "LDG.128")

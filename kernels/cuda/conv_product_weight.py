@@ -19,7 +19,8 @@ from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_mu
 from tilewise.kernels.cuda.ptx import at, register_sums, shared_sums, widen, zero
 
 _DEPTH = 8
-TILE = Tile((2, 1), (8, 8), _DEPTH, blocks=4)
+TILE = Tile((2, 1), (8, 8), _DEPTH, blocks=3)
+DOUBLE_TILE = Tile((2, 1), (4, 4), _DEPTH, blocks=3)  # 64 sums in float64 would not fit the registers
 _LEAST_PIXELS = 512
 
 
@@ -40,9 +41,10 @@ def _make(tile: Tile, channels_last: bool):
     own = 1 if channels_last else count  # outputs and columns that a thread loads
     name = f"implicit_weight_{tile.name}_{'nhwc' if channels_last else 'nchw'}"
 
+    dtypes = ("float64",) if tile is DOUBLE_TILE else ("float16", "float32")
     promises = {"float16": ("FFMA", "LDS.128"), "float32": ("FFMA", "LDS.128"), "float64": ("DFMA", "LDS.128")}
 
-    @kernel(threads=threads, blocks=tile.blocks, name=name, promises=promises)
+    @kernel(threads=threads, blocks=tile.blocks, name=name, dtypes=dtypes, promises=promises)
     def implicit_weight(
         grad: ELEMENTS, x: ELEMENTS, parts: SUMS, oh: INT64, ow: INT64, h: INT64, w: INT64,
         top: INT64, left: INT64, stride_h: INT64, stride_w: INT64, dilation_h: INT64, dilation_w: INT64,
@@ -130,7 +132,7 @@ def _make(tile: Tile, channels_last: bool):
     return implicit_weight
 
 
-weight_kernels = {last: _make(TILE, last) for last in (False, True)}
+weight_kernels = {(tile, last): _make(tile, last) for tile in (TILE, DOUBLE_TILE) for last in (False, True)}
 
 
 def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
@@ -138,12 +140,13 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     all_outputs, channels, *kernel = shape
     taps = kernel[0] * kernel[1]
     columns = channels * taps
-    column_tiles = ceil_div(columns, TILE.columns)
-    tiles = ceil_div(it.outputs, TILE.rows) * column_tiles
+    tile = DOUBLE_TILE if grad.dtype.itemsize == 8 else TILE
+    column_tiles = ceil_div(columns, tile.columns)
+    tiles = ceil_div(it.outputs, tile.rows) * column_tiles
     many, per_part = split(it.pixels, tiles * it.groups, _LEAST_PIXELS)
     parts = new_parts(grad.place, many, all_outputs * columns, grad.dtype)
     rows, across = it.rows, it.columns
-    weight_kernels[it.channels_last](
+    weight_kernels[tile, it.channels_last](
         grad.place, (tiles, it.groups, many), grad, x, parts, rows.count, across.count, rows.size, across.size,
         rows.origin, across.origin, rows.stride, across.stride, rows.spacing, across.spacing,
         *image_steps(it.shape_y, it.layout), *image_steps(it.shape_x, it.layout),
