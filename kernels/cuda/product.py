@@ -134,7 +134,7 @@ def make_product_and_room(tile: Tile, left: Loader, right: Loader) -> Callable:
     left_stage, right_stage = step * (tile.rows + PAD), step * (tile.columns + PAD)
     left_room, right_room = 2 * left_stage, 2 * right_stage
     first_element = make_first_element(tile)
-    multiply = _make_multiply(tile)
+    multiply = make_multiply(tile)
 
     @device
     def product(left_operands, right_operands, first_row, first_column, begin, end):
@@ -189,7 +189,7 @@ def make_first_element(tile: Tile) -> Callable:
     return first_element
 
 
-def _make_multiply(tile: Tile) -> Callable:
+def make_multiply(tile: Tile) -> Callable:
     """The intrinsic (sums, left, right) that adds a step's products, from the thread's places in both tiles.
 
         for k in range(depth):

@@ -159,6 +159,19 @@ register_sums = _make_room("The same in the type that such numbers are summed in
 
 
 @intrinsic
+def shared_indices(typingctx, count):
+    """`count` int64 in static shared memory."""
+    size = _literal(count)
+    if size is None:
+        return None
+
+    def codegen(context, builder, signature, args):
+        return _shared_array(context, builder, types.int64, size)
+
+    return types.CPointer(types.int64)(count), codegen
+
+
+@intrinsic
 def dynamic_shared(typingctx, like):
     """The launch's dynamic shared memory, as numbers of the pointer's type."""
     result = types.CPointer(like.dtype)

@@ -1,0 +1,269 @@
+"""Convolution in numba.cuda, executed on the CPU, against the reference in float64."""
+
+import numpy as np
+import pytest
+from conv_cases import DEPTHWISE, LAYOUTS, OPTIONS, SMALL, Case, check, reference
+
+import tilewise
+from tilewise import kernels
+from tilewise.kernels.cuda import conv, conv_product, conv_winograd
+from tilewise.kernels.device_arrays import DeviceArray, host_place
+
+DTYPES = [np.float16, np.float32, np.float64]
+# what the CPU's tests have, without the large ones: each thread is executed
+CASES = {"options": OPTIONS, "depthwise": DEPTHWISE, "small": SMALL}
+# every kernel for depthwise convolution; 8 channels, so that float16 has 16 bytes
+ALL_DEPTHWISE = [
+    Case(1, 8, 7, 9, 8, (k, k), stride, k // 2, 1, 8) for k, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))
+]
+ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
+
+
+def operands(rng, case, dtype, layout):
+    """x, weight, bias, add: the weights small enough for float16 and for tanh."""
+    x, weight, bias = case.arrays(rng, np.float32, layout)
+    weight /= max(case.taps, 1) ** 0.5
+    with tilewise.using(backend="reference"):
+        shape = kernels.conv2d(x, weight, **case.options, layout=layout).shape
+    add = rng.standard_normal(shape)
+    return tuple(a.astype(dtype) for a in (x, weight, bias, add))
+
+
+def forward(rng, case, dtype, layout, number=0, algorithm="auto", growth=1.0):
+    x, weight, bias, add = operands(rng, case, dtype, layout)
+    options = case.options | {"layout": layout, "activation": ACTIVATIONS[number % 5]}
+    bias, add = None if number % 3 == 1 else bias, None if number % 3 == 2 else add
+    y = kernels.conv2d(x, weight, bias, add=add, algorithm=algorithm, **options)
+    added = {} if add is None else {"add": add.astype(np.float64)}
+    expected = reference(kernels.conv2d, x, weight, bias, **options, **added)
+    check(y, expected, case.taps, (case, layout, options), dtype, growth)
+
+
+def backward(rng, case, dtype, layout, growth=1.0):
+    x, weight, _, grad = operands(rng, case, dtype, layout)
+    options = case.options | {"layout": layout}
+    got = kernels.conv2d_backward(grad, x, weight, **options)
+    expected = reference(kernels.conv2d_backward, grad, x, weight, **options)
+    pixels = grad.size // case.o
+    lengths = case.o // case.groups * case.kernel[0] * case.kernel[1], pixels, pixels
+    for name, mine, right, length in zip(("x", "weight", "bias"), got, expected, lengths, strict=True):
+        check(mine, right, length, (name, case, layout), dtype, growth)
+
+
+def chosen(name, dtype):
+    """All cases in float32, every third in the other dtypes, which differ in little."""
+    return CASES[name][:: 1 if dtype == np.float32 else 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_depthwise_kernel(gpu, rng, layout, dtype):
+    for number, case in enumerate(ALL_DEPTHWISE):
+        forward(rng, case, dtype, layout, number, "auto")
+        backward(rng, case, dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_forward(gpu, rng, name, layout, dtype):
+    for number, case in enumerate(chosen(name, dtype)):
+        forward(rng, case, dtype, layout, number)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_definition(gpu, rng, name, layout, dtype):
+    for number, case in enumerate(CASES[name][::4]):
+        forward(rng, case, dtype, layout, number, "direct")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_backward(gpu, rng, name, layout, dtype):
+    for case in chosen(name, dtype):
+        backward(rng, case, dtype, layout)
+
+
+# around the tiles of the implicit product: 32 x 128, 64 x 64 and 128 x 128 outputs x pixels, 8 rows of the sum
+TILES = [
+    Case(1, 7, 1, 63, 31, (1, 1)),
+    Case(2, 8, 8, 8, 32, (1, 1)),
+    Case(1, 9, 5, 13, 33, (1, 1)),
+    Case(1, 16, 13, 10, 63, (3, 3), 2, 1),
+    Case(1, 5, 11, 12, 65, (3, 2), 1, ((1, 0), (0, 1)), 1),
+    Case(2, 8, 9, 15, 129, (3, 3), (1, 2), 1),
+    Case(2, 16, 7, 9, 70, (3, 3), 1, 2, 2, 2),
+    Case(2, 8, 17, 17, 66, (3, 3), 1, 1),  # two parts of the weight gradient's pixels
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiles_of_the_implicit_product(gpu, rng, layout, dtype):
+    for number, case in enumerate(TILES):
+        forward(rng, case, dtype, layout, number, "gemm")
+        backward(rng, case, dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_tiles(gpu, rng, monkeypatch, layout, dtype):
+    monkeypatch.setattr(conv_product, "_ENOUGH_BLOCKS", 1)
+    for number, case in enumerate(TILES[-4:]):
+        forward(rng, case, dtype, layout, number, "gemm")
+
+
+TRANSPOSED = [
+    (Case(2, 5, 4, 5, 6, (3, 3), 2, 1), 1),
+    (Case(1, 4, 5, 4, 6, (4, 4), 2, 1), 0),
+    (Case(1, 8, 6, 5, 8, (3, 3), 1, 1, 1, 4), 0),
+    (Case(2, 8, 3, 4, 8, (3, 3), 2, 0, 1, 8), 1),
+    (Case(1, 3, 4, 4, 4, (2, 3), (1, 3), ((0, 1), (1, 0)), (2, 1)), (1, 2)),
+    (Case(1, 2, 3, 3, 3, (2, 2), 2, 1, 3), 2),  # more pixels added than the stride
+    (Case(2, 3, 3, 3, 2, (1, 1), 3, 0), 1),  # most pixels meet no tap
+    (Case(0, 3, 3, 3, 2, (3, 3), 2, 1), 0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transposed(gpu, rng, layout, dtype):
+    for case, extra in TRANSPOSED:
+        x, _, bias = case.arrays(rng, dtype, layout)
+        shape = (case.c, case.o // case.groups, *case.kernel)
+        weight = (rng.standard_normal(shape) / case.taps**0.5).astype(dtype)
+        options = case.options | {"layout": layout, "output_padding": extra}
+        y = kernels.conv_transpose2d(x, weight, bias, **options)
+        expected = reference(kernels.conv_transpose2d, x, weight, bias, **options)
+        check(y, expected, case.taps, ("y", case, layout), dtype)
+        grad = rng.standard_normal(y.shape).astype(dtype)
+        got = kernels.conv_transpose2d_backward(grad, x, weight, **options)
+        expected = reference(kernels.conv_transpose2d_backward, grad, x, weight, **options)
+        pixels = max(y.size // case.o, 1)
+        for name, mine, right in zip(("x", "weight", "bias"), got, expected, strict=True):
+            check(mine, right, case.taps if name == "x" else pixels, (name, case, layout), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_needed_is_none(gpu, rng, layout):
+    case = Case(1, 2, 4, 5, 3, (3, 3), 1, 1)
+    x, weight, _, grad = operands(rng, case, np.float32, layout)
+    for needs in (("x",), ("weight",), ("bias",), ()):
+        got = kernels.conv2d_backward(grad, x, weight, **case.options, layout=layout, needs=needs)
+        assert [name for name, g in zip(("x", "weight", "bias"), got, strict=True) if g is not None] == list(needs)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [1, 8])
+def test_nan_and_inf_stay_in_their_windows(gpu, rng, groups, layout, value):
+    case = Case(1, 8, 9, 10, 8, (3, 3), 1, 1, 1, groups)
+    x, weight, bias, _ = operands(rng, case, np.float32, layout)
+    x.flat[137], x.flat[401] = value, -value
+    y = kernels.conv2d(x, weight, bias, padding=1, groups=groups, layout=layout)
+    expected = reference(kernels.conv2d, x, weight, bias, padding=1, groups=groups, layout=layout)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(y), np.isinf(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prepared(gpu, rng, layout, dtype):
+    case = Case(2, 6, 7, 8, 9, (3, 3), 1, 1)
+    x, weight, bias, add = operands(rng, case, dtype, layout)
+    prepared = kernels.prepare_conv2d(weight, bias, padding=1, layout=layout, activation="relu")
+    for given in (x, x[:1]):
+        expected = reference(kernels.conv2d, given, weight, bias, padding=1, layout=layout, activation="relu")
+        check(prepared(given), expected, case.taps, layout, dtype)
+    expected = kernels.conv2d(x, weight, bias, padding=1, layout=layout, activation="relu", add=add)
+    np.testing.assert_array_equal(prepared(x, add=add), expected)
+
+
+def test_choices(gpu, rng):
+    x, weight = rng.standard_normal((1, 8, 9, 9)), rng.standard_normal((8, 1, 3, 3))
+    assert tilewise.explain(kernels.conv2d, x, weight, groups=8).algorithm == "depthwise"
+    full = rng.standard_normal((8, 8, 3, 3))
+    assert tilewise.explain(kernels.conv2d, x, full).algorithm == "gemm"
+    assert tilewise.explain(kernels.conv2d, x[:, :1, :3, :3], full[:, :1]).algorithm == "direct"
+    with pytest.raises(ValueError, match="does not apply"):
+        kernels.conv2d(x, full, algorithm="depthwise")
+
+
+WINOGRAD_GROWTH = 16.0  # of the error, against a direct sum
+SHORT_WINOGRAD = [
+    Case(1, 1, 3, 3, 1, (3, 3)),
+    Case(2, 7, 2, 3, 8, (3, 3), 1, 1),
+    Case(1, 17, 6, 9, 33, (3, 3)),
+    Case(2, 8, 9, 8, 5, (3, 3), 1, ((0, 2), (3, 1))),
+    Case(1, 12, 7, 5, 10, (3, 3), 1, 1, 1, 2),
+    Case(3, 16, 13, 14, 66, (3, 3), 1, "same"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("room", [1 << 28, 1])
+def test_winograd(gpu, rng, monkeypatch, room, layout):
+    monkeypatch.setattr(conv_winograd, "_ROOM", room)
+    for number, case in enumerate(SHORT_WINOGRAD):
+        forward(rng, case, np.float32, layout, number, "winograd", WINOGRAD_GROWTH)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_winograd_backward(gpu, rng, monkeypatch, layout):
+    monkeypatch.setattr(conv_winograd, "_LEAST_CHANNELS", 0)
+    monkeypatch.setattr(conv_winograd, "_LEAST_TILES", 1)
+    taken = []
+    monkeypatch.setitem(conv._MODULES, "winograd", _Counting(taken))
+    for case in SHORT_WINOGRAD:
+        backward(rng, case, np.float32, layout, WINOGRAD_GROWTH)
+    assert len(taken) >= 5
+
+
+class _Counting:
+    """conv_winograd, with a record of the calls."""
+
+    def __init__(self, taken):
+        self.taken = taken
+
+    def correlate(self, *arguments):
+        self.taken.append(arguments)
+        conv_winograd.correlate(*arguments)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_winograd_keeps_nan_and_inf_in_their_windows(gpu, rng, layout, value):
+    case = Case(2, 5, 9, 10, 6, (3, 3), 1, 1)
+    x, weight, bias, add = operands(rng, case, np.float32, layout)
+    x.flat[137], x.flat[401] = value, -value
+    options = {"padding": 1, "layout": layout, "activation": "relu"}
+    y = kernels.conv2d(x, weight, bias, add=add, algorithm="winograd", **options)
+    expected = reference(kernels.conv2d, x, weight, bias, add=add.astype(np.float64), **options)
+    check(y, expected, case.taps, layout, np.float32, WINOGRAD_GROWTH)
+
+
+def test_winograd_is_refused_where_it_does_not_apply(gpu, rng):
+    x, weight = rng.standard_normal((1, 8, 9, 9)), rng.standard_normal((8, 8, 3, 3))
+    for dtype, options in ((np.float64, {}), (np.float32, {"stride": 2}), (np.float32, {"dilation": 2})):
+        with pytest.raises(ValueError, match="winograd"):
+            kernels.conv2d(x.astype(dtype), weight.astype(dtype), algorithm="winograd", **options)
+    many = rng.standard_normal((2, 48, 32, 32)).astype(np.float32)
+    filters = rng.standard_normal((48, 48, 3, 3)).astype(np.float32)
+    assert tilewise.explain(kernels.conv2d, many, filters, padding=1).algorithm == "winograd"
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_arrays_that_begin_anywhere(gpu, rng, groups):
+    """16 bytes at a time only where that is allowed; the same sums otherwise."""
+    case = Case(1, 8, 6, 7, 8, (3, 3), 1, 1, 1, groups)
+    x, weight, _, _ = operands(rng, case, np.float32, "NHWC")
+    place = host_place()
+    memory = place.copy_in(np.concatenate([[0], x.ravel()]).astype(np.float32))
+    shifted = DeviceArray(place, memory.pointer + 4, x.shape, x.dtype, memory.owner)
+    options = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": groups, "layout": "NHWC"}
+    y = conv.conv2d(shifted, place.copy_in(weight), None, None, activation=None, algorithm="auto", **options)
+    expected = kernels.conv2d(x, weight, padding=1, groups=groups, layout="NHWC")
+    check(place.copy_out(y), expected.astype(np.float64), case.taps, groups, np.float32)
