@@ -16,7 +16,7 @@ from numba.cuda.extending import intrinsic
 from tilewise.kernels.cuda.launch import _NUMBA, sum_dtype
 
 _I32, _I64, _F32, _HALF, _VOID = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.HalfType(), ir.VoidType()
-_SHARED_SPACE = 3
+_GLOBAL_SPACE, _SHARED_SPACE = 1, 3
 VECTOR_BYTES = 16
 _numbers = _count()  # tells shared arrays apart
 
@@ -95,21 +95,23 @@ def itemsize(typingctx, pointer):
 
 @intrinsic
 def settled(typingctx, value):
-    """The same int32 or pointer, of which the compiler does not know how it was computed.
+    """The same int32 or pointer to global memory, of which the compiler does not know how it was computed.
 
     It then stays in its registers, where NVVM would compute it anew at each turn of a loop.
     """
+    is_pointer = isinstance(value, types.CPointer)
 
     def codegen(context, builder, signature, args):
-        word = builder.ptrtoint(args[0], _I64) if isinstance(value, types.CPointer) else args[0]
-        bits, constraint = (64, "l") if word.type == _I64 else (32, "r")
-        kept = builder.call(
-            ir.InlineAsm(
-                ir.FunctionType(word.type, [word.type]), f"mov.b{bits} $0, $1;", f"={constraint},{constraint}"
-            ),
-            [word],
-        )
-        return builder.inttoptr(kept, args[0].type) if isinstance(value, types.CPointer) else kept
+        word = args[0]
+        if is_pointer:  # by its address space: else what is loaded from it would be loads from anywhere
+            in_global = _pointer_type(word.type.pointee, _GLOBAL_SPACE)
+            word = builder.ptrtoint(builder.addrspacecast(word, in_global), _I64)
+        bits, constraint = (64, "l") if is_pointer else (32, "r")
+        signature_ = ir.FunctionType(word.type, [word.type])
+        kept = builder.call(ir.InlineAsm(signature_, f"mov.b{bits} $0, $1;", f"={constraint},{constraint}"), [word])
+        if not is_pointer:
+            return kept
+        return builder.addrspacecast(builder.inttoptr(kept, in_global), args[0].type)
 
     return value(value), codegen
 
