@@ -93,9 +93,11 @@ def launch_costs(torch, device: str, count: int) -> dict[str, float]:
     from tilewise.kernels import device_arrays
     from tilewise.kernels.cuda import launch
 
-    def nothing(x: launch.ELEMENTS, y: launch.ELEMENTS, z: launch.ELEMENTS, n: launch.INT64):
+    def nothing(x, y, z, n):
         pass
 
+    elements, number = launch.ELEMENTS, launch.INT64
+    nothing.__annotations__ = {"x": elements, "y": elements, "z": elements, "n": number}
     empty = launch.kernel(threads=32, name="nothing")(nothing)
     launch.KERNELS.remove(empty)  # it is not one of tilewise's
     x = torch.zeros(32, device=device)

@@ -121,7 +121,7 @@ class HostPlace(Place):
 
 class CupyPlace(Place):
     def __init__(self, engine, ordinal: int):
-        import cupy
+        import cupy  # pyright: ignore[reportMissingImports]
 
         self.engine, self.ordinal, self._cupy = engine, ordinal, cupy
 

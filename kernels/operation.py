@@ -294,13 +294,14 @@ class Operation:
         lifted = [o.reshape(1, *o.shape) if o is not None and i in unbatched else o for i, o in enumerate(operands)]
         result = plan.run(*lifted)
         for i in changed:
-            if operands[i] is not views[i]:
-                copy_strided(operands[i], views[i])
+            used, given = operands[i], views[i]
+            if used is not None and used is not given:
+                copy_strided(used, given)
         results = list(result) if isinstance(result, tuple) else [result]
         if unbatched:
             some = plan.problem.unbatched_results if isinstance(result, tuple) else (0,)
             results = [r.reshape(*r.shape[1:]) if i in some and r is not None else r for i, r in enumerate(results)]
-        if target is not None:
+        if target is not None and results[0] is not None:  # a first result is never absent
             copy_strided(results[0], target)
             return out
         wrapped = tuple(None if r is None else r.place.wrap(r) for r in results)
@@ -389,8 +390,9 @@ def _run_from_host(run: Callable, changed: tuple[int, ...], *operands, out=None)
     views = [None if a is None else place.copy_in(a) for a in operands]
     result = run(*views)
     for i in changed:
-        if views[i] is not None:
-            place.copy_out(views[i], operands[i])
+        view = views[i]
+        if view is not None:
+            place.copy_out(view, operands[i])
     if isinstance(result, tuple):
         return tuple(None if r is None else place.copy_out(r) for r in result)
     return place.copy_out(result, out)

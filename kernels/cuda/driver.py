@@ -9,6 +9,7 @@ import ctypes
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from threading import Lock, local
+from typing import Any
 
 import numpy as np
 from cuda.bindings import driver as cu
@@ -36,7 +37,7 @@ _HINTS = {
 }
 
 
-def _checked(result, doing: str = ""):
+def _checked(result, doing: str = "") -> Any:
     """What a call of the driver returned beside its status; raises where that is an error."""
     status, *values = result
     if status != cu.CUresult.CUDA_SUCCESS:

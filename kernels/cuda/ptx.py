@@ -102,7 +102,7 @@ def settled(typingctx, value):
     is_pointer = isinstance(value, types.CPointer)
 
     def codegen(context, builder, signature, args):
-        word = args[0]
+        word, in_global = args[0], None
         if is_pointer:  # by its address space: else what is loaded from it would be loads from anywhere
             in_global = _pointer_type(word.type.pointee, _GLOBAL_SPACE)
             word = builder.ptrtoint(builder.addrspacecast(word, in_global), _I64)
