@@ -117,7 +117,7 @@ class Pool:
 
     @property
     def reach(self) -> tuple[int, int]:
-        return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+        return self.dilation[0] * (self.kernel[0] - 1), self.dilation[1] * (self.kernel[1] - 1)
 
     def divisor(self, include_pad: bool) -> int:
         """What every window's sum is divided by; 0 where windows differ."""
