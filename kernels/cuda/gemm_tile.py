@@ -80,13 +80,13 @@ def put_integers(operands, place, column, values):
                     c[place[0] + column + i] = narrow(values[i], c)
 
 
-def _make_matmul(tile: Tile, left, right, name: str, put_sums, turing_blocks=None, dtypes=FLOATS):
+def _make_matmul(tile: Tile, left, right, name: str, put_sums, blocks_before=None, dtypes=FLOATS):
     product = make_product_and_room(tile, left, right)
     store = make_tile_store(tile, start_row, put_sums)
     tile_rows, tile_columns = tile.rows, tile.columns
 
     @kernel(
-        threads=tile.threads, blocks=tile.blocks, turing_blocks=turing_blocks, name=f"matmul {tile.name} {name}",
+        threads=tile.threads, blocks=tile.blocks, blocks_before=blocks_before, name=f"matmul {tile.name} {name}",
         dtypes=dtypes, promises={"float32": ("FFMA", "LDS.128"), "float64": ("DFMA", "LDS.128")},
     )  # fmt: skip
     def matmul(
@@ -120,14 +120,14 @@ def _both(tile: Tile, loader) -> tuple:
 _ORDER = {True: "k", False: "row"}
 # (tile, vectors) -> kernel; of the largest tile one for each (A, B) of whether k is contiguous, which saves registers
 VECTORS = {
-    TALL: _make_matmul(TALL, *_both(TALL, vector_loader), "vectors", put, turing_blocks=2),
+    TALL: _make_matmul(TALL, *_both(TALL, vector_loader), "vectors", put, blocks_before={(8, 0): 2}),
     SMALL: _make_matmul(SMALL, *_both(SMALL, vector_loader), "vectors", put),
     TINY: _make_matmul(TINY, *_both(TINY, vector_loader), "vectors", put),
 }
 BIG_VECTORS = {
     (left, right): _make_matmul(
         BIG, vector_loader(BIG, BIG.rows, left), vector_loader(BIG, BIG.columns, right),
-        f"vectors {_ORDER[left]} {_ORDER[right]}", put, turing_blocks=1,
+        f"vectors {_ORDER[left]} {_ORDER[right]}", put, blocks_before={(9, 0): 1},
     )
     for left in (True, False) for right in (True, False)
 }  # fmt: skip
