@@ -30,6 +30,15 @@ def torch():
     return module
 
 
+@pytest.fixture(autouse=True)
+def gradients_as_they_were():
+    """The benchmarks switch PyTorch's recording of gradients off for their process; other tests need it."""
+    yield
+    module = sys.modules.get("torch")
+    if module is not None and not module.is_grad_enabled():
+        module.set_grad_enabled(True)
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     """Each backend in turn, pinned for the duration of the test."""
