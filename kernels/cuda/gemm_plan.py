@@ -144,7 +144,7 @@ def choose(left: Matrices, right: Matrices, matrices: int, tf32: bool):
     if aligned and engine.capability >= (8, 0) and (half or (tf32 and dtype == np.float32)):
         return (FLOAT16[orders], HALF) if half else (TF32[orders], SINGLE)
     if half or not aligned:
-        tile = choose_tile(*size, (SMALL, TINY))
+        tile = choose_tile(*size, (TINY,) if dtype == np.float64 else (SMALL, TINY))  # in 64 bits SMALL would spill
         return STRIDED[tile], tile
     tile = choose_tile(*size, (BIG, TALL, SMALL, TINY) if dtype == np.float32 else (SMALL, TINY))
     return (BIG_VECTORS[orders] if tile is BIG else VECTORS[tile]), tile

@@ -118,21 +118,22 @@ def _both(tile: Tile, loader) -> tuple:
 
 
 _ORDER = {True: "k", False: "row"}
+SINGLE = ("float32",)  # float16 has tensor cores, and float64 too many registers for large tiles
 # (tile, vectors) -> kernel; of the largest tile one for each (A, B) of whether k is contiguous, which saves registers
 VECTORS = {
-    TALL: _make_matmul(TALL, *_both(TALL, vector_loader), "vectors", put, blocks_before={(8, 0): 2}),
+    TALL: _make_matmul(TALL, *_both(TALL, vector_loader), "vectors", put, blocks_before={(8, 0): 2}, dtypes=SINGLE),
     SMALL: _make_matmul(SMALL, *_both(SMALL, vector_loader), "vectors", put),
     TINY: _make_matmul(TINY, *_both(TINY, vector_loader), "vectors", put),
 }
 BIG_VECTORS = {
     (left, right): _make_matmul(
         BIG, vector_loader(BIG, BIG.rows, left), vector_loader(BIG, BIG.columns, right),
-        f"vectors {_ORDER[left]} {_ORDER[right]}", put, blocks_before={(9, 0): 1},
+        f"vectors {_ORDER[left]} {_ORDER[right]}", put, blocks_before={(9, 0): 1}, dtypes=SINGLE,
     )
     for left in (True, False) for right in (True, False)
 }  # fmt: skip
 STRIDED = {
-    SMALL: _make_matmul(SMALL, *_both(SMALL, strided_loader), "strided", put),
+    SMALL: _make_matmul(SMALL, *_both(SMALL, strided_loader), "strided", put, dtypes=("float16", "float32")),
     TINY: _make_matmul(TINY, *_both(TINY, strided_loader), "strided", put),
 }
 INTEGERS = _make_matmul(SMALL, *_both(SMALL, strided_loader), "integers", put_integers, dtypes=INTEGER_DTYPES)
