@@ -29,8 +29,7 @@ NR = NV * LANES
 TILES = 4 * MR
 # Up to so many tiles, chunks own outputs instead of tiles; the sums of a panel are then 64 * 36 * 32 * 4 = 295 KB.
 FEW_TILES = 64
-# Beyond them, up to MORE_TILES, where U has so many numbers (20 MB) that it would be written to memory and read again:
-# 8 x 512 x 14 x 14 takes 31 instead of 48 ms, on two threads 15 instead of 34.
+# Beyond them, up to MORE_TILES, where U has so many numbers (20 MB) that it would be written to memory and read again.
 LARGE_U, MORE_TILES = 5 << 20, 256
 # Channels whose U for one panel is made at a time: 36 * 128 * 32 * 4 = 590 KB.
 CHANNELS = 128

@@ -37,7 +37,7 @@ class _WrapperLibrary(_LinkedLibrary):
     """As that, and not optimised before the library that it is linked into is."""
 
     def _optimize_final_module(self):
-        if self.name.startswith("__numba_parfor_gufunc"):  # the loop's body itself: 8 % faster products by it
+        if self.name.startswith("__numba_parfor_gufunc"):  # the loop's body itself: products gain by it
             super()._optimize_final_module()
 
 

@@ -40,12 +40,12 @@ PAD = 16
 BLOCK_ROWS, BLOCK_COLUMNS = 32 * MR, 1024
 # Rows of B at most so far apart, in bytes, are packed by the tile that first reads them. Others, each on a page of its
 # own, would keep that tile waiting: they are packed beforehand, GROUP panels together (KC * GROUP * NR * 4 = 128 KB of
-# L2), so that longer runs are read and fewer pages visited. 2048^3: 155 -> 168 GFLOP/s.
+# L2), so that longer runs are read and fewer pages visited.
 NEAR, GROUP = 2048, 4
 # Sums of more steps are collected beside C: C would be read and written too often.
 COLLECTED_FROM = 4 * KC
 # Rows a multiple of ALIASING bytes apart, give or take less than a line, share two of L1's 64 places, 12 lines each:
-# then A's are copied, and C's sums collected earlier. Other rows of A are read where they lie: 6 % faster at 700^3.
+# then A's are copied, and C's sums collected earlier. Other rows of A are read where they lie.
 ALIASING, LINE = 2048, 64
 # Steps from which a tile asks for its part of C beforehand, which costs 14 cycles, as much as a step: behind fewer
 # steps it would come too late.

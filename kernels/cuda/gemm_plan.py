@@ -1,4 +1,4 @@
-"""Which kernel computes a product: by dtype, alignment, shape, and the device's number of multiprocessors."""
+"""Which kernel computes a product: by dtype, shape, and the device's number of multiprocessors."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -6,6 +6,7 @@ from math import prod
 import numpy as np
 
 from tilewise.kernels import settings
+from tilewise.kernels.cuda.copying import copy_strided
 from tilewise.kernels.cuda.epilogue import LEAKY_SLOPE, NONE
 from tilewise.kernels.cuda.gemm_few import FEW, ROWS, multiply_few
 from tilewise.kernels.cuda.gemm_tensor import FLOAT16, HALF, SINGLE, TF32, TensorTile
@@ -23,6 +24,7 @@ from tilewise.kernels.cuda.gemm_tile import (
 )
 from tilewise.kernels.cuda.launch import ceil_div, sum_dtype
 from tilewise.kernels.cuda.product import Tile
+from tilewise.kernels.cuda.ptx import VECTOR_BYTES
 from tilewise.kernels.device_arrays import DeviceArray
 
 # A product with fewer blocks than this splits its depth, if parts of at least that depth remain. A constant, not the
@@ -54,7 +56,7 @@ class Matrices:
         width = 16 // self.array.dtype.itemsize
         along = self.columns if self.column_stride == 1 else self.rows
         size = self.rows * self.columns
-        return self.array.pointer % 16 == 0 and along % width == 0 and size % width == 0
+        return along % width == 0 and size % width == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,18 @@ def split(depth: int, blocks: int) -> tuple[int, int]:
 
 def multiply(left: Matrices, right: Matrices, lead: tuple, result: DeviceArray, bias=None, code=NONE):
     """result = activation(left @ right + bias), batch by batch."""
+    left, right = _from_a_vector_on(left), _from_a_vector_on(right)
     _multiply(left, right, batch_axes(left, right, lead), prod(lead), result, bias, code)
+
+
+def _from_a_vector_on(matrices: Matrices) -> Matrices:
+    """The same from a multiple of 16 bytes on: the kernel, and so the last bits, shall depend on shapes alone."""
+    array = matrices.array
+    if array.pointer % VECTOR_BYTES == 0:
+        return matrices
+    moved = array.place.empty((array.size,), array.dtype)
+    copy_strided(array.reshape(array.size), moved)
+    return replace(matrices, array=moved)
 
 
 def _multiply(left, right, axes, matrices, result, bias, code):

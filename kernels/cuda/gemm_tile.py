@@ -12,7 +12,8 @@ from numba.cuda.types import int32, int64, uint32
 from tilewise.kernels.cuda.epilogue import activate
 from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INT32, INT64, REAL, SUMS, device, kernel
 from tilewise.kernels.cuda.launch import INTEGERS as INTEGER_DTYPES
-from tilewise.kernels.cuda.product import Tile, make_product_and_room, make_tile_store, strided_loader, vector_loader
+from tilewise.kernels.cuda.product import Tile, make_product, make_tile_store
+from tilewise.kernels.cuda.product_loaders import strided_loader, vector_loader
 from tilewise.kernels.cuda.ptx import at, lanes, narrow, registers, store_vector, widen
 
 # 8 x 8 sums a thread need 16 loads of 4 numbers for 256 products: 64 products to 4 instructions that load, for each k.
@@ -81,7 +82,7 @@ def put_integers(operands, place, column, values):
 
 
 def _make_matmul(tile: Tile, left, right, name: str, put_sums, blocks_before=None, dtypes=FLOATS):
-    product = make_product_and_room(tile, left, right)
+    product = make_product(tile, left, right)
     store = make_tile_store(tile, start_row, put_sums)
     tile_rows, tile_columns = tile.rows, tile.columns
 
