@@ -169,15 +169,18 @@ def rows(steps: list[dict], peak: float) -> list[tuple[str, ...]]:
     ]
 
 
-def fill(page: str, result: dict) -> str:
-    """The page with the tables of both ladders between their markers."""
-    for name, ladder in result["ladders"].items():
-        heading = (
-            f"{report.title(result)}; one thread, float32, {ladder['shape']}; measured peak of a core "
-            f"{result['peak']:.0f} GFLOP/s; best of several calls; filled in by `{result['command']}`."
-        )
-        content = f"{heading}\n\n{table.markdown(rows(ladder['steps'], result['peak']), HEADER, left=1)}"
-        page = report.between(page, f"<!-- {name}:begin -->", f"<!-- {name}:end -->", content, "page")
+def fill(page: str, results: list[dict]) -> str:
+    """The page with one table for each result between the markers of each ladder."""
+    for name in ("ladder-matmul", "ladder-conv2d"):
+        parts = []
+        for result in results:
+            ladder, peak = result["ladders"][name], result["peak"]
+            parts += [
+                f"{report.title(result)}; one thread, float32, {ladder['shape']}; measured peak of a core "
+                f"{peak:.0f} GFLOP/s; best of several calls; filled in by `{result['command']}`.",
+                table.markdown(rows(ladder["steps"], peak), HEADER, left=1),
+            ]
+        page = report.between(page, f"<!-- {name}:begin -->", f"<!-- {name}:end -->", "\n\n".join(parts), "page")
     return page
 
 
@@ -195,7 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"saved as {path}")
     if args.page.exists():
-        args.page.write_text(fill(args.page.read_text(encoding="utf-8"), result), encoding="utf-8")
+        results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.results.glob("*.json"))]
+        args.page.write_text(fill(args.page.read_text(encoding="utf-8"), results), encoding="utf-8")
         print(f"{args.page}: tables filled")
     return 0
 

@@ -95,8 +95,10 @@ def test_the_page_is_filled_between_its_markers():
     step = {"step": "one step", "seconds": 1e-3, "rate": 20.0}
     shape = ALL["conv2d resnet50.conv2.3x3"].shape
     ladders = {name: {"shape": shape, "steps": [step]} for name in ("ladder-matmul", "ladder-conv2d")}
-    filled = ladder.fill(page, report.machine() | {"command": "make ladder", "peak": 200.0, "ladders": ladders})
+    result = report.machine() | {"command": "make ladder", "peak": 200.0, "ladders": ladders}
+    filled = ladder.fill(page, [result, result | {"device": "another", "peak": 100.0}])
     assert filled.count("| one step | 1.00 ms | 20 GFLOP/s | 10% |") == 2
+    assert filled.count("| one step | 1.00 ms | 20 GFLOP/s | 20% |") == 2
     assert filled.splitlines()[0] == page.splitlines()[0]
     with pytest.raises(ValueError, match="the page must have the markers <!-- ladder-matmul:begin -->"):
-        ladder.fill("no markers", {"ladders": ladders, "peak": 1.0, "command": ""} | report.machine())
+        ladder.fill("no markers", [result])
