@@ -128,6 +128,11 @@ class _Emitter:
         zeros = ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count)
         return self.builder.shuffle_vector(first, undefined, zeros)
 
+    def opaque(self, value):
+        """The same integer or pointer, of which the compiler knows nothing any more."""
+        kind = ir.FunctionType(value.type, [value.type])
+        return self.builder.asm(kind, "", "=r,0", [value], side_effect=False)
+
     def multiply_add(self, a, b, c):
         """a * b + c in one rounding; for integers in two instructions."""
         if not isinstance(self.element, types.Float):
