@@ -17,17 +17,24 @@ IN_PLACE = [
 ]  # fmt: skip
 # B too large for the cache: read once, in steps of 16 rows, in chunks of 1024 columns
 FEW_ROWS = [(1, 1500, 210), (2, 1024, 129), (3, 1023, 130), (7, 1025, 127), (13, 1056, 145), (16, 2050, 64)]
+# a vector by a large matrix: 8 of its rows at a time, 8192 columns a chunk, up to 4 parts of 128 steps or more
+VECTOR = [(1, 300, 256), (1, 257, 257), (1, 259, 385), (1, 129, 519), (1, 8192, 263), (1, 8201, 300), (1, 64, 2049)]
 # 8 x 3 rows to a tile, 63 to a block, at most a quarter of the columns a chunk, steps of 3072 bytes
 DOTS = [
     (1, 3, 16), (2, 2, 17), (3, 4, 15), (4, 5, 33), (7, 62, 31), (8, 63, 84), (9, 64, 100), (11, 253, 40),
     (12, 10, 769), (15, 127, 384), (16, 6, 385), (33, 65, 800), (95, 20, 1537), (96, 30, 50), (97, 8, 70),
-    (200, 1, 300), (131, 7, 900),
+    (200, 1, 300), (131, 7, 900), (48, 140, 33), (49, 129, 60), (70, 128, 41), (128, 127, 33),
 ]  # fmt: skip
 # 448 rows and 1024 columns a block, 256 steps; from 1024 steps on the sums are collected beside C;
 # beyond 512 columns (float32) 4 panels of B are packed together
 BLOCKS = [
     (97, 96, 96), (98, 127, 255), (112, 128, 256), (113, 129, 257), (449, 65, 100), (100, 1030, 97), (99, 70, 1024),
     (98, 33, 1025), (105, 95, 1300), (97, 2100, 100), (64, 1100, 130), (65, 639, 200), (97, 640, 257), (70, 641, 100),
+]  # fmt: skip
+# AVX2: both operands packed; 192 rows of A at a time, 768 a task, panels of B by fours, steps by fours
+PACKED = [
+    (64, 97, 96), (191, 63, 98), (193, 65, 99), (192, 64, 253), (199, 127, 254), (386, 129, 255), (200, 257, 261),
+    (769, 66, 97), (1537, 16, 130),
 ]  # fmt: skip
 # rows a multiple of 2048 bytes apart, give or take less than a line: A is copied, C's sums collected from 513 steps on
 ALIASED = [(97, 512, 512), (99, 1039, 513), (113, 1024, 1009), (98, 527, 1025)]
@@ -46,8 +53,8 @@ def stored(array, by_columns):
 @pytest.mark.parametrize("orders", ["rows rows", "columns rows", "rows columns", "columns columns"])
 @pytest.mark.parametrize(
     "sizes",
-    [IN_PLACE, FEW_ROWS, DOTS, BLOCKS, PARTS, ALIASED],
-    ids=["in place", "few rows", "dots", "blocks", "parts", "aliased"],
+    [IN_PLACE, FEW_ROWS, VECTOR, DOTS, BLOCKS, PACKED, PARTS, ALIASED],
+    ids=["in place", "few rows", "vector", "dots", "blocks", "packed", "parts", "aliased"],
 )
 def test_products_at_the_edges(rng, sizes, orders, dtype):
     a_order, b_order = orders.split()
@@ -64,12 +71,27 @@ def test_products_at_the_edges(rng, sizes, orders, dtype):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_integers_take_the_same_ways(rng, dtype):
-    for m, n, depth in (IN_PLACE[8], FEW_ROWS[4], DOTS[12], BLOCKS[7], PARTS[2]):
+    for m, n, depth in (IN_PLACE[8], FEW_ROWS[4], VECTOR[2], DOTS[12], BLOCKS[7], PACKED[4], PARTS[2]):
         a, b = rng.integers(-99, 99, (m, depth), dtype), rng.integers(-99, 99, (depth, n), dtype)
         with tilewise.using(backend="cpu"):
             for left in (a, np.asfortranarray(a)):
                 for right in (b, np.asfortranarray(b)):
                     np.testing.assert_array_equal(kernels.matmul(left, right), a @ b)
+
+
+@pytest.mark.parametrize("sizes", [(100, 70, 99), (65, 33, 2049)], ids=["blocks", "parts"])
+def test_what_pads_a_tile_meets_no_infinity(rng, sizes):
+    """Panels are padded to whole tiles; 0 * inf would be NaN. In the last row, column and step, as they stand there."""
+    m, n, depth = sizes
+    a, b = rng.random((m, depth)).astype(np.float32), rng.random((depth, n)).astype(np.float32)
+    a[-1, -1] = b[-1, -1] = np.inf
+    for left in (a, np.asfortranarray(a)):
+        for right in (b, np.asfortranarray(b)):
+            with tilewise.using(backend="cpu"):
+                y = kernels.matmul(left, right)
+            assert np.isposinf(y[-1]).all()
+            assert np.isposinf(y[:, -1]).all()
+            assert np.isfinite(y[:-1, :-1]).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -124,8 +146,9 @@ def test_long_sums_of_small_results_take_bias_and_activation(rng):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_no_way_depends_on_the_thread_count(rng, split_everything, dtype):
-    sizes = [IN_PLACE[13], FEW_ROWS[0], FEW_ROWS[5], DOTS[7], DOTS[12], DOTS[16], BLOCKS[4], BLOCKS[5], BLOCKS[8]]
-    sizes += [*PARTS[1:], ALIASED[1]]
+    sizes = [IN_PLACE[13], FEW_ROWS[0], FEW_ROWS[5], VECTOR[3], VECTOR[5], DOTS[7], DOTS[12], DOTS[16]]
+    sizes += [BLOCKS[4], BLOCKS[5], BLOCKS[8]]
+    sizes += [*PARTS[1:], ALIASED[1], *PACKED[6:8]]
     operands = [
         (rng.standard_normal((m, depth)).astype(dtype), rng.standard_normal((depth, n)).astype(dtype))
         for m, n, depth in sizes

@@ -43,7 +43,10 @@ print("checked", len(code))
 """
 PROGRAMS = {
     "products": """
-check(kernels.matmul, normal(37, 130), normal(130, 51))
+for m, n, depth in ((37, 51, 130), (1, 1030, 261), (199, 130, 259), (70, 33, 2049)):
+    for a in (normal(m, depth), normal(depth, m).T):
+        for b in (normal(depth, n), normal(n, depth).T):
+            check(kernels.matmul, a, b)
 check(kernels.linear, normal(9, 70), normal(33, 70), normal(33))
 check(kernels.linear_backward, normal(9, 33), normal(9, 70), normal(33, 70))
 """,

@@ -9,9 +9,8 @@ from tilewise.kernels.arrays import canonical
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.gemm_in_place import column_sums, small_linear_backward
 from tilewise.kernels.cpu.gemm_plan import (
-    DOT_COLUMNS,
-    DOT_ROWS,
     IN_CACHE,
+    by_dots,
     dots,
     fits_in_place,
     in_place,
@@ -19,6 +18,7 @@ from tilewise.kernels.cpu.gemm_plan import (
     plan_stack,
 )
 from tilewise.kernels.cpu.scratch import ALIGNED_FROM, empty
+from tilewise.kernels.cpu.simd import VECTOR_BYTES
 
 # Integers are multiplied in a type at least as wide as theirs: sums that wrap there wrap to the same bits in the narrow
 # one, signed or not. int8 and uint8 keep the wide type.
@@ -37,8 +37,12 @@ SMALL_BACKWARD = 8 << 20
 
 
 def _allocator(shape, dtype):
-    """How to make a result of this size: small ones need no alignment, and save its cost."""
-    return np.empty if prod(shape) * dtype.itemsize < ALIGNED_FROM else empty
+    """How to make a result of this size: small ones need no alignment, and save its cost.
+
+    A product writes hardly more than once, and of AVX2's vectors every second one lies within a line anyway.
+    """
+    aligned_from = ALIGNED_FROM if VECTOR_BYTES == 64 else 4 * ALIGNED_FROM
+    return np.empty if prod(shape) * dtype.itemsize < aligned_from else empty
 
 
 def prepare_matmul(shapes, dtype):
@@ -226,7 +230,7 @@ def prepare_linear(shapes, dtype, *, activation):
     shape, code, no_bias = (x[0], weight[0]), ACTIVATION_CODES[activation], _NO_BIAS[dtype]
     # a constant of this closure, not a closure of its own: a tenth of a microsecond
     product, sizes = plan(x[0], weight[0], x[1], True, False, dtype), ()
-    if x[0] <= DOT_ROWS or weight[0] <= DOT_COLUMNS:
+    if by_dots(x[0], weight[0]):
         product, sizes = dots(x[0], weight[0], x[1], dtype.itemsize)
     empty = _allocator(shape, dtype)
 

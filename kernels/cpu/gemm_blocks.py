@@ -12,6 +12,8 @@ Geijn 2015).
 B is packed so that the tile reads it front to back. A needs no order, since its elements are broadcast one by one: its
 rows are copied only where they lie a harmful distance apart. Every sum is in the order that KC fixes, so
 that neither the blocks nor the thread count changes a bit.
+
+With AVX2's 16 registers a task packs A as well: gemm_packed.py.
 """
 
 import numpy as np
@@ -19,29 +21,22 @@ from numba import prange
 
 from tilewise.kernels.cpu.gemm_dots import finish_rows
 from tilewise.kernels.cpu.gemm_in_place import multiply_rows_in_place, tall_tiles
+from tilewise.kernels.cpu.gemm_packed import multiply_packed_block
+from tilewise.kernels.cpu.gemm_panels import GROUP, KC, pack_right_group, pack_right_panel
 from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile, prefetch_tile
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
-from tilewise.kernels.cpu.simd import MR, NV, address, lanes
-from tilewise.kernels.cpu.vector_move import (
-    copy_lanes,
-    copy_rows,
-    copy_vector,
-    transpose_block,
-    transpose_whole,
-)
+from tilewise.kernels.cpu.simd import MR, NV, VECTOR_BYTES, address, lanes
+from tilewise.kernels.cpu.vector_move import copy_lanes, copy_rows, copy_vector, transpose_block, transpose_whole
 
-# KC steps of the sum: a panel of B (KC * NR * 4 = 32 KB) stays in L1 while A's rows (KC * MR * 4 = 14 KB a tile) come
-# from L2.
-KC = 256
 # Panels of A hold MR rows and up to a whole number of vectors.
 PAD = 16
-# Blocks of C, and so the block of A that a task copies: 448 * KC * 4 = 450 KB stay in L2.
-BLOCK_ROWS, BLOCK_COLUMNS = 32 * MR, 1024
+# Blocks of C, and so the block of A that a task copies: 448 * KC * 4 = 450 KB stay in L2. With AVX2 the task takes its
+# rows in turns (gemm_packed.py), so that it packs its part of B, 512 * KC * 4 = 512 KB at most, for more of them.
+BLOCK_ROWS, BLOCK_COLUMNS = (128 * MR, 512) if VECTOR_BYTES == 32 else (32 * MR, 1024)
 # Rows of B at most so far apart, in bytes, are packed by the tile that first reads them. Others, each on a page of its
-# own, would keep that tile waiting: they are packed beforehand, GROUP panels together (KC * GROUP * NR * 4 = 128 KB of
-# L2), so that longer runs are read and fewer pages visited.
-NEAR, GROUP = 2048, 4
+# own, would keep that tile waiting: they are packed beforehand, GROUP panels together.
+NEAR = 2048
 # Sums of more steps are collected beside C: C would be read and written too often.
 COLLECTED_FROM = 4 * KC
 # Rows a multiple of ALIASING bytes apart, give or take less than a line, share two of L1's 64 places, 12 lines each:
@@ -109,104 +104,6 @@ def make_pack_left(height):
 
 
 @device()
-def pack_right_panel(b, start, row_step, column_step, depth, columns, panel, target):
-    """Pack depth x columns (at most NR) of B, element (k, j) at b[start + k * row_step + j * column_step].
-
-    panel[target + k * NR + j]; missing columns are zero.
-    """
-    width = lanes(b)
-    count = NV * width
-    if column_step == 1 and columns >= count:
-        for k in range(depth):
-            for j in range(0, count, width):
-                copy_vector(address(panel, target + k * count + j), address(b, start + k * row_step + j))
-    elif column_step == 1:
-        for k in range(depth):
-            for j in range(0, count, width):
-                place, origin = target + k * count + j, start + k * row_step + j
-                copy_lanes(1, 0, address(panel, place), address(b, origin), 0, columns - j, 1)
-    elif row_step == 1:
-        _pack_right_transposed(b, start, column_step, depth, columns, panel, target)
-    else:
-        for k in range(depth):
-            for j in range(count):
-                value = b[start + k * row_step + j * column_step] if j < columns else b.dtype.type(0)
-                panel[target + k * count + j] = value
-
-
-@device()
-def _pack_right_transposed(b, start, column_step, depth, columns, panel, target):
-    """Whole squares of vectors are turned in registers; what is left goes through a stage, under masks."""
-    width = lanes(b)
-    count = NV * width
-    whole = depth // width * width
-    for j in range(0, count, width):
-        first = whole if j + width <= columns else 0
-        for k in range(0, first, width):
-            _turn_square(panel, target + k * count + j, count, b, start + j * column_step + k, column_step)
-        if first < depth:
-            _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel, target)
-
-
-@device(allocates=True)
-def _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel, target):
-    width = lanes(b)
-    count = NV * width
-    stage = scratch(width * width, b)
-    offsets = np.empty(width, np.int64)
-    lows = np.zeros(width, np.int64)
-    highs = np.empty(width, np.int64)
-    for r in range(width):
-        offsets[r] = r * column_step
-        highs[r] = depth if j + r < columns else 0
-    for k in range(first, depth, width):
-        transpose_square(stage, b, start + j * column_step, offsets, lows, highs, k)
-        for i in range(min(width, depth - k)):
-            copy_vector(address(panel, target + (k + i) * count + j), address(stage, i * width))
-
-
-@device()
-def _turn_square(target, at, step, source, start, source_step):
-    """target[at + k * step + r] = source[start + r * source_step + k] for r, k < lanes."""
-    if lanes(source) == 16:
-        transpose_whole(16, address(target, at), step, address(source, start), source_step)
-    elif lanes(source) == 8:
-        transpose_whole(8, address(target, at), step, address(source, start), source_step)
-    elif lanes(source) == 4:
-        transpose_whole(4, address(target, at), step, address(source, start), source_step)
-    else:
-        transpose_whole(2, address(target, at), step, address(source, start), source_step)
-
-
-@device()
-def transpose_square(stage, source, start, offsets, lows, highs, k):
-    """A lanes x lanes square: stage[i * lanes + r] = source[start + offsets[r] + k + i] within the rows' bounds."""
-    if lanes(source) == 16:
-        transpose_block(
-            16,
-            address(stage, 0),
-            address(source, start),
-            address(offsets, 0),
-            address(lows, 0),
-            address(highs, 0),
-            k,
-            16,
-        )
-    elif lanes(source) == 8:
-        transpose_block(
-            8, address(stage, 0), address(source, start), address(offsets, 0), address(lows, 0), address(highs, 0), k, 8
-        )
-    elif lanes(source) == 4:
-        transpose_block(
-            4, address(stage, 0), address(source, start), address(offsets, 0), address(lows, 0), address(highs, 0), k, 4
-        )
-    else:
-        transpose_block(
-            2, address(stage, 0), address(source, start), address(offsets, 0), address(lows, 0), address(highs, 0), k, 2
-        )
-
-
-@device()
 def _tile_stride(array):
     """MR rounded up to whole vectors."""
     width = lanes(array)
@@ -230,19 +127,6 @@ def _copy_left(a, start, row_step, column_step, rows, depth, panels):
                 place, origin = (i // MR * KC + k) * stride + r, start + i + k * column_step + r
                 copy_lanes(1, 0, address(panels, place), address(a, origin), 0, used - r, 1)
     return KC * stride, 1, stride
-
-
-@device()
-def _pack_group(b, b_at, b_row, depth, panels):
-    """GROUP whole panels of B, each KC rows behind the one before."""
-    width = lanes(b)
-    count = NV * width
-    for k in range(depth):
-        target, source = k * count, b_at + k * b_row
-        for number in range(GROUP):
-            for j in range(0, count, width):
-                place, origin = target + number * count * KC + j, source + number * count + j
-                copy_vector(address(panels, place), address(b, origin))
 
 
 @device()
@@ -318,7 +202,7 @@ def multiply_block(
             if together > 1 and turn == 0:
                 packed = j + together * count <= columns
                 if packed:
-                    _pack_group(b, right, b_row, depth, panel)
+                    pack_right_group(b, right, b_row, depth, panel, 0)
             if collected:
                 _multiply_panel(
                     panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel,
@@ -347,6 +231,10 @@ def _store_sums(sums, rows, columns, c, c_at, c_step):
                 copy_lanes(1, 1, address(c, place), address(sums, origin), 0, columns - j, 1)
 
 
+# AVX2 has 16 registers, and a tile that must not spend them on addresses; it was measured on Zen 3.
+multiply_task = multiply_packed_block if VECTOR_BYTES == 32 else multiply_block
+
+
 @kernel(one_by_one=True)
 def multiply_blocks(
     a, a_starts, a_row, a_column, b, b_starts, b_row, b_column, c, m, n, whole, block_rows, block_columns, bias,
@@ -361,7 +249,7 @@ def multiply_blocks(
         i0, j0 = task // across * block_rows, task % across * block_columns
         rows, columns = min(block_rows, m - i0), min(block_columns, n - j0)
         start = (matrix * m + i0) * n + j0
-        multiply_block(
+        multiply_task(
             flat_a, a_starts[matrix] + i0 * a_row, a_row, a_column,
             flat_b, b_starts[matrix] + j0 * b_column, b_row, b_column, flat_c, start, n, rows, columns, whole,
         )  # fmt: skip

@@ -11,6 +11,8 @@ B is read in steps of a few whole rows, in the order of the memory, each step ad
     +---+-----------+
   M | A |     C     |
     +---+-----------+
+
+With a single row of A, a tile's rows of B are too short for the prefetchers: gemm_vector.py reads longer runs.
 """
 
 from numba import prange

@@ -8,7 +8,7 @@ A: +----+----+----+
 
 from numba import prange
 
-from tilewise.kernels.cpu.gemm_blocks import multiply_block
+from tilewise.kernels.cpu.gemm_blocks import multiply_task
 from tilewise.kernels.cpu.gemm_dots import finish_rows
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
@@ -38,7 +38,7 @@ def multiply_parts(a, a_row, a_column, b, b_row, b_column, c, m, n, whole, part,
     parts = scratch(count * m * step, flat_c)
     for i in prange(count):
         k0 = i * part
-        multiply_block(
+        multiply_task(
             flat_a, k0 * a_column, a_row, a_column, flat_b, k0 * b_row, b_row, b_column, parts, i * m * step, step,
             m, n, min(part, whole - k0),
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """Which kernel multiplies matrices of given shapes, and how it is split: worked out once for each of them.
 
+- gemm_vector.py multiplies a vector by a large matrix.
 - gemm_in_place.py reads both operands where they lie: small products, and those with few rows.
 - gemm_dots.py multiplies rows by rows: a dense layer, a matrix and a vector.
 - gemm_blocks.py copies blocks into the caches: everything large.
@@ -11,11 +12,13 @@ from functools import lru_cache
 import numpy as np
 
 from tilewise.kernels.cpu import threads
-from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, KC, multiply_blocks
+from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, multiply_blocks
 from tilewise.kernels.cpu.gemm_dots import BLOCK, ROWS, STEP_BYTES, finish, multiply_dots, multiply_stack_dots
 from tilewise.kernels.cpu.gemm_in_place import multiply_in_place, multiply_stack_in_place
+from tilewise.kernels.cpu.gemm_panels import KC
 from tilewise.kernels.cpu.gemm_parts import multiply_parts
-from tilewise.kernels.cpu.simd import MR, NV, lane_count
+from tilewise.kernels.cpu.gemm_vector import COLUMNS, FEWEST_STEPS, PARTS, STREAMS, multiply_vector
+from tilewise.kernels.cpu.simd import MR, NV, VECTOR_BYTES, lane_count
 
 _ONE_START = np.zeros(1, np.int64)
 NANOSECONDS_PER_FLOP = 0.01  # a core at 100 GFLOP/s, float32
@@ -27,8 +30,9 @@ IN_CACHE = 256 << 10
 PACKED_ROWS, PACKED_DEPTH = 64, 96
 # Rows up to which a large B is read in place, once, and in steps of how many rows.
 FEW_ROWS, STEP_ROWS = 16, 16
-# Rows (or columns) of one operand up to which dot products beat packing the other.
-DOT_ROWS, DOT_COLUMNS = 96, 8
+# Rows (or columns) of one operand up to which dot products beat packing the other. With AVX2 the sums of a tile are
+# fewer, and so added up more often, but a result with neither many rows nor many columns uses hardly what is packed.
+DOT_ROWS, DOT_COLUMNS, DOT_BOTH = (48, 8, 128) if VECTOR_BYTES == 32 else (96, 8, 0)
 # Bytes of one matrix in a stack up to which both are read in place.
 IN_STACK = 64 << 10
 # Chunks of the result that threads share, if there are that many.
@@ -62,7 +66,7 @@ def _cached_plan(_, m, n, depth, a_by_rows, b_by_rows, dtype):
     """
     itemsize = dtype.itemsize
     work = _work(m, n, depth, itemsize)
-    if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
+    if a_by_rows and not b_by_rows and by_dots(m, n):
         return _plan_dots(m, n, depth, itemsize)
     if b_by_rows and fits_in_place(m, n, depth, a_by_rows, itemsize):
         return _plan_in_place(m, n, depth, a_by_rows, dtype, work)
@@ -77,6 +81,11 @@ def fits_in_place(m, n, depth, a_by_rows, itemsize):
         return False
     # Rows of A whole pages apart share the same few places of L1; columns of A touch a page each.
     return m <= ROWS or depth <= 128 or (a_by_rows and depth * itemsize % 4096 != 0)
+
+
+def by_dots(m, n):
+    """Are rows to be multiplied with rows where they lie?"""
+    return m <= DOT_ROWS or n <= DOT_COLUMNS or max(m, n) <= DOT_BOTH
 
 
 def dots(m, n, depth, itemsize):
@@ -94,13 +103,17 @@ def _plan_dots(m, n, depth, itemsize):
 
 def in_place(m, n, depth, a_by_rows, dtype):
     """The kernel that packs nothing, and its last argument."""
+    like, work = np.empty((0, 0), dtype), _work(m, n, depth, dtype.itemsize)
+    if m == 1 and n * depth * dtype.itemsize > IN_CACHE and depth >= 2 * FEWEST_STEPS:
+        part = _chunk(depth, STREAMS, max(FEWEST_STEPS, -(-depth // PARTS)))
+        geometry = np.array((n, depth, _chunk(n, lane_count(dtype.itemsize), COLUMNS), part), np.int64)
+        return multiply_vector.bound(work, like, like, like, geometry), geometry
     steps = (depth, 1) if a_by_rows else (1, m)
     step = depth if n * depth * dtype.itemsize <= IN_CACHE else STEP_ROWS
     rows = _chunk(m, MR, 8 * MR)
     columns = n if m > FEW_ROWS else _chunk(n, NV * lane_count(dtype.itemsize), 1024)
     geometry = np.array((m, n, depth, *steps, rows, columns, max(step, 1)), np.int64)
-    like = np.empty((0, 0), dtype)
-    return multiply_in_place.bound(_work(m, n, depth, dtype.itemsize), like, like, like, geometry), geometry
+    return multiply_in_place.bound(work, like, like, like, geometry), geometry
 
 
 def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
@@ -157,7 +170,7 @@ def _cached_plan_stack(_, m, n, depth, a_lead, b_lead, lead, a_by_rows, b_by_row
     if b_by_rows and max(m, n) * depth * itemsize <= IN_STACK:
         steps, product = (depth, 1) if a_by_rows else (1, m), multiply_stack_in_place.sized(work)
         return lambda a, b, c, *_: product(a, starts[0], *steps, b, starts[1], c, m, n, depth, together)
-    if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
+    if a_by_rows and not b_by_rows and by_dots(m, n):
         product = multiply_stack_dots.sized(work)
         return lambda a, b, c, *_: product(a, starts[0], b, starts[1], c, m, n, depth, together)
     return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts)

@@ -2,6 +2,7 @@
 
 - `multiply_tile` has vectors along the columns of the result: B is read by rows, A's elements are broadcast from
   wherever they lie (packed or in place, by rows or by columns).
+- `multiply_packed_tile` does the same where both operands are packed.
 - `dot_tile` has vectors along the sum: for operands that both run along it (x and a dense layer's weight), which would
   otherwise have to be transposed.
 
@@ -12,11 +13,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _emit_tile_store, _Emitter, _literal
+from tilewise.kernels.cpu.simd import _I32, _I64, _emit_tile_store, _Emitter, _literal
 
 _I8 = ir.IntType(8)
 # While B comes from memory, its lines are asked for so many steps ahead: 16 * 14 cycles are 60 ns.
 PREFETCHED_ROWS = 16
+# Steps of the packed tile's loop in one round: with one, a quarter of the instructions would move pointers.
+UNROLLED = 4
 
 
 @intrinsic
@@ -72,6 +75,53 @@ def multiply_and_pack_tile(
 
 
 @intrinsic(prefer_literal=True)
+def multiply_packed_tile(typingctx, rows, vectors, a, b, depth, c, c_step, used_rows, used_columns, accumulate):
+    """The same for panels that lie in the order in which the tile reads them: all addresses are one of two pointers.
+
+    a, b: element (i, k) at a[k * rows + i], row k at b[k * vectors * lanes]. depth: a multiple of UNROLLED.
+    """
+    shape = _literal(rows), _literal(vectors)
+    signature = types.void(rows, vectors, a, b, types.intp, c, *[types.intp] * 4)
+
+    def codegen(context, builder, signature, args):
+        a, b, depth, *target = args[2:]
+        emit = _Emitter(builder, signature.args[2].dtype)
+        _emit_tile_store(emit, _packed_sums(emit, shape, a, b, depth), *target)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _packed_sums(emit, shape, a, b, depth):
+    builder, (rows, vectors) = emit.builder, shape
+    zeros = [[emit.zero] * vectors for _ in range(rows)]
+    entry = builder.block
+    loop, done = builder.append_basic_block("depth"), builder.append_basic_block("product")
+    builder.cbranch(builder.icmp_signed(">", depth, _I64(0)), loop, done)
+    builder.position_at_end(loop)
+    k, a_now, b_now = builder.phi(_I64), builder.phi(a.type), builder.phi(b.type)
+    sums = [[builder.phi(emit.vector) for _ in range(vectors)] for _ in range(rows)]
+    total = sums
+    for step in range(UNROLLED):
+        rights = [emit.load(b_now, _I64((step * vectors + j) * emit.lanes)) for j in range(vectors)]
+        lefts = (emit.splat(builder.load(builder.gep(a_now, [_I64(step * rows + i)]))) for i in range(rows))
+        total = [
+            [emit.multiply_add(left, right, value) for right, value in zip(rights, row, strict=True)]
+            for left, row in zip(lefts, total, strict=True)
+        ]
+    following = builder.add(k, _I64(UNROLLED))
+    a_next = builder.gep(a_now, [_I64(UNROLLED * rows)])
+    b_next = builder.gep(b_now, [_I64(UNROLLED * vectors * emit.lanes)])
+    for phi, start, value in ((k, _I64(0), following), (a_now, a, a_next), (b_now, b, b_next)):
+        phi.add_incoming(start, entry)
+        phi.add_incoming(value, loop)
+    _close_sums(sums, zeros, total, entry, loop)
+    builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
+    builder.position_at_end(done)
+    return _merged(builder, emit.vector, (zeros, entry), (total, loop))
+
+
+@intrinsic(prefer_literal=True)
 def prefetch_tile(typingctx, rows, vectors, c, c_step):
     """Ask for a tile of C before its sums are formed: into L2, as its rows may share a few places of L1."""
     shape = _literal(rows), _literal(vectors)
@@ -93,18 +143,21 @@ class _Rows:
     """Where `count` rows, `step` elements apart, lie, in few registers: four rows share a pointer that moves on.
 
     row 4 g + r is at pointer g + r * step, r < 4: the addressing modes of x86 reach 1 and 2 steps, a register holds 3.
+    The steps are hidden from the compiler, which would walk from row to row otherwise: a chain of additions that is as
+    long as the multiply-adds of a step, so that no load could run ahead of them.
     """
 
     def __init__(self, emit, base, step, count):
         builder = emit.builder
         self.emit, self.kind = emit, base.type
         step = builder.mul(step, _I64(emit.itemsize))
-        self.steps = [_I64(0), step, builder.mul(step, _I64(2)), builder.mul(step, _I64(3))]
+        one, three = emit.opaque(step), emit.opaque(builder.mul(step, _I64(3)))
+        self.steps = [_I64(0), one, builder.mul(one, _I64(2)), three]
         base = builder.bitcast(base, _I8.as_pointer())
         four = builder.mul(step, _I64(4))
         self.bases = [base]
         for _ in range(4, count, 4):
-            self.bases.append(builder.gep(self.bases[-1], [four]))
+            self.bases.append(emit.opaque(builder.gep(self.bases[-1], [four])))
         self.now = self.bases
 
     def enter_loop(self, entry):
@@ -258,26 +311,27 @@ def _store_totals(emit, sums, c, c_step, accumulate):
     flat = [value for row in sums for value in row]
     flat += [emit.zero] * (-len(flat) % emit.lanes)
     totals = [_lane_totals(emit, flat[i : i + emit.lanes]) for i in range(0, len(flat), emit.lanes)]
-    within = ir.Constant(ir.VectorType(_I1, emit.lanes), [int(j < columns) for j in range(emit.lanes)])
+    # vectors of `columns` lanes: AVX2's masked store takes 12 cycles on Zen 3
+    kind = ir.VectorType(emit.scalar, columns).as_pointer()
+    places = [builder.bitcast(builder.gep(c, [builder.mul(c_step, _I64(i))]), kind) for i in range(rows)]
     adding, storing, end = (builder.append_basic_block(name) for name in ("add", "store", "stored"))
     builder.cbranch(builder.icmp_signed("!=", accumulate, _I64(0)), adding, storing)
     for block, add in ((adding, True), (storing, False)):
         builder.position_at_end(block)
-        for i in range(rows):
-            at = builder.mul(c_step, _I64(i))
+        for i, place in enumerate(places):
             values = _picked(emit, totals, i * columns, columns)
-            values = emit.add(values, emit.masked_load(c, at, within)) if add else values
-            emit.masked_store(values, c, at, within)
+            values = emit.add(values, builder.load(place, align=emit.itemsize)) if add else values
+            builder.store(values, place, align=emit.itemsize)
         builder.branch(end)
     builder.position_at_end(end)
 
 
 def _picked(emit, vectors, first, count):
-    """Numbers first .. first + count of the concatenated vectors, in the lowest lanes."""
+    """Numbers first .. first + count of the concatenated vectors."""
     one = first // emit.lanes
     other = min(one + 1, len(vectors) - 1)
-    order = [first - one * emit.lanes + min(i, count - 1) for i in range(emit.lanes)]
-    numbers = ir.Constant(ir.VectorType(_I32, emit.lanes), order)
+    order = [first - one * emit.lanes + i for i in range(count)]
+    numbers = ir.Constant(ir.VectorType(_I32, count), order)
     return emit.builder.shuffle_vector(vectors[one], vectors[other], numbers)
 
 

@@ -151,6 +151,8 @@ def _transposed(emit, values):
     one bit; after log2(lanes) rounds the bits of r and c have changed places. With fewer rows, a power of two, as many
     rounds as r has bits bring r to the end: the numbers then count (c, r).
     """
+    if len(values) == emit.lanes:
+        return _transposed_square(emit, values)
     count, half = emit.lanes, emit.lanes // 2
     numbers = ir.VectorType(_I32, count)
     lower = ir.Constant(numbers, [i // 2 + (count if i % 2 else 0) for i in range(count)])
@@ -160,6 +162,32 @@ def _transposed(emit, values):
         pairs = [(values[i], values[i + apart]) for i in range(apart)]
         values = [emit.builder.shuffle_vector(a, b, order) for a, b in pairs for order in (lower, upper)]
     return values
+
+
+def _transposed_square(emit, values):
+    """The same for as many rows as lanes, where every shuffle is one instruction.
+
+    x86 interleaves within 16 bytes: first runs of 1, 2, ... elements of two vectors there, then 16-byte parts and more.
+    """
+    count, part, run = emit.lanes, 16 // emit.itemsize, 1
+    values, numbers = list(values), ir.VectorType(_I32, emit.lanes)
+    while run < count:
+        orders = []
+        for which in range(2):  # the lower or the upper half of every part; every second run
+            first = range(which * run, count, 2 * run)
+            if run < part:
+                first = [p + i for p in range(which * part // 2, count, part) for i in range(0, part // 2, run)]
+            order = [place + i for at in first for place in (at, count + at) for i in range(run)]
+            orders.append(ir.Constant(numbers, order))
+        for i in range(count):
+            if i & run == 0:
+                pair = values[i], values[i + run]
+                values[i], values[i + run] = (emit.builder.shuffle_vector(*pair, order) for order in orders)
+        run *= 2
+    # the interleaving leaves the columns of a part in the order of their numbers' bits reversed
+    bits = part.bit_length() - 1
+    turned = [sum((c >> i & 1) << (bits - 1 - i) for i in range(bits)) for c in range(part)]
+    return [values[c // part * part + turned[c % part]] for c in range(count)]
 
 
 def _store_columns(emit, columns, target, first, height, step, used):
@@ -338,7 +366,7 @@ def reverse_row(typingctx, target, source, count):
         emit.masked_store(value, target, i, emit.mask(_I64(0), left))
         following = builder.add(i, _I64(emit.lanes))
         i.add_incoming(_I64(0), entry)
-        i.add_incoming(following, loop)
+        i.add_incoming(following, builder.block)
         builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
         builder.position_at_end(done)
         return context.get_dummy_value()
