@@ -63,6 +63,7 @@ CASES = {
         depthwise(2, 6, 1100),
         depthwise(40, 30, 40),
         depthwise(67, 5, 6, n=3),
+        depthwise(48, 31, 20, stride=2, n=2),
         depthwise(2, 4, 5, n=70),
         depthwise(2, 29, 300, (9, 9), padding=4),
     ],

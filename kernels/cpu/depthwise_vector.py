@@ -52,7 +52,7 @@ def _repeat(builder, count, values, body):
 @intrinsic(prefer_literal=True)
 def correlate(
     typingctx, square, stride, tile, broadcast, x, tap_step, table, taps, weights, all_taps, bias, y, y_step, outputs,
-    count, ahead, ahead_step,
+    count, ahead, ahead_step, coming,
 ):  # fmt: skip
     """y[p * y_step + i] = bias + sum over taps t of weight[t] * x[p * stride * tap_step + offset[t] + i].
 
@@ -64,13 +64,15 @@ def correlate(
     broadcast: a literal. 1: weights[number] and bias[0] hold for all i. 0: they differ by i; weights are in blocks of
     vectors: vector v of tap t at weights[(v * all_taps + number) * lanes].
     Reads x up to the next whole vector if broadcast, else not beyond count. ahead: where to ask for memory that will
-    be written later, a vector for each that is written now, the outputs' ahead_step apart.
+    be written later, a vector for each that is written now, the outputs' ahead_step apart. coming: if broadcast, where
+    to ask for memory that will be read.
     """
     shape = tuple(map(_literal, (square, stride, tile, broadcast)))
     index = types.intp
     signature = types.void(
-        square, stride, tile, broadcast, x, index, table, index, weights, index, bias, y, index, index, index, y, index
-    )
+        square, stride, tile, broadcast, x, index, table, index, weights, index, bias, y, index, index, index, y, index,
+        coming,
+    )  # fmt: skip
 
     def codegen(context, builder, signature, args):
         _Correlation(builder, signature.args[4].dtype, shape, args[4:]).emit()
@@ -87,13 +89,16 @@ class _Correlation:
         self.square, self.stride, self.tile, self.broadcast = shape
         (
             self.x, self.tap_step, self.table, self.taps, self.weights, self.all_taps, self.bias, self.y, self.y_step,
-            self.outputs, self.count, self.ahead, self.ahead_step,
+            self.outputs, self.count, self.ahead, self.ahead_step, self.coming,
         ) = args  # fmt: skip
 
     def emit(self):
         builder, lanes = self.builder, self.vector.lanes
         self.x_step = builder.mul(self.tap_step, _I64(self.stride))
-        whole = builder.and_(self.count, _I64(-lanes))
+        whole, last_vector = builder.and_(self.count, _I64(-lanes)), builder.sub(self.count, _I64(lanes))
+        if self.broadcast:  # the last two vectors overlap, where there is one at all
+            up = builder.and_(builder.add(self.count, _I64(lanes - 1)), _I64(-lanes))
+            whole = builder.select(builder.icmp_signed(">=", last_vector, _I64(0)), up, whole)
         tail = builder.sub(self.count, whole)
         mask = self.vector.mask(_I64(0), tail)
         if self.broadcast:
@@ -114,9 +119,11 @@ class _Correlation:
             y = builder.gep(self.y, [builder.mul(first, self.y_step)])
             self.ahead_now = builder.gep(self.ahead, [builder.mul(first, self.ahead_step)])
             with cgutils.for_range_slice(builder, _I64(0), whole, _I64(lanes)) as (i, _):
-                self._tile(x, y, i, None)
+                if self.broadcast:
+                    i = builder.select(builder.icmp_signed("<", i, last_vector), i, last_vector)
+                self._tile(x, y, first, i, None)
             with builder.if_then(builder.icmp_signed(">", tail, _I64(0))):
-                self._tile(x, y, whole, mask)
+                self._tile(x, y, first, whole, mask)
 
     def _entry(self, t, part):
         place = self.builder.add(self.builder.mul(t, _I64(2)), _I64(part))
@@ -134,13 +141,15 @@ class _Correlation:
             return self.vector.load(x, offset)
         return self.vector.masked_load(x, offset, mask)
 
-    def _tile(self, x, y, i, mask):
+    def _tile(self, x, y, first, i, mask):
         """One vector of each output of the tile."""
         builder = self.builder
         x, y = builder.gep(x, [i]), builder.gep(y, [i])
         sums = [self.bias_value if self.broadcast else self._load(self.bias, i, mask)] * self.tile
         add_taps = (self._any_sums, self._square_sums, self._some_sums)[(self.square > 0) - (self.square < 0)]
         sums = add_taps(x, i, sums, mask)
+        if mask is None and self.square > 0:
+            self._ask_for_inputs(x, first, i)
         for p, value in enumerate(sums):
             offset = builder.mul(self.y_step, _I64(p))
             later = builder.gep(self.ahead_now, [builder.add(i, builder.mul(self.ahead_step, _I64(p)))])
@@ -149,6 +158,24 @@ class _Correlation:
                 self.vector.store(value, y, offset)
             else:
                 self.vector.masked_store(value, y, offset, mask)
+
+    def _ask_for_inputs(self, x, first, i):
+        """What is read next: in strips the image's next rows, else what the row of outputs below will be first to read.
+
+        As much as the tile itself takes, so that memory works while the outputs are computed.
+        """
+        builder, many = self.builder, self.stride * self.tile
+        if self.broadcast:
+            done = builder.add(builder.mul(first, self.count), builder.mul(i, _I64(self.tile)))
+            rows, step = [builder.gep(self.coming, [builder.mul(done, _I64(self.stride**2))])], _I64(self.vector.lanes)
+            many *= self.stride
+        else:
+            down = builder.sub(self.offsets[1], self.offsets[0])
+            below = [builder.mul(down, _I64(b + 1)) for b in range(self.stride)]
+            rows, step = [builder.gep(x, [builder.add(self.offsets[-1], by)]) for by in below], self.tap_step
+        for row in rows:
+            for k in range(many):
+                self.vector.prefetch(builder.gep(row, [builder.mul(step, _I64(k))]), 2)
 
     def _square_sums(self, x, i, sums, mask):
         builder, size = self.builder, self.square
