@@ -19,9 +19,6 @@ from tilewise.kernels.cpu.vector_move import copy_lanes
 STRIP_BYTES = 16 << 10
 # Elements of y from where it is written to where it will be: a line that is there already does not hold up the next.
 WRITE_AHEAD = 512
-# Elements of x from a strip's end to what is asked for while its outputs are computed, when memory would else be idle:
-# about as far as the copying of the strip has asked ahead itself.
-READ_AHEAD = 2048
 # Chunks of work; fewer than this many pieces are cut smaller, so that several threads find some.
 CHUNKS = 64
 FEWEST = 8
@@ -96,45 +93,36 @@ def fill_strip(x, h, w, first_row, first_column, rows, part, stride_w, width, st
 
 @device()
 def _strip_outputs(
-    strip, pitch, stride_h, table, taps, square, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step, coming,
-):  # fmt: skip
+    strip, pitch, stride_h, table, taps, square, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+):
     """`rows` rows of ow outputs, y_step apart."""
     down = stride_h * pitch
     if rows < TILE:
-        correlate(
-            0, 1, 1, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step,
-            coming,
-        )  # fmt: skip
+        correlate(0, 1, 1, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step)
     elif taps == 1:
         correlate(
-            -1, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step,
-            coming,
-        )  # fmt: skip
+            -1, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     elif taps == 2:
         correlate(
-            -2, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step,
-            coming,
-        )  # fmt: skip
+            -2, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     elif taps == 4:
         correlate(
-            -4, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step,
-            coming,
-        )  # fmt: skip
+            -4, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     elif square == 0:
         correlate(
-            0, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step,
-            coming,
-        )  # fmt: skip
+            0, 1, TILE, 1, strip, down, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     elif stride_h == 1:
         correlate(
-            3, 1, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step,
-            coming,
-        )  # fmt: skip
+            3, 1, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
     else:
         correlate(
-            3, 2, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step,
-            coming,
-        )  # fmt: skip
+            3, 2, TILE, 1, strip, pitch, table, taps, weight, all_taps, bias, y, y_step, rows, ow, ahead, ahead_step
+        )
 
 
 @device()
@@ -181,10 +169,6 @@ def convolve_nchw(
                 address(x, plane * h * w), h, w, i0 * stride_h + first_row, first_column,
                 strip_rows - (tallest - i1 + i0) * stride_h, part, stride_w, lanes(x), strip,
             )  # fmt: skip
-            read = (plane + 1) * h * w
-            if band + 1 < bands:
-                read = (plane * h + i0 * stride_h + first_row + strip_rows) * w
-            coming = address(x, read + READ_AHEAD)
             for k in range(outputs * row_phases):
                 o = k // row_phases
                 p = k - o * row_phases
@@ -198,14 +182,13 @@ def convolve_nchw(
                         _strip_outputs(
                             strip, pitch, stride_h, entries, taps, square, factors, all_taps, value,
                             address(y, target), row_phases * ow, rows, ow,
-                            address(y, target + WRITE_AHEAD), row_phases * ow, coming,
+                            address(y, target + WRITE_AHEAD), row_phases * ow,
                         )  # fmt: skip
                     else:
                         _strip_outputs(
                             strip, pitch, stride_h, entries, taps, square, factors, all_taps, value,
                             step(block, (phase - p * column_phases) * width), column_phases * width, rows, width,
                             address(y, target + (phase - p * column_phases) * width), row_phases * ow,
-                            coming,
                         )  # fmt: skip
                 if column_phases > 1:
                     _put_together(block, width, rows, column_phases, address(y, target), row_phases * ow, ow)

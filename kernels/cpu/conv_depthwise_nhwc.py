@@ -82,22 +82,22 @@ def _region_row(x, channels, stride_w, table, taps, square, weight, all_taps, bi
     if outputs < TILE:
         correlate(
             0, 1, 1, 0, x, across, table, taps, weight, all_taps, bias, y, y_step, outputs, channels, ahead,
-            y_step, x,
+            y_step,
         )  # fmt: skip
     elif square == 0:
         correlate(
             0, 1, TILE, 0, x, across, table, taps, weight, all_taps, bias, y, y_step, outputs, channels, ahead,
-            y_step, x,
+            y_step,
         )  # fmt: skip
     elif stride_w == 1:
         correlate(
             3, 1, TILE, 0, x, channels, table, taps, weight, all_taps, bias, y, y_step, outputs, channels, ahead,
-            y_step, x,
+            y_step,
         )  # fmt: skip
     else:
         correlate(
             3, 2, TILE, 0, x, channels, table, taps, weight, all_taps, bias, y, y_step, outputs, channels, ahead,
-            y_step, x,
+            y_step,
         )  # fmt: skip
 
 
