@@ -12,9 +12,6 @@ from tilewise.kernels.cpu.register_tile import Loop
 from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
 from tilewise.kernels.cpu.vector_move import _gather
 
-# Bytes from what a row's copy reads to what it asks for.
-AHEAD = 8192
-
 
 def _loop(builder, emit, last, body, start=None):
     """for (i = start; i + lanes <= last; i += lanes) body(i); returns the first i that is left over."""
@@ -54,7 +51,6 @@ def copy_row(typingctx, stride, target, source, count):
         even = ir.Constant(ir.VectorType(_I32, emit.lanes), [2 * i for i in range(emit.lanes)])
 
         def move(i):
-            _ask_ahead(emit, source, i, kind)
             value = _load_line(emit, source, i, even) if kind == 2 else emit.load(source, i)
             emit.store(value, target, i)
 
@@ -86,7 +82,6 @@ def copy_lines(typingctx, stride, target, pitch, left, source, source_step, coun
         inside = builder.gep(target, [left])
 
         def move(j):
-            _ask_ahead(emit, source, j, kind)
             value = _load_line(emit, source, j, even) if kind == 2 else emit.load(source, j)
             emit.store(value, inside, j)
 
@@ -98,13 +93,6 @@ def copy_lines(typingctx, stride, target, pitch, left, source, source_step, coun
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-def _ask_ahead(emit, source, i, stride):
-    """Have the image's next rows fetched, which the next block copies: memory works while this block is computed."""
-    for part in range(stride):
-        place = emit.builder.add(emit.builder.mul(i, _I64(stride)), _I64(part * emit.lanes + AHEAD // emit.itemsize))
-        emit.prefetch(emit.builder.gep(source, [place]), 2)
 
 
 def _load_line(emit, source, j, even):
