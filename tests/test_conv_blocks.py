@@ -248,3 +248,51 @@ def test_parts_of_the_pixels_are_added_in_order(rng, split_everything, layout):
         with tilewise.using(threads=threads):
             results.append(kernels.conv2d_backward(grad, x, weight, padding=2, layout=layout)[1])
     assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+# padding wider before than behind, as wide, narrower; taps that reach over it; a last block with fewer rows
+SHARED = [((1, 1), (1, 1)), ((2, 2), (3, 1)), ((2, 2), (1, 3)), ((0, 0), (2, 2)), ((4, 4), (4, 4)), ((1, 0), (0, 2))]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("padding", SHARED, ids=str)
+def test_rows_of_a_plane_share_the_padding_between_them(rng, padding, dtype):
+    """What lies behind a plane's last row is padding too, whatever the memory held before."""
+    for h, w, kernel in ((5, 7, (5, 5)), (37, 41, (3, 5)), (9, 16, (3, 3)), (70, 13, (3, 2))):
+        case = Case(2, 3, h, w, 9, kernel, 1, padding)
+        x, weight, bias = case.arrays(rng, dtype)
+        expected = reference(kernels.conv2d, x, weight, bias, **case.options)
+        kernels.conv2d(np.full_like(x, np.nan), weight, bias, **case.options, algorithm="gemm")
+        y = kernels.conv2d(x, weight, bias, **case.options, algorithm="gemm")
+        assert_close(y, expected, reduction=case.taps)
+
+
+def test_pitch_is_as_short_as_shared_padding_allows():
+    for case, pitch in (
+        (Case(1, 3, 28, 28, 9, (5, 5), 1, 2), 30),
+        (Case(1, 3, 28, 28, 9, (3, 3), 1, ((1, 1), (0, 2))), 30),
+        (Case(1, 3, 28, 28, 9, (3, 3), 1, 0), 28),
+        (Case(1, 3, 28, 28, 9, (3, 3), 2, 1), 15),
+    ):
+        assert planned(case, "NCHW").arrays[0][13] == pitch
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("outputs", [1, 3, 5, 7, 9, 13, 17])
+def test_few_outputs_overwrite_neighbours_of_their_own_only(rng, outputs, groups, dtype):
+    """NHWC: whole vectors are stored beyond a pixel's outputs, but not beyond the result; with a summand neither."""
+    lane = 64 // np.dtype(dtype).itemsize
+    for h, w in ((1, 1), (3, 5), (40, 31)):
+        case = Case(2, 4, h, w, outputs * groups, (3, 3), 1, 1, 1, groups)
+        x, weight, bias = case.arrays(rng, dtype, "NHWC")
+        options = case.options | {"layout": "NHWC"}
+        expected = reference(kernels.conv2d, x, weight, bias, **options)
+        memory = np.full(expected.size + 2 * lane, np.nan, dtype)
+        y = memory[lane:-lane].reshape(expected.shape)
+        kernels.conv2d(x, weight, bias, **options, algorithm="gemm", out=y)
+        assert_close(nchw(y, "NHWC"), nchw(expected, "NHWC"), reduction=case.taps)
+        twice = kernels.conv2d(x, weight, bias, **options, algorithm="gemm", add=y)
+        assert_close(nchw(twice, "NHWC"), nchw(2 * expected, "NHWC"), reduction=case.taps)
+        assert np.isnan(memory[:lane]).all()
+        assert np.isnan(memory[-lane:]).all()

@@ -63,6 +63,10 @@ CASES = {
         depthwise(2, 6, 1100),
         depthwise(40, 30, 40),
         depthwise(67, 5, 6, n=3),
+        # a pixel of 1 KB and more: the weights' gradient copies its channels, the last of them few
+        depthwise(259, 9, 7, n=2),
+        depthwise(264, 13, 10, stride=2, n=2),
+        depthwise(264, 6, 5, padding=((0, 2), (3, 0))),
         depthwise(2, 4, 5, n=70),
         depthwise(2, 29, 300, (9, 9), padding=4),
     ],

@@ -78,87 +78,27 @@ def pack_by_lane(weight, channels, all_taps, packed):
 @device()
 def _region_row(x, channels, stride_w, table, taps, square, weight, all_taps, bias, y, y_step, outputs):
     """`outputs` pixels of one row of a region."""
-    across = stride_w * channels
+    across, ahead = stride_w * channels, step(y, 2 * TILE * y_step)
     if outputs < TILE:
         correlate(
-            0,
-            1,
-            1,
-            0,
-            x,
-            across,
-            table,
-            taps,
-            weight,
-            all_taps,
-            bias,
-            y,
+            0, 1, 1, 0, x, across, table, taps, weight, all_taps, bias, y, y_step, outputs, channels, ahead,
             y_step,
-            outputs,
-            channels,
-            step(y, 2 * TILE * y_step),
-            y_step,
-        )
+        )  # fmt: skip
     elif square == 0:
         correlate(
-            0,
-            1,
-            TILE,
-            0,
-            x,
-            across,
-            table,
-            taps,
-            weight,
-            all_taps,
-            bias,
-            y,
+            0, 1, TILE, 0, x, across, table, taps, weight, all_taps, bias, y, y_step, outputs, channels, ahead,
             y_step,
-            outputs,
-            channels,
-            step(y, 2 * TILE * y_step),
-            y_step,
-        )
+        )  # fmt: skip
     elif stride_w == 1:
         correlate(
-            3,
-            1,
-            TILE,
-            0,
-            x,
-            channels,
-            table,
-            taps,
-            weight,
-            all_taps,
-            bias,
-            y,
+            3, 1, TILE, 0, x, channels, table, taps, weight, all_taps, bias, y, y_step, outputs, channels, ahead,
             y_step,
-            outputs,
-            channels,
-            step(y, 2 * TILE * y_step),
-            y_step,
-        )
+        )  # fmt: skip
     else:
         correlate(
-            3,
-            2,
-            TILE,
-            0,
-            x,
-            channels,
-            table,
-            taps,
-            weight,
-            all_taps,
-            bias,
-            y,
+            3, 2, TILE, 0, x, channels, table, taps, weight, all_taps, bias, y, y_step, outputs, channels, ahead,
             y_step,
-            outputs,
-            channels,
-            step(y, 2 * TILE * y_step),
-            y_step,
-        )
+        )  # fmt: skip
 
 
 @kernel()

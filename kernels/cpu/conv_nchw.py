@@ -8,14 +8,14 @@ A block of output rows copies the rows of x that it needs into planes, with the 
 each phase of the stride. In a plane all taps of neighbouring pixels are neighbours, whatever stride, dilation or
 padding were:
 
-    plane (stride 1, 3x3, width 5)      output pixel p = i * 7 + j, flattened over the padded width
-    0 0 0 0 0 0 0                       tap (r, s) of pixel p lies at p + r * 7 + s
-    0 a b c d e 0                       pixels with j >= 5 are waste: computed, never written
-    0 f g h i j 0
+    plane (stride 1, 3x3, width 5)      output pixel p = i * 6 + j, flattened over the padded width
+    0 0 0 0 0 0                         tap (r, s) of pixel p lies at p + r * 6 + s
+    0 a b c d e                         the zero behind e is the one before f
+    0 f g h i j                         pixels with j >= 5 are waste: computed, never written
 
 So a vector of pixels is one unaligned load at an offset that depends on k alone, and the product reads x from the
 planes through a table of offsets (`offset_product`). Each element of x is copied about once, where columns would be
-copied KH * KW times; the waste is (KW - 1) / width of the arithmetic.
+copied KH * KW times; the waste is at most (KW - 1) / width of the arithmetic.
 
 A tap is given by its offset in x, not by kernel size and dilation: the gradient with respect to x is the same sum with
 other offsets, one for each phase of its stride (see conv.py), written to every stride-th pixel. What follows from the
@@ -63,7 +63,8 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
     parts = [[divmod(int(t) - low, s) for t in axis] for axis, low, s in zip(taps, lows, stride, strict=True)]
     used = list(dict.fromkeys((r, s) for _, r in parts[0] for _, s in parts[1]))
     extra_rows, extra_columns = (max(q for q, _ in axis) for axis in parts)
-    pitch = ow + extra_columns
+    shared = _shared_padding(lows[1], w, ow + extra_columns, extra_columns, stride[1])
+    pitch = ow + extra_columns - shared
     n_taps = len(parts[0]) * len(parts[1])
     whole = channels * n_taps
     block = channels if whole <= WHOLE_DEPTH else max(1, DEPTH // n_taps)
@@ -88,10 +89,15 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
         line, lines = block_rows * ow, 1
     geometry = np.array(
         [n, groups, channels, h, w, outputs, oh, ow, stride[0], stride[1], n_taps, len(used), extra_rows, pitch,
-         block_rows, images, splits, block, plane, *y_steps, activation, line, lines, in_place],
+         block_rows, images, splits, block, plane, *y_steps, activation, line, lines, in_place, shared],
         np.int64,
     )  # fmt: skip
     return geometry, offsets, phases
+
+
+def _shared_padding(low, w, reach, extra, stride):
+    """How many of the zeros behind a plane's row are those before the next, too: half of the waste is saved."""
+    return min(max(0, -low), max(0, reach + low - w), extra) if stride == 1 else 0
 
 
 def efficiency(geometry, lane):
@@ -268,8 +274,9 @@ def _block(
     n_panels = (pixels + width - 1) // width
     tiles, tile_size = (outputs + MR - 1) // MR, MR * width
     size = min(block, channels) * n_phases * plane if not in_place else 0
-    planes = scratch(size + 2 * width, x)
-    clear_row(address(planes, size), width)
+    spare = width + geometry[27]
+    planes = scratch(size + width + spare, x)
+    clear_row(address(planes, size), spare)
     sums = scratch(tile_size * (n_panels * tiles if block < channels else 1), x)
     runs, places = np.empty((width + 1, 3), np.int64), np.empty(6 * NV, np.int64)
     n_runs = 0

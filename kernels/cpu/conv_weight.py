@@ -187,7 +187,7 @@ def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, 
     row_blocks = (oh + block_rows - 1) // block_rows
     count = some * geometry[10]
     bases = _tile_bases(all_bases, 0, count)
-    planes = scratch(some * geometry[11] * plane + 2 * width, x)
+    planes = scratch(some * geometry[11] * plane + 2 * width + geometry[27], x)
     panels = scratch(((outputs + width - 1) // width) * width * block_rows * ow, x)
     sums = scratch(((outputs + width - 1) // width) * width * bases.size, x)
     starts, columns = np.empty(block_rows, np.int64), np.empty(width, np.int64)

@@ -24,6 +24,10 @@ from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal
 
 # Outputs of a tile. AVX-512 holds 9 weights, 4 sums and a few inputs of a 3x3 kernel in its 32 registers.
 TILE = 4
+# Bytes of a pixel (NHWC) up to which the inputs to come are asked for. A tile reads 18 pieces as long as a pixel; the
+# processor follows long ones by itself, and asking again slows 14x14 images of 512 channels down by a third. 56x56
+# images of 128 channels take half the time with it (Zen 3).
+NEAR = 1024
 
 
 def _repeat(builder, count, values, body):
@@ -93,7 +97,10 @@ class _Correlation:
     def emit(self):
         builder, lanes = self.builder, self.vector.lanes
         self.x_step = builder.mul(self.tap_step, _I64(self.stride))
-        whole = builder.and_(self.count, _I64(-lanes))
+        whole, last_vector = builder.and_(self.count, _I64(-lanes)), builder.sub(self.count, _I64(lanes))
+        if self.broadcast:  # the last two vectors overlap, where there is one at all
+            up = builder.and_(builder.add(self.count, _I64(lanes - 1)), _I64(-lanes))
+            whole = builder.select(builder.icmp_signed(">=", last_vector, _I64(0)), up, whole)
         tail = builder.sub(self.count, whole)
         mask = self.vector.mask(_I64(0), tail)
         if self.broadcast:
@@ -114,6 +121,8 @@ class _Correlation:
             y = builder.gep(self.y, [builder.mul(first, self.y_step)])
             self.ahead_now = builder.gep(self.ahead, [builder.mul(first, self.ahead_step)])
             with cgutils.for_range_slice(builder, _I64(0), whole, _I64(lanes)) as (i, _):
+                if self.broadcast:
+                    i = builder.select(builder.icmp_signed("<", i, last_vector), i, last_vector)
                 self._tile(x, y, i, None)
             with builder.if_then(builder.icmp_signed(">", tail, _I64(0))):
                 self._tile(x, y, whole, mask)
@@ -141,6 +150,8 @@ class _Correlation:
         sums = [self.bias_value if self.broadcast else self._load(self.bias, i, mask)] * self.tile
         add_taps = (self._any_sums, self._square_sums, self._some_sums)[(self.square > 0) - (self.square < 0)]
         sums = add_taps(x, i, sums, mask)
+        if mask is None and self.square > 0 and not self.broadcast:
+            self._ask_for_inputs(x)
         for p, value in enumerate(sums):
             offset = builder.mul(self.y_step, _I64(p))
             later = builder.gep(self.ahead_now, [builder.add(i, builder.mul(self.ahead_step, _I64(p)))])
@@ -149,6 +160,16 @@ class _Correlation:
                 self.vector.store(value, y, offset)
             else:
                 self.vector.masked_store(value, y, offset, mask)
+
+    def _ask_for_inputs(self, x):
+        """What the row of outputs below will be the first to read: what the processor asks for by itself comes late."""
+        builder = self.builder
+        down = builder.sub(self.offsets[1], self.offsets[0])
+        with builder.if_then(builder.icmp_signed("<=", self.count, _I64(NEAR // self.vector.itemsize))):
+            for b in range(self.stride):
+                row = builder.gep(x, [builder.add(self.offsets[-1], builder.mul(down, _I64(b + 1)))])
+                for k in range(self.stride * self.tile):
+                    self.vector.prefetch(builder.gep(row, [builder.mul(self.tap_step, _I64(k))]), 2)
 
     def _square_sums(self, x, i, sums, mask):
         builder, size = self.builder, self.square

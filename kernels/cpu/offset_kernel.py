@@ -108,12 +108,18 @@ class _WayOut:
         field = [builder.load(builder.gep(places, [_I64(i)])) for i in range(6 * tile.vectors)]
         self.first = [emit.mask(*field[6 * j : 6 * j + 2]) for j in range(tile.vectors)]
         self.second = [emit.mask(*field[6 * j + 3 : 6 * j + 5]) for j in range(tile.vectors)]
+        bounds = [(_I64(0), field[6 * j]) for j in range(tile.vectors)]
+        bounds += [(field[6 * j + 1], _I64(emit.lanes)) for j in range(tile.vectors)]
+        self.whole = builder.icmp_signed("==", *bounds[0])
+        for bound in bounds[1:]:
+            self.whole = builder.and_(self.whole, builder.icmp_signed("==", *bound))
         self.offsets = [(field[6 * j + 2], field[6 * j + 5]) for j in range(tile.vectors)]
         self.broken = [builder.icmp_signed("<", *field[6 * j + 3 : 6 * j + 5]) for j in range(tile.vectors)]
 
     def ask(self, y, y_step):
-        """Have the lines of y fetched while the sums are made."""
+        """Have the lines of y fetched that the next panel will write: there is the time of all outputs till then."""
         builder = self.tile.builder
+        y = builder.gep(y, [_I64(self.tile.vectors * self.tile.emit.lanes)])
         for i in range(self.tile.rows):
             base = builder.gep(y, [builder.mul(y_step, _I64(i))])
             for offset, _ in self.offsets:
@@ -131,13 +137,22 @@ class _WayOut:
             sums = total[i * tile.vectors : (i + 1) * tile.vectors]
             finished = [emit.maximum(self.floor, emit.add(value, shifts)) for value in sums]
             base = builder.gep(y, [builder.mul(y_step, _I64(i))])
-            for value, (offset, _), mask in zip(finished, self.offsets, self.first, strict=True):
-                emit.masked_store(value, base, offset, mask)
-            for value, (_, offset), mask, broken in zip(finished, self.offsets, self.second, self.broken, strict=True):
-                with builder.if_then(broken):
-                    emit.masked_store(value, base, offset, mask)
+            with builder.if_else(self.whole) as (whole, parts):
+                with whole:
+                    for value, (offset, _) in zip(finished, self.offsets, strict=True):
+                        emit.store(value, base, offset)
+                with parts:
+                    self._write_parts(finished, base)
         builder.branch(end)
         builder.position_at_end(end)
+
+    def _write_parts(self, values, base):
+        emit, builder = self.tile.emit, self.tile.builder
+        for value, (offset, _), mask in zip(values, self.offsets, self.first, strict=True):
+            emit.masked_store(value, base, offset, mask)
+        for value, (_, offset), mask, broken in zip(values, self.offsets, self.second, self.broken, strict=True):
+            with builder.if_then(broken):
+                emit.masked_store(value, base, offset, mask)
 
 
 def _load_if(builder, condition, pointer, emit):

@@ -61,6 +61,7 @@ def copy_planes(x, base, image_step, images, channels, row0, rows, geometry, pha
     """planes[(c * phases + phase) * plane + (image * rows + i) * pitch + j]; `rows` with those that taps add."""
     h, w, stride_h, stride_w = geometry[3], geometry[4], geometry[8], geometry[9]
     n_phases, pitch, plane = geometry[11], geometry[13], geometry[18]
+    shared = geometry[27]
     for c in range(channels):
         for phase in range(n_phases):
             row = row0 * stride_h + phases[4 * phase]
@@ -70,3 +71,5 @@ def copy_planes(x, base, image_step, images, channels, row0, rows, geometry, pha
                     x, base + image * image_step + c * h * w, h, w, row, rows, stride_h, stride_w, phases, 4 * phase,
                     pitch, planes, (c * n_phases + phase) * plane + image * rows * pitch,
                 )  # fmt: skip
+            if shared > 0:  # the last row's padding; no next row brings it
+                clear_row(address(planes, (c * n_phases + phase) * plane + images * rows * pitch), shared)
