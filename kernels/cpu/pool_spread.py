@@ -278,7 +278,8 @@ def averages_backward(g, gx, plan, bands, table, index, weights):
         start *= own_planes
         end = min(start + own_planes, planes)
         if plan[WAY] == FILL:
-            fill_planes(address(gx, start * w_n * h_n), address(g, start), end - start, w_n * h_n, weights[0], weights[1])
+            size = h_n * w_n
+            fill_planes(address(gx, start * size), address(g, start), end - start, size, weights[0], weights[1])
             continue
         memory = scratch(pitch * group + 2 * margin, g)
         memory[:] = 0  # windows that slide over the part's ends find zeros
