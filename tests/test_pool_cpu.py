@@ -178,6 +178,16 @@ def test_gradient_of_averages_of_wide_windows_and_of_large_planes(rng, dtype):
         assert_close(ours, theirs, reduction=40)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradient_of_one_window_to_a_plane(rng, dtype):
+    """Planes shorter than a vector, as long as one or two, and one pixel longer or shorter; powers of two are exact."""
+    for size in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 49):
+        for planes in (1, 37):
+            grad = rng.integers(-9, 9, (1, planes, 1, 1)).astype(dtype)
+            ours = kernels.avg_pool2d_backward(grad, (1, planes, size, 1), (size, 1), divisor_override=4)
+            np.testing.assert_array_equal(ours, np.repeat(grad / dtype(4), size, axis=2))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_global_averages_of_every_length(rng, dtype, layout):

@@ -18,6 +18,7 @@ from tilewise.kernels.cpu.activation_softmax import (
 )
 from tilewise.kernels.cpu.epilogue import prefer_widest_vectors
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.scratch import empty
 
 CHUNK = (
     16384  # elements in one unit of parallel work: 64 kB of float32, a few microseconds, so that a launch is worth it
@@ -27,6 +28,7 @@ RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN = range(1, 7)
 # Serial nanoseconds for one element, measured roughly; they only decide between serial and parallel.
 _NANOSECONDS = {RELU: 0.25, LEAKY_RELU: 0.25, SIGMOID: 1.0, TANH: 1.0, STEP: 0.25, SIGN: 0.25}
 _SOFTMAX_NANOSECONDS = 2.0
+ALIGNED = 1 << 22  # bytes of a result from which on aligned memory, used before, is worth asking for
 
 
 @device()
@@ -96,6 +98,10 @@ def _backward_kernel(grad, y, result, code, slope):
         _backward_run(grad[start:stop], y[start:stop], result[start:stop], code, slope)
 
 
+def _allocator(shape, dtype):
+    return empty if math.prod(shape) * dtype.itemsize >= ALIGNED else np.empty
+
+
 def _prepare_forward(code: int):
     """`prepare_` for an activation: what follows from the shape is worked out once, and a call does little else."""
 
@@ -103,9 +109,10 @@ def _prepare_forward(code: int):
         (shape,) = shapes
         like = np.empty(0, dtype)
         kernel = _forward_kernel.bound(math.prod(shape) * _NANOSECONDS[code], like, like, code, negative_slope)
+        new = _allocator(shape, dtype)
 
         def run(x):
-            y = np.empty(shape, dtype)
+            y = new(shape, dtype)
             kernel(x.ravel(), y.ravel(), code, negative_slope)
             return y
 
@@ -119,9 +126,10 @@ def _prepare_backward(code: int):
         shape = shapes[1]
         like = np.empty(0, dtype)
         kernel = _backward_kernel.bound(math.prod(shape) * 0.3, like, like, like, code, negative_slope)
+        new = _allocator(shape, dtype)
 
         def run(grad, y):
-            result = np.empty(shape, dtype)
+            result = new(shape, dtype)
             kernel(grad.ravel(), y.ravel(), result.ravel(), code, negative_slope)
             return result
 

@@ -1,4 +1,4 @@
-"""Averages of small NCHW planes whose windows overlap and lie three columns or more apart, in registers (AVX-512).
+"""Averages of small NCHW planes whose windows overlap and lie three columns or more apart, in registers (AVX).
 
 A folded row of such a plane is one vector or two, and few of its sums are wanted: 4 of 14 in GoogLeNet's 5x5 pool with
 stride 3. Instead of going through memory and being picked there, they are permuted to their places:
@@ -17,10 +17,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device
-from tilewise.kernels.cpu.simd import _I64, VECTOR_BYTES, _literal, lane_count
+from tilewise.kernels.cpu.simd import _I32, _I64, VECTOR_BYTES, _literal, lane_count
 from tilewise.kernels.cpu.vector_pass import emitted
 
-PERMUTES = VECTOR_BYTES == 64  # other machines have no permutation by a vector of indices
+PERMUTES = VECTOR_BYTES >= 32  # other machines have no permutation by a vector of indices
 
 
 def vectors(span: int, outputs: int, itemsize: int) -> int:
@@ -29,17 +29,35 @@ def vectors(span: int, outputs: int, itemsize: int) -> int:
     return -(-span // lanes) if PERMUTES and span <= 2 * lanes and outputs <= lanes else 0
 
 
-def _permuted(emit, vectors, index):
-    """Lane l of the result: element index[l] of the vectors together."""
-    kind = "ps" if emit.itemsize == 4 else "pd"
-    element = "sf" if emit.itemsize == 4 else "df"
-    if len(vectors) == 1:
-        operands, name = [*vectors, index], f"llvm.x86.avx512.permvar.{element}.512"
-    else:
-        operands, name = [vectors[0], index, vectors[1]], f"llvm.x86.avx512.vpermi2var.{kind}.512"
-    function_type = ir.FunctionType(emit.vector, [operand.type for operand in operands])
-    function = cgutils.get_or_insert_function(emit.builder.module, function_type, name)
-    return emit.builder.call(function, operands)
+def permuted(emit, value, index):
+    """Lane l of the result: element index[l] of the vector, modulo its length. index: integers as wide as elements."""
+    if VECTOR_BYTES == 64:
+        name = f"llvm.x86.avx512.permvar.{'sf' if emit.itemsize == 4 else 'df'}.512"
+        return _call(emit, name, emit.vector, value, index)
+    if emit.itemsize == 4:
+        return _call(emit, "llvm.x86.avx2.permps", emit.vector, value, index)
+    builder = emit.builder  # AVX2 permutes halves of float64: 2 index and 2 index + 1
+    low = builder.shl(index, ir.Constant(index.type, [1] * emit.lanes))
+    high = builder.shl(low, ir.Constant(index.type, [32] * emit.lanes))
+    pairs = builder.or_(builder.or_(low, high), ir.Constant(index.type, [1 << 32] * emit.lanes))
+    singles = ir.VectorType(ir.FloatType(), 2 * emit.lanes)
+    halves = builder.bitcast(pairs, ir.VectorType(_I32, 2 * emit.lanes))
+    moved = _call(emit, "llvm.x86.avx2.permps", singles, builder.bitcast(value, singles), halves)
+    return builder.bitcast(moved, emit.vector)
+
+
+def _of_pair(emit, low, high, index):
+    """Lane l: element index[l] of two vectors together."""
+    if VECTOR_BYTES == 64:
+        name = f"llvm.x86.avx512.vpermi2var.{'ps' if emit.itemsize == 4 else 'pd'}.512"
+        return _call(emit, name, emit.vector, low, index, high)
+    in_low = emit.builder.icmp_signed("<", index, ir.Constant(index.type, [emit.lanes] * emit.lanes))
+    return emit.builder.select(in_low, permuted(emit, low, index), permuted(emit, high, index))
+
+
+def _call(emit, name, result, *operands):
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return emit.builder.call(cgutils.get_or_insert_function(emit.builder.module, kind, name), operands)
 
 
 def _repeat(emit, known, count, values, body):
@@ -76,7 +94,8 @@ def sum_windows(typingctx, wide, known, out, source, planes, height, width, rows
 
         first = builder.mul(everywhere(sw), builder.urem(lane, everywhere(columns)))
         span = builder.add(builder.mul(builder.sub(columns, _I64(1)), sw), kw)
-        masks = [emit.mask(_I64(0), builder.sub(span, _I64(v * lanes))) for v in range(parts)]
+        mask = emit.mask(_I64(0), builder.sub(span, _I64((parts - 1) * lanes)))
+        written = builder.mul(planes, builder.mul(rows, columns))
         together = builder.udiv(_I64(lanes), columns)  # output rows in a vector
         packs = builder.udiv(builder.add(rows, builder.sub(together, _I64(1))), together)
         one = ir.Constant(numbers, [1] * lanes)
@@ -86,21 +105,22 @@ def sum_windows(typingctx, wide, known, out, source, planes, height, width, rows
 
             def down(s, sums):
                 at = builder.mul(s, width)
-                places = [builder.add(at, _I64(v * lanes)) for v in range(parts)]
-                values = [emit.masked_load(start, *place) for place in zip(places, masks, strict=True)]
+                last = builder.add(at, _I64((parts - 1) * lanes))
+                values = [emit.load(start, at)] * (parts - 1) + [emit.masked_load(start, last, mask)]
                 return [emit.add(total, value) for total, value in zip(sums, values, strict=True)]
 
             sums = _repeat(emit, taps, kh, [emit.zero] * parts, down)
 
             def across(t, values):
                 total, index = values
-                return [emit.add(total, _permuted(emit, sums, index)), builder.add(index, one)]
+                value = permuted(emit, *sums, index) if parts == 1 else _of_pair(emit, *sums, index)
+                return [emit.add(total, value), builder.add(index, one)]
 
             return _repeat(emit, taps, kw, [emit.zero, first], across)[0]
 
         def plane(p, _):
             begin = builder.gep(source, [builder.mul(p, builder.mul(height, width))])
-            target = builder.gep(out, [builder.mul(p, builder.mul(rows, columns))])
+            at = builder.mul(p, builder.mul(rows, columns))
             step = builder.mul(sh, width)
 
             def pack(n, _):
@@ -114,8 +134,14 @@ def sum_windows(typingctx, wide, known, out, source, planes, height, width, rows
                     return [builder.select(mine, sums, packed[0])]
 
                 _, (packed,) = emit.loop(_I64(0), count, 1, [emit.zero], place)
-                mask = emit.mask(_I64(0), builder.mul(count, columns))
-                emit.masked_store(packed, target, builder.mul(i, columns), mask)
+                # a whole vector where what it spoils behind these rows is written later
+                there = builder.add(at, builder.mul(i, columns))
+                ends = builder.icmp_signed(">", builder.add(there, _I64(lanes)), written)
+                with builder.if_else(ends) as (last, before):
+                    with last:
+                        emit.masked_store(packed, out, there, emit.mask(_I64(0), builder.mul(count, columns)))
+                    with before:
+                        emit.store(packed, out, there)
                 return []
 
             emit.loop(_I64(0), packs, 1, [], pack)
@@ -129,9 +155,12 @@ def sum_windows(typingctx, wide, known, out, source, planes, height, width, rows
 @device()
 def sums_of_planes(out, source, planes, height, width, rows, columns, kh, kw, sh, sw, wide):
     """`sum_windows` by the variant that fits."""
-    if wide == 2:
+    five = kh == 5 and kw == 5
+    if wide == 2 and five:
+        sum_windows(2, 5, out, source, planes, height, width, rows, columns, 5, 5, sh, sw)
+    elif wide == 2:
         sum_windows(2, 0, out, source, planes, height, width, rows, columns, kh, kw, sh, sw)
-    elif kh == 5 and kw == 5:
+    elif five:
         sum_windows(1, 5, out, source, planes, height, width, rows, columns, 5, 5, sh, sw)
     else:
         sum_windows(1, 0, out, source, planes, height, width, rows, columns, kh, kw, sh, sw)

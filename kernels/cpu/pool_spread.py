@@ -10,7 +10,7 @@ windows are equal: such a group of rows, a band, is computed once and stored as 
 
 First the weighted sum of a band's rows of grad goes to a part, for several planes, then each part is spread: every
 column gathers from the windows that it lies in, as told by a table, so nothing is scattered. In NCHW a vector of
-columns lies in few windows, which one vector of the part holds: the gather is a permutation of a register (AVX-512).
+columns lies in few windows, which one vector of the part holds: the gather is a permutation of a register (AVX).
 
 Everything that follows from the shapes alone is in `plan`, made once per signature (`plan_of`).
 """
@@ -23,8 +23,10 @@ from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.pool_fold import SUM, fold_rows, move, sum_contiguous
+from tilewise.kernels.cpu.pool_planes import PERMUTES, permuted
 from tilewise.kernels.cpu.scratch import keep, scratch
-from tilewise.kernels.cpu.simd import _I32, _I64, VECTOR_BYTES, _Emitter, _literal, address, lane_count
+from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal, address, lane_count
+from tilewise.kernels.cpu.vector_pass import emitted
 
 # Elements of grad_x in the planes that are worked on at once, and of their parts: 16 KB of float32 each, to stay in L1.
 PART = 4096
@@ -36,9 +38,9 @@ CHUNK = 32768  # elements of grad_x in a chunk
     PLANES, BANDS, H, W, C, OH, SIZE, PITCH, GROUP, WAY, TAPS, MARGIN, WHOLE, VECTORS, OWN_PLANES, OWN_BANDS
 ) = range(16)  # fmt: skip
 # How a part is spread: pixel by pixel in NHWC; for windows one column apart as the sum of a moving window; else by
-# table.
-PIXELS, SLIDE, PERMUTE, GATHER = range(4)
-_REGISTERS = PERMUTE if VECTOR_BYTES == 64 else GATHER  # other machines have no such permutation
+# table. FILL: nothing is, as a plane is one window.
+PIXELS, SLIDE, PERMUTE, GATHER, FILL = range(5)
+_REGISTERS = PERMUTE if PERMUTES else GATHER
 
 
 @intrinsic(prefer_literal=True)
@@ -101,7 +103,9 @@ def spread_columns(
     the sum over taps of part[base + index[i]], where an index below zero stands for 0.
 
     way: PERMUTE, where every index is less than the lanes, or GATHER. known: the number of taps where it is known, else
-    0. table: first and base of each vector; index: its `taps` vectors of indices, integers as wide as the elements.
+    0; the indices then stay in registers for all planes. table: first and base of each vector; index: its `taps`
+    vectors of indices, integers as wide as the elements. Only rows shorter than a vector are written under a mask: on
+    Zen 3, AVX2's masked store takes 12 cycles.
     """
     how, unrolled = _literal(way), _literal(known)
     signature = types.void(way, known, out, *[types.intp] * 4, part, types.intp, table, index, types.intp, types.intp)
@@ -111,7 +115,6 @@ def spread_columns(
         emit = _Emitter(builder, signature.args[2].dtype)
         places = _Emitter(builder, signature.args[10].dtype)
         total = cgutils.alloca_once(builder, emit.vector)
-        mask = emit.mask(_I64(0), width)
 
         def entry(v, k):
             return builder.load(builder.gep(table, [builder.add(builder.mul(v, _I64(2)), _I64(k))]))
@@ -121,37 +124,72 @@ def spread_columns(
             return where, builder.icmp_signed(">=", where, places.zero)
 
         def take(pointer, where, present):
-            value = _permuted(emit, pointer, where) if how == PERMUTE else _gathered(emit, pointer, where, present)
+            if how == PERMUTE:
+                value = permuted(emit, emit.load(pointer, _I64(0)), where)
+            else:
+                value = _gathered(emit, pointer, where, present)
             return builder.select(present, value, emit.zero)
 
-        with cgutils.for_range(builder, planes) as plane, cgutils.for_range(builder, vectors) as loop:
-            first, base = entry(loop.index, 0), entry(loop.index, 1)
-            chosen = [indices(loop.index, _I64(t)) for t in range(unrolled)]
-            source = builder.gep(part, [builder.add(builder.mul(plane.index, part_pitch), base)])
-            target = builder.gep(out, [builder.add(builder.mul(plane.index, out_pitch), first)])
+        def add_up(source, v, chosen):
             if unrolled:
                 value = take(source, *chosen[0])
                 for where, present in chosen[1:]:
                     value = emit.add(value, take(source, where, present))
-            else:
-                builder.store(emit.zero, total)
-                with cgutils.for_range(builder, taps) as tap:
-                    value = take(source, *indices(loop.index, tap.index))
-                    builder.store(emit.add(builder.load(total), value), total)
-                value = builder.load(total)
-            with cgutils.for_range(builder, rows) as row:
-                emit.masked_store(value, target, builder.mul(row.index, width), mask)
+                return value
+            builder.store(emit.zero, total)
+            with cgutils.for_range(builder, taps) as tap:
+                value = take(source, *indices(v, tap.index))
+                builder.store(emit.add(builder.load(total), value), total)
+            return builder.load(total)
+
+        def spread(store):
+            with cgutils.for_range(builder, vectors) as loop:
+                first, base = entry(loop.index, 0), entry(loop.index, 1)
+                chosen = [indices(loop.index, _I64(t)) for t in range(unrolled)]
+                with cgutils.for_range(builder, planes) as plane:
+                    source = builder.gep(part, [builder.add(builder.mul(plane.index, part_pitch), base)])
+                    target = builder.gep(out, [builder.add(builder.mul(plane.index, out_pitch), first)])
+                    value = add_up(source, loop.index, chosen)
+                    with cgutils.for_range(builder, rows) as row:
+                        store(value, target, builder.mul(row.index, width))
+
+        with builder.if_else(builder.icmp_signed(">=", width, _I64(emit.lanes))) as (wide, narrow):
+            with wide:
+                spread(emit.store)
+            with narrow:
+                mask = emit.mask(_I64(0), width)
+                spread(lambda *place: emit.masked_store(*place, mask))
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _permuted(emit, pointer, where):
-    kind = "sf" if emit.itemsize == 4 else "df"
-    function_type = ir.FunctionType(emit.vector, [emit.vector, where.type])
-    name = f"llvm.x86.avx512.permvar.{kind}.512"
-    permute = cgutils.get_or_insert_function(emit.builder.module, function_type, name)
-    return emit.builder.call(permute, [emit.load(pointer, _I64(0)), where])
+@intrinsic
+def fill_planes(typingctx, out, values, planes, size, height, width):
+    """out[p * size + i] = values[p] * height * width for p < planes, i < size. The last vector of a plane ends with
+    it."""
+
+    def emission(emit, args):
+        out, values, planes, size, *weights = args
+        builder = emit.builder
+        last = builder.sub(size, _I64(emit.lanes))
+
+        def fill(p, _):
+            value, target = builder.load(builder.gep(values, [p])), builder.gep(out, [builder.mul(p, size)])
+            for weight in weights:
+                value = builder.fmul(value, weight)
+            with builder.if_else(builder.icmp_signed(">=", last, _I64(0))) as (wide, narrow):
+                with wide:
+                    everywhere = emit.splat(value)
+                    emit.loop(_I64(0), size, emit.lanes, [], lambda i, _: emit.store(everywhere, target, i) or [])
+                    emit.store(everywhere, target, last)
+                with narrow:
+                    emit.loop(_I64(0), size, 1, [], lambda i, _: emit.put(value, target, i) or [])
+            return []
+
+        emit.loop(_I64(0), planes, 1, [], fill)
+
+    return emitted(types.void(out, values, types.intp, types.intp, out.dtype, out.dtype), emission)
 
 
 def _gathered(emit, pointer, where, present):
@@ -239,6 +277,10 @@ def averages_backward(g, gx, plan, bands, table, index, weights):
         band = (chunk - start * cuts) * own_bands
         start *= own_planes
         end = min(start + own_planes, planes)
+        if plan[WAY] == FILL:
+            size = h_n * w_n
+            fill_planes(address(gx, start * size), address(g, start), end - start, size, weights[0], weights[1])
+            continue
         memory = scratch(pitch * group + 2 * margin, g)
         memory[:] = 0  # windows that slide over the part's ends find zeros
         part, heights = address(memory, margin), address(weights, 0)
@@ -263,19 +305,12 @@ def plan_of(x_shape, grad_shape, dtype, layout, rows, columns, kernel_width, str
     planes, h, w, oh, ow, c = (n * a, b, d, f, k, 1) if layout == "NCHW" else (n, a, b, e, f, d)
     top, height = covering(h, *rows[:2])
     near, taps = covering(w, *columns[:2])
-    if c == oh == ow == 1 and height.all() and taps.all():  # a plane is one window: it may as well be one row
-        h, w, top, height, near, taps = (
-            1,
-            h * w,
-            np.zeros(1, int),
-            np.ones(1, int),
-            np.zeros(h * w, int),
-            np.ones(h * w, int),
-        )
     first = np.flatnonzero(np.diff(top, prepend=-1) | np.diff(height, prepend=-1))
     bands = np.stack((first, np.diff(first, append=h), top[first], height[first]), 1)
     most, index = int(taps.max(initial=0)), np.zeros((0, 0, lanes), int)
-    if c > 1:
+    if c == oh == ow == 1 and height.all() and taps.all():
+        way, table = FILL, near
+    elif c > 1:
         way, table = PIXELS, np.concatenate((near, taps))
     elif stride == 1:
         way, table, most = SLIDE, near[:1] + taps[:1] - kernel_width, kernel_width
@@ -316,7 +351,7 @@ def _columns_of_vectors(near, taps, most, lanes):
     tap = np.arange(most)[:, None]
     inside = np.minimum(column, near.size - 1)
     index = np.where((column < near.size) & (tap < taps[inside]), near[inside] + tap - base[:, None, None], -1)
-    way = PERMUTE if VECTOR_BYTES == 64 and index.max(initial=0) < lanes else GATHER
+    way = PERMUTE if PERMUTES and index.max(initial=0) < lanes else GATHER
     return way, np.stack((first, base), 1), index
 
 
