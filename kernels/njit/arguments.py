@@ -99,12 +99,19 @@ def check_pairs(function: str, **options):
             raise TypingError(f"{function}: {name} must be an int or a pair (height, width), got {kind}")
 
 
-def check_padding(function: str, kind):
+PADDING_NAMES = "valid", "same", "same_lower"  # their places, from 1 on, are how settled_padding knows them
+
+
+def check_padding(function: str, kind, named: bool = False) -> int:
+    """0 for a padding in numbers, else which of PADDING_NAMES it is, where those are allowed."""
+    if named and isinstance(kind, types.StringLiteral | types.UnicodeType | str):
+        return PADDING_NAMES.index(literal(function, "padding", kind, *PADDING_NAMES)) + 1
     two = isinstance(kind, types.BaseTuple) and len(kind) == 2 and all(map(_is_pair, kind))
     if not (two or _is_integer(kind) or _is_pair(kind)):
         raise TypingError(
             f"{function}: padding must be an int, a pair (height, width) or ((top, bottom), (left, right)), got {kind}"
         )
+    return 0
 
 
 def check_number(function: str, **options):
@@ -149,11 +156,15 @@ def pair_or(typing_context, value, otherwise):
 
 @intrinsic
 def as_padding(typing_context, value):
-    """((top, bottom), (left, right)) from any of padding's forms."""
+    """((top, bottom), (left, right)) from any of padding's forms; 0 for a name."""
     kind = types.UniTuple(types.UniTuple(types.int64, 2), 2)
 
     def generate(context, builder, signature, values):
-        numbers = _integers(context, builder, signature.args[0], values[0])
+        given = signature.args[0]
+        if isinstance(given, types.StringLiteral | types.UnicodeType):
+            numbers = [context.get_constant(types.int64, 0)]
+        else:
+            numbers = _integers(context, builder, given, values[0])
         if len(numbers) < 4:
             numbers = [number for number in numbers for _ in range(4 // len(numbers))]
         pairs = [cgutils.pack_array(builder, numbers[:2]), cgutils.pack_array(builder, numbers[2:])]
