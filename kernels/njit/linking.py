@@ -16,6 +16,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 from llvmlite import binding
 from numba import types
 from numba.core import cgutils
@@ -94,6 +95,18 @@ def _overload_contiguous(array):
     if array.layout == "C" and array.aligned:
         return lambda array: shaped(array, array.shape)
     return lambda array: shaped(array.copy(), array.shape)
+
+
+def optional(array, like):
+    """As `contiguous`; an empty vector of like's dtype where it is None."""
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(optional)
+def _overload_optional(array, like):
+    if isinstance(array, types.Array):
+        return lambda array, like: contiguous(array)
+    return lambda array, like: np.empty(0, like.dtype)
 
 
 @intrinsic
