@@ -64,7 +64,8 @@ def test_convolution(rng, dtype, layout):
 
 
 def test_the_same_algorithm_gives_the_same_bits(rng):
-    for shape, outputs, kernel, padding in (((2, 5, 20, 21), 24, 5, 2), ((8, 64, 28, 28), 64, 3, 1), ((2, 64, 16, 16), 32, 1, 0)):
+    cases = ((2, 5, 20, 21), 24, 5, 2), ((8, 64, 28, 28), 64, 3, 1), ((2, 64, 16, 16), 32, 1, 0)
+    for shape, outputs, kernel, padding in cases:
         x = rng.standard_normal(shape).astype(np.float32)
         weight = rng.standard_normal((outputs, shape[1], kernel, kernel)).astype(np.float32)
         bias = rng.standard_normal(outputs).astype(np.float32)

@@ -96,7 +96,9 @@ def test_batch_norm(rng):
             np.testing.assert_array_equal(result, right)
         grad = rng.standard_normal(shape).astype(np.float32)
         for result, right in zip(
-            norm_gradients(grad, x, *wanted[1:], weight), t.batch_norm_backward(grad, x, *wanted[1:], weight), strict=True
+            norm_gradients(grad, x, *wanted[1:], weight),
+            t.batch_norm_backward(grad, x, *wanted[1:], weight),
+            strict=True,
         ):
             np.testing.assert_array_equal(result, right)
 

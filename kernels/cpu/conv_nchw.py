@@ -51,7 +51,7 @@ PLANE_BYTES = 64 << 10
 
 
 def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, blocks=None):
-    """(geometry, offsets, phases) for `convolve`. It is Python for Numba, too (njit/conv.py), and so without some of it.
+    """(geometry, offsets, phases) for `convolve`. Python for Numba, too (njit/conv.py): no generators, no mixed lists.
 
     x: (n, channels a group, h, w). outputs: a group. taps: the taps' offsets in x, rows and columns. grid: rows and
     columns of output pixels. y_steps: (start, plane, row step, column step) of y. blocks: (channels, output rows) of a

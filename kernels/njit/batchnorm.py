@@ -39,9 +39,7 @@ def evaluated(x, y, images, channels, pixels, running_mean, running_var, weight,
 
 
 @kernel(parallel=False)
-def trained(
-    x, y, images, channels, pixels, running_mean, running_var, weight, bias, mean, invstd, momentum, eps, code
-):
+def trained(x, y, images, channels, pixels, running_mean, running_var, weight, bias, mean, invstd, momentum, eps, code):
     """As `evaluated`."""
     operands = running_mean, running_var, weight, bias, mean, invstd
     if pixels == 0:

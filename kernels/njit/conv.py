@@ -89,7 +89,9 @@ def checked(x, weight, bias, add, stride, name, padding, dilation, groups, nhwc)
 def choice(x, weight, oh, ow, stride, padding, dilation, groups, nhwc, may_winograd):
     """Which algorithm: as conv.choose_conv2d."""
     outputs, channels = weight[0] // groups, weight[1]
-    if (groups > 1 and channels == 1) or 2 * x[0] * weight[0] * channels * weight[2] * weight[3] * oh * ow < DIRECT_BELOW:
+    if (groups > 1 and channels == 1) or 2 * x[0] * weight[0] * channels * weight[2] * weight[
+        3
+    ] * oh * ow < DIRECT_BELOW:
         return DIRECT
     if nhwc:
         return PRODUCT
@@ -251,7 +253,7 @@ def _run_nchw(wanted: str, may_winograd: bool):
     def by_winograd(x, weight, y, bias, extra, stride, padding, dilation, groups, code):
         if weight.shape[2] != 3 or weight.shape[3] != 3 or stride != (1, 1) or dilation != (1, 1):
             raise WrongShape(
-                "conv2d: algorithm 'winograd' does not apply: needs a 3x3 kernel with stride and dilation 1 (weight {})",
+                "conv2d: algorithm 'winograd' does not apply: it needs 3x3 kernels, stride and dilation 1 (weight {})",
                 weight.shape,
             )  # fmt: skip
         call_kernel("njit.conv.winograd", (x, weight, y, bias, extra, padding, groups, code))

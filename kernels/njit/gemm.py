@@ -165,7 +165,9 @@ def _product_of_vectors(a_rank: int, b_rank: int):
     def implementation(a, b, out=None):
         depth = a.shape[a_rank - 1]
         if depth != b.shape[0]:
-            raise WrongShape("matmul: a's last axis is {} but b has {} (a {}, b {})", depth, b.shape[0], a.shape, b.shape)
+            raise WrongShape(
+                "matmul: a's last axis is {} but b has {} (a {}, b {})", depth, b.shape[0], a.shape, b.shape
+            )
         rows, columns = contiguous(a), contiguous(b)
         left = shaped(rows, (1 if a_rank == 1 else a.shape[0], depth))
         right = shaped(columns, (depth, 1 if b_rank == 1 else b.shape[b_rank - 1]))
@@ -236,7 +238,9 @@ def matmul(a, b, out=None):
     if max(a.ndim, b.ndim) <= 2:
         return _product_of_vectors(a.ndim, b.ndim)
     if min(a.ndim, b.ndim) == 1:
-        raise TypingError("matmul: inside @njit, a stack times a vector is not supported; give the vector a second axis")
+        raise TypingError(
+            "matmul: inside @njit, a stack times a vector is not supported; give the vector a second axis"
+        )
     return _product_of_stacks(a.ndim, b.ndim)
 
 

@@ -12,7 +12,7 @@ sees to both when it is unpickled:
                | else: the kernel is loaded from its own cache (or compiled), and its address is given the name
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -49,7 +49,7 @@ def _stamp() -> str:
     return source_stamp()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _provide(kernel: str, arguments: tuple) -> tuple[str, Any]:
     """(the symbol, which is there from now on; the type that is returned)."""
     module, _, name = kernel.rpartition(".")

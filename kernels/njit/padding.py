@@ -6,7 +6,7 @@ from numba.core.errors import TypingError
 from numba.cpython.unsafe.tuple import tuple_setitem
 
 from tilewise.kernels.cpu.jit import device
-from tilewise.kernels.cpu.padding import _MODES, CHUNK, CIRCULAR, CONSTANT, REFLECT, REPLICATE
+from tilewise.kernels.cpu.padding import _MODES, CHUNK, CIRCULAR, REFLECT, REPLICATE
 from tilewise.kernels.njit.arguments import (
     WrongShape,
     as_padding,
@@ -113,9 +113,7 @@ def pad_backward(grad, input_shape, padding, mode="constant"):
             planes = _leading(input_shape)
             flat = shaped(source, (planes, grad.shape[grad.ndim - 2], grad.shape[grad.ndim - 1]))
             gathered = shaped(result, (planes, h, w))
-            call_kernel(
-                "cpu.padding._gather", (flat, gathered, min(h, CHUNK // w + 1), pairs[0][0], pairs[1][0], code)
-            )
+            call_kernel("cpu.padding._gather", (flat, gathered, min(h, CHUNK // w + 1), pairs[0][0], pairs[1][0], code))
         return result
 
     return implementation

@@ -29,7 +29,7 @@ from tilewise.kernels.njit.images import (
     unbatch,
     window_count,
 )
-from tilewise.kernels.njit.linking import call_kernel, contiguous, shaped
+from tilewise.kernels.njit.linking import call_kernel
 
 LAYOUTS = "NCHW", "NHWC"
 extents_along, plan_fields = device(allocates=True)(pool_windows._extents), pool_windows.plan_fields
