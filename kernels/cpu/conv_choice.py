@@ -33,16 +33,21 @@ def estimate_times(n, groups, weight, oh, ow, layout, packed=False):
     weights, whose 36 numbers each are written and read once and cost more where they do not fit a cache. Packed weights
     are only read, but those of Winograd are four times as many.
     """
-    outputs, channels = weight[0] // groups, weight[1]
+    few, nhwc = few_tiles(n, groups, weight, oh, ow), layout == "NHWC"
+    gemm, winograd = product_and_winograd(n, groups, weight[0] // groups, weight[1], oh, ow, nhwc, few, packed)
+    return {"gemm": gemm, "winograd": winograd}
+
+
+def product_and_winograd(n, groups, outputs, channels, oh, ow, nhwc, few, packed):
+    """The two estimates; Python for Numba, too (njit/conv.py)."""
     gemm = 2 * 9 * channels * outputs * oh * ow * n / 115
     tiles = n * conv_winograd_nhwc.count_tiles(oh, ow)
     weights = 36 * channels * outputs
-    few = few_tiles(n, groups, weight, oh, ow)
-    if few or layout == "NHWC":
+    if few or nhwc:
         tiles, cost = -(-tiles // MR) * MR, 0.15 if few else 1.2 if weights < 1 << 22 else 3
     else:
         tiles, cost = -(-tiles // TILES) * TILES, 1.2 if weights < 1 << 22 else 3
     cost = 0.1 if packed else cost
     products = 36 * channels * outputs * tiles * 2 / 125
     transforms = (12 if few else 24) * tiles * (channels + outputs)
-    return {"gemm": groups * gemm, "winograd": groups * (products + transforms + weights * cost)}
+    return groups * gemm, groups * (products + transforms + weights * cost)

@@ -51,7 +51,7 @@ PLANE_BYTES = 64 << 10
 
 
 def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, blocks=None):
-    """(geometry, offsets, phases) for `convolve`.
+    """(geometry, offsets, phases) for `convolve`. Python for Numba, too (njit/conv.py): no generators, no mixed lists.
 
     x: (n, channels a group, h, w). outputs: a group. taps: the taps' offsets in x, rows and columns. grid: rows and
     columns of output pixels. y_steps: (start, plane, row step, column step) of y. blocks: (channels, output rows) of a
@@ -59,37 +59,44 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
     """
     n, channels, h, w = x
     oh, ow = grid
-    lows = [int(t.min()) for t in taps]
-    parts = [[divmod(int(t) - low, s) for t in axis] for axis, low, s in zip(taps, lows, stride, strict=True)]
-    used = list(dict.fromkeys((r, s) for _, r in parts[0] for _, s in parts[1]))
-    extra_rows, extra_columns = (max(q for q, _ in axis) for axis in parts)
-    shared = _shared_padding(lows[1], w, ow + extra_columns, extra_columns, stride[1])
+    low_row, low_column = int(taps[0].min()), int(taps[1].min())
+    rows, row_phases = _split(taps[0], low_row, stride[0])
+    columns, column_phases = _split(taps[1], low_column, stride[1])
+    used = _used_phases(row_phases, column_phases)
+    extra_rows, extra_columns = int(rows.max()), int(columns.max())
+    shared = _shared_padding(low_column, w, ow + extra_columns, extra_columns, stride[1])
     pitch = ow + extra_columns - shared
-    n_taps = len(parts[0]) * len(parts[1])
+    n_taps = rows.size * columns.size
     whole = channels * n_taps
     block = channels if whole <= WHOLE_DEPTH else max(1, DEPTH // n_taps)
     lane = lane_count(itemsize)
-    if blocks:
+    if blocks is not None:
         block = blocks[0]
     row_bytes = block * len(used) * pitch * itemsize
     block_rows, images, splits = _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes)
-    if blocks:
+    if blocks is not None:
         block_rows, images = blocks[1], 1
     plane = (block_rows + extra_rows) * pitch * images
-    offsets = _offsets(block, parts, used, plane, pitch)
-    phases = np.array([_phase(r + lows[0], s + lows[1], stride[1], w, pitch) for r, s in used], np.int64).ravel()
+    phase_of = _phase_table(used, row_phases, column_phases)
+    offsets = _offsets(block, rows, columns, phase_of, len(used), plane, pitch)
+    phases = np.empty(4 * len(used), np.int64)
+    for i in range(len(used)):
+        filled = _phase(used[i][0] + low_row, used[i][1] + low_column, stride[1], w, pitch)
+        for k in range(4):
+            phases[4 * i + k] = filled[k]
     # Without padding and stride the planes are x itself; but the channels of large images often lie a power of two
     # apart, so that they compete for the same few cache sets, and copies do not.
-    in_place = (oh + extra_rows, pitch) == (h, w) and tuple(stride) == (1, 1) and lows == [0, 0] and images == 1
-    in_place = in_place and channels * h * w * itemsize <= IN_PLACE_BYTES
+    in_place = oh + extra_rows == h and pitch == w and stride[0] == 1 and stride[1] == 1 and images == 1
+    in_place = in_place and low_row == 0 and low_column == 0 and channels * h * w * itemsize <= IN_PLACE_BYTES
     if in_place:
-        offsets = np.concatenate([offsets, _offsets(block, parts, used, h * w, w)])
+        offsets = np.concatenate((offsets, _offsets(block, rows, columns, phase_of, len(used), h * w, w)))
     line, lines = ow, block_rows
     if pitch == ow and y_steps[2] == ow and y_steps[3] == 1:  # rows are neighbours in the planes and in y
         line, lines = block_rows * ow, 1
     geometry = np.array(
         [n, groups, channels, h, w, outputs, oh, ow, stride[0], stride[1], n_taps, len(used), extra_rows, pitch,
-         block_rows, images, splits, block, plane, *y_steps, activation, line, lines, in_place, shared],
+         block_rows, images, splits, block, plane, y_steps[0], y_steps[1], y_steps[2], y_steps[3], activation,
+         line, lines, int(in_place), shared],
         np.int64,
     )  # fmt: skip
     return geometry, offsets, phases
@@ -100,6 +107,30 @@ def _shared_padding(low, w, reach, extra, stride):
     return min(max(0, -low), max(0, reach + low - w), extra) if stride == 1 else 0
 
 
+def _split(taps, low, stride):
+    """The taps' places in their phases, and those phases."""
+    return (taps - low) // stride, (taps - low) % stride
+
+
+def _used_phases(row_phases, column_phases):
+    """All (row, column) phases, in the order of the taps that need them."""
+    used = []
+    for r in row_phases:
+        for s in column_phases:
+            if (int(r), int(s)) not in used:
+                used.append((int(r), int(s)))
+    return used
+
+
+def _phase_table(used, row_phases, column_phases):
+    """Which of the phases each tap reads."""
+    table = np.empty((row_phases.size, column_phases.size), np.int64)
+    for i in range(row_phases.size):
+        for j in range(column_phases.size):
+            table[i, j] = used.index((int(row_phases[i]), int(column_phases[j])))
+    return table
+
+
 def efficiency(geometry, lane):
     """The share of the vectors' lanes that are pixels."""
     oh, ow, pitch, rows, images = (int(geometry[i]) for i in (6, 7, 13, 14, 15))
@@ -107,17 +138,13 @@ def efficiency(geometry, lane):
     return oh * ow * images / (used * lane)
 
 
-def _offsets(channels, parts, phases, plane, pitch):
+def _offsets(channels, rows, columns, phase_of, phases, plane, pitch):
     """Where step k = (channel, tap row, tap column) finds pixel 0."""
-    return np.array(
-        [
-            (c * len(phases) + phases.index((rp, cp))) * plane + r * pitch + s
-            for c in range(channels)
-            for r, rp in parts[0]
-            for s, cp in parts[1]
-        ],
-        np.int64,
-    )
+    offsets = np.empty((channels, rows.size, columns.size), np.int64)
+    for c in range(channels):
+        for r in range(rows.size):
+            offsets[c, r] = (c * phases + phase_of[r]) * plane + rows[r] * pitch + columns
+    return offsets.reshape(channels * rows.size * columns.size)
 
 
 def _phase(first_row, first_column, stride_w, w, pitch):
@@ -131,14 +158,16 @@ def _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes):
     """(output rows a block, images a block, parts of the outputs); fixed by the problem."""
     if extra_rows == 0 and pitch == ow and oh * ow <= BLOCK_PIXELS // 2:
         # pixels are neighbours from image to image
-        most = min(n, BLOCK_PIXELS // (oh * ow), max(1, n * groups // 2))
-        rows, images = oh, most
+        rows, images = oh, min(n, BLOCK_PIXELS // (oh * ow), max(1, n * groups // 2))
     else:
         most = max(1, BLOCK_PIXELS // pitch, PLANE_BYTES // row_bytes - extra_rows)
         while most > 1 and n * groups * ceil(oh / most) < CHUNKS // 2 and most * pitch > 4 * lane * NV:
             most = ceil(most / 2)
-        rows = min(range(1, min(oh, most) + 1), key=lambda rows: _vectors(oh, rows, ow, pitch, extra_rows, lane))
-        images = 1
+        rows, images, fewest = 1, 1, _vectors(oh, 1, ow, pitch, extra_rows, lane)
+        for some in range(2, min(oh, most) + 1):
+            vectors = _vectors(oh, some, ow, pitch, extra_rows, lane)
+            if vectors < fewest:
+                rows, fewest = some, vectors
     chunks, splits = groups * ceil(n / images) * ceil(oh / rows), 1
     while chunks * splits < CHUNKS and outputs // MR >= 4 * splits:
         splits *= 2
@@ -148,8 +177,11 @@ def _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes):
 def _vectors(oh, rows, ow, pitch, extra_rows, lane):
     """Vectors of pixels that an image takes in blocks of so many rows; a block's own cost counts as two, and as one for
     each row that it shares with the next."""
-    sizes = [min(rows, oh - first) for first in range(0, oh, rows)]
-    return sum(ceil(((size - 1) * pitch + ow) / lane) + 2 + extra_rows * pitch / lane / 4 for size in sizes)
+    vectors = 0.0
+    for first in range(0, oh, rows):
+        size = min(rows, oh - first)
+        vectors += ceil(((size - 1) * pitch + ow) / lane) + 2 + extra_rows * pitch / lane / 4
+    return vectors
 
 
 @device()

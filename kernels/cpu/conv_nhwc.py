@@ -34,7 +34,7 @@ CHUNKS = 8
 
 
 def plan(x, outputs, taps, stride, grid, y_steps, groups, activation):
-    """(geometry, starts, parts, order) for `convolve`.
+    """(geometry, starts, parts, order) for `convolve`. Python for Numba, too (njit/conv.py).
 
     x: (n, h, w, channels a group). outputs: a group. taps: the taps' offsets in x, rows and columns. grid: rows and
     columns of output pixels. y_steps: (start, image step, row step, column step) of y.
@@ -43,28 +43,28 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, activation):
     """
     n, h, w, channels = x
     oh, ow = grid
-    lows, highs = [int(t.min()) for t in taps], [int(t.max()) for t in taps]
-    spans = [high - low for low, high in zip(lows, highs, strict=True)]
+    low_row, low_column = int(taps[0].min()), int(taps[1].min())
+    high_row, high_column = int(taps[0].max()), int(taps[1].max())
+    span_rows, span_columns = high_row - low_row, high_column - low_column
     rows, images, splits = _blocks(n, groups, oh, ow, outputs)
-    inside = [
-        low >= 0 and (count - 1) * s + high < size
-        for low, high, count, s, size in zip(lows, highs, grid, stride, (h, w), strict=True)
-    ]
-    in_place = all(inside)
+    in_place = low_row >= 0 and (oh - 1) * stride[0] + high_row < h
+    in_place = in_place and low_column >= 0 and (ow - 1) * stride[1] + high_column < w
     pixel = groups * channels if in_place else channels
-    pitch = (w if in_place else (ow - 1) * stride[1] + spans[1] + 1) * pixel
-    joined = taps[1].size > 1 and spans[1] == taps[1].size - 1 and pixel == channels
-    starts, parts = _parts(taps, lows, channels, pixel, pitch, joined)
+    pitch = (w if in_place else (ow - 1) * stride[1] + span_columns + 1) * pixel
+    joined = taps[1].size > 1 and span_columns == taps[1].size - 1 and pixel == channels
+    starts, parts = _parts((taps[0] - low_row) * pitch, (taps[1] - low_column) * pixel, channels, joined)
     if in_place:  # the first tap may lie inside the image
-        starts = starts + lows[0] * pitch + lows[1] * pixel
+        starts = starts + low_row * pitch + low_column * pixel
     n_taps = taps[0].size * taps[1].size
-    order = (np.arange(n_taps)[None, :] * channels + np.arange(channels)[:, None]).ravel()
+    order = np.empty((channels, n_taps), np.int64)
+    for c in range(channels):
+        order[c] = np.arange(n_taps) * channels + c
     geometry = np.array(
-        [n, groups, channels, h, w, outputs, oh, ow, *stride, n_taps, *lows, spans[0], rows, images, pixel, pitch,
-         in_place, *y_steps, activation, splits],
+        [n, groups, channels, h, w, outputs, oh, ow, stride[0], stride[1], n_taps, low_row, low_column, span_rows,
+         rows, images, pixel, pitch, int(in_place), y_steps[0], y_steps[1], y_steps[2], y_steps[3], activation, splits],
         np.int64,
     )  # fmt: skip
-    return geometry, starts, parts, order
+    return geometry, starts, parts, order.reshape(order.size)
 
 
 def _blocks(n, groups, oh, ow, outputs):
@@ -90,29 +90,30 @@ def efficiency(n, oh, ow, outputs, lane, groups=1):
     return oh * ow * images / used * outputs / (ceil(outputs / width) * width)
 
 
-def _parts(taps, lows, channels, pixel, pitch, joined):
+def _parts(rows, columns, channels, joined):
     """The pieces of a pixel's window, grouped into visits of equal pieces with at most about DEPTH steps."""
-    rows = [(int(t) - lows[0]) * pitch for t in taps[0]]
-    columns = [(int(t) - lows[1]) * pixel for t in taps[1]]
     length = channels
     if joined:
-        columns, length = columns[:1], channels * len(columns)
+        columns, length = columns[:1], channels * columns.size
     cuts = ceil(length / DEPTH)
     size = ceil(length / cuts)
-    pieces = [
-        (row + column + first, min(size, length - first))
-        for row in rows
-        for column in columns
-        for first in range(0, length, size)
-    ]
-    parts, step = [], 0
-    for i, (_, count) in enumerate(pieces):
-        if parts and parts[-1][2] == count and (parts[-1][1] + 1) * count <= DEPTH:
-            parts[-1][1] += 1
-        else:
-            parts.append([i, 1, count, step])
-        step += count
-    return np.array([start for start, _ in pieces], np.int64), np.array(parts, np.int64)
+    most = rows.size * columns.size * cuts
+    starts, parts = np.empty(most, np.int64), np.empty((most, 4), np.int64)
+    pieces = visits = step = 0
+    for row in rows:
+        for column in columns:
+            for first in range(0, length, size):
+                count = min(size, length - first)
+                last = visits - 1
+                if visits > 0 and parts[last, 2] == count and (parts[last, 1] + 1) * count <= DEPTH:
+                    parts[last, 1] += 1
+                else:
+                    parts[visits, 0], parts[visits, 1], parts[visits, 2], parts[visits, 3] = pieces, 1, count, step
+                    visits += 1
+                starts[pieces] = row + column + first
+                pieces += 1
+                step += count
+    return starts[:pieces], parts[:visits].copy()
 
 
 @device(allocates=True)

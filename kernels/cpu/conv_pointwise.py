@@ -66,7 +66,10 @@ def plan(n, groups, channels, size, outputs, stride, itemsize, activation):
         chunks * splits < CHUNKS or channels * outputs * itemsize > WEIGHT_BYTES * splits
     ):
         splits *= 2
-    geometry = [n, groups, channels, oh * ow, outputs, some, splits, activation, whole, strided, h, w, *stride, ow]
+    geometry = [
+        n, groups, channels, oh * ow, outputs, some, splits, activation, whole, int(strided), h, w, stride[0],
+        stride[1], ow,
+    ]  # fmt: skip
     return np.array(geometry, np.int64), np.array([0, 0, ow, 0], np.int64)
 
 

@@ -2,8 +2,8 @@
 
 Numba compiles every function that a kernel calls as if Python called it too: with a wrapper that unpacks Python's
 arguments, one for C callbacks, and machine code of all three, which nothing runs, because the kernel's machine code
-holds the function once more. That was a third of a kernel's first call. Here the pipeline ends with the optimised LLVM
-code, the form in which Numba links one function into another.
+holds the function once more. That was a third of a kernel's first call. Here the pipeline ends with the LLVM code, the
+form in which Numba links one function into another; small functions' is optimised.
 
 Compiling makes millions of objects, few of which are garbage: Python's collector pauses meanwhile, which saves a
 twentieth.
@@ -24,9 +24,18 @@ from numba.core.compiler_machinery import register_pass
 from numba.core.registry import cpu_target
 from numba.core.typed_passes import NativeLowering, NativeParforLowering
 
+# Lines of LLVM code. A longer function holds others, which have been optimised already, and with its kernel it will be
+# once more: a fifth of a product's first call. Loops that ask for wide vectors get them here or never.
+LARGE = 2000
+
 
 class _LinkedLibrary(JITCodeLibrary):
     """LLVM code to be linked into other libraries; no machine code."""
+
+    def _optimize_final_module(self):
+        code = str(self._final_module)
+        if "prefer-vector-width" in code or code.count("\n") <= LARGE:
+            super()._optimize_final_module()
 
     def _finalize_final_module(self):
         self._finalize_dynamic_globals()
@@ -38,7 +47,7 @@ class _WrapperLibrary(_LinkedLibrary):
 
     def _optimize_final_module(self):
         if self.name.startswith("__numba_parfor_gufunc"):  # the loop's body itself: products gain by it
-            super()._optimize_final_module()
+            JITCodeLibrary._optimize_final_module(self)
 
 
 _REFUSAL = ctypes.create_string_buffer(b"a device function has no machine code of its own: only kernels can call it")

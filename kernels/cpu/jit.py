@@ -118,17 +118,20 @@ def kernel(
     return lambda function: Kernel(function, fastmath, parallel, one_by_one)
 
 
-def device(*, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: bool = False) -> Callable:
+def device(
+    *, fastmath: frozenset = FASTMATH, inline: str = "never", allocates: bool = False, raises: bool = False
+) -> Callable:
     """Decorator for a function that only kernels call; compiled with, and cached inside, each kernel that uses it.
 
     Arrays are borrowed from the caller: counting references would cost two atomic operations for each array of each
     call, 120 cycles for three, more than copying a short row. A function that makes arrays must count them: allocates.
+    One that raises errors with numbers in them needs Numba's own pipeline, to know where it is: raises.
 
     Numba compiles one anew for each literal number it is called with, and for the unsigned index of a prange: where a
     large one is called with both, write np.int64(0), np.int64(chunk).
     """
-    options = {"fastmath": set(fastmath), "error_model": "numpy", "inline": inline, "_nrt": allocates}
-    return _njit(**options, **_FOR_DEVICE)
+    options = {"fastmath": set(fastmath), "error_model": "numpy", "inline": inline, "_nrt": allocates or raises}
+    return _njit(**options, **({} if raises else _FOR_DEVICE))
 
 
 def compiled(function: Callable, fastmath: frozenset, parallel: bool):

@@ -47,10 +47,16 @@ CHUNK = 32768
 
 def plan_of(x_shape, y_shape, itemsize, layout, kernel_size, stride, padding, dilation):
     """What the kernels need to know of one signature, as an array."""
+    nhwc, starts = layout == "NHWC", (padding[0][0], padding[1][0])
+    return np.array(plan_fields(x_shape, y_shape, itemsize, nhwc, kernel_size, stride, starts, dilation), np.int64)
+
+
+def plan_fields(x_shape, y_shape, itemsize, nhwc, kernel_size, stride, starts, dilation):
+    """The fields of a plan; Python for Numba, too (njit/pool.py). starts: padding at the top and on the left."""
     (kh, kw), (sh, sw), (dh, dw), lanes = kernel_size, stride, dilation, lane_count(itemsize)
-    (top, _), (left, _) = padding
+    top, left = starts
     (n, a, b, d), (_, e, f, g) = x_shape, y_shape
-    planes, h, w, oh, ow, c = (n * a, b, d, f, g, 1) if layout == "NCHW" else (n, a, b, e, f, d)
+    planes, h, w, oh, ow, c = (n, a, b, e, f, d) if nhwc else (n * a, b, d, f, g, 1)
     if planes and top == 0 and dh * (kh - 1) < sh and h == oh * sh:
         planes, h, oh = 1, planes * h, planes * oh  # windows apart: planes are one tall plane
     rows, tall = planes * oh, dh * (kh - 1) + 1
@@ -79,12 +85,14 @@ def plan_of(x_shape, y_shape, itemsize, layout, kernel_size, stride, padding, di
     footprint = sh * w * c + pitch * (2 if sw > 2 else 1)
     group = max(min(rows, 2 * PART // itemsize // max(footprint, 1)), 1) if block == ow else 1
     per_chunk = max(CHUNK // max(w * sh * c, 1), 1)
-    inside = left == 0 and inner_last - inner_first == oh and block == ow and span <= w
-    small = pool_planes.vectors(span, ow, itemsize) if c == 1 and sw > 2 and dh == dw == 1 and inside else 0
+    fits = left == 0 and inner_last - inner_first == oh and block == ow and span <= w
+    small = pool_planes.vectors(span, ow, itemsize) if c == 1 and sw > 2 and dh == dw == 1 and fits else 0
     if small:
         per_chunk = _rounded(per_chunk, oh)
-    values = (rows, per_chunk, h, w, oh, ow, c, kh, kw, sh, sw, top, left, dh, dw, inner_first, inner_last)
-    return np.array((*values, readable, overshoot, block, pitch, group, flat, small), np.int64)
+    return (
+        rows, per_chunk, h, w, oh, ow, c, kh, kw, sh, sw, top, left, dh, dw, inner_first, inner_last,
+        readable, overshoot, block, pitch, group, int(flat), small,
+    )  # fmt: skip
 
 
 def _rounded(count, lanes):
