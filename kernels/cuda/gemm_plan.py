@@ -9,7 +9,7 @@ from tilewise.kernels import settings
 from tilewise.kernels.cuda.copying import copy_strided
 from tilewise.kernels.cuda.epilogue import LEAKY_SLOPE, NONE
 from tilewise.kernels.cuda.gemm_few import FEW, ROWS, multiply_few
-from tilewise.kernels.cuda.gemm_tensor import FLOAT16, HALF, SINGLE, TF32, TensorTile
+from tilewise.kernels.cuda.gemm_tensor import MATMULS
 from tilewise.kernels.cuda.gemm_tile import (
     BIG,
     BIG_VECTORS,
@@ -23,8 +23,10 @@ from tilewise.kernels.cuda.gemm_tile import (
     add_parts,
 )
 from tilewise.kernels.cuda.launch import ceil_div, sum_dtype
-from tilewise.kernels.cuda.product import Tile
 from tilewise.kernels.cuda.ptx import VECTOR_BYTES
+from tilewise.kernels.cuda.tensor_product import LARGE as TENSOR_LARGE
+from tilewise.kernels.cuda.tensor_product import SMALL as TENSOR_SMALL
+from tilewise.kernels.cuda.tensor_product import TensorTile
 from tilewise.kernels.device_arrays import DeviceArray
 
 # A product with fewer blocks than this splits its depth, if parts of at least that depth remain. A constant, not the
@@ -87,7 +89,7 @@ def batch_axes(left: Matrices, right: Matrices, lead: tuple[int, ...]) -> list[t
     return axes
 
 
-def choose_tile(m: int, n: int, depth: int, matrices: int, multiprocessors: int, candidates: tuple) -> Tile:
+def choose_tile(m: int, n: int, depth: int, matrices: int, multiprocessors: int, candidates: tuple):
     """The largest tile of which the product fills more than half, and which occupies the device."""
     parts = max(1, depth // PART_DEPTH)
     for tile in candidates:
@@ -155,7 +157,9 @@ def choose(left: Matrices, right: Matrices, matrices: int, tf32: bool):
     aligned = left.aligned() and right.aligned()
     half = dtype.itemsize == 2
     if aligned and engine.capability >= (8, 0) and (half or (tf32 and dtype == np.float32)):
-        return (FLOAT16[orders], HALF) if half else (TF32[orders], SINGLE)
+        width = VECTOR_BYTES // dtype.itemsize
+        tile = choose_tile(*size, (TENSOR_LARGE[width], TENSOR_SMALL[width]))
+        return MATMULS[tile][orders], tile
     if half or not aligned:
         tile = choose_tile(*size, (TINY,) if dtype == np.float64 else (SMALL, TINY))  # in 64 bits SMALL would spill
         return STRIDED[tile], tile
