@@ -2,9 +2,9 @@
 
     grad_weight[o, (t, u, c)] = sum over pixels of  grad[pixel, o] * x[the tap's place of the pixel, c]
 
-in two stages, as in conv_product_weight.py: blocks sum parts of the pixels, which are then added in order. Both operands
-have their channels last, in whole vectors (conv_tensor.in_vectors): a step's pixels are rows of both tiles. A thread
-copies one vector of a tap for two pixels of each step, and moves on from pixel to pixel by counting.
+in two stages, as in conv_product_weight.py: blocks sum parts of the pixels, which are then added in order. Both
+operands have their channels last, in whole vectors (conv_tensor.in_vectors): a step's pixels are rows of both tiles. A
+thread copies one vector of a tap for two pixels of each step, and moves on from pixel to pixel by counting.
 """
 
 from numba import cuda
@@ -133,7 +133,17 @@ def _make(tile: TensorTile):
     return weight_gradient_parts
 
 
-weight_gradients = {tile: _make(tile) for width in (8, 4) for tile in (LARGE[width], SMALL[width])}
+# TF32's large tile would take more registers than two blocks have.
+weight_gradients = {tile: _make(tile) for tile in (LARGE[8], SMALL[8], SMALL[4])}
+
+
+def _choose_tile(outputs: int, columns: int, width: int) -> TensorTile:
+    large = LARGE[width]
+    return (
+        large
+        if large in weight_gradients and 2 * outputs > large.rows and 2 * columns > large.columns
+        else SMALL[width]
+    )
 
 
 def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
@@ -142,8 +152,7 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     grads, padded_outputs = in_vectors(grad, it.layout, it.groups)
     image, channels = in_vectors(x, it.layout, it.groups)
     columns = taps * channels
-    large = LARGE[width]
-    tile = large if 2 * it.outputs > large.rows and 2 * columns > large.columns else SMALL[width]
+    tile = _choose_tile(it.outputs, columns, width)
     column_tiles = ceil_div(columns, tile.columns)
     tiles = ceil_div(it.outputs, tile.rows) * column_tiles
     many, per_part = split(it.pixels, tiles * it.groups, _LEAST_PIXELS)
