@@ -2,10 +2,10 @@
 
     y[pixel, o] = sum over k = (tap, c) of  x[the tap's place of the pixel, c] * packed[k, o]
 
-float16, and float32 rounded to TF32; see tensor_product.py for the product. x has its channels last, in whole vectors of
-16 bytes: each belongs to one tap, and comes to shared memory by one cp.async, or zeros where the tap is outside. Where
-the layout is another, or the channels are not whole vectors, a copy in that form is made first (`in_vectors`), which
-reads and writes x once; results are written in the layout of y from shared memory. The weights are packed: rows k
+float16, and float32 rounded to TF32; see tensor_product.py for the product. x has its channels last, in whole vectors
+of 16 bytes: each belongs to one tap, and comes to shared memory by one cp.async, or zeros where the tap is outside.
+Where the layout is another, or the channels are not whole vectors, a copy in that form is made first (`in_vectors`),
+which reads and writes x once; results are written in the layout of y from shared memory. The weights are packed: rows k
 padded to whole steps, outputs to whole tiles, with zeros.
 """
 
@@ -28,7 +28,6 @@ from tilewise.kernels.cuda.ptx import (
     shared,
     shared_indices,
     store_vector,
-    widen,
     zero,
 )
 from tilewise.kernels.cuda.tensor_product import (

@@ -9,7 +9,6 @@ from tilewise.kernels.cuda.ptx import at, dynamic_shared, load_vector, register_
 from tilewise.kernels.cuda.tensor_product import (
     LARGE,
     SMALL,
-    STAGES,
     TensorTile,
     make_deposit,
     make_tensor_product,
