@@ -101,6 +101,8 @@ class Operation:
     mutates: operands (by position) that the function updates in place when `mutates_when(problem)`.
     any_strides: the CPU kernel takes strided operands itself, so they are not made contiguous here.
     in_place: operands (by position) that `out` may be identical with.
+    elementwise: no result depends on how its kernels take the elements together. Others get their operands from a
+        multiple of 16 bytes on, on a GPU, so that the order of their sums does not depend on where an array begins.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Operation:
         mutates_when: Callable[[Problem], bool] = lambda problem: True,
         any_strides: bool = False,
         in_place: tuple[int, ...] = (),
+        elementwise: bool = False,
     ):
         self.family = family
         self.name = name
@@ -122,6 +125,7 @@ class Operation:
         self.mutates_when = mutates_when
         self.any_strides = any_strides
         self.in_place = in_place
+        self.alignment = 1 if elementwise else 16
         self.plans: dict[tuple, Plan] = {}
         _operations.add(self)
 
@@ -296,7 +300,7 @@ class Operation:
 
         unbatched = plan.problem.unbatched
         changed = self.mutates if self.mutates and self.mutates_when(plan.problem) else ()
-        operands = [None if v is None else contiguous(v) for v in views]
+        operands = [None if v is None else contiguous(v, self.alignment) for v in views]
         lifted = [o.reshape(1, *o.shape) if o is not None and i in unbatched else o for i, o in enumerate(operands)]
         result = plan.run(*lifted)
         for i in changed:

@@ -6,7 +6,6 @@ from math import prod
 import numpy as np
 
 from tilewise.kernels import settings
-from tilewise.kernels.cuda.copying import copy_strided
 from tilewise.kernels.cuda.epilogue import LEAKY_SLOPE, NONE
 from tilewise.kernels.cuda.gemm_few import FEW, ROWS, multiply_few
 from tilewise.kernels.cuda.gemm_tensor import MATMULS
@@ -54,7 +53,7 @@ class Matrices:
         )
 
     def aligned(self) -> bool:
-        """Whether its contiguous rows (or columns) consist of whole vectors of 16 bytes."""
+        """Whether its contiguous rows (or columns) consist of whole vectors of 16 bytes, where the first one begins."""
         width = 16 // self.array.dtype.itemsize
         along = self.columns if self.column_stride == 1 else self.rows
         size = self.rows * self.columns
@@ -108,18 +107,7 @@ def split(depth: int, blocks: int) -> tuple[int, int]:
 
 def multiply(left: Matrices, right: Matrices, lead: tuple, result: DeviceArray, bias=None, code=NONE):
     """result = activation(left @ right + bias), batch by batch."""
-    left, right = _from_a_vector_on(left), _from_a_vector_on(right)
     _multiply(left, right, batch_axes(left, right, lead), prod(lead), result, bias, code)
-
-
-def _from_a_vector_on(matrices: Matrices) -> Matrices:
-    """The same from a multiple of 16 bytes on: the kernel, and so the last bits, shall depend on shapes alone."""
-    array = matrices.array
-    if array.pointer % VECTOR_BYTES == 0:
-        return matrices
-    moved = array.place.empty((array.size,), array.dtype)
-    copy_strided(array.reshape(array.size), moved)
-    return replace(matrices, array=moved)
 
 
 def _multiply(left, right, axes, matrices, result, bias, code):
@@ -181,7 +169,7 @@ def _few(left: Matrices, right: Matrices, bias, result, code) -> bool:
     else:
         big, few, strides, to, of_bias = right, left, (left.row_stride, left.column_stride), (1, n), (1, 0)
     width = 16 // big.array.dtype.itemsize
-    whole = strides[1] == 1 and depth % width == 0 and not (big.array.pointer % 16 or few.array.pointer % 16)
+    whole = strides[1] == 1 and depth % width == 0
     multiply_few(
         result.place, ceil_div(rows, ROWS), big.array, few.array, result, bias, rows, count, depth,
         *strides, *to, *of_bias, depth // width if whole else 0, bias is not None, code, LEAKY_SLOPE,
