@@ -226,7 +226,10 @@ def _make(tile: TensorTile):
         room = dynamic_shared(sums)
         if vectors:
             deposit(room, sums)
-            cuda.syncthreads()
+        else:
+            deposit_columns(room, sums)
+        cuda.syncthreads()
+        if vectors:
             values, results = register_sums(x, 8), registers(y, 8)
             for number in range(thread, tile_rows * line, threads):
                 p, o = number // line, number % line * width
@@ -242,8 +245,6 @@ def _make(tile: TensorTile):
                         results[i] = narrow(total, y)
                     store_vector(y, place, results)
         else:
-            deposit_columns(room, sums)
-            cuda.syncthreads()
             for number in range(thread, tile_rows * tile_columns, threads):
                 p, o = number % tile_rows, number // tile_rows
                 if first_pixel + p < pixels and first_output + o < outputs:

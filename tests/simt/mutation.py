@@ -26,7 +26,8 @@ def without_ordering(function: Callable) -> Iterator[tuple[str, Callable]]:
     for name, value in inspect.getclosurevars(function).nonlocals.items():
         for what, changed in without_ordering(value.py_func) if hasattr(value, "py_func") else ():
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            yield f"{what} in {name}", _function(tree, function, {name: device(changed)})
+            where = f"{value.py_func.__module__.rpartition('.')[2]}.{value.py_func.__name__}"
+            yield f"{what} in {where}", _function(tree, function, {name: device(changed)})
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     lines = [node.lineno for node in ast.walk(tree) if _is_ordering(node)]
     first = function.__code__.co_firstlineno
