@@ -49,7 +49,8 @@ def choose_conv2d(shapes, dtype, options, packed=False):
     best = _choose(it, dtype)
     reasons = {
         "depthwise": "slower where it does not apply", "gemm": "a group is too thin for a tile, or the work too little",
-        "direct": "no operand is used twice from registers", "winograd": "too few channels or tiles",
+        "direct": "no operand is used twice from registers",
+        "winograd": "tensor cores are faster" if settings.active().tf32 else "too few channels or tiles",
     }  # fmt: skip
     return best, {name: reason for name, reason in reasons.items() if name != best} | why_not
 

@@ -280,7 +280,7 @@ def in_vectors(x, layout: str, groups: int):
     all_channels = x.shape[1] if layout == "NCHW" else x.shape[3]
     channels, width = all_channels // groups, VECTOR_BYTES // x.dtype.itemsize
     padded = ceil_div(channels, width) * width
-    if layout == "NHWC" and padded == channels and x.pointer % VECTOR_BYTES == 0:
+    if layout == "NHWC" and padded == channels:
         return x, channels
     images, area, all_padded = x.shape[0], height * columns, groups * padded
     result = x.place.empty((images, height, columns, all_padded), x.dtype)
@@ -310,7 +310,7 @@ def correlate(it: Correlation, x_and_channels, weight, y, bias, extra, code: int
     )  # fmt: skip
     all_channels = it.groups * channels
     steps = rows.size * columns.size * all_channels, columns.size * all_channels, all_channels
-    vectors = it.channels_last and it.outputs % width == 0 and y.pointer % VECTOR_BYTES == 0
+    vectors = it.channels_last and it.outputs % width == 0
     grid = ceil_div(it.pixels, tile.rows), padded_outputs // tile.columns, it.groups
     convolutions[tile](
         x.place, grid, x, packed, y, *epilogue_arguments(bias, extra, code), *rows.numbers[:7],

@@ -192,7 +192,9 @@ def _launch(left: Matrices, right: Matrices, batch: Batch, matrices: int, result
     if parts > 1:
         partial = place.empty((parts, matrices, m, n), sum_dtype(dtype))
     target = partial if partial is not None else result
-    vectors = dtype.kind == "f" and n % 4 == 0 and target.pointer % 16 == 0 and target.dtype.itemsize > 2
+    # 16 bytes at a time: a thread of `tile` writes four neighbouring numbers, or as many as 16 bytes hold
+    together = tile.width if isinstance(tile, TensorTile) else 4
+    vectors = dtype.kind == "f" and n % together == 0 and together * target.dtype.itemsize >= VECTOR_BYTES
     to_sums = parts > 1 or widened
     kernel(
         place, (blocks, parts, matrices),

@@ -3,9 +3,19 @@
 from numba import cuda
 from numba.cuda.types import int32, uint32
 
-from tilewise.kernels.cuda.gemm_tile import batch_offset, put, start_row
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, kernel
-from tilewise.kernels.cuda.ptx import at, dynamic_shared, load_vector, register_sums
+from tilewise.kernels.cuda.epilogue import activate
+from tilewise.kernels.cuda.gemm_tile import batch_offset
+from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, device, kernel
+from tilewise.kernels.cuda.ptx import (
+    at,
+    dynamic_shared,
+    load_vector,
+    narrow,
+    register_sums,
+    registers,
+    store_vector,
+    widen,
+)
 from tilewise.kernels.cuda.tensor_product import (
     LARGE,
     SMALL,
@@ -16,6 +26,36 @@ from tilewise.kernels.cuda.tensor_product import (
 )
 
 
+def _make_put(width: int):
+    """The device function that writes `width` sums, 16 bytes of the result: as gemm_tile.put, which writes four."""
+
+    @device
+    def put(operands, row, column, values):
+        c, partial, bias, _, n, to_sums, has_bias, code, slope, vectors = operands
+        if to_sums:
+            if vectors:
+                for i in range(0, width, 4):
+                    store_vector(partial, row + column + i, at(values, i))
+            else:
+                for i in range(width):
+                    if column + i < n:
+                        partial[row + column + i] = values[i]
+            return
+        results = registers(c, width)
+        for i in range(width):
+            if column + i < n:
+                value = values[i] + widen(bias[column + i]) if has_bias else values[i]
+                results[i] = narrow(activate(value, code, slope), c)
+        if vectors:
+            store_vector(c, row + column, results)
+        else:
+            for i in range(width):
+                if column + i < n:
+                    c[row + column + i] = results[i]
+
+    return put
+
+
 def _make_matmul(tile: TensorTile, left_by_k: bool, right_by_k: bool):
     left_loader, right_loader = (
         matrix_loader(tile, size, by_k) for size, by_k in ((tile.rows, left_by_k), (tile.columns, right_by_k))
@@ -23,12 +63,13 @@ def _make_matmul(tile: TensorTile, left_by_k: bool, right_by_k: bool):
     product = make_tensor_product(tile, left_loader, right_loader)
     deposit, pitch = make_deposit(tile)
     tile_rows, tile_columns, threads = tile.rows, tile.columns, tile.threads
-    last_thread, fours = threads - 1, tile.columns // 4
+    last_thread, width, line = threads - 1, tile.width, tile.columns // tile.width
+    put = _make_put(width)
     orders = f"{'k' if left_by_k else 'row'} {'k' if right_by_k else 'row'}"
 
     @kernel(
         threads=threads, blocks=tile.blocks, name=f"matmul tensor {tile.name} {orders}", dtypes=(tile.dtype,),
-        least=(8, 0), promises=("HMMA", "LDGSTS"),
+        least=(8, 0), promises=("HMMA", "LDGSTS", "STG.128"),
     )  # fmt: skip
     def matmul(
         a: ELEMENTS, b: ELEMENTS, c: ELEMENTS, partial: SUMS, bias: ELEMENTS,
@@ -52,12 +93,14 @@ def _make_matmul(tile: TensorTile, left_by_k: bool, right_by_k: bool):
         deposit(room, sums)
         cuda.syncthreads()
         operands = at(c, z * m * n), partial_matrix, bias, m, n, to_sums, has_bias, code, slope, vectors
-        values = register_sums(room, 4)
-        # four by four, a row by neighbouring threads
-        for vector in range(cuda.threadIdx.x & last_thread, tile_rows * fours, threads):
-            row, column = vector // fours, vector % fours * 4
-            load_vector(values, room, row * pitch + column)
-            put(operands, start_row(operands, first_row + row), first_column + column, values)
+        values = register_sums(room, width)
+        # 16 bytes of the result each, a row by neighbouring threads
+        for vector in range(cuda.threadIdx.x & last_thread, tile_rows * line, threads):
+            row, column = vector // line, vector % line * width
+            if first_row + row < m and first_column + column < n:
+                for i in range(0, width, 4):
+                    load_vector(at(values, i), room, row * pitch + column + i)
+                put(operands, (first_row + row) * n, first_column + column, values)
 
     return matmul
 
