@@ -54,7 +54,7 @@ def prepared(case: Case, dtype="float32") -> dict[str, Engine]:
     args, options = case.arguments(np.random.default_rng(SEED), np.dtype(dtype))
     calls = {}
     for name, layout in ((OURS_PREPARED, "NCHW"), (OURS_LAST_PREPARED, "NHWC")):
-        x, weight, bias = args if layout == "NCHW" else _channels_last(case, args)
+        x, weight, bias = args if layout == "NCHW" else channels_last(case, args)
         calls[name] = partial(prepare(weight, bias, **options, layout=layout), x)
     return calls
 
@@ -69,7 +69,7 @@ def _into_own_array(call: Any) -> dict[str, Engine]:
 def _both_layouts(case: Case, args: tuple, options: dict) -> dict[str, partial]:
     calls = {OURS: _ours(case, args, options)}
     if isinstance(case, _IMAGES):
-        calls[OURS_LAST] = _ours(case, _channels_last(case, args), options | {"layout": "NHWC"}, out_of=case)
+        calls[OURS_LAST] = _ours(case, channels_last(case, args), options | {"layout": "NHWC"}, out_of=case)
     return calls
 
 
@@ -91,7 +91,7 @@ def _last(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
 
 
-def _channels_last(case: Case, args: tuple) -> tuple:
+def channels_last(case: Case, args: tuple) -> tuple:
     """The image operands of a case in NHWC; weights keep their layout."""
     images = {Conv: 2 if case.is_backward else 1, Pool: 2, BatchNorm: 2 if case.is_backward else 1}[type(case)]
     return tuple(

@@ -1,8 +1,8 @@
 """Every GPU kernel beside PyTorch (cuBLAS, cuDNN) on the same GPU: `make gpu-check` runs it after the tests.
 
-Results are compared with PyTorch's before anything is timed. Times are of CUDA events around blocks of calls, back to
-back on tensors that lie on the GPU; the median of the blocks. PyTorch with TF32 off, which is the same precision,
-and on. Prints a table and writes benchmarks/results/gpu/<device>.json.
+Results are compared with PyTorch's before anything is timed, on the GPU. Times are of CUDA events around blocks of
+calls, back to back on tensors that lie on the GPU; the median of the blocks. TF32 off, which is the same precision, and
+on; images in both layouts. Prints a table and writes benchmarks/results/gpu/<device>.json, anew after every case.
 """
 
 import argparse
@@ -24,10 +24,13 @@ import tilewise
 
 from . import cases, engines, table
 from .layers import Case, Conv, Linear, Matmul
-from .timing import SEED, check
+from .timing import SEED, check_error
 
 FAMILIES = ("gemm", "conv", "pool", "batchnorm", "activation")
-HEADER = ("op, layer, shape", "dtype", "ours", "rate", "torch", "ratio", "TF32", "ratio", "ch.last")
+HEADER = ("op, layer, shape", "dtype", "ours", "rate", "torch", "ratio", "TF32", "ratio", "NHWC", "ratio")
+# name of a measurement -> that of PyTorch's which it is compared with
+OURS, OURS_TF32, OURS_LAST, TORCH_TF32 = "ours", "ours TF32", "ours NHWC", "torch TF32"
+PEERS = {OURS: engines.TORCH, OURS_TF32: TORCH_TF32, OURS_LAST: engines.TORCH_LAST}
 BLOCKS = 5
 RESULTS = Path(__file__).parent / "results" / "gpu"
 # The goal of issue 4, which no network's layer has.
@@ -50,11 +53,14 @@ def main(argv: list[str] | None = None, device: str = "cuda") -> int:
     launches = launch_costs(torch, device, args.launches)
     for name, seconds in launches.items():
         print(f"{name}: {seconds * 1e6:.2f} us", flush=True)
-    records = list(_measured(torch, _chosen(args), args, device))
+    records: list[dict] = []
+    path = save(about, launches, records, args.results)
+    for record in _measured(torch, _chosen(args), args, device):
+        records.append(record)
+        save(about, launches, records, args.results)
     table.show([_row(r) for r in records], f"\nbeside PyTorch on {about['device']}; ratio: its time / ours", HEADER, 2)
     for line in _summary(records):
         print(line)
-    path = save(about, launches, records, args.results)
     print(f"written to {path}")
     failed = [r for r in records if r.get("error")]
     for record in failed:
@@ -74,15 +80,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _chosen(args) -> Iterator[tuple[Case, str]]:
-    """Forward first, so that a budget that ends leaves out the least; products also in float16."""
+    """What matters most first, so that a budget that ends leaves out the least; products also in float16."""
     some = [LARGE, *(case for case in cases.ALL.values() if case.family in FAMILIES)]
     some = [c if isinstance(c, Matmul | Linear) else c.with_batch(args.batch) for c in some]
     some = [c for c in dict.fromkeys(some) if re.search(args.only, f"{c.key} {c.shape}")]
-    for case in sorted(some, key=lambda case: case.is_backward):
+    products = [c for c in some if isinstance(c, Matmul | Linear | Conv) and not c.is_backward]
+    for dtype in ("float32", "float16"):
+        yield from ((case, dtype) for case in products)
+    for case in sorted((c for c in some if c not in products), key=lambda case: case.is_backward):
         yield case, "float32"
-    for case in some:
-        if isinstance(case, Matmul | Linear | Conv) and not case.is_backward:
-            yield case, "float16"
 
 
 # ---- what a launch costs
@@ -151,17 +157,25 @@ def measure(torch, case: Case, dtype: str, seconds: float, device: str = "cuda")
     """Seconds a call of each engine, after the results were compared."""
     args, options = case.arguments(np.random.default_rng(SEED), np.dtype(np.float32))
     args = tuple(a.astype(dtype) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args)
-    tensors = [torch.from_numpy(a.copy()).to(device) if isinstance(a, np.ndarray) else a for a in args]
-    ours = partial(getattr(tilewise, case.op), *tensors, **options)
-    calls = engines.torch_calls(case, args, options, device)
+    peers = engines.torch_calls(case, args, options, device)
+    layouts = {OURS: (args, options)}
+    if isinstance(case, Conv):
+        layouts[OURS_LAST] = engines.channels_last(case, args), options | {"layout": "NHWC"}
     _allow_tf32(torch, False)
-    # what a rounding of the operands or of the result makes is no error of the kernel
-    check(case, dtype, _arrays(ours()), _arrays(calls[engines.TORCH]()))
-    measured = {"ours": time_call(torch, ours, seconds)}
-    measured |= {name: time_call(torch, call, seconds) for name, call in calls.items()}
-    if dtype == "float32" and case.flops:
+    expected, measured = peers[engines.TORCH](), {}
+    for name, (operands, chosen) in layouts.items():
+        tensors = [torch.from_numpy(a.copy()).to(device) if isinstance(a, np.ndarray) else a for a in operands]
+        call = partial(getattr(tilewise, case.op), *tensors, **chosen)
+        _compare(case, dtype, call(), expected, name == OURS_LAST)
+        measured[name] = time_call(torch, call, seconds)
+        if name == OURS and dtype == "float32" and case.family in ("gemm", "conv"):
+            with tilewise.using(tf32=True):
+                _compare(case, "float16", call(), expected)  # it has as many bits of a number
+                measured[OURS_TF32] = time_call(torch, call, seconds)
+    measured |= {name: time_call(torch, call, seconds) for name, call in peers.items()}
+    if OURS_TF32 in measured:
         _allow_tf32(torch, True)
-        measured["torch TF32"] = time_call(torch, calls[engines.TORCH], seconds)
+        measured[TORCH_TF32] = time_call(torch, peers[engines.TORCH], seconds)
         _allow_tf32(torch, False)
     return measured
 
@@ -171,10 +185,15 @@ def _allow_tf32(torch, allowed: bool):
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def _arrays(result) -> Any:
-    if isinstance(result, tuple | list):
-        return tuple(np.asarray(r.cpu(), np.float64) for r in result)
-    return np.asarray(result.cpu(), np.float64)
+def _compare(case: Case, dtype: str, ours, theirs, channels_last: bool = False):
+    """AssertionError where a result is further from PyTorch's than rounding explains."""
+    if not isinstance(theirs, tuple | list):
+        ours, theirs = (ours,), (theirs,)
+    for i, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
+        image = channels_last and i == 0  # other results have no layout
+        right = expected.double()
+        error = ((actual.permute(0, 3, 1, 2) if image else actual).double() - right).abs().max() / right.abs().max()
+        check_error(case, dtype, float(error))
 
 
 def time_call(torch, call: Callable, seconds: float) -> float:
@@ -200,25 +219,29 @@ def _block(torch, call: Callable, count: int) -> float:
 
 
 def _row(record: dict) -> tuple[str, ...]:
-    name = f"{record['key']} {record['shape']}", record["dtype"]
+    name_and_dtype = f"{record['key']} {record['shape']}", record["dtype"]
     if "seconds" not in record:
-        return (*name, "missing" if "missing" in record else "FAILED", *[""] * 6)
+        return (*name_and_dtype, "missing" if "missing" in record else "FAILED", *[""] * 7)
     seconds = record["seconds"]
-    ours, last = seconds["ours"], seconds.get(engines.TORCH_LAST)
     work = record["flops"] if record["rate_unit"] == "GFLOP/s" else record["bytes"]
-    cells = [table.duration(ours), f"{work / ours / 1e9:.0f} {record['rate_unit']}"]
-    for peer in (engines.TORCH, "torch TF32"):
-        cells += [table.duration(seconds[peer]), f"{seconds[peer] / ours:.2f}"] if peer in seconds else ["", ""]
-    return (*name, *cells, table.duration(last) if last else "")
+    cells = [table.duration(seconds[OURS]), f"{work / seconds[OURS] / 1e9:.0f} {record['rate_unit']}"]
+    cells.append(table.duration(seconds[engines.TORCH]))
+    for name, peer in PEERS.items():
+        if name in (OURS_TF32, OURS_LAST):
+            cells.append(table.duration(seconds[name]) if name in seconds else "")
+        cells.append(f"{seconds[peer] / seconds[name]:.2f}" if name in seconds and peer in seconds else "")
+    return (*name_and_dtype, *cells)
 
 
 def _summary(records: list[dict]) -> Iterator[str]:
     groups: dict[tuple, list[float]] = {}
     for r in records:
-        if "seconds" in r:
-            direction = "backward" if r["op"].endswith("_backward") else "forward"
-            ratio = r["seconds"][engines.TORCH] / r["seconds"]["ours"]
-            groups.setdefault((r["family"], direction, r["dtype"]), []).append(ratio)
+        direction = "backward" if r["op"].endswith("_backward") else "forward"
+        for name, peer in PEERS.items():
+            seconds = r.get("seconds", {})
+            if name in seconds and peer in seconds:
+                group = (r["family"], direction, r["dtype"], *name.split()[1:])
+                groups.setdefault(group, []).append(seconds[peer] / seconds[name])
     for group, ratios in groups.items():
         yield f"{' '.join(group)}: geometric mean {geometric_mean(ratios):.2f}, worst {min(ratios):.2f}"
 

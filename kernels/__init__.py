@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from tilewise.kernels.conv import *
     from tilewise.kernels.dispatch import *
     from tilewise.kernels.gemm import *
+    from tilewise.kernels.optim import *
     from tilewise.kernels.padding import *
     from tilewise.kernels.pool import *
 
@@ -55,6 +56,7 @@ _EXPORTS = {
         "step",
         "sign",
     ),
+    "optim": ("sgd_step", "adagrad_step", "rmsprop_step", "adam_step"),
     "dispatch": ("using", "explain", "devices"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -150,7 +150,7 @@ def _operation(name: str) -> Operation:
             options["negative_slope"] = _slope(name, arguments[-1], minimum)
         return _problem(name, arrays, options)
 
-    return Operation("activation", name, operands, check)
+    return Operation("activation", name, operands, check, elementwise="softmax" not in name)
 
 
 _RELU, _RELU_BACKWARD = _operation("relu"), _operation("relu_backward")

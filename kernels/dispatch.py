@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 
+from tilewise.kernels import estimate
 from tilewise.kernels import machine as machine_module
 from tilewise.kernels import settings as settings_module
 
@@ -69,6 +70,20 @@ def choose_backend(settings, on_device: bool = False) -> tuple[str, dict[str, st
             raise RuntimeError(f"device 'gpu' is not available: {missing['cuda']}")
         return usable[0], {name: missing[name] for name in missing if device_of[name] == "gpu"}
     return "cpu", missing | {"reference": "slower by construction; ask for it with using(backend='reference')"}
+
+
+def choose_for_host(settings, flops: int, moved: int, itemsize: int) -> tuple[str, dict[str, str]]:
+    """The backend for arrays on the host: left free, a GPU's where that is estimated to be worth the transfers."""
+    backend, rejected = choose_backend(settings)
+    if settings.backend is not None or settings.device != "auto" or "cuda" in rejected:
+        return backend, rejected
+    rates = machine_module.gpu_rates()
+    if rates is None:
+        return backend, rejected | {"cuda": "the driver does not tell the GPU's rates"}
+    reason = estimate.why_not(flops, moved, itemsize, rates)
+    if reason is None:
+        return "cuda", rejected | {"cpu": "estimated to take more than twice as long as the GPU with the transfers"}
+    return backend, rejected | {"cuda": reason}
 
 
 class using:

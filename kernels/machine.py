@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 
+from tilewise.kernels.estimate import GpuRates
+
+_DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -20,11 +24,10 @@ class Device:
 @lru_cache(maxsize=1)
 def cuda_devices() -> tuple[tuple[str, ...], str | None]:
     """The names of the CUDA devices, and, where there are none, the reason. Asks the driver without a context."""
-    library = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
     try:
-        driver = ctypes.CDLL(library)
+        driver = ctypes.CDLL(_DRIVER)
     except OSError:
-        return (), f"no NVIDIA driver ({library} was not found)"
+        return (), f"no NVIDIA driver ({_DRIVER} was not found)"
     status = driver.cuInit(0)
     if status != 0:
         return (), f"the NVIDIA driver did not start (cuInit returned {status})"
@@ -37,6 +40,33 @@ def cuda_devices() -> tuple[tuple[str, ...], str | None]:
         driver.cuDeviceGetName(text, len(text), device)
         names.append(text.value.decode(errors="replace"))
     return (tuple(names), None) if names else ((), "the NVIDIA driver lists no device")
+
+
+# CUDA's numbers of a device's attributes
+_MULTIPROCESSORS, _CLOCK_KHZ, _MEMORY_KHZ, _BUS_BITS, _MAJOR, _MINOR = 16, 13, 36, 37, 75, 76
+
+
+@lru_cache(maxsize=1)
+def gpu_rates() -> GpuRates | None:
+    """Nominal rates of the first GPU; None where there is none, or it does not tell. Asks without a context."""
+    if not cuda_devices()[0]:
+        return None
+    driver = ctypes.CDLL(_DRIVER)
+    device, memory = ctypes.c_int(), ctypes.c_size_t()
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+
+    def attribute(which: int) -> int:
+        value = ctypes.c_int()
+        return value.value if driver.cuDeviceGetAttribute(ctypes.byref(value), which, device) == 0 else 0
+
+    capability = attribute(_MAJOR), attribute(_MINOR)
+    cores = 64 if capability in ((7, 0), (7, 5), (8, 0)) else 128  # of a multiprocessor
+    flops = 2e3 * attribute(_MULTIPROCESSORS) * cores * attribute(_CLOCK_KHZ)
+    moved = 2e3 * attribute(_MEMORY_KHZ) * attribute(_BUS_BITS) / 8
+    if driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device) != 0 or not (flops and moved):
+        return None
+    double = 0.5 if capability in ((7, 0), (8, 0), (9, 0), (10, 0)) else 1 / 64
+    return GpuRates(flops, moved, double, memory.value)
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ import numpy as np
 from tilewise.kernels import arrays as arrays_module
 from tilewise.kernels import settings as settings_module
 from tilewise.kernels.device_arrays import DeviceArray, device_view, host_place, is_on_device, overlap
-from tilewise.kernels.dispatch import Decision, Explained, choose_backend, implementation_module
+from tilewise.kernels.dispatch import Decision, Explained, choose_backend, choose_for_host, implementation_module
 
 # bound once, for the hot path
 _current_settings = settings_module.current.get
@@ -35,6 +35,8 @@ class Problem:
     flops, bytes: nominal work (padded taps included; each operand and result moved once).
     unbatched: which operands lack their batch axis; if any does, every result with a batch axis loses it again.
     out: (shape, dtype) that an `out=` array must have.
+    values: called with the operands, raises for wrong values among them. For host arrays that go to a GPU: its kernels
+        cannot raise without waiting for them.
     """
 
     options: dict[str, Any]
@@ -43,6 +45,7 @@ class Problem:
     unbatched: tuple[int, ...] = ()
     unbatched_results: tuple[int, ...] = (0,)
     out: tuple[tuple[int, ...], np.dtype] | None = None
+    values: Callable | None = None
 
 
 @dataclass(slots=True)
@@ -98,6 +101,8 @@ class Operation:
     mutates: operands (by position) that the function updates in place when `mutates_when(problem)`.
     any_strides: the CPU kernel takes strided operands itself, so they are not made contiguous here.
     in_place: operands (by position) that `out` may be identical with.
+    elementwise: no result depends on how its kernels take the elements together. Others get their operands from a
+        multiple of 16 bytes on, on a GPU, so that the order of their sums does not depend on where an array begins.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class Operation:
         mutates_when: Callable[[Problem], bool] = lambda problem: True,
         any_strides: bool = False,
         in_place: tuple[int, ...] = (),
+        elementwise: bool = False,
     ):
         self.family = family
         self.name = name
@@ -119,6 +125,7 @@ class Operation:
         self.mutates_when = mutates_when
         self.any_strides = any_strides
         self.in_place = in_place
+        self.alignment = 1 if elementwise else 16
         self.plans: dict[tuple, Plan] = {}
         _operations.add(self)
 
@@ -179,7 +186,10 @@ class Operation:
             raise TypeError(f"{self.name}: {self.operands[0]} must be an array, got None")
         problem = self.check(*operands, *options)
         on_device = isinstance(operands[0], DeviceArray)
-        backend, rejected = choose_backend(settings, on_device)
+        backend, rejected = (
+            choose_backend(settings, True) if on_device
+            else choose_for_host(settings, problem.flops, problem.bytes, operands[0].dtype.itemsize)
+        )  # fmt: skip
         module = implementation_module(backend, self.family)
         function = getattr(module, self.name, None)
         if function is None:
@@ -206,7 +216,7 @@ class Operation:
         prepared = partial(self._implementation, module, dtype)
         changed = self.mutates if self.mutates and self.mutates_when(problem) else ()
         if on_gpu and not on_device:
-            run = partial(_run_from_host, prepared(shapes, problem.options), changed)
+            run = partial(_run_from_host, prepared(shapes, problem.options), changed, problem.values)
         elif half:
             dtypes = [None if a is None else a.dtype for a in operands]
             prepare_half = implementation_module(backend, "half").prepare
@@ -290,7 +300,7 @@ class Operation:
 
         unbatched = plan.problem.unbatched
         changed = self.mutates if self.mutates and self.mutates_when(plan.problem) else ()
-        operands = [None if v is None else contiguous(v) for v in views]
+        operands = [None if v is None else contiguous(v, self.alignment) for v in views]
         lifted = [o.reshape(1, *o.shape) if o is not None and i in unbatched else o for i, o in enumerate(operands)]
         result = plan.run(*lifted)
         for i in changed:
@@ -384,8 +394,10 @@ class Operation:
                 raise ValueError(f"{self.name}: out overlaps {name} without being the same array")
 
 
-def _run_from_host(run: Callable, changed: tuple[int, ...], *operands, out=None):
+def _run_from_host(run: Callable, changed: tuple[int, ...], values: Callable | None, *operands, out=None):
     """A GPU's function for host arrays: copied there, and the results back."""
+    if values is not None:
+        values(*operands)
     place = host_place()
     views = [None if a is None else place.copy_in(a) for a in operands]
     result = run(*views)

@@ -60,7 +60,8 @@ def max_pool2d_backward(
         grad_x, of shape input_shape. The sum's order is that of the windows: the same bits every time.
 
     Raises:
-        TypeError, ValueError: as `max_pool2d`; a grad or indices of another shape; an index outside the plane.
+        TypeError, ValueError: as `max_pool2d`; a grad or indices of another shape; an index outside the plane,
+            which on a GPU's own arrays is ignored instead: to raise, the call would have to wait for the GPU.
     """
     options = (input_shape, kernel_size, stride, padding, dilation, ceil_mode, layout)
     return _MAX_POOL_BACKWARD.call((grad, indices), options)
@@ -198,7 +199,7 @@ def adaptive_max_pool2d_backward(grad, indices, input_shape, *, layout="NCHW"):
         grad_x, of shape input_shape.
 
     Raises:
-        TypeError, ValueError: as `adaptive_avg_pool2d_backward`; an index outside the plane.
+        TypeError, ValueError: as `adaptive_avg_pool2d_backward`; an index outside the plane (as `max_pool2d_backward`).
     """
     return _ADAPTIVE_MAX_BACKWARD.call((grad, indices), (input_shape, layout))
 
@@ -224,7 +225,8 @@ def max_unpool2d(x, indices, kernel_size, stride=None, padding=0, output_size=No
 
     Raises:
         TypeError: x or indices are not arrays of these dtypes; an option of a wrong kind.
-        ValueError: a wrong shape; an output size that max_pool2d cannot have come from; an index outside the plane.
+        ValueError: a wrong shape; an output size that max_pool2d cannot have come from; an index outside the plane (on
+            a GPU's own arrays it is ignored, as in `max_pool2d_backward`).
     """
     return _MAX_UNPOOL.call((x, indices), (kernel_size, stride, padding, output_size, layout))
 

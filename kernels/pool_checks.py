@@ -1,5 +1,6 @@
 """What the pooling functions accept, and their calls in normal form: windows, bins, indices, shapes."""
 
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -117,6 +118,16 @@ def bins(function: str, size: shapes.Pair, output_size) -> shapes.Pair:
     return shapes.pair(function, "output_size", output_size)
 
 
+def expect_inside(function: str, plane: tuple[int, int], _, indices):
+    """ValueError for an index that is not in its (H, W) plane."""
+    h, w = plane
+    if indices.size and (indices.min() < 0 or indices.max() >= h * w):
+        raise ValueError(
+            f"{function}: indices must lie in 0 to {h * w - 1} (a plane of {h} x {w}), "
+            f"got {indices.min()} to {indices.max()}"
+        )
+
+
 def forward_problem(x, n: int, c: int, out: shapes.Pair, taps: int, options: dict, indices: bool = False) -> Problem:
     """A forward's Problem: each element is read once, each result written once, one operation for each tap."""
     results = n * c * prod(out)
@@ -151,7 +162,9 @@ def max_pool_backward(grad, indices, input_shape, kernel_size, stride, padding, 
     expect_indices(function, indices, grad.shape, "grad")
     options["input_shape"] = shapes.layout_shape(n, c, h, w, layout)
     options["layout"] = layout
-    return backward_problem(grad, options["input_shape"], grad.size, options, indices=True)
+    problem = backward_problem(grad, options["input_shape"], grad.size, options, indices=True)
+    problem.values = partial(expect_inside, function, (h, w))
+    return problem
 
 
 def _avg_options(function, size, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
@@ -222,7 +235,10 @@ def adaptive_max_pool_backward(grad, indices, input_shape, layout) -> Problem:
     function = "adaptive_max_pool2d_backward"
     options, _ = _adaptive_backward(function, grad, input_shape, layout)
     expect_indices(function, indices, grad.shape, "grad")
-    return backward_problem(grad, options["input_shape"], grad.size, options, indices=True)
+    problem = backward_problem(grad, options["input_shape"], grad.size, options, indices=True)
+    _, _, h, w = source_shape(function, input_shape, grad, layout)
+    problem.values = partial(expect_inside, function, (h, w))
+    return problem
 
 
 def _adaptive_backward(function, grad, input_shape, layout) -> tuple[dict, int]:
@@ -246,6 +262,7 @@ def max_unpool(x, indices, kernel_size, stride, padding, output_size, layout) ->
     problem = forward_problem(x, n, c, out, 0, {"output_size": out, "layout": layout})
     problem.bytes += indices.nbytes
     problem.unbatched = (0, 1) if x.ndim == 3 else ()
+    problem.values = partial(expect_inside, function, out)
     return problem
 
 
@@ -296,4 +313,5 @@ def max_unpool_backward(grad, indices, layout) -> Problem:
         raise ValueError(f"{function}: the images must have at least 1 pixel, got {grad.shape} and {indices.shape}")
     moved = indices.size * (INDEX.itemsize + 2 * grad.dtype.itemsize)
     unbatched = (0, 1) if grad.ndim == 3 else ()
-    return Problem({"layout": layout}, bytes=moved, unbatched=unbatched)
+    values = partial(expect_inside, function, (h, w))
+    return Problem({"layout": layout}, bytes=moved, unbatched=unbatched, values=values)

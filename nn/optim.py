@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels import adam_step, sgd_step
 from .module import Parameter
 
 
@@ -107,16 +108,12 @@ class SGD(Optimizer):
             raise ValueError("SGD: nesterov needs a momentum above 0")
 
     def update(self, data, grad, state):
-        if self.weight_decay:
-            grad = grad + self.weight_decay * data
-        if self.momentum:
-            if "velocity" not in state:
-                state["velocity"] = np.zeros_like(data)
-            velocity = state["velocity"]
-            velocity *= self.momentum
-            velocity += grad
-            grad = grad + self.momentum * velocity if self.nesterov else velocity
-        data -= self.lr * grad
+        if self.momentum and "velocity" not in state:
+            state["velocity"] = np.zeros_like(data)
+        sgd_step(
+            data, grad, state["velocity"] if self.momentum else None, lr=self.lr, momentum=self.momentum,
+            nesterov=self.nesterov, weight_decay=self.weight_decay,
+        )  # fmt: skip
 
 
 class Adam(Optimizer):
@@ -147,17 +144,7 @@ class Adam(Optimizer):
         if not state:
             state.update(step=0, mean=np.zeros_like(data), square=np.zeros_like(data))
         state["step"] += 1
-        first, second = self.betas
-        mean, square, step = state["mean"], state["square"], state["step"]
-        if self.weight_decay:
-            grad = grad + self.weight_decay * data
-        mean *= first
-        mean += (1 - first) * grad
-        square *= second
-        square += (1 - second) * grad * grad
-        root = np.sqrt(square)
-        root *= 1 / (1 - second**step) ** 0.5
-        root += self.eps
-        np.divide(mean, root, out=root)
-        root *= self.lr / (1 - first**step)
-        data -= root
+        adam_step(
+            data, grad, state["mean"], state["square"], step=state["step"], lr=self.lr, betas=self.betas, eps=self.eps,
+            weight_decay=self.weight_decay,
+        )  # fmt: skip

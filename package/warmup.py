@@ -228,6 +228,15 @@ def _elementwise(dtype: str) -> Calls:
         yield f"{name}_backward of columns", partial(getattr(t, f"{name}_backward"), a(2, 9, 4), a(2, 9, 4), axis=1)
 
 
+def _optimizers(dtype: str) -> Calls:
+    t = tilewise
+    param, grad, square, velocity = (np.ones(40, dtype) for _ in range(4))
+    yield "sgd_step", partial(t.sgd_step, param, grad, lr=0.1)
+    yield "adagrad_step", partial(t.adagrad_step, param, grad, square)
+    yield "rmsprop_step", partial(t.rmsprop_step, param, grad, square, velocity, momentum=0.5)
+    yield "adam_step", partial(t.adam_step, param, grad, velocity, square, step=1)
+
+
 FAMILIES: dict[str, Callable[[str], Calls]] = {
     "conv": partial(_in_both_layouts, _convolutions),
     "gemm": _gemm,
@@ -235,4 +244,5 @@ FAMILIES: dict[str, Callable[[str], Calls]] = {
     "batchnorm": partial(_in_both_layouts, _batch_norms),
     "activation": _elementwise,
     "padding": _pads,
+    "optim": _optimizers,
 }

@@ -7,7 +7,6 @@ from conv_cases import DEPTHWISE, LAYOUTS, OPTIONS, SMALL, Case, check, referenc
 import tilewise
 from tilewise import kernels
 from tilewise.kernels.cuda import conv, conv_product, conv_winograd
-from tilewise.kernels.device_arrays import DeviceArray, host_place
 
 DTYPES = [np.float16, np.float32, np.float64]
 # what the CPU's tests have, without the large ones: each thread is executed
@@ -253,17 +252,3 @@ def test_winograd_is_refused_where_it_does_not_apply(gpu, rng):
     many = rng.standard_normal((2, 48, 32, 32)).astype(np.float32)
     filters = rng.standard_normal((48, 48, 3, 3)).astype(np.float32)
     assert tilewise.explain(kernels.conv2d, many, filters, padding=1).algorithm == "winograd"
-
-
-@pytest.mark.parametrize("groups", [1, 8])
-def test_arrays_that_begin_anywhere(gpu, rng, groups):
-    """16 bytes at a time only where that is allowed; the same sums otherwise."""
-    case = Case(1, 8, 6, 7, 8, (3, 3), 1, 1, 1, groups)
-    x, weight, _, _ = operands(rng, case, np.float32, "NHWC")
-    place = host_place()
-    memory = place.copy_in(np.concatenate([[0], x.ravel()]).astype(np.float32))
-    shifted = DeviceArray(place, memory.pointer + 4, x.shape, x.dtype, memory.owner)
-    options = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": groups, "layout": "NHWC"}
-    y = conv.conv2d(shifted, place.copy_in(weight), None, None, activation=None, algorithm="auto", **options)
-    expected = kernels.conv2d(x, weight, padding=1, groups=groups, layout="NHWC")
-    check(place.copy_out(y), expected.astype(np.float64), case.taps, groups, np.float32)

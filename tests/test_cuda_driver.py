@@ -179,3 +179,30 @@ again = ptx_cache.ptx(forms[0], (9, 0))
 print(again == file.read_text(), len(again) == len(first))
 """
     assert run(code)[0] == ["[0, 1, 1, 3]", "True True"]
+
+
+ESTIMATE = """
+from tilewise.kernels import machine
+tilewise.using(backend="cpu").__enter__()
+tilewise.kernels.settings.current.set(None)
+print(machine.gpu_rates())
+large = np.broadcast_to(np.float32(1), (8192, 8192))
+for call, operands in ((tilewise.matmul, (large, large)), (tilewise.relu, (large,)), (tilewise.matmul, (x, x))):
+    decision = tilewise.explain(call, *operands)
+    print(decision.device, sorted(decision.rejected))
+"""
+
+
+def test_estimate_from_the_drivers_numbers_makes_no_context(run):
+    printed, log = run(ESTIMATE)
+    # 132 multiprocessors of 128 cores at 1.98 GHz; 5120 bits at twice 2.619 GHz
+    assert printed[0].startswith(
+        "GpuRates(flops=66908160000000.0, bytes=3352320000000.0, double=0.5, memory=85899345920)"
+    )
+    assert printed[1:] == ["gpu ['cpu', 'cupy']", *["cpu ['cuda', 'cupy', 'reference']"] * 2]
+    assert not any(line.startswith("context") for line in log)
+
+
+def test_estimate_where_the_driver_does_not_tell(run):
+    printed, _ = run(ESTIMATE, FAKE_CUDA_RATES="0")
+    assert printed == ["None", *["cpu ['cuda', 'cupy', 'reference']"] * 3]

@@ -249,25 +249,3 @@ def test_strided_operands_and_out(gpu, rng):
     out = np.full((12, 16), np.nan, np.float32)[:, ::2]
     assert kernels.matmul(a, b, out=out) is out
     assert_close(out, expected, reduction=20)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_operands_that_begin_anywhere_give_the_same_bits(gpu, rng, dtype):
-    from tilewise.kernels.cuda.gemm_plan import Matrices, multiply
-    from tilewise.kernels.device_arrays import DeviceArray, HostPlace
-
-    place = HostPlace(gpu)
-    results = []
-    a, b = random(rng, dtype, 40, 72), random(rng, dtype, 72, 48)
-    for skipped in (0, 1):
-        sides = []
-        for array in (a, b):
-            memory = place.copy_in(np.concatenate([np.zeros(skipped, dtype), array.ravel()]))
-            pointer = memory.pointer + skipped * array.itemsize
-            view = DeviceArray(place, pointer, array.shape, array.dtype, memory.owner)
-            sides.append(Matrices(view, (), *array.shape, array.shape[1], 1))
-        result = place.empty((40, 48), dtype)
-        multiply(*sides, (), result)
-        results.append(place.copy_out(result))
-    assert_close(results[0], np.matmul(*wide(a, b)), reduction=72)
-    np.testing.assert_array_equal(results[0], results[1])

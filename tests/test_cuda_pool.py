@@ -10,6 +10,7 @@ from tolerances import assert_close
 
 import tilewise
 from tilewise import kernels
+from tilewise.kernels.device_arrays import host_place
 
 FLOATS = [np.float16, np.float32, np.float64]
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
@@ -207,11 +208,29 @@ def test_unpooling(gpu, rng, layout, dtype):
 
 
 def test_indices_outside_the_plane_reach_no_memory(gpu):
-    x = np.ones((1, 1, 2, 2), np.float32)
-    indices = np.array([-1, 16, 5, 2**40]).reshape(x.shape)
+    """On arrays of the GPU's own they are ignored; see below for arrays of the host."""
+    place = host_place()
+    x, four = place.copy_in(np.ones((1, 1, 2, 2), np.float32)), place.copy_in(np.ones((1, 1, 4, 4), np.float32))
+    indices = place.copy_in(np.array([-1, 16, 5, 2**40]).reshape(x.shape))
     assert kernels.max_unpool2d(x, indices, 2).sum() == 1
-    assert kernels.max_unpool2d_backward(np.ones((1, 1, 4, 4), np.float32), indices).ravel().tolist() == [0, 0, 1, 0]
+    assert kernels.max_unpool2d_backward(four, indices).ravel().tolist() == [0, 0, 1, 0]
     assert kernels.max_pool2d_backward(x, indices, (1, 1, 4, 4), 2).sum() == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, 16])
+def test_indices_outside_the_plane_are_refused_where_they_come_from_the_host(gpu, wrong):
+    x, whole = np.ones((1, 2, 2), np.float32), np.ones((1, 4, 4), np.float32)
+    indices = np.array([0, 2, wrong, 10]).reshape(x.shape)
+    calls = {
+        "max_unpool2d": lambda i: kernels.max_unpool2d(x, i, 2),
+        "max_unpool2d_backward": lambda i: kernels.max_unpool2d_backward(whole, i),
+        "max_pool2d_backward": lambda i: kernels.max_pool2d_backward(x, i, whole.shape, 2),
+        "adaptive_max_pool2d_backward": lambda i: kernels.adaptive_max_pool2d_backward(x, i, whole.shape),
+    }
+    for name, call in calls.items():
+        call(np.abs(indices) % 16)  # its plan is kept, and the next call is looked at all the same
+        with pytest.raises(ValueError, match=rf"{name}: indices must lie in 0 to 15 \(a plane of 4 x 4\), got"):
+            call(indices)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,6 @@
 """`make gpu-check` as far as it goes without a GPU: the checkout made importable, the steps, timings on an emulator."""
 
+import contextlib
 import json
 import time
 
@@ -29,22 +30,55 @@ def test_checkout_is_importable_without_an_installation(tmp_path):
 
 def test_all_steps_run_and_what_fails_is_told(tmp_path):
     mark = "from pathlib import Path; Path({!r}).touch()"
-    chosen = {
-        "fails": (["-c", "raise SystemExit(3)"], 0.5),
-        "hangs": (["-c", "import time; time.sleep(60)"], 0.05),
-        "works": (["-c", mark.format(str(tmp_path / "there"))], 0.5),
-    }
-    outcomes = gpu_check.run_all(chosen, {}, seconds=20)
-    assert outcomes == {"fails": "exit status 3", "hangs": "ended after 1 s", "works": "ok"}
+    out = tmp_path / "out"
+    side_by_side = {"also fails": ["-c", "print('why'); raise SystemExit(4)"], "goes on": ["-c", "print('{seconds}')"]}
+    chosen = [
+        gpu_check.Step({"fails": ["-c", "raise SystemExit(3)"]}, 0.5),
+        gpu_check.Step({"hangs": ["-c", "import time; time.sleep(60)"]}, 0.05),
+        gpu_check.Step(side_by_side, 0.5, out / "tests.log"),
+        gpu_check.Step({"works": ["-c", mark.format(str(tmp_path / "there"))]}, 0.5),
+    ]
+    outcomes = gpu_check.run_all(chosen, {}, out, seconds=20)
+    assert outcomes == {
+        "fails": "exit status 3", "hangs": "ended after 1 s", "also fails": "exit status 4", "goes on": "ok",
+        "works": "ok",
+    }  # fmt: skip
     assert (tmp_path / "there").exists()
+    assert json.loads((out / "gpu-check.json").read_text())["outcomes"] == outcomes
+    log = (out / "tests.log").read_text()
+    assert "==== also fails: exit status 4\nwhy" in log
+    assert "==== goes on: ok\n1\n" in log, "the time that is left, but never less than a second"
 
 
 def test_steps_use_no_plugin_and_only_tests_of_gpu_kernels():
-    arguments, _ = gpu_check.steps([], [])["tests on the GPU"]
-    assert not any("benchmark-disable" in a or "xdist" in a for a in arguments)
-    assert any(a.endswith("test_cuda_activation.py") for a in arguments)
-    assert not any(a.endswith(("test_cuda_compile.py", "test_cuda_driver.py")) for a in arguments)
-    assert sum(share for _, share in gpu_check.steps([], []).values()) * gpu_check.SECONDS < 600
+    tests = next(step for step in gpu_check.steps([], []) if step.log is not None).commands
+    assert not any("benchmark-disable" in a or "xdist" in a for arguments in tests.values() for a in arguments)
+    assert {"test_cuda_activation.py", "test_cuda_conv_tensor.py", "test_cuda_operands.py"} <= set(tests)
+    assert not {"test_cuda_compile.py", "test_cuda_driver.py", "test_cuda_mutations.py"} & set(tests)
+    assert gpu_check.SECONDS < 480
+
+
+class Here:
+    """A pool of processes that is this one."""
+
+    map = staticmethod(map)
+
+
+def test_every_kernel_is_loaded_and_a_failure_is_named(gpu, monkeypatch, capsys):
+    import gpu_load
+
+    names = []
+    monkeypatch.setattr(gpu, "current", contextlib.nullcontext, raising=False)
+    monkeypatch.setattr(
+        gpu, "_load", lambda form: names.append(form.kernel.name) or 1 / (form.dtype.itemsize != 8), raising=False
+    )
+
+    monkeypatch.setattr(gpu_load, "ProcessPoolExecutor", lambda *arguments: contextlib.nullcontext(Here))
+    assert gpu_load.main() == 1
+    printed = capsys.readouterr().out
+    assert "FAILED activate_all float64: ZeroDivisionError" in printed
+    assert "FAILED activate_all float32" not in printed
+    assert any("tensor" in name for name in names)
 
 
 class Event:
@@ -129,8 +163,11 @@ def test_row_of_a_convolution():
         "flops": 2e9,
         "bytes": 1,
     }
-    record["seconds"] = {"ours": 1e-3, "torch": 2e-3, "torch TF32": 5e-4, "torch channels_last": 4e-3}
-    expected = ("float32", "1.00 ms", "2000 GFLOP/s", "2.00 ms", "2.00", "500 us", "0.50", "4.00 ms")
+    record["seconds"] = {
+        "ours": 1e-3, "torch": 2e-3, "ours TF32": 1e-3, "torch TF32": 5e-4, "ours NHWC": 2e-3,
+        "torch channels_last": 4e-3,
+    }  # fmt: skip
+    expected = ("float32", "1.00 ms", "2000 GFLOP/s", "2.00 ms", "2.00", "1.00 ms", "0.50", "2.00 ms", "2.00")
     assert gpu_peers._row(record)[1:] == expected
 
 
@@ -138,3 +175,20 @@ def test_half_operands(on_the_host):
     torch = on_the_host
     case = Activation("relu", "tiny", 2, (3, 5))
     assert set(gpu_peers.measure(torch, case, "float16", 0.001, "cpu")) == {"ours", "torch"}
+
+
+def test_convolution_in_both_layouts_and_with_tf32(on_the_host):
+    torch = on_the_host
+    case = Conv("conv2d", "tiny", 2, 4, 5, 8, 3, padding=1)
+    names = {"ours", "ours TF32", "ours NHWC", "torch", "torch TF32", "torch channels_last"}
+    assert set(gpu_peers.measure(torch, case, "float32", 0.001, "cpu")) == names
+
+
+def test_what_was_measured_is_written_as_it_goes(on_the_host, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tilewise, "sigmoid", stop)
+    with pytest.raises(KeyboardInterrupt):
+        timed(tmp_path, "--only", "relu|sigmoid")
+    assert [r["key"] for r in json.loads((tmp_path / "cpu.json").read_text())["peers"]] == ["relu tiny"]

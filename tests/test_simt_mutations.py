@@ -15,8 +15,18 @@ from simt.emulator import SCHEDULES, EmulatedFault, Emulator
 from simt.mutation import mutated, without_ordering
 from simt.small import small_kernel
 
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32
-from tilewise.kernels.cuda.ptx import at, commit_copies, copy_async, registers, shared, wait_copies
+from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64
+from tilewise.kernels.cuda.ptx import (
+    at,
+    commit_copies,
+    copy_async,
+    lanes,
+    load_vector,
+    registers,
+    shared,
+    store_vector,
+    wait_copies,
+)
 from tilewise.kernels.device_arrays import HostPlace
 
 SINGLE = np.dtype(np.float32)
@@ -199,3 +209,21 @@ def test_shared_arrays_of_numba_are_watched_too():
     assert outcomes(numbas_own_shared_array, annotations, 1, 0, expected, ("forward",)) == {"right"}
     (seen,) = outcomes(numbas_own_shared_array, annotations, 1, 1, expected, ("forward",))
     assert "8 bytes beyond shared memory of 512 bytes" in seen
+
+
+def vector_from(x: ELEMENTS, y: ELEMENTS, first: INT64):
+    values = registers(x, 16)
+    load_vector(values, x, first + cuda.threadIdx.x * lanes(x))
+    store_vector(y, cuda.threadIdx.x * lanes(x), values)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_vectors_from_addresses_that_are_no_multiples(dtype):
+    place = HostPlace(Emulator())
+    x = np.arange(40, dtype=dtype)
+    source, target = place.copy_in(x), place.copy_in(x)
+    read = small_kernel(vector_from, threads=2)
+    read(place, 1, source, target, 16 // x.itemsize)
+    np.testing.assert_array_equal(place.copy_out(target)[:4], x[16 // x.itemsize :][:4])
+    with pytest.raises(EmulatedFault, match="from an address that is not a multiple of 16"):
+        read(place, 1, source, target, 1)

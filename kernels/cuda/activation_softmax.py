@@ -185,7 +185,7 @@ def _forward(x, axis, log):
         tiles, columns = plan_columns(n, inner)
         softmax_columns(x.place, rows * tiles, x, y, n, inner, tiles, columns, log)
         return y
-    vector, group = plan_rows(n, SHORT, x, y)
+    vector, group = plan_rows(n, SHORT, x.dtype)
     if group:
         blocks = ceil_div(rows * group, THREADS)
         _short_rows[vector](x.place, blocks, x, y, rows, n, group, log)

@@ -153,7 +153,7 @@ def backward(grad, y, axis, log):
         tiles, columns = plan_columns(n, inner)
         softmax_backward_columns(y.place, rows * tiles, grad, y, result, n, inner, tiles, columns, log)
         return result
-    vector, group = plan_rows(n, SHORT, grad, y, result)
+    vector, group = plan_rows(n, SHORT, y.dtype)
     if group:
         blocks = ceil_div(rows * group, THREADS)
         _short_rows[vector](y.place, blocks, grad, y, result, rows, n, group, log)

@@ -269,7 +269,7 @@ _rows = {vector: _make_rows(vector) for vector in (False, True)}
 def batch_norm_backward(grad, x, mean, invstd, weight, *, training, layout):
     place = x.place
     result = place.empty(x.shape, x.dtype)
-    plan = planes_or_rows(x.shape, layout, grad, x, result)
+    plan = planes_or_rows(x.shape, layout, x.dtype)
     channels = plan.channels
     grad_weight, grad_bias = place.empty((channels,), x.dtype), place.empty((channels,), x.dtype)
     table = place.empty((3, channels), sum_dtype(x.dtype))

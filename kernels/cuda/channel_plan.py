@@ -14,10 +14,10 @@ EACH = 4  # units a thread takes at least before another block shall help it
 BLOCKS = 2048  # about as many blocks of sums as keep the largest device busy for two rounds
 
 
-def unit_width(run: int, *arrays) -> int:
+def unit_width(run: int, dtype) -> int:
     """Elements of a unit, where runs of `run` elements must be whole units: a vector of 16 bytes, or one element."""
-    width = 16 // arrays[0].dtype.itemsize
-    return width if run % width == 0 and all(a.pointer % 16 == 0 for a in arrays) else 1
+    width = 16 // dtype.itemsize
+    return width if run % width == 0 else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class Rows:
         return max(1, min(work, ceil_div(BLOCKS, self.tiles)))
 
 
-def planes_or_rows(shape: tuple[int, ...], layout: str, *arrays) -> Planes | Rows:
+def planes_or_rows(shape: tuple[int, ...], layout: str, dtype) -> Planes | Rows:
     if layout == "NCHW":
         n, c, h, w = shape
-        return Planes(n, c, h * w, unit_width(h * w, *arrays))
+        return Planes(n, c, h * w, unit_width(h * w, dtype))
     n, h, w, c = shape
-    return Rows(n * h * w, c, unit_width(c, *arrays))
+    return Rows(n * h * w, c, unit_width(c, dtype))

@@ -4,6 +4,7 @@
 - Gradients with respect to the weights and the bias: sums over pixels in fixed parts (conv_sums.py).
 """
 
+from tilewise.kernels import settings
 from tilewise.kernels.cuda import (
     conv_depthwise,
     conv_depthwise_weight,
@@ -12,6 +13,8 @@ from tilewise.kernels.cuda import (
     conv_product,
     conv_product_weight,
     conv_sums,
+    conv_tensor,
+    conv_tensor_weight,
     conv_winograd,
 )
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, NONE
@@ -46,7 +49,8 @@ def choose_conv2d(shapes, dtype, options, packed=False):
     best = _choose(it, dtype)
     reasons = {
         "depthwise": "slower where it does not apply", "gemm": "a group is too thin for a tile, or the work too little",
-        "direct": "no operand is used twice from registers", "winograd": "too few channels or tiles",
+        "direct": "no operand is used twice from registers",
+        "winograd": "tensor cores are faster" if settings.active().tf32 else "too few channels or tiles",
     }  # fmt: skip
     return best, {name: reason for name, reason in reasons.items() if name != best} | why_not
 
@@ -57,15 +61,22 @@ def _choose(it, dtype) -> str:
     thin = it.outputs * it.channels * it.taps < _FEW_WEIGHTS
     if thin or it.flops < DIRECT_BELOW:
         return "direct"
+    if settings.active().tf32:  # tensor cores multiply faster than Winograd's transforms save
+        return "gemm"
     return "winograd" if conv_winograd.why_not(it, dtype) is None and conv_winograd.pays(it) else "gemm"
 
 
-def _correlate(it, x, weight, y, bias, extra, code, algorithm):
+def _correlate(it, x, weight, y, bias, extra, code, algorithm, turned=None):
+    """turned: a list that keeps what conv_tensor made of x, for the next correlation of the same x."""
     if algorithm == "auto":
         algorithm = _choose(it, x.dtype)
-    if algorithm == "depthwise" and not conv_depthwise.aligned(it, x, y):
-        algorithm = "direct"
-    _MODULES[algorithm].correlate(it, x, weight, y, bias, extra, code)
+    if algorithm != "gemm" or not conv_tensor.applies(it, x):
+        _MODULES[algorithm].correlate(it, x, weight, y, bias, extra, code)
+        return
+    turned = [] if turned is None else turned
+    if not turned:
+        turned.append(conv_tensor.in_vectors(x, it.layout, it.groups))
+    conv_tensor.correlate(it, turned[0], weight, y, bias, extra, code)
 
 
 def _forward(x, weight, size, bias, extra, code, algorithm, **window):
@@ -80,9 +91,10 @@ def _forward(x, weight, size, bias, extra, code, algorithm, **window):
 def _transposed(grad, weight, shape, bias, **window):
     """conv2d's gradient with respect to an x of that shape, plus bias."""
     result = grad.place.empty(shape, grad.dtype)
+    turned = []
     if result.size:
         for it in conv_geometry.transposed(grad.shape, weight.shape, shape, **window):
-            _correlate(it, grad, weight, result, bias, None, NONE, "auto")
+            _correlate(it, grad, weight, result, bias, None, NONE, "auto", turned)
     return result
 
 
@@ -92,7 +104,8 @@ def _weight_gradient(grad, x, weight, **window):
         return conv_depthwise_weight.weight_gradient(it, grad, x, weight.shape)
     if it.flops < DIRECT_BELOW or it.channels * it.taps * it.outputs < _FEW_WEIGHTS:
         return conv_sums.weight_gradient(it, grad, x, weight.shape)
-    return conv_product_weight.weight_gradient(it, grad, x, weight.shape)
+    module = conv_tensor_weight if conv_tensor.applies(it, x) else conv_product_weight
+    return module.weight_gradient(it, grad, x, weight.shape)
 
 
 def conv2d(x, weight, bias, add, *, stride, padding, dilation, groups, layout, activation, algorithm):

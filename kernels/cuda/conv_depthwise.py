@@ -134,7 +134,7 @@ def depthwise_channels(
 
 
 def applies(it: Correlation, dtype) -> bool:
-    """Whether `correlate` can compute it, of arrays that are `aligned`."""
+    """Whether `correlate` can compute it."""
     if it.channels != 1 or it.groups == 1:
         return False
     if it.channels_last:
@@ -143,11 +143,6 @@ def applies(it: Correlation, dtype) -> bool:
     plain = rows.step == columns.step == 1 and rows.spacing == columns.spacing == 1
     square = rows.taps == columns.taps and rows.stride == columns.stride
     return plain and square and (rows.taps, rows.stride) in planes_kernels
-
-
-def aligned(it: Correlation, x, y) -> bool:
-    """Whether the arrays begin where 16 bytes may be read at once, if that is wanted."""
-    return not it.channels_last or x.pointer % VECTOR_BYTES == y.pointer % VECTOR_BYTES == 0
 
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int):

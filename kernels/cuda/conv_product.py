@@ -24,7 +24,6 @@ from tilewise.kernels.cuda.epilogue import NONE
 from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INT32, INT64, REAL, SUMS, ceil_div, device, kernel, sum_dtype
 from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_multiply
 from tilewise.kernels.cuda.ptx import (
-    VECTOR_BYTES,
     at,
     lanes,
     load_vector,
@@ -313,7 +312,7 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int, tile: Tile 
 
 def multiply_packed(it, x, packed, y, tile, steps, padded_outputs, bias=None, extra=None, code: int = NONE):
     """The same with weights as `implicit` wants them."""
-    whole = it.channels % _DEPTH == 0 and (not it.channels_last or x.pointer % VECTOR_BYTES == 0)
+    whole = it.channels % _DEPTH == 0
     grid = ceil_div(it.pixels, tile.columns), padded_outputs // tile.rows, it.groups
     rows, columns = it.rows, it.columns
     implicit_kernels[tile, it.channels_last, whole](

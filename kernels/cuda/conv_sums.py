@@ -31,8 +31,8 @@ def join_lanes(value):
 
 
 @kernel(threads=THREADS)
-def sum_parts(parts: SUMS, result: ELEMENTS, count: INT64, many: INT64, taps: INT64, channels: INT64):
-    """result[o, c, t] = parts[0, o, t, c] + ... + parts[many - 1, o, t, c], `count` of them."""
+def sum_parts(parts: SUMS, result: ELEMENTS, count: INT64, many: INT64, taps: INT64, channels: INT64, kept: INT64):
+    """result[o, c, t] = parts[0, o, t, c] + ... + parts[many - 1, o, t, c] for c < kept; `count` of a part."""
     i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if i < count:
         total = zero(result)
@@ -40,7 +40,8 @@ def sum_parts(parts: SUMS, result: ELEMENTS, count: INT64, many: INT64, taps: IN
             total += parts[part * count + i]
         c, number = i % channels, i // channels
         t, o = number % taps, number // taps
-        result[(o * channels + c) * taps + t] = narrow(total, result)
+        if c < kept:
+            result[(o * kept + c) * taps + t] = narrow(total, result)
 
 
 @kernel(threads=THREADS)
@@ -123,10 +124,13 @@ def new_parts(place, many: int, count: int, dtype):
     return place.empty((many, count), sum_dtype(dtype))
 
 
-def add_parts(parts, result, taps: int = 1, channels: int = 1):
-    """The second stage; taps and channels, where the parts have them in the other order than the result."""
+def add_parts(parts, result, taps: int = 1, channels: int = 1, kept: int | None = None):
+    """The second stage; taps and channels, where the parts have them in the other order than the result, which has the
+    first `kept` channels (None: all)."""
     many, count = parts.shape
-    sum_parts(result.place, ceil_div(count, THREADS), parts, result, count, many, taps, channels, dtype=result.dtype)
+    kept = channels if kept is None else kept
+    numbers = count, many, taps, channels, kept
+    sum_parts(result.place, ceil_div(count, THREADS), parts, result, *numbers, dtype=result.dtype)
     return result
 
 

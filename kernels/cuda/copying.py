@@ -44,9 +44,9 @@ def copy_strided(source: DeviceArray, target: DeviceArray):
     copy_elements(source.place, blocks, source, target, *numbers, dtype=_WORDS[item])
 
 
-def contiguous(array: DeviceArray) -> DeviceArray:
-    """The array itself where it is contiguous, else a copy."""
-    if array.contiguous:
+def contiguous(array: DeviceArray, alignment: int = 1) -> DeviceArray:
+    """The array itself where it is contiguous, from a multiple of `alignment` bytes on, else a copy."""
+    if array.contiguous and array.pointer % alignment == 0:
         return array
     result = array.place.empty(array.shape, array.dtype)
     copy_strided(array, result)

@@ -6,10 +6,9 @@ from math import prod
 import numpy as np
 
 from tilewise.kernels import settings
-from tilewise.kernels.cuda.copying import copy_strided
 from tilewise.kernels.cuda.epilogue import LEAKY_SLOPE, NONE
 from tilewise.kernels.cuda.gemm_few import FEW, ROWS, multiply_few
-from tilewise.kernels.cuda.gemm_tensor import FLOAT16, HALF, SINGLE, TF32, TensorTile
+from tilewise.kernels.cuda.gemm_tensor import MATMULS
 from tilewise.kernels.cuda.gemm_tile import (
     BIG,
     BIG_VECTORS,
@@ -23,8 +22,10 @@ from tilewise.kernels.cuda.gemm_tile import (
     add_parts,
 )
 from tilewise.kernels.cuda.launch import ceil_div, sum_dtype
-from tilewise.kernels.cuda.product import Tile
 from tilewise.kernels.cuda.ptx import VECTOR_BYTES
+from tilewise.kernels.cuda.tensor_product import LARGE as TENSOR_LARGE
+from tilewise.kernels.cuda.tensor_product import SMALL as TENSOR_SMALL
+from tilewise.kernels.cuda.tensor_product import TensorTile
 from tilewise.kernels.device_arrays import DeviceArray
 
 # A product with fewer blocks than this splits its depth, if parts of at least that depth remain. A constant, not the
@@ -52,7 +53,7 @@ class Matrices:
         )
 
     def aligned(self) -> bool:
-        """Whether its contiguous rows (or columns) consist of whole vectors of 16 bytes."""
+        """Whether its contiguous rows (or columns) consist of whole vectors of 16 bytes, where the first one begins."""
         width = 16 // self.array.dtype.itemsize
         along = self.columns if self.column_stride == 1 else self.rows
         size = self.rows * self.columns
@@ -87,7 +88,7 @@ def batch_axes(left: Matrices, right: Matrices, lead: tuple[int, ...]) -> list[t
     return axes
 
 
-def choose_tile(m: int, n: int, depth: int, matrices: int, multiprocessors: int, candidates: tuple) -> Tile:
+def choose_tile(m: int, n: int, depth: int, matrices: int, multiprocessors: int, candidates: tuple):
     """The largest tile of which the product fills more than half, and which occupies the device."""
     parts = max(1, depth // PART_DEPTH)
     for tile in candidates:
@@ -106,18 +107,7 @@ def split(depth: int, blocks: int) -> tuple[int, int]:
 
 def multiply(left: Matrices, right: Matrices, lead: tuple, result: DeviceArray, bias=None, code=NONE):
     """result = activation(left @ right + bias), batch by batch."""
-    left, right = _from_a_vector_on(left), _from_a_vector_on(right)
     _multiply(left, right, batch_axes(left, right, lead), prod(lead), result, bias, code)
-
-
-def _from_a_vector_on(matrices: Matrices) -> Matrices:
-    """The same from a multiple of 16 bytes on: the kernel, and so the last bits, shall depend on shapes alone."""
-    array = matrices.array
-    if array.pointer % VECTOR_BYTES == 0:
-        return matrices
-    moved = array.place.empty((array.size,), array.dtype)
-    copy_strided(array.reshape(array.size), moved)
-    return replace(matrices, array=moved)
 
 
 def _multiply(left, right, axes, matrices, result, bias, code):
@@ -155,7 +145,9 @@ def choose(left: Matrices, right: Matrices, matrices: int, tf32: bool):
     aligned = left.aligned() and right.aligned()
     half = dtype.itemsize == 2
     if aligned and engine.capability >= (8, 0) and (half or (tf32 and dtype == np.float32)):
-        return (FLOAT16[orders], HALF) if half else (TF32[orders], SINGLE)
+        width = VECTOR_BYTES // dtype.itemsize
+        tile = choose_tile(*size, (TENSOR_LARGE[width], TENSOR_SMALL[width]))
+        return MATMULS[tile][orders], tile
     if half or not aligned:
         tile = choose_tile(*size, (TINY,) if dtype == np.float64 else (SMALL, TINY))  # in 64 bits SMALL would spill
         return STRIDED[tile], tile
@@ -177,7 +169,7 @@ def _few(left: Matrices, right: Matrices, bias, result, code) -> bool:
     else:
         big, few, strides, to, of_bias = right, left, (left.row_stride, left.column_stride), (1, n), (1, 0)
     width = 16 // big.array.dtype.itemsize
-    whole = strides[1] == 1 and depth % width == 0 and not (big.array.pointer % 16 or few.array.pointer % 16)
+    whole = strides[1] == 1 and depth % width == 0
     multiply_few(
         result.place, ceil_div(rows, ROWS), big.array, few.array, result, bias, rows, count, depth,
         *strides, *to, *of_bias, depth // width if whole else 0, bias is not None, code, LEAKY_SLOPE,
@@ -200,7 +192,9 @@ def _launch(left: Matrices, right: Matrices, batch: Batch, matrices: int, result
     if parts > 1:
         partial = place.empty((parts, matrices, m, n), sum_dtype(dtype))
     target = partial if partial is not None else result
-    vectors = dtype.kind == "f" and n % 4 == 0 and target.pointer % 16 == 0 and target.dtype.itemsize > 2
+    # 16 bytes at a time: a thread of `tile` writes four neighbouring numbers, or as many as 16 bytes hold
+    together = tile.width if isinstance(tile, TensorTile) else 4
+    vectors = dtype.kind == "f" and n % together == 0 and together * target.dtype.itemsize >= VECTOR_BYTES
     to_sums = parts > 1 or widened
     kernel(
         place, (blocks, parts, matrices),

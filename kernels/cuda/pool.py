@@ -28,8 +28,7 @@ def _counts(shape, kernel_size, stride, padding, dilation, ceil_mode, layout):
 def _maximum(x, out, layout, return_indices, **windows):
     y = x.place.empty(out_shape(x.shape, out, layout), x.dtype)
     indices = x.place.empty(y.shape, _INDEX) if return_indices else None
-    results = (y,) if indices is None else (y, indices)
-    pool = pool_of(x.shape, out, layout, x, *results, **windows)
+    pool = pool_of(x.shape, out, layout, x.dtype, **windows)
     if y.size and not maximum_columns(pool, layout, x, y, indices):
         run_maximum(pool, x, y, indices)
     return (y, indices) if return_indices else y
@@ -48,7 +47,7 @@ def adaptive_max_pool2d(x, *, output_size, return_indices, layout):
 def avg_pool2d(x, *, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout):
     out = _counts(x.shape, kernel_size, stride, padding, (1, 1), ceil_mode, layout)
     y = x.place.empty(out_shape(x.shape, out, layout), x.dtype)
-    pool = pool_of(x.shape, out, layout, x, y, kernel=kernel_size, stride=stride, padding=padding)
+    pool = pool_of(x.shape, out, layout, x.dtype, kernel=kernel_size, stride=stride, padding=padding)
     divisor = divisor_override or pool.divisor(count_include_pad)
     if y.size and not average_columns(pool, layout, x, y, divisor, count_include_pad):
         run_average(pool, x, y, divisor, count_include_pad)
@@ -60,7 +59,7 @@ def adaptive_avg_pool2d(x, *, output_size, layout):
     if y.size and output_size == (1, 1):
         run_global_average(x, y, layout)
     elif y.size:
-        pool = pool_of(x.shape, output_size, layout, x, y)
+        pool = pool_of(x.shape, output_size, layout, x.dtype)
         run_average(pool, x, y, pool.divisor(False), False)
     return y
 
@@ -81,7 +80,7 @@ def adaptive_max_pool2d_backward(grad, indices, *, input_shape, layout):
 def _maximum_backward(grad, indices, input_shape, layout, **windows):
     result = grad.place.empty(input_shape, grad.dtype)
     if prod(input_shape):
-        pool = pool_of(input_shape, _pooled_size(grad, layout), layout, grad, indices, result, **windows)
+        pool = pool_of(input_shape, _pooled_size(grad, layout), layout, grad.dtype, **windows)
         run_maximum_gradient(pool, layout, grad, indices, result)
     return result
 
@@ -100,6 +99,6 @@ def adaptive_avg_pool2d_backward(grad, *, input_shape, layout):
 def _average_backward(grad, input_shape, layout, divisor, include_pad, **windows):
     result = grad.place.empty(input_shape, grad.dtype)
     if prod(input_shape):
-        pool = pool_of(input_shape, _pooled_size(grad, layout), layout, grad, result, **windows)
+        pool = pool_of(input_shape, _pooled_size(grad, layout), layout, grad.dtype, **windows)
         run_average_gradient(pool, layout, grad, result, divisor or pool.divisor(include_pad), include_pad)
     return result

@@ -158,11 +158,11 @@ def run_average(pool: Pool, x, y, divisor, include_pad):
 def run_global_average(x, y, layout):
     if layout == "NCHW":
         n, c, h, w = x.shape
-        vectors = h * w // unit_width(h * w, x) if unit_width(h * w, x) > 1 else 0
+        vectors = h * w // unit_width(h * w, x.dtype) if unit_width(h * w, x.dtype) > 1 else 0
         group = 32 if (vectors or h * w) <= 32 * 16 else THREADS
         blocks = ceil_div(n * c * group, THREADS)
         average_of_planes(x.place, blocks, x, y, n * c, h * w, vectors, group)
     else:
         n, h, w, c = x.shape
-        plan = Rows(h * w, c, unit_width(c, x))
+        plan = Rows(h * w, c, unit_width(c, x.dtype))
         _rows[plan.width > 1](x.place, (n, plan.tiles, 1), x, y, h * w, c, plan.span, plan.rows)

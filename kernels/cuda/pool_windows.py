@@ -135,13 +135,13 @@ class Pool:
         return self.kernel == (side, side) and self.stride == (stride, stride) and self.dilation == (1, 1)
 
 
-def pool_of(shape: tuple[int, ...], out: tuple[int, int], layout: str, *arrays, **windows) -> Pool:
-    """shape: of the tensor that is pooled. arrays: those that shall be taken in units."""
+def pool_of(shape: tuple[int, ...], out: tuple[int, int], layout: str, dtype, **windows) -> Pool:
+    """shape, dtype: of the tensor that is pooled."""
     if layout == "NCHW":
         n, c, h, w = shape
         return Pool(n * c, (h, w), out, 1, 1, **windows)
     n, h, w, c = shape
-    width = unit_width(c, *arrays)
+    width = unit_width(c, dtype)
     return Pool(n, (h, w), out, c // width, width, **windows)
 
 

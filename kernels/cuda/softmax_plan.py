@@ -12,10 +12,10 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def plan_rows(n: int, each: int, *arrays) -> tuple[bool, int]:
+def plan_rows(n: int, each: int, dtype) -> tuple[bool, int]:
     """(whether rows of n are taken in vectors of 16 bytes, lanes for each row); 0 lanes: a block for each."""
-    width = 16 // arrays[0].dtype.itemsize
-    vector = n % width == 0 and all(a.pointer % 16 == 0 for a in arrays)
+    width = 16 // dtype.itemsize
+    vector = n % width == 0
     units = n // width if vector else n
     return vector, 0 if units > 32 * each else min(32, _power_of_two(units))
 

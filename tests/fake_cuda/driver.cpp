@@ -2,6 +2,7 @@
 // cuda.bindings, finds it and hands its arguments over as it would to the real one; a log tells what arrived.
 //
 // FAKE_CUDA_LOG: the log's file. FAKE_CUDA_FAIL: "function=status", which then fails. FAKE_CUDA_POOLS=0: no memory pools.
+// FAKE_CUDA_RATES=0: no clocks.
 
 #include <cstdint>
 #include <cstdio>
@@ -44,10 +45,21 @@ int cuDeviceGetCount(int *count) { *count = 2; return 0; }
 int cuDeviceGetName(char *name, int length, int device) { snprintf(name, length, "Fake GPU %d", device); return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int) {
     const char *pools = getenv("FAKE_CUDA_POOLS"), *major = getenv("FAKE_CUDA_MAJOR");
-    *value = attribute == 75 ? (major ? atoi(major) : 9) : attribute == 76 ? 0 : attribute == 16 ? 132 : attribute == 115 ? !pools || atoi(pools) : 0;
+    const char *rates = getenv("FAKE_CUDA_RATES");
+    const bool told = !rates || atoi(rates);
+    switch (attribute) {
+    case 75: *value = major ? atoi(major) : 9; break;
+    case 16: *value = 132; break;
+    case 115: *value = !pools || atoi(pools); break;
+    case 13: *value = told ? 1980000 : 0; break;   // kHz
+    case 36: *value = told ? 2619000 : 0; break;
+    case 37: *value = 5120; break;                 // bits of the memory's bus
+    default: *value = 0;
+    }
     return 0;
 }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = PRIMARY[device]; return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int) { *bytes = 80ull << 30; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = PRIMARY[device]; log("context of %d", device); return 0; }
 int cuCtxGetCurrent(void **context) { *context = contexts.empty() ? nullptr : contexts.back(); return 0; }
 int cuCtxPushCurrent_v2(void *context) { contexts.push_back(context); log("push %p", context); return 0; }
 int cuCtxPopCurrent_v2(void **context) { *context = contexts.back(); contexts.pop_back(); log("pop"); return 0; }

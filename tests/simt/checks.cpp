@@ -1,7 +1,7 @@
 // Watches every load and store of a kernel (checks.py puts the calls there).
 //
 // Outside of arrays. The host names the memory that a launch may use: arrays, static and dynamic shared memory, constants.
-// An access elsewhere ends the launch.
+// An access elsewhere ends the launch, and so does one at an address that is not the multiple that its instruction needs.
 //
 // Races in shared memory. Each piece of it (`granularity` bytes) remembers who wrote and who read it last, and when. Time
 // is a counter that a barrier or a __syncwarp() advances. Two accesses of different threads, one of them a write, need
@@ -65,6 +65,15 @@ const Range *find(const unsigned char *address, uint64_t bytes) {
     snprintf(text, sizeof text, "%s outside of an array: %ld bytes %s %s of %zu bytes", what, std::abs(distance),
              distance < 0 ? "before" : "beyond", nearest && nearest->kind == SHARED ? "shared memory" : "an array",
              nearest ? nearest->bytes : 0);
+    simt_fault(text);
+}
+
+// A GPU refuses what the kernel's code promises and does not keep; this machine's processor would not.
+void aligned(const char *what, const unsigned char *address, uint64_t bytes, uint64_t alignment) {
+    if (reinterpret_cast<uintptr_t>(address) % alignment == 0) return;
+    char text[120];
+    snprintf(text, sizeof text, "%s %zu bytes from an address that is not a multiple of %zu", what, static_cast<size_t>(bytes),
+             static_cast<size_t>(alignment));
     simt_fault(text);
 }
 
@@ -172,23 +181,25 @@ void check_warp_meets(unsigned warp, const char *operation) {
     if (operation == SYNCWARP) warp_time[warp] = ++now;
 }
 
-void emu_check_load(const unsigned char *address, uint64_t bytes) {
+void emu_check_load(const unsigned char *address, uint64_t bytes, uint64_t alignment) {
     const unsigned char *stack;
     size_t stack_bytes;
     simt_stack(&stack, &stack_bytes);
     if (address >= stack && address < stack + stack_bytes) return;
     const Range *range = find(address, bytes);
     if (!range) outside("reads", address, bytes);
+    if (range->kind != CONSTANT) aligned("reads", address, bytes, alignment);
     if (range->kind == SHARED) shared_load(*range, address, bytes);
 }
 
-void emu_check_store(unsigned char *address, uint64_t bytes) {
+void emu_check_store(unsigned char *address, uint64_t bytes, uint64_t alignment) {
     const unsigned char *stack;
     size_t stack_bytes;
     simt_stack(&stack, &stack_bytes);
     if (address >= stack && address < stack + stack_bytes) return;
     const Range *range = find(address, bytes);
     if (!range || range->kind == CONSTANT) outside("writes", address, bytes);
+    aligned("writes", address, bytes, alignment);
     if (range->kind != SHARED) return;
     each_piece(*range, address, bytes, [&](Piece &piece) {
         if (piece.copying) simt_fault("writes shared memory that a cp.async is still filling");

@@ -115,7 +115,7 @@ static void cp_async(uint32_t target, uint64_t source, unsigned bytes, unsigned 
     if (target % bytes || (source_bytes && source % bytes)) simt_fault("cp.async with an unaligned address");
     const Copy copy{simt_shared(target, bytes), reinterpret_cast<const unsigned char *>(source), bytes, source_bytes,
                     groups[simt_thread()]};
-    if (source_bytes) emu_check_load(copy.source, source_bytes);
+    if (source_bytes) emu_check_load(copy.source, source_bytes, 1);
     check_copy_begins(copy.target, bytes);
     if (simt_eager_copies()) copy_bytes(copy);
     copies[simt_thread()].push_back(copy);
@@ -147,7 +147,7 @@ static void ldmatrix(uint32_t address, unsigned matrices, bool transposed) {
             const uint32_t row_address = deposit<uint32_t>(rows, m * 8 + row);
             if (row_address % 16) simt_fault("ldmatrix with a row that is not aligned to 16 bytes");
             const unsigned char *element = simt_shared(row_address, 16) + column * 2;
-            emu_check_load(element, 2);
+            emu_check_load(element, 2, 2);
             memcpy(&pair[e], element, 2);
         }
         results[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;

@@ -56,8 +56,8 @@ void simt_stack(const unsigned char **begin, size_t *bytes);   // of the thread 
 
 // checks.cpp: every access of a kernel is inside of what it was given, and no two threads use the same shared memory, one
 // of them writing, without a barrier between.
-void emu_check_load(const unsigned char *address, uint64_t bytes);
-void emu_check_store(unsigned char *address, uint64_t bytes);
+void emu_check_load(const unsigned char *address, uint64_t bytes, uint64_t alignment);
+void emu_check_store(unsigned char *address, uint64_t bytes, uint64_t alignment);
 void check_launch_begins(unsigned granularity);
 void check_block_begins(unsigned threads);
 void check_barrier_opens();
