@@ -297,3 +297,16 @@ def test_few_outputs_overwrite_neighbours_of_their_own_only(rng, outputs, groups
         assert_close(nchw(twice, "NHWC"), nchw(2 * expected, "NHWC"), reduction=case.taps)
         assert np.isnan(memory[:lane]).all()
         assert np.isnan(memory[-lane:]).all()
+
+
+def test_a_summand_that_is_the_result_is_read_before_it_is_overwritten(rng):
+    """NHWC, few outputs: a vector stored whole would reach the next pixel's summand."""
+    x, weight, bias = Case(1, 3, 5, 7, 3, (3, 3), 1, 1).arrays(rng, np.float32, "NHWC")
+    expected = kernels.conv2d(x, weight, bias, padding=1, layout="NHWC")
+    taps = [np.arange(3) - 1] * 2
+    y = np.ones((1, 5, 7, 3), np.float32)
+    run = conv_pass.prepare_pass(
+        x.shape, weight.shape, y.shape, y.dtype, taps, (1, 1), (0, 0, 1, 1, 5, 7), 1, "NHWC", "gemm"
+    )
+    run(x, weight, y, bias, y.ravel())
+    assert_close(y, expected + 1, reduction=27)
