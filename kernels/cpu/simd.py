@@ -166,6 +166,22 @@ class _Emitter:
         return self.builder.call(function, [where, _I32(self.itemsize), mask, self.zero])
 
     def masked_store(self, value, pointer, offset, mask):
+        """The lanes of the mask to memory. Ends in a new block where vectors are narrower than AVX-512's.
+
+        There a whole vector goes without its mask: AVX2's masked store takes 12 cycles on Zen 3, a plain one takes 1.
+        """
+        if VECTOR_BYTES == 64:
+            self._store_under(mask, value, pointer, offset)
+            return
+        bits = ir.IntType(self.lanes)
+        whole = self.builder.icmp_signed("==", self.builder.bitcast(mask, bits), bits(-1))
+        with self.builder.if_else(whole) as (then, otherwise):
+            with then:
+                self.store(value, pointer, offset)
+            with otherwise:
+                self._store_under(mask, value, pointer, offset)
+
+    def _store_under(self, mask, value, pointer, offset):
         where = self.at(pointer, offset)
         name = f"llvm.masked.store.{_suffix(self.element, self.lanes)}.p0"
         kind = ir.FunctionType(ir.VoidType(), [self.vector, where.type, _I32, ir.VectorType(_I1, self.lanes)])

@@ -338,7 +338,7 @@ def reverse_row(typingctx, target, source, count):
         emit.masked_store(value, target, i, emit.mask(_I64(0), left))
         following = builder.add(i, _I64(emit.lanes))
         i.add_incoming(_I64(0), entry)
-        i.add_incoming(following, loop)
+        i.add_incoming(following, builder.block)
         builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
         builder.position_at_end(done)
         return context.get_dummy_value()
