@@ -19,11 +19,12 @@ IN_PLACE = [
 FEW_ROWS = [(1, 1500, 210), (2, 1024, 129), (3, 1023, 130), (7, 1025, 127), (13, 1056, 145), (16, 2050, 64)]
 # a vector by a large matrix: 8 of its rows at a time, 8192 columns a chunk, up to 4 parts of 128 steps or more
 VECTOR = [(1, 300, 256), (1, 257, 257), (1, 259, 385), (1, 129, 519), (1, 8192, 263), (1, 8201, 300), (1, 64, 2049)]
-# 8 x 3 rows to a tile, 63 to a block, at most a quarter of the columns a chunk, steps of 3072 bytes
+# 8 x 3 rows to a tile (AVX2: 4 x 3), 63 to a block, at most a quarter of the columns a chunk, steps of 3072 bytes
 DOTS = [
     (1, 3, 16), (2, 2, 17), (3, 4, 15), (4, 5, 33), (7, 62, 31), (8, 63, 84), (9, 64, 100), (11, 253, 40),
     (12, 10, 769), (15, 127, 384), (16, 6, 385), (33, 65, 800), (95, 20, 1537), (96, 30, 50), (97, 8, 70),
     (200, 1, 300), (131, 7, 900), (48, 140, 33), (49, 129, 60), (70, 128, 41), (128, 127, 33),
+    (1, 71, 40), (5, 73, 50), (9, 80, 24),
 ]  # fmt: skip
 # 448 rows and 1024 columns a block, 256 steps; from 1024 steps on the sums are collected beside C;
 # beyond 512 columns (float32) 4 panels of B are packed together

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.simd import _I32, _I64, _emit_tile_store, _Emitter, _literal
+from tilewise.kernels.cpu.simd import _I32, _I64, VECTOR_BYTES, _emit_tile_store, _Emitter, _literal
 
 _I8 = ir.IntType(8)
 # While B comes from memory, its lines are asked for so many steps ahead: 16 * 14 cycles are 60 ns.
@@ -143,21 +143,23 @@ class _Rows:
     """Where `count` rows, `step` elements apart, lie, in few registers: four rows share a pointer that moves on.
 
     row 4 g + r is at pointer g + r * step, r < 4: the addressing modes of x86 reach 1 and 2 steps, a register holds 3.
-    The steps are hidden from the compiler, which would walk from row to row otherwise: a chain of additions that is as
-    long as the multiply-adds of a step, so that no load could run ahead of them.
+    With AVX2 the steps are hidden from the compiler, which would walk from row to row otherwise: a chain of additions
+    that is as long as the multiply-adds of a step, so that no load could run ahead of them. (For AVX-512's 14 rows it
+    then keeps 14 pointers, some of them in memory; not measured.)
     """
 
     def __init__(self, emit, base, step, count):
         builder = emit.builder
         self.emit, self.kind = emit, base.type
         step = builder.mul(step, _I64(emit.itemsize))
-        one, three = emit.opaque(step), emit.opaque(builder.mul(step, _I64(3)))
+        hidden = emit.opaque if VECTOR_BYTES == 32 else lambda value: value
+        one, three = hidden(step), hidden(builder.mul(step, _I64(3)))
         self.steps = [_I64(0), one, builder.mul(one, _I64(2)), three]
         base = builder.bitcast(base, _I8.as_pointer())
         four = builder.mul(step, _I64(4))
         self.bases = [base]
         for _ in range(4, count, 4):
-            self.bases.append(emit.opaque(builder.gep(self.bases[-1], [four])))
+            self.bases.append(hidden(builder.gep(self.bases[-1], [four])))
         self.now = self.bases
 
     def enter_loop(self, entry):
