@@ -199,7 +199,7 @@ def test_estimate_from_the_drivers_numbers_makes_no_context(run):
     assert printed[0].startswith(
         "GpuRates(flops=66908160000000.0, bytes=3352320000000.0, double=0.5, memory=85899345920)"
     )
-    assert printed[1:] == ["gpu ['cpu', 'cupy']", *["cpu ['cuda', 'cupy', 'reference']"] * 2]
+    assert printed[1:] == ["gpu ['cpu', 'cupy', 'reference']", *["cpu ['cuda', 'cupy', 'reference']"] * 2]
     assert not any(line.startswith("context") for line in log)
 
 
