@@ -72,7 +72,7 @@ def test_the_same_algorithm_gives_the_same_bits(rng):
         wanted = t.conv2d(x, weight, bias, padding=padding, activation="relu")
         np.testing.assert_array_equal(convolved(x, weight, bias, 1, padding, 1, 1), wanted)
     weight = rng.standard_normal((24, 5, 3, 3)).astype(np.float32)
-    x = x[:, :10:2]
+    x = rng.standard_normal((2, 10, 16, 16)).astype(np.float32)[:, ::2]
     np.testing.assert_array_equal(by_winograd(x, weight), t.conv2d(x, weight, padding=1, algorithm="winograd"))
 
 
