@@ -127,7 +127,7 @@ def test_wrong_shapes_raise_what_the_python_call_raises():
         (lambda x: t.conv2d(x, x[0]), "conv2d: weight must have 4 dimensions, got 3"),
         (lambda x: t.conv2d_backward(x, x, x), "conv2d_backward: cannot be called inside @njit; call it from Python"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "call",
 )
 def test_wrong_calls_are_typing_errors_that_say_what_would_be_right(call, message):
     with pytest.raises(TypingError, match=message):

@@ -123,7 +123,7 @@ def test_wrong_values_raise_what_the_python_call_raises(rng):
         (lambda x: t.pad(x, 1, str(x.size)), "mode must be written in the call, as one of 'constant'"),
         (lambda x: t.max_unpool2d(x, x, 2), "max_unpool2d: cannot be called inside @njit; call it from Python"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "call",
 )
 def test_wrong_calls_are_typing_errors_that_say_what_would_be_right(call, message):
     with pytest.raises(TypingError, match=message):

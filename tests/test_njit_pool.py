@@ -123,7 +123,7 @@ def test_wrong_windows_raise(options, message):
         (lambda x: t.avg_pool2d(x[0, 0], 2), "x must have 4 dimensions .N, C, H, W., or 3 without the batch"),
         (lambda x: t.adaptive_avg_pool2d(x, None), "output_size must be an int or a pair"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "call",
 )
 def test_wrong_calls_are_typing_errors_that_say_what_would_be_right(call, message):
     with pytest.raises(TypingError, match=message):

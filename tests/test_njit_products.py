@@ -142,7 +142,7 @@ def test_wrong_shapes_raise_what_the_python_call_raises(rng):
         (lambda x: t.batch_norm(x, x[0], x[0], training=x.size > 1), "training must be written in the call"),
         (lambda x: t.batch_norm(x, x[:, 0], x[:, 0], None, None, True), "must be contiguous and writeable in training"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "call",
 )
 def test_wrong_calls_are_typing_errors_that_say_what_would_be_right(call, message):
     with pytest.raises(TypingError, match=message):

@@ -24,7 +24,7 @@ def is_absent(kind) -> bool:
     return kind is None or isinstance(kind, types.NoneType) or getattr(kind, "value", kind) is None
 
 
-def check_arrays(function: str, dimensions: dict[str, tuple[int, ...]] | None = None, **operands) -> types.Type:
+def check_arrays(function: str, dimensions: dict[str, tuple[int, ...]] | None = None, **operands) -> Any:
     """The one dtype of the operands, all of them arrays, or None if their name ends in an underscore.
 
     dimensions: how many an operand may have, where not any number.
@@ -84,7 +84,7 @@ def _is_integer(kind) -> bool:
 
 
 def _is_pair(kind) -> bool:
-    return isinstance(kind, types.BaseTuple) and len(kind) == 2 and all(map(_is_integer, kind))
+    return isinstance(kind, types.BaseTuple) and len(kind) == 2 and all(map(_is_integer, kind.types))
 
 
 def check_integer(function: str, **options):
@@ -106,7 +106,7 @@ def check_padding(function: str, kind, named: bool = False) -> int:
     """0 for a padding in numbers, else which of PADDING_NAMES it is, where those are allowed."""
     if named and isinstance(kind, types.StringLiteral | types.UnicodeType | str):
         return PADDING_NAMES.index(literal(function, "padding", kind, *PADDING_NAMES)) + 1
-    two = isinstance(kind, types.BaseTuple) and len(kind) == 2 and all(map(_is_pair, kind))
+    two = isinstance(kind, types.BaseTuple) and len(kind) == 2 and all(map(_is_pair, kind.types))
     if not (two or _is_integer(kind) or _is_pair(kind)):
         raise TypingError(
             f"{function}: padding must be an int, a pair (height, width) or ((top, bottom), (left, right)), got {kind}"
@@ -126,7 +126,7 @@ def check_number(function: str, **options):
 def _integers(context, builder, kind, value) -> list:
     """The int64 values of an int, or of all ints in a tuple, however nested."""
     if isinstance(kind, types.BaseTuple):
-        parts = zip(kind, cgutils.unpack_tuple(builder, value), strict=True)
+        parts = zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True)
         return [number for part, inner in parts for number in _integers(context, builder, part, inner)]
     return [context.cast(builder, value, kind, types.int64)]
 

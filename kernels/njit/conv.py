@@ -7,6 +7,8 @@ What Python has beside it (depthwise kernels in registers, small images by way o
 is not here.
 """
 
+from typing import Any
+
 import numpy as np
 from numba.core import types
 from numba.core.errors import TypingError
@@ -172,7 +174,7 @@ def winograd(x, weight, y, bias, extra, padding, groups, code):
 
 def conv2d(
     x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, layout="NCHW", activation=None, algorithm="auto",
-    add=None, out=None,
+    add: Any = None, out=None,
 ):  # fmt: skip
     layout = literal("conv2d", "layout", layout, "NCHW", "NHWC")
     dtype = check_arrays("conv2d", {"weight": (4,), "bias": (1,)}, x=x, weight=weight, bias_=bias, add_=add)

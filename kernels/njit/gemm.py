@@ -3,6 +3,8 @@
 Which kernel multiplies follows gemm_plan.py.
 """
 
+from typing import Any
+
 import numpy as np
 from numba.core.errors import TypingError
 from numba.cpython.unsafe.tuple import tuple_setitem
@@ -134,7 +136,7 @@ def multiply_stack(a, a_lead, b, b_lead, c, lead, m, n, depth):
     call_kernel("njit.gemm.by_blocks", (a, a_starts, True, b, b_starts, True, c, m, n, depth, no_bias, 0))
 
 
-def stored(matrix):
+def stored(matrix) -> Any:
     """(a matrix's memory as a contiguous one, whether that is by rows)."""
     raise NotImplementedError("for compiled code only")
 
