@@ -83,8 +83,13 @@ def _is_integer(kind) -> bool:
     return isinstance(kind, int) and not isinstance(kind, bool)
 
 
+def _parts(kind: Any) -> tuple:
+    """The types of a tuple's elements."""
+    return kind.types
+
+
 def _is_pair(kind) -> bool:
-    return isinstance(kind, types.BaseTuple) and len(kind) == 2 and all(map(_is_integer, kind.types))
+    return isinstance(kind, types.BaseTuple) and len(kind) == 2 and all(map(_is_integer, _parts(kind)))
 
 
 def check_integer(function: str, **options):
@@ -106,7 +111,7 @@ def check_padding(function: str, kind, named: bool = False) -> int:
     """0 for a padding in numbers, else which of PADDING_NAMES it is, where those are allowed."""
     if named and isinstance(kind, types.StringLiteral | types.UnicodeType | str):
         return PADDING_NAMES.index(literal(function, "padding", kind, *PADDING_NAMES)) + 1
-    two = isinstance(kind, types.BaseTuple) and len(kind) == 2 and all(map(_is_pair, kind.types))
+    two = isinstance(kind, types.BaseTuple) and len(kind) == 2 and all(map(_is_pair, _parts(kind)))
     if not (two or _is_integer(kind) or _is_pair(kind)):
         raise TypingError(
             f"{function}: padding must be an int, a pair (height, width) or ((top, bottom), (left, right)), got {kind}"
@@ -126,7 +131,7 @@ def check_number(function: str, **options):
 def _integers(context, builder, kind, value) -> list:
     """The int64 values of an int, or of all ints in a tuple, however nested."""
     if isinstance(kind, types.BaseTuple):
-        parts = zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True)
+        parts = zip(_parts(kind), cgutils.unpack_tuple(builder, value), strict=True)
         return [number for part, inner in parts for number in _integers(context, builder, part, inner)]
     return [context.cast(builder, value, kind, types.int64)]
 
