@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from math import isfinite
 from typing import Any
 
+import numpy as np
+
 from tilewise.kernels.arrays import common_dtype, required
 from tilewise.kernels.operation import Operation, Problem
 
@@ -93,6 +95,9 @@ class Update(Operation):
     """An operation whose numbers change from call to call, such as a learning rate, and so belong to no plan."""
 
     def update(self, arrays: tuple, options: tuple, numbers: dict[str, float]):
+        for i in self.mutates:
+            if isinstance(arrays[i], np.ndarray) and not arrays[i].flags.writeable:
+                raise ValueError(f"{self.name}: {self.operands[i]} is read-only, but the update changes it in place")
         token = _numbers.set(numbers)
         try:
             self.call(arrays, options)

@@ -115,6 +115,17 @@ def test_tensors(torch):
     assert param.tolist() == [0.5] * 3
 
 
+def test_read_only_arrays_stay_as_they_are():
+    param, velocity = np.ones(3), np.zeros(3)
+    velocity.flags.writeable = False
+    for _ in range(2):  # also where a plan is there already
+        with pytest.raises(ValueError, match="sgd_step: velocity is read-only, but the update changes it in place"):
+            kernels.sgd_step(param, np.ones(3), velocity, lr=0.5, momentum=0.9)
+        assert param.tolist() == [1, 1, 1]
+        assert velocity.tolist() == [0, 0, 0]
+        kernels.sgd_step(param, np.zeros(3), np.zeros(3), lr=0.5, momentum=0.9)
+
+
 ONE = np.ones(3)
 WRONG = [
     (lambda: kernels.sgd_step(ONE, ONE, lr=-1), ValueError, "sgd_step: lr must be finite and at least 0, got -1"),
