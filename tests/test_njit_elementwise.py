@@ -121,6 +121,7 @@ def test_wrong_values_raise_what_the_python_call_raises(rng):
         (lambda x: t.pad(x, 1.5), "padding must be an int, a pair"),
         (lambda x: t.pad(x, 1, "mirror"), "mode must be one of 'constant', 'reflect'"),
         (lambda x: t.pad(x, 1, str(x.size)), "mode must be written in the call, as one of 'constant'"),
+        (lambda x: t.sgd_step(x, x, lr=0.1), "sgd_step: cannot be called inside @njit; call it from Python"),
         (lambda x: t.max_unpool2d(x, x, 2), "max_unpool2d: cannot be called inside @njit; call it from Python"),
     ],
     ids=lambda value: value if isinstance(value, str) else "call",

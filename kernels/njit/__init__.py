@@ -37,9 +37,11 @@ def _register(family: str, name: str):
     def typed(*args, **options):
         return _implementation(family, name)(*args, **options)
 
-    # Numba knows no arguments that are given by name alone.
+    # Numba knows no arguments that are given by name alone; and what follows an argument with a default must have one.
     arguments = [
         p.replace(kind=Parameter.POSITIONAL_OR_KEYWORD, annotation=Parameter.empty)
+        if p.kind is not Parameter.KEYWORD_ONLY or p.default is not Parameter.empty
+        else Parameter(p.name, Parameter.POSITIONAL_OR_KEYWORD, default=None)
         for p in signature(public).parameters.values()
     ]
     vars(typed)["__signature__"] = signature(public).replace(parameters=arguments)
@@ -51,5 +53,5 @@ def _implementation(family: str, name: str):
 
     try:
         return getattr(import_module(f"tilewise.kernels.njit.{family}"), name)
-    except AttributeError:
+    except (AttributeError, ModuleNotFoundError):  # a function, or a whole family, that is not for compiled code
         raise TypingError(f"{name}: cannot be called inside @njit; call it from Python") from None
