@@ -140,21 +140,14 @@ def on_device(gpu, array, skip):
 
 
 @pytest.mark.parametrize("skip", [0, 1])
-def test_arrays_that_vectors_do_not_reach(gpu, rng, skip):
+def test_elementwise_arrays_that_vectors_do_not_reach(gpu, rng, skip):
+    """The others get theirs from a multiple of 16 bytes on (test_cuda_alignment.py)."""
     from tilewise.kernels.cuda import activation
 
     for shape in ((3, 64), (2, 2048)):
-        x, grad = rng.standard_normal((2, *shape)).astype(np.float32)
-        there = [on_device(gpu, a, skip) for a in (x, grad)]
-        place = there[0].place
-        for name in ("softmax", "log_softmax"):
-            y = getattr(activation, name)(there[0], axis=1)
-            expected = reference(name, x, axis=1)
-            assert_close(place.copy_out(y), expected, reduction=shape[1])
-            back = getattr(activation, f"{name}_backward")(there[1], on_device(gpu, expected, skip), axis=1)
-            wanted = reference(f"{name}_backward", grad, expected, axis=1)
-            assert_close(place.copy_out(back), wanted, reduction=shape[1], scale=50)
-        assert_close(place.copy_out(activation.relu(there[0])), np.maximum(x, 0))
+        x = rng.standard_normal(shape).astype(np.float32)
+        there = on_device(gpu, x, skip)
+        assert_close(there.place.copy_out(activation.relu(there)), np.maximum(x, 0))
 
 
 def test_the_same_bits_at_every_call(gpu, rng):

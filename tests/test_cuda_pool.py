@@ -277,28 +277,6 @@ def test_any_memory_layout(gpu, rng, torch, layout):
     np.testing.assert_array_equal(tensor.numpy(), y)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_arrays_that_vectors_do_not_reach(gpu, rng, layout):
-    from tilewise.kernels.cuda import pool
-    from tilewise.kernels.device_arrays import DeviceArray, HostPlace
-
-    place = HostPlace(gpu)
-
-    def there(array):
-        whole = place.copy_in(np.concatenate([np.zeros(1, array.dtype), array.ravel()]))
-        return DeviceArray(place, whole.pointer + array.itemsize, array.shape, array.dtype, whole)
-
-    x = laid(rng.standard_normal((1, 4, 8, 8)), layout).astype(np.float32)
-    windows = {"kernel_size": (3, 3), "stride": (2, 2), "padding": ((1, 1), (1, 1)), "ceil_mode": False}
-    y = pool.max_pool2d(there(x), **windows, dilation=(1, 1), return_indices=False, layout=layout)
-    np.testing.assert_array_equal(place.copy_out(y), reference(kernels.max_pool2d, x, 3, 2, 1, layout=layout))
-    divided = {"count_include_pad": True, "divisor_override": None}
-    grad = np.ones(y.shape, np.float32)
-    result = pool.avg_pool2d_backward(there(grad), input_shape=x.shape, **windows, **divided, layout=layout)
-    expected = reference(kernels.avg_pool2d_backward, grad, x.shape, 3, 2, 1, layout=layout)
-    assert_close(place.copy_out(result), expected, reduction=9)
-
-
 def test_the_same_signatures_as_the_reference(gpu):
     from tilewise.kernels.cuda import pool as cuda
     from tilewise.kernels.reference import pool as reference
