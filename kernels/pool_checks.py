@@ -122,10 +122,7 @@ def expect_inside(function: str, plane: tuple[int, int], _, indices):
     """ValueError for an index that is not in its (H, W) plane."""
     h, w = plane
     if indices.size and (indices.min() < 0 or indices.max() >= h * w):
-        raise ValueError(
-            f"{function}: indices must lie in 0 to {h * w - 1} (a plane of {h} x {w}), "
-            f"got {indices.min()} to {indices.max()}"
-        )
+        raise shapes.outside_plane(function, indices, plane)
 
 
 def forward_problem(x, n: int, c: int, out: shapes.Pair, taps: int, options: dict, indices: bool = False) -> Problem:

@@ -141,3 +141,12 @@ def check_bias(function: str, bias, channels: int):
         raise ValueError(
             f"{function}: bias must have shape ({channels},), one value per output channel, got {bias.shape}"
         )
+
+
+def outside_plane(function: str, indices, plane: Pair) -> ValueError:
+    """The error for indices that are not all in their (H, W) plane."""
+    h, w = plane
+    return ValueError(
+        f"{function}: indices must lie in 0 to {h * w - 1} (a plane of {h} x {w}), "
+        f"got {indices.min()} to {indices.max()}"
+    )

@@ -117,9 +117,8 @@ class _WayOut:
         self.broken = [builder.icmp_signed("<", *field[6 * j + 3 : 6 * j + 5]) for j in range(tile.vectors)]
 
     def ask(self, y, y_step):
-        """Have the lines of y fetched that the next panel will write: there is the time of all outputs till then."""
+        """Have the lines of y fetched while the sums are made."""
         builder = self.tile.builder
-        y = builder.gep(y, [_I64(self.tile.vectors * self.tile.emit.lanes)])
         for i in range(self.tile.rows):
             base = builder.gep(y, [builder.mul(y_step, _I64(i))])
             for offset, _ in self.offsets:

@@ -14,6 +14,7 @@ from tilewise.kernels.cpu.pool_bins import bounds as bin_bounds
 from tilewise.kernels.cpu.pool_spread import windows
 from tilewise.kernels.cpu.pool_windows import as_divisors, extents_of, inverse_divisors, plan_of
 from tilewise.kernels.cpu.scratch import ALIGNED_FROM, empty
+from tilewise.kernels.shapes import outside_plane
 from tilewise.kernels.shapes import output_size as window_count
 
 # What a tap in the padding counts as in a maximum.
@@ -246,7 +247,7 @@ def prepare_max_unpool2d_backward(shapes, dtype, *, layout):
     def run(grad, indices):
         result = new(places, dtype)
         if kernel(grad, indices, result, nhwc):
-            _raise_outside("max_unpool2d_backward", indices, shape, layout)
+            raise outside_plane("max_unpool2d_backward", indices, _plane(shape, layout))
         return result
 
     return run
@@ -266,15 +267,7 @@ def _scattering(function, values_shape, shape, dtype, layout, add):
     def run(values, indices):
         result = new(shape, dtype)
         if kernel(values, indices, result, nhwc, add):
-            _raise_outside(function, indices, shape, layout)
+            raise outside_plane(function, indices, _plane(shape, layout))
         return result
 
     return run
-
-
-def _raise_outside(function, indices, shape, layout):
-    h, w = _plane(shape, layout)
-    raise ValueError(
-        f"{function}: indices must lie in 0 to {h * w - 1} (a plane of {h} x {w}), "
-        f"got {indices.min()} to {indices.max()}"
-    )

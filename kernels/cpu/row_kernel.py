@@ -6,11 +6,6 @@ from numba.extending import intrinsic
 from tilewise.kernels.cpu.register_tile import Loop, Tile, floor_of
 from tilewise.kernels.cpu.simd import _I1, _I64, _Emitter, _literal
 
-# Below so many steps a tile is done so soon that its stores wait for memory.
-_FEW_STEPS = 64
-# Tiles from the one that asks for lines of y to the one that writes them.
-_TILES_AHEAD = 4
-
 
 @intrinsic(prefer_literal=True)
 def row_product(
@@ -67,9 +62,6 @@ def row_product_to(
         way = _WayOut(tile, masks, places, count, columns, some)
         loop, rows = Loop(builder, count, shape[0], "tile"), _I64(shape[0])
         i, bases, c, places = loop.begin((bases, rows), (c, builder.mul(c_step, rows)), (places, rows))
-        segments, length = operands[2:4]
-        with builder.if_then(builder.icmp_signed("<", builder.mul(segments, length), _I64(_FEW_STEPS))):
-            way.ask(y, places)
         total = _row_sums(tile, a, bases, *operands, tile.start(c, c_step, accumulate))
         used = builder.sub(count, i)
         end = builder.append_basic_block("written")
@@ -100,21 +92,12 @@ class _WayOut:
     def __init__(self, tile, masks, places, count, columns, some):
         self.tile, self.masks = tile, masks
         builder, width = tile.builder, _I64(tile.vectors * tile.emit.lanes)
-        first, second = (builder.load(builder.gep(places, [_I64(i)])) for i in (0, 1))
+        first = builder.load(places)
         last = builder.load(builder.gep(places, [builder.sub(count, _I64(1))]))
-        self.apart = builder.sub(second, first)  # of neighbours, if there are any
         joined = builder.icmp_signed("==", builder.sub(last, first), builder.mul(builder.sub(count, _I64(1)), columns))
         joined = builder.and_(joined, builder.not_(some))  # a summand may lie where a row's end would be written
         reach = builder.select(joined, builder.sub(builder.add(last, columns), width), _I64(-1))
         self.reach = builder.select(builder.icmp_signed(">=", columns, width), _I64(2**62), reach)
-
-    def ask(self, y, places):
-        """Have lines of y fetched that tiles to come will write."""
-        builder = self.tile.builder
-        ahead = builder.mul(self.apart, _I64(_TILES_AHEAD * self.tile.rows))
-        for i in range(self.tile.rows):
-            place = builder.add(builder.load(builder.gep(places, [_I64(i)])), ahead)
-            self.tile.emit.prefetch(builder.gep(y, [place]), 3, write=True)
 
     def write(self, values, y, place):
         emit, builder = self.tile.emit, self.tile.builder

@@ -16,6 +16,7 @@ the Python call (linking.py), in its serial form: threads are the user's, by his
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import Parameter, signature
 
 
@@ -51,7 +52,8 @@ def _register(family: str, name: str):
 def _implementation(family: str, name: str):
     from numba.core.errors import TypingError
 
-    try:
-        return getattr(import_module(f"tilewise.kernels.njit.{family}"), name)
-    except (AttributeError, ModuleNotFoundError):  # a function, or a whole family, that is not for compiled code
-        raise TypingError(f"{name}: cannot be called inside @njit; call it from Python") from None
+    place = f"tilewise.kernels.njit.{family}"
+    function = getattr(import_module(place), name, None) if find_spec(place) else None
+    if function is None:
+        raise TypingError(f"{name}: cannot be called inside @njit; call it from Python")
+    return function
