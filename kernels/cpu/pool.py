@@ -14,8 +14,8 @@ from tilewise.kernels.cpu.pool_bins import bounds as bin_bounds
 from tilewise.kernels.cpu.pool_spread import windows
 from tilewise.kernels.cpu.pool_windows import as_divisors, extents_of, inverse_divisors, plan_of
 from tilewise.kernels.cpu.scratch import ALIGNED_FROM, empty
-from tilewise.kernels.shapes import outside_plane
 from tilewise.kernels.shapes import output_size as window_count
+from tilewise.kernels.shapes import outside_plane
 
 # What a tap in the padding counts as in a maximum.
 _LOWEST = {np.dtype(t): t(-np.inf) for t in (np.float32, np.float64)} | {
