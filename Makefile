@@ -54,9 +54,10 @@ bench-full: bench
 test: $(INSTALLED)-test$(EXTRAS:%=-%)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-# The kernels' tests once more, compiled for a processor with AVX2 and without AVX-512.
+# The kernels' tests once more, compiled for a processor with AVX2 and without AVX-512 (where `test` was for one with it).
 test-avx2: $(INSTALLED)-test$(EXTRAS:%=-%)
-	TILEWISE_TEST_PROCESSOR=avx2 $(PY) -m pytest -n $(JOBS) --dist loadfile $(KERNEL_TESTS) $(ARGS)
+	@if $(PY) tests/processors.py; then \
+		TILEWISE_TEST_PROCESSOR=avx2 $(PY) -m pytest -n $(JOBS) --dist loadfile $(KERNEL_TESTS) $(ARGS); fi
 
 gpu-compile: $(INSTALLED)-test$(EXTRAS:%=-%)
 	@PYTHONPATH=tests $(PY) -m gpu_compile $(ARGS)
