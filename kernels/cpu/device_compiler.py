@@ -3,7 +3,9 @@
 Numba compiles every function that a kernel calls as if Python called it too: with a wrapper that unpacks Python's
 arguments, one for C callbacks, and machine code of all three, which nothing runs, because the kernel's machine code
 holds the function once more. That was a third of a kernel's first call. Here the pipeline ends with the LLVM code, the
-form in which Numba links one function into another; small functions' is optimised.
+form in which Numba links one function into another; small functions' is optimised. Numba also cleans each function of a
+module by itself before the module is optimised, which does the same again: a sixth of what was left, and no kernel
+gained by it.
 
 Compiling makes millions of objects, few of which are garbage: Python's collector pauses meanwhile, which saves a
 twentieth.
@@ -20,7 +22,7 @@ from llvmlite import ir
 from numba import _dynfunc  # pyright: ignore[reportAttributeAccessIssue]
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
-from numba.core.compiler_machinery import register_pass
+from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.registry import cpu_target
 from numba.core.typed_passes import NativeLowering, NativeParforLowering
 
@@ -29,7 +31,14 @@ from numba.core.typed_passes import NativeLowering, NativeParforLowering
 LARGE = 2000
 
 
-class _LinkedLibrary(JITCodeLibrary):
+class _KernelLibrary(JITCodeLibrary):
+    """Machine code, optimised as a whole only."""
+
+    def _optimize_functions(self, ll_module):
+        ll_module.data_layout = self._codegen._data_layout
+
+
+class _LinkedLibrary(_KernelLibrary):
     """LLVM code to be linked into other libraries; no machine code."""
 
     def _optimize_final_module(self):
@@ -93,14 +102,36 @@ class _LinkedLowering(NativeLowering):
         return True
 
 
+def _with(lowering: type, instead_of: type, state) -> PassManager:
+    """Numba's pipeline for compiled functions, but for one pass."""
+    manager = DefaultPassBuilder.define_nopython_pipeline(state)
+    manager.passes = [(lowering if kind is instead_of else kind, what) for kind, what in manager.passes]
+    manager.finalize()
+    return manager
+
+
 class DeviceCompiler(CompilerBase):
-    """Numba's pipeline for compiled functions, but for its end."""
+    """For functions that kernels call."""
 
     def define_pipelines(self):
-        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        manager.passes = [(_LinkedLowering if kind is NativeLowering else kind, what) for kind, what in manager.passes]
-        manager.finalize()
-        return [manager]
+        return [_with(_LinkedLowering, NativeLowering, self.state)]
+
+
+def _new_library(state) -> _KernelLibrary:
+    library = _KernelLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+    library.enable_object_caching()
+    return library
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _SerialLowering(NativeLowering):
+    """Lowering of a kernel without parallel loops."""
+
+    _name = "tilewise_serial_lowering"
+
+    def run_pass(self, state):
+        state.library = _new_library(state)
+        return super().run_pass(state)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -111,8 +142,7 @@ class _ParallelLowering(NativeParforLowering):
 
     def run_pass(self, state):
         codegen = state.targetctx.codegen()
-        state.library = codegen.create_library(state.func_id.func_qualname)
-        state.library.enable_object_caching()
+        state.library = _new_library(state)
         codegen._library_class, codegen.set_env = _WrapperLibrary, partial(_set_env, codegen)
         try:
             return super().run_pass(state)
@@ -138,23 +168,18 @@ def _no_collections():
 
 
 class SerialCompiler(CompilerBase):
-    """Numba's pipeline for compiled functions."""
+    """For kernels' serial forms."""
 
     def compile_extra(self, func):
         with _no_collections():
             return super().compile_extra(func)
 
     def define_pipelines(self):
-        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+        return [_with(_SerialLowering, NativeLowering, self.state)]
 
 
 class ParallelCompiler(SerialCompiler):
-    """Numba's pipeline for compiled functions, but for its end."""
+    """For kernels' parallel forms."""
 
     def define_pipelines(self):
-        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        manager.passes = [
-            (_ParallelLowering if kind is NativeParforLowering else kind, what) for kind, what in manager.passes
-        ]
-        manager.finalize()
-        return [manager]
+        return [_with(_ParallelLowering, NativeParforLowering, self.state)]
