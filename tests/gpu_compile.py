@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
+import gpu_lower
 import numpy as np
 
 
@@ -146,10 +147,19 @@ def resident_blocks(architecture: Architecture, threads: int, registers: int, sh
     return min(*limits, architecture.shared // taken) if taken else min(limits)
 
 
+def promised_blocks(kernel, architecture: Architecture, shared: int) -> int:
+    """How many blocks shall fit a multiprocessor; tiles are sized for the shared memory that most have, 164 KB or more,
+    and where it is smaller only registers and threads may be the limit of what it holds."""
+    shall = kernel.bounds(architecture.capability)[1]
+    if architecture.shared >= 164 << 10 or not shared:
+        return shall
+    return min(shall, resident_blocks(architecture, 32, 0, shared))
+
+
 def inspect(kernel, dtype: np.dtype, architecture: Architecture) -> Report:
     about = kernel.name, dtype.name, architecture.name, kernel.threads
     try:
-        said, code = assemble(kernel.form(dtype).ptx(architecture.capability), architecture)
+        said, code = assemble(gpu_lower.ptx(kernel.form(dtype), architecture.capability), architecture)
     except Exception as error:  # whatever Numba or ptxas raises belongs into the table
         return Report(*about, faults=(f"does not compile: {type(error).__name__}: {str(error)[-2000:]}",))
 
@@ -168,8 +178,8 @@ def inspect(kernel, dtype: np.dtype, architecture: Architecture) -> Report:
     promised = {p: count_promised(p, found) for p in kernel.promises(dtype)}
     faults += [f"no {p}, which it promises" for p, count in promised.items() if not count]
     blocks = resident_blocks(architecture, kernel.threads, registers, shared)
-    if blocks < kernel.blocks:
-        faults.append(f"{blocks} blocks fit a multiprocessor, {kernel.blocks} shall")
+    if blocks < (shall := promised_blocks(kernel, architecture, shared)):
+        faults.append(f"{blocks} blocks fit a multiprocessor, {shall} shall")
     return Report(*about, registers, shared, blocks, promised, tuple(faults))
 
 
@@ -185,16 +195,14 @@ def jobs(kernels: Iterable, architectures: Iterable[Architecture]) -> Iterator[t
 
 
 @lru_cache(maxsize=1)
-def _stamp() -> str:
-    """What reports depend on: the kernels' sources, this file, the tools."""
-    import numba_cuda
+def _tools() -> bytes:
+    """What reports depend on beside the kernels' sources: this file, the assembler."""
+    return Path(__file__).read_bytes() + Path(str(tool("ptxas"))).read_bytes()
 
-    import tilewise.kernels.cuda as package
 
-    digest = hashlib.sha256(numba_cuda.__version__.encode())
-    for path in [*sorted(Path(package.__path__[0]).glob("*.py")), Path(__file__), Path(str(tool("ptxas")))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+@lru_cache(maxsize=64)
+def _stamp(module: str) -> str:
+    return hashlib.sha256(gpu_lower.stamp(module).encode() + _tools()).hexdigest()[:16]
 
 
 def _in_process(job: tuple[str, str, tuple[str, ...]]) -> list[Report]:
@@ -204,14 +212,18 @@ def _in_process(job: tuple[str, str, tuple[str, ...]]) -> list[Report]:
 
 def _kept(name: str, dtype: str, architecture: Architecture) -> Report:
     """The report of an earlier run where nothing has changed since, else a new one."""
-    file = CACHE / f"{_stamp()}-{name}-{dtype}-{architecture.name}.json".replace("/", "_").replace(" ", "_")
+    (kernel,) = [k for k in load_kernels() if k.name == name]
+    stamp = _stamp(kernel.function.__module__)
+    form_name = re.sub(r"\W+", "_", f"{name} {dtype} {architecture.name}")
+    file = CACHE / f"{form_name}-{stamp}.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         return Report(**kept | {"faults": tuple(kept["faults"])})
     except (OSError, ValueError, TypeError):
         pass
-    (kernel,) = [k for k in load_kernels() if k.name == name]
     report = inspect(kernel, np.dtype(dtype), architecture)
+    for old in CACHE.glob(f"{form_name}-*"):
+        old.unlink(missing_ok=True)
     partial_file = file.with_suffix(f".{os.getpid()}")
     CACHE.mkdir(parents=True, exist_ok=True)
     partial_file.write_text(json.dumps(asdict(report)), encoding="utf-8")
@@ -219,13 +231,16 @@ def _kept(name: str, dtype: str, architecture: Architecture) -> Report:
     return report
 
 
-def compile_all(architectures: Iterable[Architecture], only: str = "", processes: int | None = None) -> list[Report]:
-    """Reports on every kernel of kernels/cuda whose name contains `only`, compiled in several processes."""
+def compile_all(
+    architectures: Iterable[Architecture], only: str = "", part: tuple[int, int] = (1, 1), processes: int | None = None
+) -> list[Report]:
+    """Reports on every kernel of kernels/cuda whose name contains `only`, compiled in several processes.
+
+    part: (i, n) for every n-th form, from the i-th on.
+    """
     chosen = [k for k in load_kernels() if only in k.name]
     work = [(k.name, d.name, tuple(a.name for a in some)) for k, d, some in jobs(chosen, list(architectures))]
-    for file in CACHE.glob("*"):  # of other sources
-        if not file.name.startswith(_stamp()):
-            file.unlink(missing_ok=True)
+    work = work[part[0] - 1 :: part[1]]
     with ProcessPoolExecutor(processes or min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
         return [report for some in pool.map(_in_process, work) for report in some]
 
@@ -258,6 +273,7 @@ def _cell(report: Report | None, architecture: Architecture) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpu_compile", description=__doc__)
     parser.add_argument("--only", default="", help="a part of the kernel's name")
+    parser.add_argument("--part", default="1/1", help="of the forms: 2/5 is every fifth, from the second on")
     parser.add_argument("--arch", nargs="+", choices=list(BY_NAME), default=list(BY_NAME))
     args = parser.parse_args(argv)
     if reason := why_not():
@@ -266,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
     from tilewise.benchmarks import table
 
     architectures = [BY_NAME[name] for name in args.arch]
-    reports = compile_all(architectures, args.only)
+    part, parts = map(int, args.part.split("/"))
+    reports = compile_all(architectures, args.only, (part, parts))
     header = ("kernel", "dtype", "threads", "shared", *args.arch, f"instructions of {args.arch[-1]}")
     title = (
         "registers (r) of a thread, blocks (b) that fit a multiprocessor, the share of its threads that this is\n"

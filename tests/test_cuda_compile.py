@@ -1,10 +1,24 @@
 """Every GPU kernel compiles for its architectures, without spills, and has the instructions that it promises."""
 
+import re
 from collections import Counter
 
+import gpu_lower
 import numpy as np
 import pytest
-from gpu_compile import BY_NAME, compile_all, count_promised, faults, inspect, load_kernels, resident_blocks, why_not
+from gpu_compile import (
+    BY_NAME,
+    assemble,
+    compile_all,
+    count_promised,
+    faults,
+    inspect,
+    instructions,
+    load_kernels,
+    promised_blocks,
+    resident_blocks,
+    why_not,
+)
 
 if why_not():
     pytest.skip(why_not(), allow_module_level=True)
@@ -13,7 +27,7 @@ from numba import cuda
 from simt.small import small_kernel
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32
-from tilewise.kernels.cuda.ptx import lanes, load_vector, registers, shared, store_vector
+from tilewise.kernels.cuda.memory import lanes, load_vector, registers, shared, store_vector
 
 SINGLE = np.dtype(np.float32)
 HERE = ("sm_90",)  # the others: make gpu-compile, which takes as long for each
@@ -30,7 +44,40 @@ def test_every_kernel_compiles_as_promised():
     assert faults(reports) == []
 
 
+def test_inner_loop_of_the_large_tile():
+    """Sixteen k of 64 products to 4 loads a thread, and little else."""
+    from tilewise.kernels.cuda.gemm_tile import BIG_COPIES
+
+    for kernel in BIG_COPIES.values():
+        _, code = assemble(gpu_lower.ptx(kernel.form(SINGLE), (9, 0)), BY_NAME["sm_90"])
+        loop = _longest_loop(code)
+        assert [count_promised(p, loop) for p in ("FFMA", "LDS.128")] == [1024, 64]
+        assert sum(loop.values()) < 1280
+        assert not any(name.startswith(("LDL", "STL")) for name in loop)
+
+
+def _longest_loop(code: str) -> Counter:
+    """The instructions between a label and a branch back to it."""
+    lines = code.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))}
+    branches = [(i, m[1]) for i, line in enumerate(lines) if (m := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))]
+    loops = [instructions("\n".join(lines[labels[name] : i + 1])) for i, name in branches if labels[name] < i]
+    return max(loops, key=lambda loop: loop["FFMA"])
+
+
 # ---- the gate itself
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_120"])
+def test_gate_compiles_what_a_launch_would(architecture):
+    """IR is made once for all architectures; the text is the same as that of a launch, but for numbered names."""
+    capability = BY_NAME[architecture].capability
+    for kernel in [k for k in load_kernels() if k.name in ("activate_all", "sum_part")]:
+        form = kernel.form(SINGLE)
+        texts = [gpu_lower.ptx(form, capability), form.ptx(capability)]
+        texts = [re.sub(r"shared_memory_\d+", "shared", text.replace(form.entry(text), "entry")) for text in texts]
+        assert texts[0] == texts[1]
+        assert f".target {architecture}" in texts[0]
 
 
 def spilling(x: ELEMENTS, y: ELEMENTS):
@@ -116,6 +163,13 @@ def test_promises_are_matched_part_by_part():
 )
 def test_blocks_that_fit(architecture, threads, registers_, shared_, blocks):
     assert resident_blocks(BY_NAME[architecture], threads, registers_, shared_) == blocks
+
+
+def test_small_shared_memory_allows_fewer_blocks_than_promised():
+    kernel = small_kernel(indexed, threads=128, blocks=3)
+    shalls = [promised_blocks(kernel, BY_NAME[name], 34 << 10) for name in ("sm_75", "sm_80", "sm_120")]
+    assert shalls == [1, 3, 2]
+    assert promised_blocks(kernel, BY_NAME["sm_120"], 0) == 3
 
 
 def test_kernel_refuses_a_dtype_it_is_not_for():

@@ -51,6 +51,12 @@ def product(gpu, a, b, k_contiguous):
     return place.copy_out(result)
 
 
+@pytest.fixture
+def one_multiprocessor(gpu, monkeypatch):
+    """A device that any tile occupies: the largest one is taken of which the product fills more than half."""
+    monkeypatch.setattr(gpu, "multiprocessors", 1)
+
+
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -64,7 +70,7 @@ def test_strided_tiles(gpu, rng, dtype, order):
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_vector_tiles(gpu, rng, dtype, order):
+def test_vector_tiles(gpu, rng, one_multiprocessor, dtype, order):
     for m, n, depth in VECTORS:
         a, b = random(rng, dtype, m, depth), random(rng, dtype, depth, n)
         assert_close(product(gpu, a, b, order), np.matmul(*wide(a, b)), reduction=depth)
@@ -72,7 +78,25 @@ def test_vector_tiles(gpu, rng, dtype, order):
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_float16_on_tensor_cores(gpu, rng, order, eager):
+def test_asynchronous_copies_change_no_bit(gpu, rng, one_multiprocessor, monkeypatch, order, eager):
+    gpu.eager_copies = eager
+    k_or_row = " ".join("k" if by_k else "row" for by_k in order)
+    asynchronous, plain = f"matmul 128x128x16 copies {k_or_row}", f"matmul 128x128x16 vectors {k_or_row}"
+    for m, n, depth in ((124, 132, 12), (132, 124, 36), (128, 128, 64)):
+        a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
+        gpu.launched -= {(asynchronous, "float32"), (plain, "float32")}
+        y = product(gpu, a, b, order)
+        assert ((asynchronous, "float32") in gpu.launched) == (order != (True, True))
+        assert_close(y, np.matmul(*wide(a, b)), reduction=depth)
+        with monkeypatch.context() as older:
+            older.setattr(gpu, "capability", (7, 5))
+            np.testing.assert_array_equal(product(gpu, a, b, order), y)
+        assert (plain, "float32") in gpu.launched
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_float16_on_tensor_cores(gpu, rng, one_multiprocessor, order, eager):
     gpu.eager_copies = eager
     for m, n, depth in TENSOR:
         a, b = random(rng, np.float16, m, depth), random(rng, np.float16, depth, n)
@@ -81,7 +105,7 @@ def test_float16_on_tensor_cores(gpu, rng, order, eager):
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_tf32_where_it_is_allowed(gpu, rng, order, eager):
+def test_tf32_where_it_is_allowed(gpu, rng, one_multiprocessor, order, eager):
     gpu.eager_copies = eager
     for m, n, depth in TENSOR:
         a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)

@@ -12,7 +12,7 @@ from simt.emulator import SCHEDULES, EmulatedFault, Emulator
 from simt.small import small_kernel
 from simt.translate import Unsupported, translate
 
-from tilewise.kernels.cuda import ptx
+from tilewise.kernels.cuda import memory, ptx
 from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, REAL, SUMS
 from tilewise.kernels.device_arrays import HostPlace
 
@@ -128,12 +128,12 @@ def test_rounding_to_tf32(place):
 def load_matrices(x: ELEMENTS, words: INDICES):
     """Rows in shared memory 24 apart; each lane gives the address of row lane."""
     t = cuda.threadIdx.x
-    room = ptx.shared(x, 32 * 24)
+    room = memory.shared(x, 32 * 24)
     for i in range(8):
         room[24 * t + i] = x[8 * t + i]
     cuda.syncthreads()
-    four, turned = ptx.ldmatrix_x4(ptx.at(room, 24 * t)), ptx.ldmatrix_x4_transposed(ptx.at(room, 24 * t))
-    two, turned_two = ptx.ldmatrix_x2(ptx.at(room, 24 * t)), ptx.ldmatrix_x2_transposed(ptx.at(room, 24 * t))
+    four, turned = ptx.ldmatrix_x4(memory.at(room, 24 * t)), ptx.ldmatrix_x4_transposed(memory.at(room, 24 * t))
+    two, turned_two = ptx.ldmatrix_x2(memory.at(room, 24 * t)), ptx.ldmatrix_x2_transposed(memory.at(room, 24 * t))
     for i in range(4):
         words[12 * t + i], words[12 * t + 4 + i] = np.int64(four[i]), np.int64(turned[i])
     for i in range(2):
@@ -211,11 +211,11 @@ def test_lanes_with_different_masks_do_not_wait_for_each_other(place):
 def copies(x: ELEMENTS, y: ELEMENTS, valid: INT32):
     """Each thread copies 4, 8 and 16 bytes, `valid` of them from x, and then takes another thread's."""
     t = cuda.threadIdx.x
-    room = ptx.shared(x, 32 * 7)
-    ptx.copy_async(16, ptx.at(room, 4 * t), ptx.at(x, 4 * t), min(valid, 16))
-    ptx.copy_async(8, ptx.at(room, 128 + 2 * t), ptx.at(x, 128 + 2 * t), min(valid, 8))
+    room = memory.shared(x, 32 * 7)
+    ptx.copy_async(16, memory.at(room, 4 * t), memory.at(x, 4 * t), min(valid, 16))
+    ptx.copy_async(8, memory.at(room, 128 + 2 * t), memory.at(x, 128 + 2 * t), min(valid, 8))
     ptx.commit_copies()
-    ptx.copy_async(4, ptx.at(room, 192 + t), ptx.at(x, 192 + t), min(valid, 4))
+    ptx.copy_async(4, memory.at(room, 192 + t), memory.at(x, 192 + t), min(valid, 4))
     ptx.commit_copies()
     ptx.wait_copies(1)
     cuda.syncthreads()
@@ -241,7 +241,7 @@ def test_asynchronous_copies_and_their_zeros(place, valid):
 
 def sum_of_block(x: ELEMENTS, y: ELEMENTS, factor: REAL):
     t, b = cuda.threadIdx.x, cuda.blockIdx.x + cuda.gridDim.x * (cuda.blockIdx.y + cuda.gridDim.y * cuda.blockIdx.z)
-    room = ptx.dynamic_shared(x)
+    room = memory.dynamic_shared(x)
     room[t] = x[cuda.blockDim.x * b + t]
     half = 32
     while half:

@@ -16,17 +16,8 @@ from simt.mutation import mutated, without_ordering
 from simt.small import small_kernel
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64
-from tilewise.kernels.cuda.ptx import (
-    at,
-    commit_copies,
-    copy_async,
-    lanes,
-    load_vector,
-    registers,
-    shared,
-    store_vector,
-    wait_copies,
-)
+from tilewise.kernels.cuda.memory import at, lanes, load_vector, registers, shared, store_vector
+from tilewise.kernels.cuda.ptx import commit_copies, copy_async, wait_copies
 from tilewise.kernels.device_arrays import HostPlace
 
 SINGLE = np.dtype(np.float32)

@@ -14,7 +14,7 @@ from tilewise.kernels.cuda.activation_softmax import (  # noqa: F401
 )
 from tilewise.kernels.cuda.epilogue import LEAKY_RELU, RELU, SIGMOID, SIGN, STEP, TANH, activate, gradient
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, kernel
-from tilewise.kernels.cuda.ptx import lanes, load_vector, narrow, registers, store_vector, widen
+from tilewise.kernels.cuda.memory import lanes, load_vector, narrow, registers, store_vector, widen
 
 _THREADS = 256
 # Vectors a thread takes at most: enough bytes under way to hide the memory's latency, few enough blocks to start.

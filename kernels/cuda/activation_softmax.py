@@ -14,7 +14,7 @@ from numba import cuda
 from tilewise.kernels.cuda.activation_softmax_gradient import backward
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, ceil_div, kernel
 from tilewise.kernels.cuda.launch import device as device_function
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (
     lanes,
     load_vector,
     narrow,

@@ -15,7 +15,7 @@ from tilewise.kernels.cuda.channel_plan import THREADS, Planes, planes_or_rows
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, LEAKY_SLOPE, activate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, kernel
 from tilewise.kernels.cuda.launch import device as device_function
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (
     at,
     lanes,
     load_vector,

@@ -23,7 +23,7 @@ from tilewise.kernels.cuda.batchnorm_statistics import (
 from tilewise.kernels.cuda.channel_plan import THREADS, Planes, planes_or_rows
 from tilewise.kernels.cuda.launch import DOUBLES, ELEMENTS, INT32, INT64, SUMS, ceil_div, kernel, sum_dtype
 from tilewise.kernels.cuda.launch import device as device_function
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (
     at,
     lanes,
     load_vector,

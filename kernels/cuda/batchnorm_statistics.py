@@ -17,16 +17,7 @@ from numba import cuda
 from tilewise.kernels.cuda.channel_plan import THREADS, Planes, Rows
 from tilewise.kernels.cuda.launch import DOUBLES, ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, kernel, sum_dtype
 from tilewise.kernels.cuda.launch import device as device_function
-from tilewise.kernels.cuda.ptx import (
-    at,
-    lanes,
-    load_vector,
-    narrow,
-    registers,
-    shared,
-    widen,
-    zero,
-)  # fmt: skip
+from tilewise.kernels.cuda.memory import at, lanes, load_vector, narrow, registers, shared, widen, zero  # fmt: skip
 from tilewise.kernels.cuda.reduction import block_sum, group_sum
 
 WARPS = THREADS // 32

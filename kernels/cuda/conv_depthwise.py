@@ -14,7 +14,7 @@ from tilewise.kernels.cuda.conv_geometry import Correlation, weight_view
 from tilewise.kernels.cuda.conv_product import pick
 from tilewise.kernels.cuda.copying import contiguous
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, kernel
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (
     VECTOR_BYTES,
     at,
     lanes,

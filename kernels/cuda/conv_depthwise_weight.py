@@ -10,7 +10,7 @@ from numba import cuda
 from tilewise.kernels.cuda.conv_geometry import Correlation, image_steps
 from tilewise.kernels.cuda.conv_sums import THREADS, WARPS, add_parts, join_lanes, new_parts, split
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, kernel
-from tilewise.kernels.cuda.ptx import register_sums, shared_sums, widen, zero
+from tilewise.kernels.cuda.memory import register_sums, shared_sums, widen, zero
 
 # Taps of square kernels -> rows of them that a block sums: all, but for 49 sums, which do not fit the registers
 ROWS = {3: 3, 5: 5, 7: 1}

@@ -22,8 +22,7 @@ from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.conv_geometry import Correlation
 from tilewise.kernels.cuda.epilogue import NONE
 from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INT32, INT64, REAL, SUMS, ceil_div, device, kernel, sum_dtype
-from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_multiply
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (
     at,
     lanes,
     load_vector,
@@ -36,6 +35,7 @@ from tilewise.kernels.cuda.ptx import (
     widen,
     zero,
 )
+from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_multiply
 
 _PACK_THREADS = 256
 _NOWHERE = -(1 << 40)  # a row so far outside that no tap reaches the image

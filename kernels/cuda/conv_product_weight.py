@@ -15,8 +15,8 @@ from numba.cuda import types
 from tilewise.kernels.cuda.conv_geometry import Correlation, image_steps
 from tilewise.kernels.cuda.conv_sums import add_parts, new_parts, split
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, kernel
+from tilewise.kernels.cuda.memory import at, register_sums, shared_sums, widen, zero
 from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_multiply
-from tilewise.kernels.cuda.ptx import at, register_sums, shared_sums, widen, zero
 
 _DEPTH = 8
 TILE = Tile((2, 1), (8, 8), _DEPTH, blocks=3)

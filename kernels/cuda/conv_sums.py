@@ -10,7 +10,7 @@ from numba import cuda
 
 from tilewise.kernels.cuda.conv_geometry import Correlation, image_steps, pixels
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, device, kernel, sum_dtype
-from tilewise.kernels.cuda.ptx import narrow, shared_sums, widen, zero
+from tilewise.kernels.cuda.memory import narrow, shared_sums, widen, zero
 
 THREADS = 128
 WARPS = THREADS // 32

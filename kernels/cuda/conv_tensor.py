@@ -16,10 +16,9 @@ from tilewise.kernels import settings
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.conv_geometry import Correlation, pixels
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (
     VECTOR_BYTES,
     at,
-    copy_async,
     dynamic_shared,
     load_vector,
     narrow,
@@ -30,6 +29,7 @@ from tilewise.kernels.cuda.ptx import (
     store_vector,
     zero,
 )
+from tilewise.kernels.cuda.ptx import copy_async
 from tilewise.kernels.cuda.tensor_product import (
     GAP,
     LARGE,

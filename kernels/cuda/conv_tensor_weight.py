@@ -14,15 +14,8 @@ from tilewise.kernels.cuda.conv_geometry import Correlation
 from tilewise.kernels.cuda.conv_sums import add_parts, new_parts, split
 from tilewise.kernels.cuda.conv_tensor import NOWHERE, in_vectors, locate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, SUMS, ceil_div, device, kernel
-from tilewise.kernels.cuda.ptx import (
-    VECTOR_BYTES,
-    at,
-    copy_async,
-    dynamic_shared,
-    load_vector,
-    register_sums,
-    store_vector,
-)
+from tilewise.kernels.cuda.memory import VECTOR_BYTES, at, dynamic_shared, load_vector, register_sums, store_vector
+from tilewise.kernels.cuda.ptx import copy_async
 from tilewise.kernels.cuda.tensor_product import (
     GAP,
     LARGE,

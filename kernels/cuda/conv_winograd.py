@@ -26,7 +26,7 @@ from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.conv_geometry import Axis, Correlation
 from tilewise.kernels.cuda.conv_product import pick
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
-from tilewise.kernels.cuda.ptx import register_sums, zero
+from tilewise.kernels.cuda.memory import register_sums, zero
 
 _THREADS = 128
 _ROOM = 256 << 20  # bytes of V and M: more images go one part after the other

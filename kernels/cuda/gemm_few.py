@@ -9,7 +9,7 @@ from numba import cuda
 
 from tilewise.kernels.cuda.epilogue import activate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, kernel
-from tilewise.kernels.cuda.ptx import lanes, load_vector, narrow, register_sums, registers, widen, zero
+from tilewise.kernels.cuda.memory import lanes, load_vector, narrow, register_sums, registers, widen, zero
 
 FEW = 4  # vectors; with more of them, a tile's products hide behind its loads too
 ROWS = 8  # of a block: one for each warp

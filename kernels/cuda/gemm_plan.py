@@ -11,6 +11,7 @@ from tilewise.kernels.cuda.gemm_few import FEW, ROWS, multiply_few
 from tilewise.kernels.cuda.gemm_tensor import MATMULS
 from tilewise.kernels.cuda.gemm_tile import (
     BIG,
+    BIG_COPIES,
     BIG_VECTORS,
     INTEGERS,
     SMALL,
@@ -22,7 +23,7 @@ from tilewise.kernels.cuda.gemm_tile import (
     add_parts,
 )
 from tilewise.kernels.cuda.launch import ceil_div, sum_dtype
-from tilewise.kernels.cuda.ptx import VECTOR_BYTES
+from tilewise.kernels.cuda.memory import VECTOR_BYTES
 from tilewise.kernels.cuda.tensor_product import LARGE as TENSOR_LARGE
 from tilewise.kernels.cuda.tensor_product import SMALL as TENSOR_SMALL
 from tilewise.kernels.cuda.tensor_product import TensorTile
@@ -152,7 +153,10 @@ def choose(left: Matrices, right: Matrices, matrices: int, tf32: bool):
         tile = choose_tile(*size, (TINY,) if dtype == np.float64 else (SMALL, TINY))  # in 64 bits SMALL would spill
         return STRIDED[tile], tile
     tile = choose_tile(*size, (BIG, TALL, SMALL, TINY) if dtype == np.float32 else (SMALL, TINY))
-    return (BIG_VECTORS[orders] if tile is BIG else VECTORS[tile]), tile
+    if tile is not BIG:
+        return VECTORS[tile], tile
+    copies = BIG_COPIES.get(orders) if engine.capability >= (8, 0) else None
+    return copies or BIG_VECTORS[orders], tile
 
 
 def _few(left: Matrices, right: Matrices, bias, result, code) -> bool:

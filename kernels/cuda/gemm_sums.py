@@ -5,7 +5,7 @@ from numba import cuda
 from tilewise.kernels.cuda.epilogue import NONE
 from tilewise.kernels.cuda.gemm_tile import add_parts
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, kernel, sum_dtype
-from tilewise.kernels.cuda.ptx import shared_sums, widen, zero
+from tilewise.kernels.cuda.memory import shared_sums, widen, zero
 from tilewise.kernels.device_arrays import DeviceArray
 
 _COLUMNS, _WALKERS = 32, 8  # a warp reads 32 neighbouring columns of a row, 8 warps rows of their own

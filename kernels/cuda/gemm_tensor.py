@@ -6,7 +6,7 @@ from numba.cuda.types import int32, uint32
 from tilewise.kernels.cuda.epilogue import activate
 from tilewise.kernels.cuda.gemm_tile import batch_offset
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, device, kernel
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (
     at,
     dynamic_shared,
     load_vector,

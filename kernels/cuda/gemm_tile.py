@@ -10,11 +10,11 @@ from numba import cuda
 from numba.cuda.types import int32, int64, uint32
 
 from tilewise.kernels.cuda.epilogue import activate
-from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INT32, INT64, REAL, SUMS, device, kernel
+from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INT32, INT64, OLDEST, REAL, SUMS, device, kernel
 from tilewise.kernels.cuda.launch import INTEGERS as INTEGER_DTYPES
+from tilewise.kernels.cuda.memory import at, lanes, narrow, registers, store_vector, widen
 from tilewise.kernels.cuda.product import Tile, make_product, make_tile_store
-from tilewise.kernels.cuda.product_loaders import strided_loader, vector_loader
-from tilewise.kernels.cuda.ptx import at, lanes, narrow, registers, store_vector, widen
+from tilewise.kernels.cuda.product_loaders import copying_loader, strided_loader, vector_loader
 
 # 8 x 8 sums a thread need 16 loads of 4 numbers for 256 products: 64 products to 4 instructions that load, for each k.
 BIG = Tile((4, 2), (8, 8), 16, 2)  # 128 x 128, 256 threads of 128 registers: two blocks fill a multiprocessor
@@ -82,13 +82,15 @@ def put_integers(operands, place, column, values):
 
 
 def _make_matmul(tile: Tile, left, right, name: str, put_sums, blocks_before=None, dtypes=FLOATS):
+    copies = ("LDGSTS",) if left.asynchronous or right.asynchronous else ()
     product = make_product(tile, left, right)
     store = make_tile_store(tile, start_row, put_sums)
     tile_rows, tile_columns = tile.rows, tile.columns
 
     @kernel(
         threads=tile.threads, blocks=tile.blocks, blocks_before=blocks_before, name=f"matmul {tile.name} {name}",
-        dtypes=dtypes, promises={"float32": ("FFMA", "LDS.128"), "float64": ("DFMA", "LDS.128")},
+        dtypes=dtypes, least=(8, 0) if copies else OLDEST,
+        promises={"float32": ("FFMA", "LDS.128", *copies), "float64": ("DFMA", "LDS.128")},
     )  # fmt: skip
     def matmul(
         a: ELEMENTS, b: ELEMENTS, c: ELEMENTS, partial: SUMS, bias: ELEMENTS,
@@ -118,6 +120,10 @@ def _both(tile: Tile, loader) -> tuple:
     return loader(tile, tile.rows), loader(tile, tile.columns)
 
 
+def _copies_or_not(size: int, by_k: bool):
+    return vector_loader(BIG, size, by_k) if by_k else copying_loader(BIG, size)
+
+
 _ORDER = {True: "k", False: "row"}
 SINGLE = ("float32",)  # float16 has tensor cores, and float64 too many registers for large tiles
 # (tile, vectors) -> kernel; of the largest tile one for each (A, B) of whether k is contiguous, which saves registers
@@ -132,6 +138,14 @@ BIG_VECTORS = {
         f"vectors {_ORDER[left]} {_ORDER[right]}", put, blocks_before={(9, 0): 1}, dtypes=SINGLE,
     )
     for left in (True, False) for right in (True, False)
+}  # fmt: skip
+# The same where a matrix whose rows lie side by side comes by cp.async
+BIG_COPIES = {
+    (left, right): _make_matmul(
+        BIG, _copies_or_not(BIG.rows, left), _copies_or_not(BIG.columns, right),
+        f"copies {_ORDER[left]} {_ORDER[right]}", put, dtypes=SINGLE,
+    )
+    for left, right in ((True, False), (False, True), (False, False))
 }  # fmt: skip
 STRIDED = {
     SMALL: _make_matmul(SMALL, *_both(SMALL, strided_loader), "strided", put, dtypes=("float16", "float32")),

@@ -22,6 +22,8 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from tilewise.kernels.cuda.inlining import quick_inlining
+
 _NUMBA = {np.dtype(name): getattr(types, name) for name in (
     "float16", "float32", "float64", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
 )}  # fmt: skip
@@ -143,7 +145,8 @@ class Form:
     def ptx(self, capability: tuple[int, ...]) -> str:
         """The PTX for a compute capability such as (9, 0)."""
         bounds = self.kernel.bounds(capability)
-        text, _ = cuda.compile_ptx(self.kernel.function, self.signature, cc=capability, launch_bounds=bounds)
+        with quick_inlining():
+            text, _ = cuda.compile_ptx(self.kernel.function, self.signature, cc=capability, launch_bounds=bounds)
         return text
 
     @staticmethod

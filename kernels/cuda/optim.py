@@ -9,7 +9,7 @@ from numba import cuda
 
 from tilewise.kernels.cuda.activation import blocks_for, whole_vectors
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, device, kernel
-from tilewise.kernels.cuda.ptx import lanes, load_vector, narrow, registers, store_vector, widen
+from tilewise.kernels.cuda.memory import lanes, load_vector, narrow, registers, store_vector, widen
 
 _THREADS = 256
 _PROMISED = ("LDG.128", "STG.128")

@@ -9,8 +9,8 @@ from math import prod
 from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
+from tilewise.kernels.cuda.memory import lanes, narrow, registers, store_vector, widen, zero
 from tilewise.kernels.cuda.pool_windows import THREADS, put, split
-from tilewise.kernels.cuda.ptx import lanes, narrow, registers, store_vector, widen, zero
 
 CONSTANT, REFLECT, REPLICATE, CIRCULAR = range(4)
 _CODES = {"constant": CONSTANT, "reflect": REFLECT, "replicate": REPLICATE, "circular": CIRCULAR}

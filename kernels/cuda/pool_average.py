@@ -8,8 +8,7 @@ from numba import cuda
 
 from tilewise.kernels.cuda.channel_plan import Rows, unit_width
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, kernel
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, extent, split, window
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (
     at,
     lanes,
     load_vector,
@@ -21,6 +20,7 @@ from tilewise.kernels.cuda.ptx import (
     widen,
     zero,
 )  # fmt: skip
+from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, extent, split, window
 from tilewise.kernels.cuda.reduction import block_sum, group_sum
 
 WARPS = THREADS // 32

@@ -13,9 +13,7 @@ import math
 from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, INT64, REAL, ceil_div, device, kernel
-from tilewise.kernels.cuda.pool_maximum import take
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, extent, split
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (  # fmt: skip
     at,
     lanes,
     load_vector,
@@ -24,7 +22,9 @@ from tilewise.kernels.cuda.ptx import (
     store_vector,
     widen,
     zero,
-)  # fmt: skip
+)
+from tilewise.kernels.cuda.pool_maximum import take
+from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, extent, split
 
 ROOM = 3 * 17  # lines of two vectors of float16 and one element
 WINDOWS = ((3, 1), (2, 0))  # (side, padding on the left)

@@ -9,8 +9,7 @@ from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, INT64, REAL, ceil_div, kernel
 from tilewise.kernels.cuda.launch import device as device_function
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, covering, covering_next, extent, put, split
-from tilewise.kernels.cuda.ptx import (
+from tilewise.kernels.cuda.memory import (
     at,
     lanes,
     load_vector,
@@ -21,6 +20,7 @@ from tilewise.kernels.cuda.ptx import (
     widen,
     zero,
 )  # fmt: skip
+from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, covering, covering_next, extent, put, split
 
 
 def _make_maximum_units(vector: bool):

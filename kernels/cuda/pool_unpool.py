@@ -9,8 +9,8 @@ import numpy as np
 from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT64, WORDS, kernel
+from tilewise.kernels.cuda.memory import atomic_max, narrow, zero
 from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, split
-from tilewise.kernels.cuda.ptx import atomic_max, narrow, zero
 
 _BITS = {size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)}
 _INDEX = np.dtype(np.int64)

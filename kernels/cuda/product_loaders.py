@@ -3,18 +3,9 @@
 from numba.cuda.types import int32
 
 from tilewise.kernels.cuda.launch import device
+from tilewise.kernels.cuda.memory import at, lanes, load_vector, narrow, register_sums, store_vector, widen, zero
 from tilewise.kernels.cuda.product import PAD, Loader, Tile
-from tilewise.kernels.cuda.ptx import (
-    at,
-    lanes,
-    load_vector,
-    narrow,
-    register_sums,
-    settled,
-    store_vector,
-    widen,
-    zero,
-)
+from tilewise.kernels.cuda.ptx import copy_async, settled
 
 
 def strided_loader(tile: Tile, size: int) -> Loader:
@@ -42,7 +33,7 @@ def strided_loader(tile: Tile, size: int) -> Loader:
         return settled(mine), inside, int32(k), int32(k * pitch + row)
 
     @device
-    def fetch(kept, operands, place, k, end):
+    def fetch(target, kept, operands, place, k, end):
         mine, inside, first_k, _ = place
         _, _, row_stride, k_stride = operands
         k_step = 0 if k_stride == 1 else threads // size
@@ -93,7 +84,7 @@ def vector_loader(tile: Tile, size: int, k_fastest: bool | None = None) -> Loade
         return settled(mine), inside, int32(k), int32(k * pitch + row)
 
     @device
-    def fetch(kept, operands, place, k, end):
+    def fetch(target, kept, operands, place, k, end):
         mine, inside, first_k, _ = place
         _, _, row_stride, k_stride = operands
         width = lanes(operands[0])
@@ -130,6 +121,40 @@ def vector_loader(tile: Tile, size: int, k_fastest: bool | None = None) -> Loade
                     store_vector(target, place[3] + i * (threads * width // size) * pitch + j, at(wide, i * width + j))
 
     return Loader(start, fetch, keep, count)
+
+
+def copying_loader(tile: Tile, size: int) -> Loader:
+    """As vector_loader, of float32 whose rows are contiguous: by cp.async, without a register in between.
+
+    A k's rows are side by side in memory as in the tile; where k is contiguous they would have to be transposed.
+    """
+    step, pitch, width = tile.depth, size + PAD, 4
+    line = size // width  # vectors of a k
+    apart = tile.threads // line
+    each = step // apart
+    assert apart * each == step
+
+    @device
+    def start(operands, first, thread):
+        pointer, rows, _, k_stride = operands
+        row, k = thread % line * width, thread // line
+        room = int32(min(rows - first, size))
+        mine = at(pointer, first + min(row, room - width) + k * k_stride)
+        return settled(mine), int32(k), int32(k * pitch + row)
+
+    @device
+    def fetch(target, kept, operands, place, k, end):
+        mine, first_k, to = place
+        room = int32(min(end - k, step)) - first_k
+        for i in range(each):
+            source = at(mine, (k + i * apart) * operands[3])
+            copy_async(16, at(target, to + i * apart * pitch), source, 16 if i * apart < room else 0)
+
+    @device
+    def keep(target, kept, operands, place):
+        """They are there."""
+
+    return Loader(start, fetch, keep, 0, asynchronous=True)
 
 
 @device

@@ -30,20 +30,17 @@ from dataclasses import dataclass
 from numba import cuda
 
 from tilewise.kernels.cuda.launch import device
+from tilewise.kernels.cuda.memory import at, dynamic_shared, register_sums, zero
 from tilewise.kernels.cuda.product import make_lay_out
 from tilewise.kernels.cuda.ptx import (
-    at,
     commit_copies,
     copy_async,
-    dynamic_shared,
     ldmatrix_x4,
     ldmatrix_x4_transposed,
     mma_f16,
     mma_tf32,
-    register_sums,
     to_tf32,
     wait_copies,
-    zero,
 )
 
 STAGES = 4

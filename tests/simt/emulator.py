@@ -19,6 +19,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
+from gpu_lower import lowered, stamp
 
 from simt.checks import instrument
 from simt.translate import GAP, Unsupported, translate
@@ -107,16 +108,12 @@ _ARRAY, _SHARED, _CONSTANT = range(3)
 
 def _compile(form, capability) -> tuple[bytes, list]:
     """Machine code, and (name, bytes, kind) of the arrays it has."""
-    from numba.cuda.compiler import _compile_pyfunc_with_fixup
-
-    library, _ = _compile_pyfunc_with_fixup(
-        form.kernel.function, form.signature, device=False, cc=capability, abi="numba"
-    )
-    parts = [llvm.parse_assembly(translate(part)) for part in library.llvm_strs]
+    entry, texts = lowered(form, capability)
+    parts = [llvm.parse_assembly(translate(text)) for text in texts]
     module = parts[0]
     for part in parts[1:]:
         module.link_in(part)
-    _wrap(module, library._entry_name)
+    _wrap(module, entry)
     machine = _target()
     # a vectorised loop may load under a mask, which the checks do not know
     options = llvm.create_pipeline_tuning_options(speed_level=2)
@@ -150,19 +147,21 @@ def _is_known(name: str) -> bool:
 @lru_cache(maxsize=1)
 def _sources() -> bytes:
     """What compiled kernels depend on beside their own sources."""
-    parts = [path.read_bytes() for path in sorted(FOLDER.glob("*.py"))]
+    parts = [path.read_bytes() for path in (FOLDER / "translate.py", FOLDER / "checks.py", Path(__file__))]
     parts += [llvm.get_host_cpu_name().encode(), repr(llvm.llvm_version_info).encode()]
     return b"".join(parts)
 
 
 def _kept_or_compiled(form, capability) -> tuple[bytes, list]:
     """Machine code of tilewise's own kernels is kept in the checkout's .cache."""
-    from tilewise.kernels.cuda import launch, ptx_cache
+    from tilewise.kernels.cuda.launch import KERNELS
 
-    if form.kernel not in launch.KERNELS:
+    kernel = form.kernel
+    if kernel not in KERNELS:
         return _compile(form, capability)
-    stamp = hashlib.sha256(_sources() + ptx_cache.key(form, capability).encode()).hexdigest()[:32]
-    file = CACHE / f"{form.kernel.function.__name__}-{stamp}"
+    parts = stamp(kernel.function.__module__) + kernel.name + form.dtype.name
+    own = hashlib.sha256(_sources() + parts.encode()).hexdigest()[:32]
+    file = CACHE / f"{kernel.function.__name__}-{own}"
     try:
         arrays, binary = file.read_bytes().split(b"\n", 1)
         return binary, json.loads(arrays)
