@@ -101,7 +101,8 @@ TILES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tiles_of_the_implicit_product(gpu, rng, layout, dtype):
+def test_tiles_of_the_implicit_product(gpu, rng, monkeypatch, layout, dtype):
+    monkeypatch.setattr(gpu, "capability", (7, 5))  # later, float16 has tensor cores: test_cuda_conv_tensor.py
     for number, case in enumerate(TILES):
         forward(rng, case, dtype, layout, number, "gemm")
         backward(rng, case, dtype, layout)
@@ -110,6 +111,7 @@ def test_tiles_of_the_implicit_product(gpu, rng, layout, dtype):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_large_tiles(gpu, rng, monkeypatch, layout, dtype):
+    monkeypatch.setattr(gpu, "capability", (7, 5))
     monkeypatch.setattr(conv_product, "_ENOUGH_BLOCKS", 1)
     for number, case in enumerate(TILES[-4:]):
         forward(rng, case, dtype, layout, number, "gemm")

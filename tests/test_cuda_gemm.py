@@ -123,12 +123,16 @@ def _to_tf32(x):
     return ((words + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def test_before_tensor_cores_float16_takes_the_plain_kernel(gpu, rng, monkeypatch):
+def test_before_tensor_cores_float16_takes_the_plain_kernels(gpu, rng, one_multiprocessor, monkeypatch):
     monkeypatch.setattr(gpu, "capability", (7, 5))
-    gpu.launched.discard(("matmul 32x32x32 strided", "float16"))
-    a, b = random(rng, np.float16, 40, 40), random(rng, np.float16, 40, 40)
-    assert_close(kernels.matmul(a, b), np.matmul(*wide(a, b)), reduction=40)
-    assert ("matmul 32x32x32 strided", "float16") in gpu.launched
+    for m, n, depth, name in (
+        (40, 72, 48, "64x64x16 vectors"), (24, 40, 16, "32x32x32 vectors"), (41, 40, 19, "64x64x16 strided"),
+    ):  # fmt: skip
+        gpu.launched.discard((f"matmul {name}", "float16"))
+        a, b = random(rng, np.float16, m, depth), random(rng, np.float16, depth, n)
+        for order in ORDERS:
+            assert_close(product(gpu, a, b, order), np.matmul(*wide(a, b)), reduction=depth)
+        assert (f"matmul {name}", "float16") in gpu.launched
 
 
 @pytest.mark.parametrize("schedule", ["forward", "reverse", "shuffled", "warp by warp", "warps reversed"])

@@ -149,7 +149,7 @@ def choose(left: Matrices, right: Matrices, matrices: int, tf32: bool):
         width = VECTOR_BYTES // dtype.itemsize
         tile = choose_tile(*size, (TENSOR_LARGE[width], TENSOR_SMALL[width]))
         return MATMULS[tile][orders], tile
-    if half or not aligned:
+    if not aligned:
         tile = choose_tile(*size, (TINY,) if dtype == np.float64 else (SMALL, TINY))  # in 64 bits SMALL would spill
         return STRIDED[tile], tile
     tile = choose_tile(*size, (BIG, TALL, SMALL, TINY) if dtype == np.float32 else (SMALL, TINY))

@@ -81,14 +81,14 @@ def put_integers(operands, place, column, values):
                     c[place[0] + column + i] = narrow(values[i], c)
 
 
-def _make_matmul(tile: Tile, left, right, name: str, put_sums, blocks_before=None, dtypes=FLOATS):
+def _make_matmul(tile: Tile, left, right, name: str, put_sums, blocks_on=None, dtypes=FLOATS):
     copies = ("LDGSTS",) if left.asynchronous or right.asynchronous else ()
     product = make_product(tile, left, right)
     store = make_tile_store(tile, start_row, put_sums)
     tile_rows, tile_columns = tile.rows, tile.columns
 
     @kernel(
-        threads=tile.threads, blocks=tile.blocks, blocks_before=blocks_before, name=f"matmul {tile.name} {name}",
+        threads=tile.threads, blocks=tile.blocks, blocks_on=blocks_on, name=f"matmul {tile.name} {name}",
         dtypes=dtypes, least=(8, 0) if copies else OLDEST,
         promises={"float32": ("FFMA", "LDS.128", *copies), "float64": ("DFMA", "LDS.128")},
     )  # fmt: skip
@@ -128,14 +128,16 @@ _ORDER = {True: "k", False: "row"}
 SINGLE = ("float32",)  # float16 has tensor cores, and float64 too many registers for large tiles
 # (tile, vectors) -> kernel; of the largest tile one for each (A, B) of whether k is contiguous, which saves registers
 VECTORS = {
-    TALL: _make_matmul(TALL, *_both(TALL, vector_loader), "vectors", put, blocks_before={(8, 0): 2}, dtypes=SINGLE),
+    TALL: _make_matmul(  # on 12.0 the registers for three blocks would spill
+        TALL, *_both(TALL, vector_loader), "vectors", put, blocks_on={(7, 5): 2, (12, 0): 2}, dtypes=SINGLE
+    ),
     SMALL: _make_matmul(SMALL, *_both(SMALL, vector_loader), "vectors", put),
     TINY: _make_matmul(TINY, *_both(TINY, vector_loader), "vectors", put),
 }
 BIG_VECTORS = {
     (left, right): _make_matmul(
         BIG, vector_loader(BIG, BIG.rows, left), vector_loader(BIG, BIG.columns, right),
-        f"vectors {_ORDER[left]} {_ORDER[right]}", put, blocks_before={(9, 0): 1}, dtypes=SINGLE,
+        f"vectors {_ORDER[left]} {_ORDER[right]}", put, blocks_on={(7, 5): 1, (8, 0): 1}, dtypes=SINGLE,
     )
     for left in (True, False) for right in (True, False)
 }  # fmt: skip

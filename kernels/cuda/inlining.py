@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 try:
-    from numba.cuda.core import ir
+    from numba.cuda.core import ir  # pyright: ignore[reportMissingImports]
 except ImportError:  # another release of numba-cuda than the extras ask for
     ir: Any = None
 

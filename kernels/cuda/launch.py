@@ -84,8 +84,8 @@ OLDEST = (7, 5)  # the first compute capability that kernels are compiled for
 class Kernel:
     """A function for the GPU; see `kernel`. Called with a place, the grid and the arguments, it starts."""
 
-    def __init__(self, function, threads: int, blocks: int, blocks_before: dict, name: str, dtypes, least, promises):
-        self.function, self.threads, self.blocks, self.blocks_before = function, threads, blocks, blocks_before
+    def __init__(self, function, threads: int, blocks: int, blocks_on: dict, name: str, dtypes, least, promises):
+        self.function, self.threads, self.blocks, self.blocks_on = function, threads, blocks, blocks_on
         self.name = name or function.__name__
         self.dtypes, self.least = tuple(np.dtype(d) for d in dtypes), least
         self._promises = promises
@@ -100,8 +100,7 @@ class Kernel:
 
     def bounds(self, capability: tuple[int, ...]) -> tuple[int, int]:
         """(threads, the blocks that shall fit a multiprocessor), which limit a thread's registers."""
-        older = [limit for limit in self.blocks_before if capability < limit]
-        return self.threads, self.blocks_before[min(older)] if older else self.blocks
+        return self.threads, self.blocks_on.get(capability, self.blocks)
 
     def promises(self, dtype: np.dtype) -> tuple[str, ...]:
         """The machine instructions that its code for this dtype must have."""
@@ -158,19 +157,19 @@ class Form:
 
 
 def kernel(
-    *, threads: int, blocks: int = 1, blocks_before: dict | None = None, name: str = "", dtypes=FLOATS, least=OLDEST,
+    *, threads: int, blocks: int = 1, blocks_on: dict | None = None, name: str = "", dtypes=FLOATS, least=OLDEST,
     promises=(),
 ):  # fmt: skip
     """Makes a function a `Kernel` of that many threads a block, of which `blocks` blocks shall fit a multiprocessor.
 
-    blocks_before: {compute capability: how many before it}, such as {(8, 0): 1}: shared memory of 64 KB.
+    blocks_on: {compute capability of driver.TARGETS: how many there}, such as {(7, 5): 1}: shared memory of 64 KB.
     name: what tells this kernel from others that the same factory makes, such as its tile.
     dtypes: what it is for. least: the lowest compute capability, such as (8, 0) where it uses cp.async.
     promises: machine instructions that its code must have, for all dtypes or {dtype's name: instructions}: "FFMA",
         "LDS.128" (also LDS.U.128), "HMMA". tests/gpu_compile.py compiles every kernel for every dtype and architecture
         and looks; tests that launch none of a kernel's forms are named at the end of a test run.
     """
-    return lambda function: Kernel(function, threads, blocks, blocks_before or {}, name, dtypes, least, promises)
+    return lambda function: Kernel(function, threads, blocks, blocks_on or {}, name, dtypes, least, promises)
 
 
 def device(function) -> Any:
