@@ -45,7 +45,14 @@ class Explained(BaseException):
 
 @lru_cache(maxsize=64)
 def implementation_module(backend: str, family: str):
-    return import_module(f"tilewise.kernels.{backend}.{family}")
+    """The backend's file of a family; None where it has none."""
+    name = f"tilewise.kernels.{backend}.{family}"
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # a fault inside of the file
+            raise
+        return None
 
 
 @lru_cache(maxsize=64)

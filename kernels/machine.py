@@ -73,10 +73,12 @@ def gpu_rates() -> GpuRates | None:
 def unavailable_backends() -> dict[str, str]:
     """Backend -> why it cannot be used here; a usable backend is not in it."""
     _, no_device = cuda_devices()
-    missing = {"cupy": "this version has no CuPy kernels"}
     if no_device:
-        missing["cuda"] = no_device
-    elif find_spec("numba_cuda") is None or find_spec("cuda.bindings") is None:
+        return {"cuda": no_device, "cupy": no_device}
+    missing = {}
+    if find_spec("cupy") is None:
+        missing["cupy"] = "CuPy is not installed (extra: cuda13 or cuda12)"
+    if find_spec("numba_cuda") is None or find_spec("cuda.bindings") is None:
         missing["cuda"] = "numba-cuda is not installed (extra: cuda13 or cuda12)"
     return missing
 

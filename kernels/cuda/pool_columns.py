@@ -14,7 +14,7 @@ from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, INT64, REAL, ceil_div, device, kernel
 from tilewise.kernels.cuda.pool_maximum import take
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, extent, split
+from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, extent, split
 from tilewise.kernels.cuda.ptx import (
     at,
     lanes,
@@ -25,6 +25,7 @@ from tilewise.kernels.cuda.ptx import (
     widen,
     zero,
 )  # fmt: skip
+from tilewise.kernels.pool_plan import Pool
 
 ROOM = 3 * 17  # lines of two vectors of float16 and one element
 WINDOWS = ((3, 1), (2, 0))  # (side, padding on the left)

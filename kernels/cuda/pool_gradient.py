@@ -9,7 +9,7 @@ from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, INT64, REAL, ceil_div, kernel
 from tilewise.kernels.cuda.launch import device as device_function
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, covering, covering_next, extent, put, split
+from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, covering, covering_next, extent, put, split
 from tilewise.kernels.cuda.ptx import (
     at,
     lanes,
@@ -21,6 +21,7 @@ from tilewise.kernels.cuda.ptx import (
     widen,
     zero,
 )  # fmt: skip
+from tilewise.kernels.pool_plan import Pool
 
 
 def _make_maximum_units(vector: bool):
