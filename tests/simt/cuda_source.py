@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from simt.emulator import _SHARED, CACHE, FOLDER, Emulator, runtime
+from tilewise.kernels.cupy import launch
+from tilewise.kernels.cupy.module import FOLDER as KERNELS
 
 # Not vectorised: the sanitizer's calls are per access of the source. -O1: an access that is not needed is still gone.
 _FLAGS = (
@@ -47,18 +49,16 @@ class Code:
 
 def _forms(source: str) -> list:
     """Every instantiation of the kernels of a source."""
-    import tilewise.kernels.cupy.launch as launch
-
     return [kernel.form(dtype) for kernel in launch.KERNELS if kernel.source == source for dtype in kernel.dtypes]
 
 
 class Library:
-    """A source with instantiations, compiled by g++. text: the source's, where it is not the file's own."""
+    """A source with instantiations, compiled by g++. folder: where it lies, with what it includes."""
 
-    def __init__(self, source: str, expressions: list[str], text: str | None = None):
+    def __init__(self, source: str, expressions: list[str], folder: Path = KERNELS):
         runtime()
         self.numbers = {expression: i for i, expression in enumerate(expressions)}
-        file = _compiled(source, expressions, text)
+        file = _compiled(source, expressions, folder)
         self._loaded = ctypes.CDLL(str(file))
         self._symbols = _symbols(file)
 
@@ -79,22 +79,25 @@ class Library:
         kernel = getattr(self._loaded, f"simt_kernel_{number}")
         kernel.restype = ctypes.c_void_p
         place = kernel() - base
-        (mangled,) = (name for name, (at, _) in self._symbols.items() if at == place and name.startswith("_Z"))
-        inside = f"_ZZ{mangled[2:]}E"  # what a function's own static variables are called
-        shared = [(base + at, size, _SHARED) for name, (at, size) in self._symbols.items() if name.startswith(inside)]
+        (mangled,) = (name for name, (at, *_) in self._symbols.items() if at == place and name.startswith("_Z"))
+        inside = f"_ZZ{mangled[2:]}E"  # what is a function's own: static variables, lambdas
+        shared = [
+            (base + at, size, _SHARED)
+            for name, (at, size, kind) in self._symbols.items() if name.startswith(inside) and kind in "bBdDu"
+        ]  # fmt: skip
         return Code(self._address(f"simt_entry_{number}"), shared)
 
 
-def _symbols(library: Path) -> dict[str, tuple[int, int]]:
-    """name -> (address in the library, bytes)."""
+def _symbols(library: Path) -> dict[str, tuple[int, int, str]]:
+    """name -> (address in the library, bytes, kind as nm has it: "b" and "u" are variables)."""
     listed = subprocess.run(["nm", "-S", "--defined-only", library], capture_output=True, text=True, check=True).stdout
     fields = [line.split() for line in listed.splitlines()]
-    return {f[3]: (int(f[0], 16), int(f[1], 16)) for f in fields if len(f) == 4}
+    return {f[3]: (int(f[0], 16), int(f[1], 16), f[2]) for f in fields if len(f) == 4}
 
 
-def _unit(source: str, expressions: list[str], text: str | None) -> str:
+def _unit(source: str, expressions: list[str]) -> str:
     """What g++ compiles: the source, and for each instantiation three functions that C can call."""
-    lines = ['#include "cuda_shim.h"', f'#include "{source}"' if text is None else text]
+    lines = ['#include "cuda_shim.h"', f'#include "{source}"']
     for i, expression in enumerate(expressions):
         kernel = f"tilewise::{expression}"
         lines += [
@@ -105,18 +108,16 @@ def _unit(source: str, expressions: list[str], text: str | None) -> str:
     return "\n".join(lines)
 
 
-def _compiled(source: str, expressions: list[str], text: str | None) -> Path:
-    from tilewise.kernels.cupy.module import FOLDER as KERNELS
-    from tilewise.kernels.cupy.module import sources
-
-    unit = _unit(source, expressions, text)
-    parts = (unit, *sources().items(), (FOLDER / "cuda_shim.h").read_text(), (FOLDER / "runtime.h").read_text(), _FLAGS)
+def _compiled(source: str, expressions: list[str], folder: Path) -> Path:
+    unit = _unit(source, expressions)
+    files = [FOLDER / "cuda_shim.h", FOLDER / "runtime.h", *sorted(folder.iterdir())]
+    parts = (unit, _FLAGS, [file.read_text(encoding="utf-8") for file in files])
     library = CACHE / f"{Path(source).stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         made, written = library.with_suffix(f".{os.getpid()}.o"), library.with_suffix(f".{os.getpid()}.cpp")
         written.write_text(unit, encoding="utf-8")
-        folders = ["-I", str(FOLDER), "-I", str(KERNELS)]
+        folders = ["-I", str(FOLDER), "-I", str(folder)]
         subprocess.run(["g++", *_FLAGS, *folders, "-c", written, "-o", made], check=True)
         linked = library.with_suffix(f".{os.getpid()}")
         subprocess.run(["g++", "-shared", made, "-o", linked], check=True)
@@ -127,17 +128,24 @@ def _compiled(source: str, expressions: list[str], text: str | None) -> Path:
 
 
 @lru_cache(maxsize=64)
-def library_of(source: str) -> Library:
-    return Library(source, [form.expression for form in _forms(source)])
+def library_of(source: str, folder: Path = KERNELS) -> Library:
+    return Library(source, [form.expression for form in _forms(source)], folder)
 
 
 class CudaSourceEmulator(Emulator):
-    """An engine for kernels/cupy: see tilewise.kernels.cupy.driver.Driver, whose interface it has."""
+    """An engine for kernels/cupy: see tilewise.kernels.cupy.driver.Driver, whose interface it has.
+
+    folder: where the sources lie.
+    """
 
     backend = "cupy"
 
+    def __init__(self, folder: Path = KERNELS):
+        super().__init__()
+        self.folder = folder
+
     def compile(self, form):
-        library = library_of(form.kernel.source)
+        library = library_of(form.kernel.source, self.folder)
         assert library.sizes(form.expression) == form.sizes, (
             f"{form.kernel.name}: launch.py packs parameters of {form.sizes} bytes, "
             f"the source has {library.sizes(form.expression)}"

@@ -35,6 +35,8 @@ template <class T, int N> struct Pack {
     T lane[N];
 };
 
+template <class T> constexpr int LANES = 16 / sizeof(T);   // elements of 16 bytes
+
 template <int N, class T> __device__ __forceinline__ Pack<T, N> load(const T *from) {
     static_assert(N == 1 || N * sizeof(T) == 16, "one element or 16 bytes");
     Pack<T, N> pack;
