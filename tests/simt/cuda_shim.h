@@ -32,7 +32,10 @@ unsigned short cuda_float_to_half(float value);
 #define threadIdx (cuda_thread_index())
 #define blockIdx (cuda_block_index())
 #define gridDim (cuda_grid_size())
-#define __syncthreads simt_barrier
+// Named by where it stands in the source: g++ may make two calls of one.
+#define SIMT_TEXT(number) #number
+#define SIMT_LINE(number) SIMT_TEXT(number)
+#define __syncthreads() simt_barrier_reduce(0, 0, const_cast<char *>(__FILE__ ":" SIMT_LINE(__LINE__)))
 
 template <class T> inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
     cuda_shuffle_xor(mask, &value, sizeof value, lanes);

@@ -48,13 +48,13 @@ gradient_sums_of_planes(const T *__restrict__ grad, const T *__restrict__ x, con
             grads[u] = load<N>(grad + place);
             values[u] = load<N>(x + place);
         }
-        products.add<PLANE_UNITS * N, Sum<T>>([&](int i) { return widen(grads[i / N].lane[i % N]); },
+        products.template add<PLANE_UNITS * N, Sum<T>>([&](int i) { return widen(grads[i / N].lane[i % N]); },
                                               [&](int i) { return widen(values[i / N].lane[i % N]) - centre; });
     }
     while (walk.has(1)) {
         const long long place = walk.next() * N;
         const Pack<T, N> grads = load<N>(grad + place), values = load<N>(x + place);
-        products.add<N, Sum<T>>([&](int i) { return widen(grads.lane[i]); },
+        products.template add<N, Sum<T>>([&](int i) { return widen(grads.lane[i]); },
                                 [&](int i) { return widen(values.lane[i]) - centre; });
     }
     store_plane_sums(products.first, products.second, sums, walk, parts, scratch);
@@ -80,7 +80,7 @@ gradient_sums_of_rows(const T *__restrict__ grad, const T *__restrict__ x, const
         }
 #pragma unroll
         for (int k = 0; k < N; ++k)
-            products[k].add<ROW_UNITS, Sum<T>>([&](int u) { return widen(grads[u].lane[k]); },
+            products[k].template add<ROW_UNITS, Sum<T>>([&](int u) { return widen(grads[u].lane[k]); },
                                                [&](int u) { return widen(values[u].lane[k]) - means[k]; });
     }
     while (walk.has(1)) {
@@ -88,7 +88,7 @@ gradient_sums_of_rows(const T *__restrict__ grad, const T *__restrict__ x, const
         const Pack<T, N> grads = load<N>(grad + place), values = load<N>(x + place);
 #pragma unroll
         for (int k = 0; k < N; ++k)
-            products[k].add<1, Sum<T>>([&](int) { return widen(grads.lane[k]); },
+            products[k].template add<1, Sum<T>>([&](int) { return widen(grads.lane[k]); },
                                        [&](int) { return widen(values.lane[k]) - means[k]; });
     }
     double first[N], second[N];

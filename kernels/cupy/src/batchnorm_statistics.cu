@@ -48,11 +48,11 @@ sums_of_planes(const T *__restrict__ x, double *__restrict__ sums, long long ima
         Pack<T, N> values[PLANE_UNITS];
 #pragma unroll
         for (int u = 0; u < PLANE_UNITS; ++u) values[u] = load<N>(x + walk.next() * N);
-        moments.add<PLANE_UNITS * N>(shift, [&](int i) { return widen(values[i / N].lane[i % N]); });
+        moments.template add<PLANE_UNITS * N>(shift, [&](int i) { return widen(values[i / N].lane[i % N]); });
     }
     while (walk.has(1)) {
         const Pack<T, N> values = load<N>(x + walk.next() * N);
-        moments.add<N>(shift, [&](int i) { return widen(values.lane[i]); });
+        moments.template add<N>(shift, [&](int i) { return widen(values.lane[i]); });
     }
     store_plane_sums(moments.first, moments.second, sums, walk, parts, scratch);
 }
@@ -73,12 +73,12 @@ sums_of_rows(const T *__restrict__ x, double *__restrict__ sums, long long pixel
         for (int u = 0; u < ROW_UNITS; ++u) values[u] = load<N>(x + walk.next());
 #pragma unroll
         for (int k = 0; k < N; ++k)
-            moments[k].add<ROW_UNITS>(shifts[k], [&](int u) { return widen(values[u].lane[k]); });
+            moments[k].template add<ROW_UNITS>(shifts[k], [&](int u) { return widen(values[u].lane[k]); });
     }
     while (walk.has(1)) {
         const Pack<T, N> values = load<N>(x + walk.next());
 #pragma unroll
-        for (int k = 0; k < N; ++k) moments[k].add<1>(shifts[k], [&](int) { return widen(values.lane[k]); });
+        for (int k = 0; k < N; ++k) moments[k].template add<1>(shifts[k], [&](int) { return widen(values.lane[k]); });
     }
     double first[N], second[N];
 #pragma unroll
