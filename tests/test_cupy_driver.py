@@ -33,6 +33,7 @@ class FakeCupy:
 
     def __init__(self, capability="90"):
         self.launched, self.loaded, self.current, fake = [], [], 0, self
+        self.capture_modes = [0]  # of this thread, the last one now
 
         class Device:
             compute_capability = capability
@@ -51,6 +52,7 @@ class FakeCupy:
 
         class Module:
             def load(self, binary):
+                assert fake.capture_modes[-1] == 2, "a stream may be capturing"
                 fake.loaded.append((fake.current, binary))
 
             def get_function(self, name):
@@ -71,6 +73,11 @@ class FakeCupy:
             function=SimpleNamespace(Module=Module),
             get_current_stream=lambda ordinal: SimpleNamespace(ptr=40 + ordinal),
         )  # fmt: skip
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        before = self.capture_modes[-1]
+        self.capture_modes.append(mode._obj.value)
+        mode._obj.value = before
 
     def empty(self, shape, dtype):
         return FakeArray(np.empty(shape, dtype), self.current)
@@ -100,6 +107,7 @@ def cupy(monkeypatch):
     monkeypatch.setattr(module, "code", lambda source, expression, target: code)
     monkeypatch.setattr(module, "architecture_for", lambda capability: module.architecture(capability, (80, 90)))
     monkeypatch.setattr(machine, "unavailable_backends", lambda: {"cuda": "not here"})
+    monkeypatch.setattr(machine, "driver_library", lambda: fake)
     forget = (driver.engine, device_arrays.place_of, dispatch.choose_backend)
     for cached in forget:
         cached.cache_clear()
@@ -120,6 +128,7 @@ def test_arrays_of_cupy_start_a_kernel_on_its_stream(cupy):
     ordinal, function, numbers, shared, stream, pointers = cupy.launched[1]
     assert (ordinal, function, numbers, shared, stream) == (0, "the_entry", [1, 1, 1, 256, 1, 1], 0, 40)
     assert pointers == [x.data.ptr, y.data.ptr]
+    assert cupy.capture_modes == [0, 2, 0]
 
 
 def test_arrays_on_another_device_run_there_and_the_current_one_stays(cupy):

@@ -1,5 +1,6 @@
 """CUDA C++ compiled by NVRTC: for which architecture, from the cache or not, and what an error says."""
 
+import re
 import sys
 
 import numpy as np
@@ -148,8 +149,6 @@ def test_without_nvrtc(monkeypatch):
 
 def test_every_kernel_of_the_sources_is_declared():
     """A __global__ function that launch.py does not know would be compiled and run by nobody."""
-    import re
-
     declared = {(k.source, k.template.partition("<")[0]) for k in load_kernels("cupy")}
     found = set()
     for name, text in module.sources().items():
@@ -157,6 +156,22 @@ def test_every_kernel_of_the_sources_is_declared():
             found.add((name, kernel[1]))
         assert text.count("__global__") == sum(source == name for source, _ in found)
     assert declared == found
+
+
+def test_constants_of_the_sources_are_those_of_python():
+    from tilewise.kernels import softmax_plan
+    from tilewise.kernels.cupy import activation_codes, activation_softmax, copying, launch
+
+    def constant(source, name):
+        (value,) = re.findall(rf"constexpr int {name} = (\d+);", module.sources()[source])
+        return int(value)
+
+    assert constant("element.cuh", "THREADS") == launch.THREADS == softmax_plan.THREADS
+    assert constant("activation_softmax.cu", "SHORT") == softmax_plan.SHORT
+    assert constant("activation_softmax_gradient.cu", "SHORT") == activation_softmax.GRADIENT_SHORT
+    assert constant("copying.cu", "AXES") == copying.MAX_AXES
+    (names,) = re.findall(r"enum Activation : int \{ (.*) \}", module.sources()["activation.cuh"])
+    assert [getattr(activation_codes, name) for name in names.split(", ")] == list(range(7))
 
 
 def test_nothing_of_the_backend_needs_numba(tmp_path):

@@ -4,14 +4,19 @@ A launch is one call of cuLaunchKernel on a table of addresses, past CuPy's own 
 type of each. Contexts, streams and the pool of memory are CuPy's.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import ctypes
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
+from tilewise.kernels import machine
 from tilewise.kernels.cupy import module
+
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class DriverError(RuntimeError):
@@ -24,6 +29,18 @@ def _cupy() -> Any:
     except ImportError as error:
         raise DriverError(f"CuPy cannot be imported (extra: cuda13 or cuda12): {error}") from error
     return cupy
+
+
+@contextmanager
+def _while_capturing() -> Iterator[None]:
+    """Inside, this thread may load code also while a stream is being captured into a graph; CuPy has no word for it."""
+    exchange = machine.driver_library().cuThreadExchangeStreamCaptureMode
+    mode = ctypes.c_int(_RELAXED)
+    exchange(ctypes.byref(mode))  # and gets what it was
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
 
 
 class Memory:
@@ -82,7 +99,7 @@ class Driver:
             if form not in self._functions:
                 code = module.code(kernel.source, form.expression, self.target)
                 loaded = self._cupy.cuda.function.Module()
-                with self.current():
+                with self.current(), _while_capturing():
                     loaded.load(code.binary)
                     self._functions[form] = loaded.get_function(code.entry)
             return self._functions[form]

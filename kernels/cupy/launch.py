@@ -18,9 +18,9 @@ from threading import local
 
 import numpy as np
 
+from tilewise.kernels.channel_plan import THREADS, ceil_div
 from tilewise.kernels.cupy import driver, module
 
-THREADS = 256
 FLOATS = ("float16", "float32", "float64")
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _TYPES = {np.dtype(name): text for name, text in {
@@ -118,10 +118,6 @@ class Form:
             slots = self._buffers.slots = Slots(self._format.size, self._offsets)
         self._format.pack_into(slots, 0, *[getattr(a, "pointer", a) if a is not None else 0 for a in arguments])
         return slots
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def blocks_of(count: int) -> int:

@@ -6,8 +6,19 @@ from importlib import import_module
 
 from simt.emulator import LAUNCHED, Emulator
 
+BACKENDS = ("cuda", "cupy")
+
 # Set by `make gpu-check`: the tests of GPU kernels run on the machine's GPU.
 REAL = os.environ.get("TILEWISE_TEST_GPU") == "1"
+
+
+def has(backend: str, name: str) -> bool:
+    """Whether a backend has a public function."""
+    from tilewise import kernels
+    from tilewise.kernels.dispatch import implementation_module
+
+    (family,) = (family for family, names in kernels._EXPORTS.items() if name in names)
+    return hasattr(implementation_module(backend, family), name)
 
 
 def real_gpu(backend: str = "cuda"):
