@@ -6,6 +6,7 @@ allocates results, knows the current stream, and wraps results into its library'
 """
 
 from functools import lru_cache
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -69,12 +70,14 @@ def overlap(a: DeviceArray, b: DeviceArray) -> bool:
 
 
 class Place:
-    """Memory of one library on one device.
+    """Memory of one library on the device `ordinal`."""
 
-    engine: what compiles and starts kernels there (cuda/driver.py).
-    """
+    ordinal = 0
 
-    engine: Any
+    @property
+    def engine(self) -> Any:
+        """What compiles and starts numba.cuda's kernels there; kernels/cupy asks for its own by the ordinal."""
+        return _engine("cuda", self.ordinal)
 
     def stream(self) -> int:
         """The stream that the library's next work goes to, as the driver's handle."""
@@ -88,8 +91,14 @@ class Place:
         raise NotImplementedError
 
 
+def _engine(backend: str, ordinal: int) -> Any:
+    return import_module(f"tilewise.kernels.{backend}.driver").engine(ordinal)
+
+
 class HostPlace(Place):
-    """A device that host arrays are copied to, for one call."""
+    """A device that host arrays are copied to, for one call. engine: a backend's, which keeps the memory."""
+
+    engine: Any = None
 
     def __init__(self, engine):
         self.engine = engine
@@ -120,10 +129,10 @@ class HostPlace(Place):
 
 
 class CupyPlace(Place):
-    def __init__(self, engine, ordinal: int):
+    def __init__(self, ordinal: int):
         import cupy  # pyright: ignore[reportMissingImports]
 
-        self.engine, self.ordinal, self._cupy = engine, ordinal, cupy
+        self.ordinal, self._cupy = ordinal, cupy
 
     def stream(self):
         return self._cupy.cuda.get_current_stream(self.ordinal).ptr
@@ -138,10 +147,10 @@ class CupyPlace(Place):
 
 
 class TorchPlace(Place):
-    def __init__(self, engine, ordinal: int):
+    def __init__(self, ordinal: int):
         import torch
 
-        self.engine, self._torch, self.device = engine, torch, torch.device("cuda", ordinal)
+        self.ordinal, self._torch, self.device = ordinal, torch, torch.device("cuda", ordinal)
 
     def stream(self):
         return self._torch.cuda.current_stream(self.device).cuda_stream
@@ -156,10 +165,10 @@ class TorchPlace(Place):
 
 
 class NumbaPlace(Place):
-    def __init__(self, engine, ordinal: int):
+    def __init__(self, ordinal: int):
         from numba import cuda
 
-        self.engine, self.ordinal, self._cuda = engine, ordinal, cuda
+        self.ordinal, self._cuda = ordinal, cuda
 
     def stream(self):
         return 0  # Numba has no current stream: its arrays are used on the default one
@@ -175,17 +184,12 @@ class NumbaPlace(Place):
 
 @lru_cache(maxsize=64)
 def place_of(library: str, ordinal: int) -> Place:
-    from tilewise.kernels.cuda import driver
-
-    kinds = {"cupy": CupyPlace, "torch": TorchPlace, "numba": NumbaPlace}
-    return kinds[library](driver.engine(ordinal), ordinal)
+    return {"cupy": CupyPlace, "torch": TorchPlace, "numba": NumbaPlace}[library](ordinal)
 
 
-def host_place() -> HostPlace:
-    """The device that host arrays are sent to."""
-    from tilewise.kernels.cuda import driver
-
-    return HostPlace(driver.engine(0))
+def host_place(backend: str = "cuda") -> HostPlace:
+    """The device that host arrays are sent to for a backend."""
+    return HostPlace(_engine(backend, 0))
 
 
 def is_on_device(value) -> bool:
@@ -229,7 +233,7 @@ def _torch_view(function, name, tensor):
     if tensor.layout != torch.strided:
         raise TypeError(f"{function}: {name} must be dense, got a tensor of layout {tensor.layout}")
     if tensor.dtype == torch.bfloat16:
-        raise NotImplementedError(f"{function}: {name} is bfloat16, which the numba.cuda kernels do not have")
+        raise NotImplementedError(f"{function}: {name} is bfloat16, which the GPU kernels do not have")
     dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
     strides = tuple(s * dtype.itemsize for s in tensor.stride())
     place = place_of("torch", tensor.device.index)

@@ -41,7 +41,8 @@ def _package_folder() -> Path:
 def source_stamp(backend: str = "") -> str:
     """A hash over every kernel source, or one backend's: when any of them changes, no cached kernel is used."""
     digest = hashlib.sha256()
-    for path in sorted((_package_folder() / backend).glob("**/*.py")):
+    files = (_package_folder() / backend).glob("**/*")
+    for path in sorted(file for file in files if file.suffix in (".py", ".cu", ".cuh")):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

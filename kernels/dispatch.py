@@ -45,7 +45,14 @@ class Explained(BaseException):
 
 @lru_cache(maxsize=64)
 def implementation_module(backend: str, family: str):
-    return import_module(f"tilewise.kernels.{backend}.{family}")
+    """The backend's file of a family; None where it has none."""
+    name = f"tilewise.kernels.{backend}.{family}"
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # a fault inside of the file
+            raise
+        return None
 
 
 @lru_cache(maxsize=64)
@@ -68,7 +75,9 @@ def choose_backend(settings, on_device: bool = False) -> tuple[str, dict[str, st
         usable = [name for name, device in device_of.items() if device == "gpu" and name not in missing]
         if not usable:
             raise RuntimeError(f"device 'gpu' is not available: {missing['cuda']}")
-        return usable[0], {name: missing[name] for name in missing if device_of[name] == "gpu"}
+        rejected = {name: missing[name] for name in missing if device_of[name] == "gpu"}
+        later = f"backend {usable[0]!r} comes first; ask for it with using(backend={{!r}})"
+        return usable[0], rejected | {name: later.format(name) for name in usable[1:]}
     return "cpu", missing | {"reference": "slower by construction; ask for it with using(backend='reference')"}
 
 

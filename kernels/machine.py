@@ -21,11 +21,16 @@ class Device:
     backends: dict[str, str | None] = field(default_factory=dict)
 
 
+def driver_library() -> ctypes.CDLL:
+    """NVIDIA's driver; raises OSError where there is none."""
+    return ctypes.CDLL(_DRIVER)
+
+
 @lru_cache(maxsize=1)
 def cuda_devices() -> tuple[tuple[str, ...], str | None]:
     """The names of the CUDA devices, and, where there are none, the reason. Asks the driver without a context."""
     try:
-        driver = ctypes.CDLL(_DRIVER)
+        driver = driver_library()
     except OSError:
         return (), f"no NVIDIA driver ({_DRIVER} was not found)"
     status = driver.cuInit(0)
@@ -51,7 +56,7 @@ def gpu_rates() -> GpuRates | None:
     """Nominal rates of the first GPU; None where there is none, or it does not tell. Asks without a context."""
     if not cuda_devices()[0]:
         return None
-    driver = ctypes.CDLL(_DRIVER)
+    driver = driver_library()
     device, memory = ctypes.c_int(), ctypes.c_size_t()
     driver.cuDeviceGet(ctypes.byref(device), 0)
 
@@ -73,10 +78,12 @@ def gpu_rates() -> GpuRates | None:
 def unavailable_backends() -> dict[str, str]:
     """Backend -> why it cannot be used here; a usable backend is not in it."""
     _, no_device = cuda_devices()
-    missing = {"cupy": "this version has no CuPy kernels"}
     if no_device:
-        missing["cuda"] = no_device
-    elif find_spec("numba_cuda") is None or find_spec("cuda.bindings") is None:
+        return {"cuda": no_device, "cupy": no_device}
+    missing = {}
+    if find_spec("cupy") is None:
+        missing["cupy"] = "CuPy is not installed (extra: cuda13 or cuda12)"
+    if find_spec("numba_cuda") is None or find_spec("cuda.bindings") is None:
         missing["cuda"] = "numba-cuda is not installed (extra: cuda13 or cuda12)"
     return missing
 

@@ -8,6 +8,7 @@ plan in a dictionary and go straight to the backend that dispatch.py chose.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib import import_module
 from typing import Any
 from weakref import WeakSet
 
@@ -56,6 +57,7 @@ class Plan:
     canonical: bool  # operands must be C-contiguous, aligned and writeable
     direct: bool  # no batch axis to add
     problem: Problem
+    backend: str
 
 
 class _Kind:
@@ -216,14 +218,14 @@ class Operation:
         prepared = partial(self._implementation, module, dtype)
         changed = self.mutates if self.mutates and self.mutates_when(problem) else ()
         if on_gpu and not on_device:
-            run = partial(_run_from_host, prepared(shapes, problem.options), changed, problem.values)
+            run = partial(_run_from_host, backend, prepared(shapes, problem.options), changed, problem.values)
         elif half:
             dtypes = [None if a is None else a.dtype for a in operands]
             prepare_half = implementation_module(backend, "half").prepare
             run = prepare_half(self.name, prepared, dtypes, shapes, problem.options, changed)
         else:
             run = prepared(shapes, problem.options)
-        return Plan(run, backend == "cpu" and not self.any_strides, not problem.unbatched, problem)
+        return Plan(run, backend == "cpu" and not self.any_strides, not problem.unbatched, problem, backend)
 
     def _choose(self, choose: Callable, shapes: list, dtype, options: dict) -> tuple[str, dict[str, str]]:
         return choose(shapes, dtype, options)
@@ -296,23 +298,22 @@ class Operation:
         return device_view(self.name, name, value)
 
     def _run_on_device(self, plan: Plan, views: tuple, target: DeviceArray | None, out):
-        from tilewise.kernels.cuda.copying import contiguous, copy_strided
-
+        copying = import_module(f"tilewise.kernels.{plan.backend}.copying")
         unbatched = plan.problem.unbatched
         changed = self.mutates if self.mutates and self.mutates_when(plan.problem) else ()
-        operands = [None if v is None else contiguous(v, self.alignment) for v in views]
+        operands = [None if v is None else copying.contiguous(v, self.alignment) for v in views]
         lifted = [o.reshape(1, *o.shape) if o is not None and i in unbatched else o for i, o in enumerate(operands)]
         result = plan.run(*lifted)
         for i in changed:
             used, given = operands[i], views[i]
             if used is not None and used is not given:
-                copy_strided(used, given)
+                copying.copy_strided(used, given)
         results = list(result) if isinstance(result, tuple) else [result]
         if unbatched:
             some = plan.problem.unbatched_results if isinstance(result, tuple) else (0,)
             results = [r.reshape(*r.shape[1:]) if i in some and r is not None else r for i, r in enumerate(results)]
         if target is not None and results[0] is not None:  # a first result is never absent
-            copy_strided(results[0], target)
+            copying.copy_strided(results[0], target)
             return out
         wrapped = tuple(None if r is None else r.place.wrap(r) for r in results)
         return wrapped if isinstance(result, tuple) else wrapped[0]
@@ -394,11 +395,11 @@ class Operation:
                 raise ValueError(f"{self.name}: out overlaps {name} without being the same array")
 
 
-def _run_from_host(run: Callable, changed: tuple[int, ...], values: Callable | None, *operands, out=None):
+def _run_from_host(backend: str, run: Callable, changed: tuple[int, ...], values: Callable | None, *operands, out=None):
     """A GPU's function for host arrays: copied there, and the results back."""
     if values is not None:
         values(*operands)
-    place = host_place()
+    place = host_place(backend)
     views = [None if a is None else place.copy_in(a) for a in operands]
     result = run(*views)
     for i in changed:

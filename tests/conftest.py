@@ -49,31 +49,51 @@ def backend(request):
 
 
 @pytest.fixture(scope="session")
-def emulator():
-    """A GPU executed on the CPU (tests/simt); a visible skip where its tools are missing. In gpu-check: the GPU."""
-    from simt import emulator as module
-    from simt import installed
+def emulators():
+    """emulators(backend): a GPU executed on the CPU (tests/simt); a visible skip where its tools are missing.
 
-    if installed.REAL:
-        return installed.real_gpu()
-    reason = module.why_not()
-    if reason:
-        pytest.skip(reason)
-    return module.Emulator()
+    In gpu-check: the GPU.
+    """
+    made = {}
+
+    def emulator_of(backend):
+        from simt import cuda_source, installed
+        from simt import emulator as numba_source
+
+        if backend not in made:
+            if installed.REAL:
+                made[backend] = installed.real_gpu(backend)
+            elif reason := (numba_source if backend == "cuda" else cuda_source).why_not():
+                pytest.skip(reason)
+            else:
+                made[backend] = numba_source.Emulator() if backend == "cuda" else cuda_source.CudaSourceEmulator()
+        return made[backend]
+
+    return emulator_of
+
+
+def pytest_generate_tests(metafunc):
+    """`gpu` is each backend in turn that a test file names in GPU_BACKENDS, else "cuda"."""
+    if "gpu" in metafunc.fixturenames:
+        backends = getattr(metafunc.module, "GPU_BACKENDS", None)
+        if backends:
+            metafunc.parametrize("gpu", backends, indirect=True)
 
 
 @pytest.fixture
-def gpu(emulator, request):
-    """Backend "cuda" on the emulator, pinned; each test has a schedule of its own, always the same one."""
+def gpu(emulators, request):
+    """A GPU backend on its emulator, pinned; each test has a schedule of its own, always the same one."""
     from simt.emulator import SCHEDULES
     from simt.installed import emulated_gpu
 
     import tilewise
 
+    backend = getattr(request, "param", "cuda")
+    emulator = emulators(backend)
     number = zlib.crc32(request.node.name.encode())
     emulator.schedule = list(SCHEDULES)[number % len(SCHEDULES)]
     emulator.eager_copies = bool(number // len(SCHEDULES) % 2)
-    with emulated_gpu(emulator), tilewise.using(backend="cuda"):
+    with emulated_gpu(emulator), tilewise.using(backend=backend):
         yield emulator
 
 

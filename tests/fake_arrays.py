@@ -42,6 +42,8 @@ FakeArray.__module__ = "cupy.fake"
 class FakePlace(Place):
     """As CupyPlace: allocates FakeArrays, on a stream of its own."""
 
+    engine = None
+
     def __init__(self, engine, ordinal):
         self.engine, self.ordinal, self.allocations = engine, ordinal, 0
 

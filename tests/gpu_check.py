@@ -66,8 +66,9 @@ def link_packages(folder: Path) -> Path:
 def steps(pytest_arguments: list[str], peers_arguments: list[str], out: Path = OUT) -> list[Step]:
     """Correctness before timings; what compiles in many processes before what would compile one by one."""
     # the others look at what is compiled, and at the driver with none behind it
-    elsewhere = ("test_cuda_compile.py", "test_cuda_driver.py", "test_cuda_mutations.py")
-    files = [p for p in sorted((ROOT / "tests").glob("test_cuda_*.py")) if p.name not in elsewhere]
+    elsewhere = ("compile", "driver", "module", "mutations")
+    found = [*(ROOT / "tests").glob("test_cuda_*.py"), *(ROOT / "tests").glob("test_cupy_*.py")]
+    files = [p for p in sorted(found) if p.stem.rpartition("_")[2] not in elsewhere]
     # the project's own options name plugins that may not be there
     options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-ra", "-q", "--durations=5"]
     tests = {p.name: ["-m", "pytest", *options, str(p), *pytest_arguments] for p in files}

@@ -1,8 +1,8 @@
 """Every GPU kernel compiled for every architecture it is for, without a GPU: `make gpu-compile` prints the table.
 
-numba-cuda makes PTX, NVIDIA's assembler machine code, nvdisasm reads it. A kernel fails if registers spill to memory,
-if it has a stack frame (a local array that is indexed by run-time values), or if an instruction is missing that it
-promises.
+numba-cuda makes PTX and NVIDIA's assembler machine code of it; of CUDA C++, NVRTC makes it; nvdisasm reads it. A kernel
+fails if registers spill to memory, if it has a stack frame (a local array that is indexed by run-time values), or if an
+instruction is missing that it promises.
 """
 
 import argparse
@@ -36,22 +36,28 @@ class Architecture:
     threads: int
     blocks: int
     shared: int
+    feature: str = ""  # "a": with the instructions that later devices lack
 
     @property
     def name(self) -> str:
-        return f"sm_{self.capability[0]}{self.capability[1]}"
+        return f"sm_{self.capability[0]}{self.capability[1]}{self.feature}"
 
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 ARCHITECTURES = (
     Architecture((7, 5), 1024, 16, 64 << 10),
     Architecture((8, 0), 2048, 32, 164 << 10),
+    Architecture((8, 6), 1536, 16, 100 << 10),
+    Architecture((8, 9), 1536, 24, 100 << 10),
     Architecture((9, 0), 2048, 32, 228 << 10),
+    Architecture((9, 0), 2048, 32, 228 << 10, "a"),
     Architecture((10, 0), 2048, 32, 228 << 10),
+    Architecture((10, 0), 2048, 32, 228 << 10, "a"),
     Architecture((12, 0), 1536, 24, 100 << 10),
 )
 BY_NAME = {a.name: a for a in ARCHITECTURES}
 REGISTERS = 65_536
+BACKENDS = ("cuda", "cupy")
 CACHE = Path(__file__).parent.parent / ".cache" / "gpu-compile"
 _WARP, _REGISTER_UNIT = 32, 256  # a warp gets registers in units of 256
 _RESERVED = 1 << 10  # bytes of shared memory of each block that the system takes, since sm_80
@@ -90,36 +96,56 @@ def why_not() -> str | None:
     """Why nothing can be compiled here; None where it can."""
     if find_spec("numba_cuda") is None:
         return "numba-cuda is not installed (extra: gpu)"
+    if find_spec("cupy") is None:
+        return "CuPy, whose binding of NVRTC is used, is not installed (extra: gpu)"
     missing = [name for name in ("ptxas", "nvdisasm") if tool(name) is None]
     return f"{' and '.join(missing)} not found (extra: gpu)" if missing else None
 
 
-def load_kernels() -> list:
-    """Every kernel of kernels/cuda."""
-    import tilewise.kernels.cuda as package
-    from tilewise.kernels.cuda.launch import KERNELS
+def load_kernels(backend: str = "") -> list:
+    """Every kernel of kernels/cuda and of kernels/cupy, or of one of them."""
+    found = []
+    for name in [backend] if backend else BACKENDS:
+        package = import_module(f"tilewise.kernels.{name}")
+        for folder in package.__path__:
+            for file in sorted(Path(folder).glob("*.py")):
+                if file.stem not in ("__init__", "driver", "ptx_cache"):
+                    import_module(f"tilewise.kernels.{name}.{file.stem}")
+        found += import_module(f"tilewise.kernels.{name}.launch").KERNELS
+    return found
 
-    for folder in package.__path__:
-        for file in sorted(Path(folder).glob("*.py")):
-            if file.stem not in ("__init__", "driver", "ptx_cache"):
-                import_module(f"tilewise.kernels.cuda.{file.stem}")
-    return KERNELS
+
+def backend_of(kernel) -> str:
+    return type(kernel).__module__.split(".")[2]
 
 
 # ---- one form
 
 
-def assemble(ptx: str, architecture: Architecture) -> tuple[str, str]:
-    """What ptxas says about a kernel, and its machine code as text."""
+def assemble(kernel, dtype: np.dtype, architecture: Architecture) -> tuple[str, str]:
+    """What ptxas says about a form, and its machine code as text."""
+    form = kernel.form(dtype)
     with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx, encoding="utf-8")
-        command = [tool("ptxas"), "-v", f"-arch={architecture.name}", "-o", str(binary), str(source)]
-        said = subprocess.run(command, capture_output=True, text=True, check=False)
-        if said.returncode:
-            raise RuntimeError(said.stderr.strip() or said.stdout.strip())
+        binary = Path(folder, "kernel.cubin")
+        if backend_of(kernel) == "cupy":
+            from tilewise.kernels.cupy.module import compiled
+
+            code, said = compiled(kernel.source, form.expression, architecture.name, ("--ptxas-options=-v",))
+            binary.write_bytes(code.binary)
+        else:
+            said = _run_ptxas(gpu_lower.ptx(form, architecture.capability), architecture, binary)
         code = subprocess.run([tool("nvdisasm"), "-c", str(binary)], capture_output=True, text=True, check=True)
-    return said.stderr, code.stdout
+    return said, code.stdout
+
+
+def _run_ptxas(ptx: str, architecture: Architecture, binary: Path) -> str:
+    source = binary.with_suffix(".ptx")
+    source.write_text(ptx, encoding="utf-8")
+    command = [tool("ptxas"), "-v", f"-arch={architecture.name}", "-o", str(binary), str(source)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise RuntimeError(said.stderr.strip() or said.stdout.strip())
+    return said.stderr
 
 
 def instructions(code: str) -> Counter:
@@ -159,7 +185,7 @@ def promised_blocks(kernel, architecture: Architecture, shared: int) -> int:
 def inspect(kernel, dtype: np.dtype, architecture: Architecture) -> Report:
     about = kernel.name, dtype.name, architecture.name, kernel.threads
     try:
-        said, code = assemble(gpu_lower.ptx(kernel.form(dtype), architecture.capability), architecture)
+        said, code = assemble(kernel, dtype, architecture)
     except Exception as error:  # whatever Numba or ptxas raises belongs into the table
         return Report(*about, faults=(f"does not compile: {type(error).__name__}: {str(error)[-2000:]}",))
 
@@ -187,9 +213,15 @@ def inspect(kernel, dtype: np.dtype, architecture: Architecture) -> Report:
 
 
 def jobs(kernels: Iterable, architectures: Iterable[Architecture]) -> Iterator[tuple]:
-    """(kernel, dtype, architectures) of everything to compile."""
+    """(kernel, dtype, architectures) of everything to compile; numba.cuda's for what its driver.py compiles for."""
+    from tilewise.kernels.cuda.driver import TARGETS
+
     for kernel in kernels:
-        wanted = [a for a in architectures if a.capability >= kernel.least]
+        wanted = [
+            a for a in architectures
+            if a.capability >= kernel.least
+            and (backend_of(kernel) == "cupy" or (a.capability in TARGETS and not a.feature))
+        ]  # fmt: skip
         for dtype in kernel.dtypes if wanted else ():
             yield kernel, dtype, wanted
 
@@ -201,8 +233,16 @@ def _tools() -> bytes:
 
 
 @lru_cache(maxsize=64)
-def _stamp(module: str) -> str:
-    return hashlib.sha256(gpu_lower.stamp(module).encode() + _tools()).hexdigest()[:16]
+def _stamp(backend: str, module: str) -> str:
+    if backend == "cupy":
+        from cupy.cuda import nvrtc
+
+        from tilewise.kernels.disk_cache import source_stamp
+
+        sources = f"{source_stamp(backend)} {nvrtc.getVersion()}"
+    else:
+        sources = gpu_lower.stamp(module)
+    return hashlib.sha256(sources.encode() + _tools()).hexdigest()[:16]
 
 
 def _in_process(job: tuple[str, str, tuple[str, ...]]) -> list[Report]:
@@ -213,7 +253,8 @@ def _in_process(job: tuple[str, str, tuple[str, ...]]) -> list[Report]:
 def _kept(name: str, dtype: str, architecture: Architecture) -> Report:
     """The report of an earlier run where nothing has changed since, else a new one."""
     (kernel,) = [k for k in load_kernels() if k.name == name]
-    stamp = _stamp(kernel.function.__module__)
+    backend = backend_of(kernel)
+    stamp = _stamp(backend, "" if backend == "cupy" else kernel.function.__module__)
     form_name = re.sub(r"\W+", "_", f"{name} {dtype} {architecture.name}")
     file = CACHE / f"{form_name}-{stamp}.json"
     try:
@@ -234,7 +275,7 @@ def _kept(name: str, dtype: str, architecture: Architecture) -> Report:
 def compile_all(
     architectures: Iterable[Architecture], only: str = "", part: tuple[int, int] = (1, 1), processes: int | None = None
 ) -> list[Report]:
-    """Reports on every kernel of kernels/cuda whose name contains `only`, compiled in several processes.
+    """Reports on every kernel whose name contains `only`, compiled in several processes.
 
     part: (i, n) for every n-th form, from the i-th on.
     """

@@ -1,6 +1,7 @@
 """Compiles every GPU kernel for the GPU at hand and loads it, in several processes: the tests find them compiled.
 
-PTX comes to tilewise's cache (kernels/cuda/ptx_cache.py), the driver's machine code to its own. A kernel that fails is
+PTX and machine code come to tilewise's cache (kernels/cuda/ptx_cache.py, kernels/cupy/module.py), what the driver makes
+of PTX to its own. A kernel that fails is
 named, and the others go on.
 """
 
@@ -8,20 +9,19 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 
 
 def _load(form: tuple[str, str]) -> tuple[str, float, str]:
     """(the form, seconds, what went wrong)."""
     import numpy as np
-    from gpu_compile import load_kernels
-
-    from tilewise.kernels.cuda import driver
+    from gpu_compile import backend_of, load_kernels
 
     (name, dtype), begin = form, time.monotonic()
     try:
         (kernel,) = [k for k in load_kernels() if k.name == name]
-        engine = driver.engine(0)
+        engine = import_module(f"tilewise.kernels.{backend_of(kernel)}.driver").engine(0)
         if kernel.least <= engine.capability:
             with engine.current():
                 engine._load(kernel.form(np.dtype(dtype)))

@@ -20,7 +20,7 @@ _FOLDER = "tilewise.kernels.cuda"
 
 @lru_cache(maxsize=128)
 def stamp(module: str) -> str:
-    """A hash of a module of kernels/cuda, of those that it imports, and so on, and of what compiles them."""
+    """A hash of a module of kernels/cuda, of the package's that it imports, and so on, and of what compiles them."""
     texts: dict[str, str] = {}
     left = [module]
     while left:
@@ -28,7 +28,7 @@ def stamp(module: str) -> str:
         if name in texts:
             continue
         texts[name] = Path(str(import_module(name).__file__)).read_text(encoding="utf-8")
-        left += re.findall(rf"^from ({_FOLDER}\.\w+) import", texts[name], re.M)
+        left += re.findall(r"^from (tilewise\.kernels\.(?:cuda\.\w+|\w+_plan)) import", texts[name], re.M)
         for names in re.findall(rf"^from {_FOLDER} import (\([^)]*\)|.*)$", texts[name], re.M):
             left += [f"{_FOLDER}.{n}" for n in re.findall(r"\w+", names)]
     parts = [version("numba-cuda"), version("numba"), *(f"{name}\n{texts[name]}" for name in sorted(texts))]

@@ -1,6 +1,7 @@
-"""Activations in numba.cuda, executed on the CPU, against the reference."""
+"""Activations of the GPU backends, executed on the CPU, against the reference."""
 
 import inspect
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from tolerances import assert_close
 import tilewise
 from tilewise import kernels
 
+GPU_BACKENDS = ("cuda", "cupy")
 ELEMENTWISE = {"relu": {}, "leaky_relu": {"negative_slope": 0.2}, "sigmoid": {}, "tanh": {}}
 DTYPES = [np.float16, np.float32, np.float64]
 # around a vector of 16 bytes, a block of 256 threads, and more than the grid takes at once
@@ -142,8 +144,7 @@ def on_device(gpu, array, skip):
 @pytest.mark.parametrize("skip", [0, 1])
 def test_elementwise_arrays_that_vectors_do_not_reach(gpu, rng, skip):
     """The others get theirs from a multiple of 16 bytes on (test_cuda_alignment.py)."""
-    from tilewise.kernels.cuda import activation
-
+    activation = import_module(f"tilewise.kernels.{gpu.backend}.activation")
     for shape in ((3, 64), (2, 2048)):
         x = rng.standard_normal(shape).astype(np.float32)
         there = on_device(gpu, x, skip)
@@ -162,9 +163,9 @@ def test_the_same_bits_at_every_call(gpu, rng):
 
 
 def test_the_same_signatures_as_the_reference(gpu):
-    from tilewise.kernels.cuda import activation as cuda
     from tilewise.kernels.reference import activation as reference
 
+    ours = import_module(f"tilewise.kernels.{gpu.backend}.activation")
     for name, function in vars(reference).items():
         if inspect.isfunction(function) and not name.startswith("_"):
-            assert inspect.signature(getattr(cuda, name)) == inspect.signature(function), name
+            assert inspect.signature(getattr(ours, name)) == inspect.signature(function), name

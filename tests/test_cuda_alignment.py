@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from simt.installed import BACKENDS, has
 
 from tilewise import kernels
 from tilewise.kernels.device_arrays import DeviceArray, host_place
@@ -44,9 +45,13 @@ def shifted(place, array, elements):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize(("name", "shapes", "options"), CALLS)
+@pytest.mark.parametrize(
+    ("gpu", "name", "shapes", "options"),
+    [(backend, *call) for backend in BACKENDS for call in CALLS if has(backend, call[0])],
+    indirect=["gpu"],
+)
 def test_the_same_bits_wherever_arrays_begin(gpu, rng, name, shapes, options, dtype):
-    place, results = host_place(), []
+    place, results = host_place(gpu.backend), []
     backward_pool = name == "avg_pool2d_backward"
     operands = [
         rng.standard_normal(s).astype(dtype) if isinstance(s, tuple) and not (backward_pool and i == 1) else s
@@ -63,8 +68,9 @@ def test_the_same_bits_wherever_arrays_begin(gpu, rng, name, shapes, options, dt
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("gpu", BACKENDS, indirect=True)
 def test_statistics_that_begin_anywhere_are_updated(gpu, rng):
-    place, x = host_place(), rng.standard_normal(IMAGE).astype(np.float32)
+    place, x = host_place(gpu.backend), rng.standard_normal(IMAGE).astype(np.float32)
     mean, var = (shifted(place, np.ones(8, np.float32), 1) for _ in range(2))
     kernels.batch_norm(shifted(place, x, 0), mean, var, training=True)
     whole = np.empty(9, np.float32)

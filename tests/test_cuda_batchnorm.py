@@ -1,6 +1,7 @@
-"""Batch normalisation in numba.cuda, executed on the CPU, against the reference in float64."""
+"""Batch normalisation of the GPU backends, executed on the CPU, against the reference in float64."""
 
 import inspect
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tolerances import assert_close
 import tilewise
 from tilewise import kernels
 
+GPU_BACKENDS = ("cuda", "cupy")
 LAYOUTS = ("NCHW", "NHWC")
 DTYPES = [np.float16, np.float32, np.float64]
 ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
@@ -226,9 +228,9 @@ def test_the_same_bits_in_every_schedule(gpu, rng, layout):
 
 
 def test_the_same_signatures_as_the_reference(gpu):
-    from tilewise.kernels.cuda import batchnorm as cuda
     from tilewise.kernels.reference import batchnorm as reference
 
+    ours = import_module(f"tilewise.kernels.{gpu.backend}.batchnorm")
     for name, function in vars(reference).items():
         if inspect.isfunction(function) and not name.startswith("_"):
-            assert inspect.signature(getattr(cuda, name)) == inspect.signature(function), name
+            assert inspect.signature(getattr(ours, name)) == inspect.signature(function), name

@@ -4,6 +4,7 @@ The arrays are of a library that is none (fake_arrays.py), the GPU is the emulat
 in test_cuda_operands.py.
 """
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from fake_arrays import FakeArray, FakePlace
 
 import tilewise
 from tilewise.kernels import device_arrays, operation
+
+GPU_BACKENDS = ("cuda", "cupy")
 
 
 @pytest.fixture
@@ -62,9 +65,8 @@ def test_strided_operands(place, x, cut):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16", "int32", "float64", "uint8", "int64"])
-def test_copies_of_every_dtype_and_number_of_axes(place, rng, dtype):
-    from tilewise.kernels.cuda import copying
-
+def test_copies_of_every_dtype_and_number_of_axes(place, gpu, rng, dtype):
+    copying = import_module(f"tilewise.kernels.{gpu.backend}.copying")
     x = rng.integers(0, 100, (2, 3, 2, 3, 2, 4)).astype(dtype)
     part = x.transpose(5, 0, 3, 4, 1, 2)[::2, :, ::-1]
     view = device_arrays.device_view("f", "x", place.array(x).view(part, x))
@@ -108,16 +110,17 @@ def test_unknown_libraries_and_masks(place, x):
         tilewise.relu(array)
 
 
-def test_explain_and_devices(place, x):
+def test_explain_and_devices(place, gpu, x):
     decision = tilewise.explain(tilewise.relu, place.array(x))
-    assert (decision.device, decision.backend) == ("gpu", "cuda")
+    assert (decision.device, decision.backend) == ("gpu", gpu.backend)
     assert decision.bytes == 2 * x.nbytes
-    assert tilewise.explain(tilewise.relu, x).backend == "cuda", "pinned by the fixture"
+    assert tilewise.explain(tilewise.relu, x).backend == gpu.backend, "pinned by the fixture"
     with tilewise.using(backend="cpu"):
         assert tilewise.explain(tilewise.relu, x).backend == "cpu"
     gpus = [d for d in tilewise.devices() if d.kind == "gpu"]
-    assert any(d.backends["cuda"] is None for d in gpus)
-    assert all(d.backends["cupy"] for d in gpus)
+    (other,) = {"cuda", "cupy"} - {gpu.backend}
+    assert any(d.backends[gpu.backend] is None for d in gpus)
+    assert all(d.backends[other] for d in gpus)
 
 
 def test_arrays_on_the_gpu_stay_there(place, x):
@@ -158,10 +161,9 @@ def test_tensors_on_the_host_are_sent_there_and_back(gpu, torch, x):
 
 
 @pytest.fixture
-def seen(monkeypatch):
+def seen(gpu, monkeypatch):
     """A backend that is relu, whatever it is asked for, and the shapes that it was given."""
-    from tilewise.kernels.cuda import activation, copying
-
+    activation, copying = (import_module(f"tilewise.kernels.{gpu.backend}.{n}") for n in ("activation", "copying"))
     shapes = []
 
     def max_pool2d(x, **options):
@@ -253,5 +255,5 @@ def test_out_of_the_host(gpu, x, seen):
 
 
 def test_function_that_the_backend_lacks(gpu, seen, x):
-    with pytest.raises(NotImplementedError, match="avg_pool2d: backend 'cuda' does not have it"):
+    with pytest.raises(NotImplementedError, match=f"avg_pool2d: backend {gpu.backend!r} does not have it"):
         tilewise.avg_pool2d(x, 2)

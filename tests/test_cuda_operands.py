@@ -27,6 +27,9 @@ CALLS = {
 }
 
 
+GPU_BACKENDS = installed.BACKENDS
+
+
 @pytest.fixture(params=LIBRARIES)
 def library(request, gpu):
     """(from a NumPy array, back to one, the type of its arrays)."""
@@ -59,10 +62,14 @@ def each(result):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("name", CALLS)
-def test_operands_of_each_library(library, rng, name, dtype):
+def test_operands_of_each_library(library, gpu, rng, name, dtype):
     to_device, to_host, kind = library
     arrays, options = operands_of(name, rng, dtype)
     given = [to_device(a) if isinstance(a, np.ndarray) else a for a in arrays]
+    if not installed.has(gpu.backend, name):
+        with pytest.raises(NotImplementedError, match=f"backend {gpu.backend!r} does not have it"):
+            getattr(kernels, name)(*given, **options)
+        return
     results = each(getattr(kernels, name)(*given, **options))
     with tilewise.using(backend="reference"):
         wide = [a.astype(np.float64) if isinstance(a, np.ndarray) else a for a in arrays]
@@ -103,9 +110,7 @@ def test_torch_graph_can_be_captured_also_at_a_first_call(gpu):
 
 
 def test_out_of_memory_leaves_the_device_usable(gpu):
-    from tilewise.kernels.cuda.driver import OutOfMemory
-
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(MemoryError):
         gpu.allocate(1 << 50)
     assert tilewise.relu(np.array([-1.0, 2.0])).tolist() == [0.0, 2.0]
 

@@ -1,6 +1,7 @@
-"""Pooling in numba.cuda, executed on the CPU, against the reference."""
+"""Pooling of the GPU backends, executed on the CPU, against the reference."""
 
 import inspect
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import tilewise
 from tilewise import kernels
 from tilewise.kernels.device_arrays import host_place
 
+GPU_BACKENDS = ("cuda", "cupy")
 FLOATS = [np.float16, np.float32, np.float64]
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 # NHWC in vectors and not; NCHW with rows of whole vectors and not, images as small as a window, more than a block
@@ -209,7 +211,7 @@ def test_unpooling(gpu, rng, layout, dtype):
 
 def test_indices_outside_the_plane_reach_no_memory(gpu):
     """On arrays of the GPU's own they are ignored; see below for arrays of the host."""
-    place = host_place()
+    place = host_place(gpu.backend)
     x, four = place.copy_in(np.ones((1, 1, 2, 2), np.float32)), place.copy_in(np.ones((1, 1, 4, 4), np.float32))
     indices = place.copy_in(np.array([-1, 16, 5, 2**40]).reshape(x.shape))
     assert kernels.max_unpool2d(x, indices, 2).sum() == 1
@@ -278,9 +280,9 @@ def test_any_memory_layout(gpu, rng, torch, layout):
 
 
 def test_the_same_signatures_as_the_reference(gpu):
-    from tilewise.kernels.cuda import pool as cuda
     from tilewise.kernels.reference import pool as reference
 
+    ours = import_module(f"tilewise.kernels.{gpu.backend}.pool")
     for name, function in vars(reference).items():
         if inspect.isfunction(function) and not name.startswith("_"):
-            assert inspect.signature(getattr(cuda, name)) == inspect.signature(function), name
+            assert inspect.signature(getattr(ours, name)) == inspect.signature(function), name

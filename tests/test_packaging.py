@@ -37,17 +37,18 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
-def modules_of_the_repository() -> set[str]:
-    """The path in an installation of every Python file below the mapped folders."""
+def files_of_the_repository(*suffixes: str) -> set[str]:
+    """The path in an installation of every file with one of the suffixes below the mapped folders."""
     paths = set()
     for package, folder in SETUPTOOLS["package-dir"].items():
-        for file in (ROOT / folder).rglob("*.py"):
-            paths.add("/".join((*package.split("."), *file.relative_to(ROOT / folder).parts)))
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in suffixes:
+                paths.add("/".join((*package.split("."), *file.relative_to(ROOT / folder).parts)))
     return paths
 
 
 def test_every_folder_with_python_files_is_a_listed_package():
-    found = {path.rpartition("/")[0].replace("/", ".") for path in modules_of_the_repository()}
+    found = {path.rpartition("/")[0].replace("/", ".") for path in files_of_the_repository(".py")}
     assert found == set(SETUPTOOLS["packages"])
 
 
@@ -55,9 +56,10 @@ def test_every_package_has_an_init_file():
     assert [p for p in SETUPTOOLS["packages"] if not (source_folder(p) / "__init__.py").exists()] == []
 
 
-def test_wheel_holds_every_module_and_nothing_else(wheel):
+def test_wheel_holds_every_module_and_kernel_source_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == modules_of_the_repository()
+    assert names == files_of_the_repository(".py", ".cu", ".cuh")
+    assert "tilewise/kernels/cupy/src/pool_average.cu" in names
 
 
 def test_wheel_works_from_another_folder(wheel, tmp_path):

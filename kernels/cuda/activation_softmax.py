@@ -26,7 +26,7 @@ from tilewise.kernels.cuda.memory import (
     zero,
 )  # fmt: skip
 from tilewise.kernels.cuda.reduction import block_max, block_sum, group_max, group_sum, maximum
-from tilewise.kernels.cuda.softmax_plan import SHORT, THREADS, plan_columns, plan_rows
+from tilewise.kernels.softmax_plan import SHORT, THREADS, plan_columns, plan_rows
 
 WARPS = THREADS // 32
 ROOM = SHORT * 16  # for as many units of float16

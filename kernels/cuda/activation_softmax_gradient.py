@@ -21,7 +21,7 @@ from tilewise.kernels.cuda.memory import (
     zero,
 )  # fmt: skip
 from tilewise.kernels.cuda.reduction import block_sum, group_sum
-from tilewise.kernels.cuda.softmax_plan import THREADS, plan_columns, plan_rows
+from tilewise.kernels.softmax_plan import THREADS, plan_columns, plan_rows
 
 WARPS = THREADS // 32
 SHORT = 4  # units of a row that a lane has in its registers, of both operands

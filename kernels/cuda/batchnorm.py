@@ -9,9 +9,9 @@ import math
 
 from numba import cuda
 
+from tilewise.kernels.channel_plan import THREADS, Planes, planes_or_rows
 from tilewise.kernels.cuda.batchnorm_gradient import batch_norm_backward  # noqa: F401
 from tilewise.kernels.cuda.batchnorm_statistics import HAS_BIAS, HAS_WEIGHT, statistics
-from tilewise.kernels.cuda.channel_plan import THREADS, Planes, planes_or_rows
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, LEAKY_SLOPE, activate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, kernel
 from tilewise.kernels.cuda.launch import device as device_function

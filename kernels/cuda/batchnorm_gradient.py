@@ -11,6 +11,7 @@ and combined in a fixed order, as in batchnorm_statistics.py.
 import numpy as np
 from numba import cuda
 
+from tilewise.kernels.channel_plan import THREADS, Planes, planes_or_rows
 from tilewise.kernels.cuda.batchnorm_statistics import (
     HAS_WEIGHT,
     PLANE_UNITS,
@@ -20,7 +21,6 @@ from tilewise.kernels.cuda.batchnorm_statistics import (
     run_row_sums,
     unit_place,
 )  # fmt: skip
-from tilewise.kernels.cuda.channel_plan import THREADS, Planes, planes_or_rows
 from tilewise.kernels.cuda.launch import DOUBLES, ELEMENTS, INT32, INT64, SUMS, ceil_div, kernel, sum_dtype
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.memory import (

@@ -13,7 +13,7 @@ from tilewise.kernels.cuda.pool_columns import average_columns, maximum_columns
 from tilewise.kernels.cuda.pool_gradient import run_average_gradient, run_maximum_gradient
 from tilewise.kernels.cuda.pool_maximum import run_maximum
 from tilewise.kernels.cuda.pool_unpool import max_unpool2d, max_unpool2d_backward  # noqa: F401
-from tilewise.kernels.cuda.pool_windows import out_shape, pool_of
+from tilewise.kernels.pool_plan import out_shape, pool_of
 from tilewise.kernels.shapes import output_size as window_count
 
 _INDEX = np.dtype(np.int64)

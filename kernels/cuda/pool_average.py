@@ -6,7 +6,7 @@ threads of a block, share a plane; for NHWC the threads of a block share the pix
 
 from numba import cuda
 
-from tilewise.kernels.cuda.channel_plan import Rows, unit_width
+from tilewise.kernels.channel_plan import Rows, unit_width
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, kernel
 from tilewise.kernels.cuda.memory import (
     at,
@@ -20,8 +20,9 @@ from tilewise.kernels.cuda.memory import (
     widen,
     zero,
 )  # fmt: skip
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, extent, split, window
+from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, extent, split, window
 from tilewise.kernels.cuda.reduction import block_sum, group_sum
+from tilewise.kernels.pool_plan import Pool
 
 WARPS = THREADS // 32
 ROOM = THREADS * 8  # sums of a block: 8 channels a thread at most (float16)

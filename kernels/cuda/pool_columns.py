@@ -24,7 +24,8 @@ from tilewise.kernels.cuda.memory import (  # fmt: skip
     zero,
 )
 from tilewise.kernels.cuda.pool_maximum import take
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, extent, split
+from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, extent, split
+from tilewise.kernels.pool_plan import Pool
 
 ROOM = 3 * 17  # lines of two vectors of float16 and one element
 WINDOWS = ((3, 1), (2, 0))  # (side, padding on the left)

@@ -20,7 +20,8 @@ from tilewise.kernels.cuda.memory import (
     widen,
     zero,
 )  # fmt: skip
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, covering, covering_next, extent, put, split
+from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, covering, covering_next, extent, put, split
+from tilewise.kernels.pool_plan import Pool
 
 
 def _make_maximum_units(vector: bool):

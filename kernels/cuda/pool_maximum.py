@@ -8,7 +8,8 @@ from numba import cuda
 
 from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INDICES, INT32, INT64, device, kernel
 from tilewise.kernels.cuda.memory import at, comparable, lanes, load_vector, registers, store_vector
-from tilewise.kernels.cuda.pool_windows import THREADS, Pool, blocks_of, split, window
+from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, split, window
+from tilewise.kernels.pool_plan import Pool
 
 INTEGERS = tuple(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))
 

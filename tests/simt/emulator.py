@@ -59,7 +59,7 @@ def why_not() -> str | None:
 @lru_cache(maxsize=1)
 def runtime() -> ctypes.CDLL:
     """The scheduler, compiled once for each version of its source."""
-    sources = [FOLDER / name for name in ("runtime.cpp", "checks.cpp", "ptx.cpp")]
+    sources = [FOLDER / name for name in ("runtime.cpp", "checks.cpp", "ptx.cpp", "cuda_calls.cpp")]
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, FOLDER / "runtime.h"])).hexdigest()[:16]
     library = CACHE / f"simt-{stamp}.so"
     if not library.exists():
@@ -222,6 +222,7 @@ class Emulator:
     """
 
     name = "emulated GPU"
+    backend = "cuda"
 
     def __init__(self, capability=(9, 0), schedule="forward", eager_copies=False):
         self.capability, self.multiprocessors = capability, 4
@@ -242,12 +243,15 @@ class Emulator:
     def read(self, memory, array):
         array.reshape(-1).view(np.uint8)[:] = memory.bytes
 
+    def compile(self, form) -> "Code":
+        return Code(form, self.capability)
+
     def start(self, form, grid, shared, stream, slots):
         code = self._codes.get(form)
         if code is None:
             runtime()
             try:
-                code = self._codes[form] = Code(form, self.capability)
+                code = self._codes[form] = self.compile(form)
             except Unsupported as error:
                 UNSUPPORTED.add(f"{form.kernel.name} {form.dtype.name}: {error}")
                 raise

@@ -1,4 +1,4 @@
-"""Who takes which part of an image tensor where every channel has numbers of its own (batch normalisation).
+"""Who takes which part of an image tensor on a GPU where every channel has numbers of its own (batch normalisation).
 
 NCHW: a channel is N planes, each in one piece; in *units* of 16 bytes where planes are made of whole ones, else of an
 element. NHWC: a pixel is a row of channels, in the same units; a thread keeps to one unit of channels, so that what
@@ -7,11 +7,13 @@ belongs to them stays in its registers, and walks down the pixels.
 
 from dataclasses import dataclass
 
-from tilewise.kernels.cuda.launch import ceil_div
-
 THREADS = 256
 EACH = 4  # units a thread takes at least before another block shall help it
 BLOCKS = 2048  # about as many blocks of sums as keep the largest device busy for two rounds
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def unit_width(run: int, dtype) -> int:

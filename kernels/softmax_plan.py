@@ -1,6 +1,6 @@
-"""Who takes which part of an array in softmax: groups of lanes, blocks, tiles of columns."""
+"""Who takes which part of an array in softmax on a GPU: groups of lanes, blocks, tiles of columns."""
 
-from tilewise.kernels.cuda.launch import ceil_div
+from tilewise.kernels.channel_plan import ceil_div
 
 THREADS = 256
 SHORT = 8  # units, 16 bytes or an element, of a row that a lane has in its registers: 32 float32, and no spills

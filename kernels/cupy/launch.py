@@ -1,0 +1,125 @@
+"""What a GPU kernel is here: a template of src/, its parameters' kinds, its threads, and its start.
+
+    scale = Kernel("scale.cu", "scale<{T}, {N}>", "P P r q")
+    scale(place, blocks, x, y, 2.0, x.size)
+
+    template <class T, int N> __global__ void scale(const T *x, T *y, Sum<T> factor, long long count)
+
+The dtype of the arrays decides which instantiation runs: {T} is its type in C++, {N} how many make 16 bytes. Parameters
+are pointers, numbers, and structures of numbers, passed by value. They lie in a buffer, each from a multiple of eight
+bytes on, whose addresses the driver takes. What compiles and runs it is the engine of driver.py, or in the tests an
+emulator.
+"""
+
+import ctypes
+from collections.abc import Iterable
+from struct import Struct, calcsize
+from threading import local
+
+import numpy as np
+
+from tilewise.kernels.channel_plan import THREADS, ceil_div
+from tilewise.kernels.cupy import driver, module
+
+FLOATS = ("float16", "float32", "float64")
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_TYPES = {np.dtype(name): text for name, text in {
+    "float16": "tilewise::Half", "float32": "float", "float64": "double",
+    "int8": "signed char", "uint8": "unsigned char", "int16": "short", "uint16": "unsigned short",
+    "int32": "int", "uint32": "unsigned", "int64": "long long", "uint64": "unsigned long long",
+}.items()}  # fmt: skip
+_WORD = 8  # bytes: every parameter begins at a multiple
+
+KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile and launch them all
+
+
+def sum_dtype(dtype: np.dtype) -> np.dtype:
+    """What floats are computed and summed in: element.cuh's Sum."""
+    return np.dtype(np.float32) if dtype == np.float16 else dtype
+
+
+class Kernel:
+    """A kernel for the GPU. Called with a place, the grid and the arguments, it starts.
+
+    source: the file in src/ that has it.
+    template: its name with the template's arguments; {T} and {N} stand for the dtype's type and for its lanes.
+    parameters: a group for each, of the letters of Python's struct: P a pointer, q and i numbers of 64 and 32 bits, r a
+        number of the dtype that is summed in. "P 2q3i" is a pointer and a structure of five numbers.
+    threads: of a block. blocks: how many of them shall fit a multiprocessor.
+    dtypes: what it is for. least: the lowest compute capability.
+    promises: machine instructions that its code must have: tests/gpu_compile.py looks.
+    """
+
+    def __init__(
+        self, source: str, template: str, parameters: str, *, threads: int = THREADS, blocks: int = 1,
+        dtypes: Iterable[str] = FLOATS, least: tuple[int, int] = module.OLDEST, promises: tuple[str, ...] = (),
+    ):  # fmt: skip
+        self.source, self.template, self.parameters = source, template, parameters.split()
+        self.threads, self.blocks, self.least = threads, blocks, least
+        self.dtypes = tuple(np.dtype(d) for d in dtypes)
+        self.name = f"cupy {template.replace('{', '').replace('}', '')}"
+        self._promises = promises
+        self._forms: dict[np.dtype, Form] = {}
+        KERNELS.append(self)
+
+    def __repr__(self):
+        return f"<kernel {self.name}>"
+
+    def promises(self, dtype: np.dtype) -> tuple[str, ...]:
+        return self._promises
+
+    def form(self, dtype: np.dtype) -> "Form":
+        found = self._forms.get(dtype)
+        if found is None:
+            if dtype not in self.dtypes:
+                raise TypeError(f"kernel {self.name} is declared for {[d.name for d in self.dtypes]}, not for {dtype}")
+            found = self._forms[dtype] = Form(self, dtype)
+        return found
+
+    def __call__(self, place, grid, *arguments, dtype: np.dtype | None = None):
+        """grid: blocks, or (x, y, z) of them. dtype: the first array's."""
+        form = self.form(arguments[0].dtype if dtype is None else dtype)
+        grid = (grid, 1, 1) if isinstance(grid, int) else grid
+        if 0 not in grid:
+            driver.engine(place.ordinal).start(form, grid, 0, place.stream(), form.pack(arguments))
+
+
+class Slots(bytearray):
+    """A launch's parameters. table: where in memory the addresses of each lie, one after the other."""
+
+    __slots__ = ("addresses", "table")
+
+    def __init__(self, size: int, offsets: list[int]):
+        super().__init__(size)
+        first = ctypes.addressof((ctypes.c_char * size).from_buffer(self))
+        self.addresses = (ctypes.c_uint64 * len(offsets))(*[first + offset for offset in offsets])
+        self.table = ctypes.addressof(self.addresses)
+
+
+class Form:
+    """A kernel for one dtype. sizes: bytes of each parameter."""
+
+    def __init__(self, kernel: Kernel, dtype: np.dtype):
+        self.kernel, self.dtype = kernel, dtype
+        self.expression = kernel.template.format(T=_TYPES[dtype], N=16 // dtype.itemsize)
+        real = "d" if sum_dtype(dtype) == np.float64 else "f"
+        groups = [group.replace("r", real) for group in kernel.parameters]
+        self.sizes = [calcsize(group + ("0q" if "q" in group else "")) for group in groups]
+        self._format = Struct("@" + "".join(group + "0q" for group in groups))
+        lengths = [-(-size // _WORD) * _WORD for size in self.sizes]
+        self._offsets = [sum(lengths[:i]) for i in range(len(lengths))]
+        self._buffers = local()
+
+    def pack(self, arguments: tuple) -> Slots:
+        """The arguments in this thread's buffer: the driver reads them before a launch returns."""
+        try:
+            slots = self._buffers.slots
+        except AttributeError:
+            slots = self._buffers.slots = Slots(self._format.size, self._offsets)
+        self._format.pack_into(slots, 0, *[getattr(a, "pointer", a) if a is not None else 0 for a in arguments])
+        return slots
+
+
+def blocks_of(count: int) -> int:
+    """Blocks for a thread each."""
+    return ceil_div(count, THREADS)

@@ -1,0 +1,107 @@
+// CUDA C++ for g++: what kernels/cupy/src/*.cu need of the language and of its library, on the scheduler of runtime.cpp.
+// Included before a source. g++ puts a call before every load and store (cuda_calls.cpp): -fsanitize=thread, with
+// functions of our own instead of the sanitizer's.
+#pragma once
+#include "runtime.h"
+
+#include <math.h>
+#include <string.h>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __grid_constant__
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+extern "C" {
+// Not read from simt_tid and its like directly: those are not a kernel's memory.
+Dim3 cuda_thread_index();
+Dim3 cuda_block_index();
+Dim3 cuda_grid_size();
+void cuda_shuffle_xor(unsigned mask, void *value, size_t bytes, int lanes);
+int cuda_atomic_max(int *place, int value);
+float cuda_half_to_float(unsigned short bits);
+unsigned short cuda_float_to_half(float value);
+}
+#define threadIdx (cuda_thread_index())
+#define blockIdx (cuda_block_index())
+#define gridDim (cuda_grid_size())
+// Named by where it stands in the source: g++ may make two calls of one.
+#define SIMT_TEXT(number) #number
+#define SIMT_LINE(number) SIMT_TEXT(number)
+#define __syncthreads() simt_barrier_reduce(0, 0, const_cast<char *>(__FILE__ ":" SIMT_LINE(__LINE__)))
+
+template <class T> inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+    cuda_shuffle_xor(mask, &value, sizeof value, lanes);
+    return value;
+}
+inline int atomicMax(int *place, int value) { return cuda_atomic_max(place, value); }
+
+inline float __int_as_float(int bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline double __longlong_as_double(long long bits) {
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// ---- in the place of instructions.cuh
+#define TILEWISE_INSTRUCTIONS
+namespace tilewise {
+
+struct Half {
+    unsigned short bits;
+};
+inline float to_float(Half h) { return cuda_half_to_float(h.bits); }
+inline Half to_half(float value) { return {cuda_float_to_half(value)}; }
+
+inline uint4 load_16_bytes(const void *from) {
+    emu_check_load(static_cast<const unsigned char *>(from), 16, 16);
+    uint4 bits;
+    memcpy(&bits, from, 16);
+    return bits;
+}
+inline void store_16_bytes(void *to, uint4 bits) {
+    emu_check_store(static_cast<unsigned char *>(to), 16, 16);
+    memcpy(to, &bits, 16);
+}
+
+}   // namespace tilewise
+
+// ---- from the buffer of a launch (launch.py's Slots) to a call of the kernel
+
+template <class... A> struct CudaKernel {
+    static constexpr size_t sizes[] = {sizeof(A)...};
+
+    // Where the parameter `which` begins: every one at a multiple of eight bytes.
+    static constexpr size_t offset(size_t which) {
+        size_t bytes = 0;
+        for (size_t i = 0; i < which; ++i) bytes += (sizes[i] + 7) / 8 * 8;
+        return bytes;
+    }
+
+    template <size_t... I> static void call(void (*kernel)(A...), const char *slots, std::index_sequence<I...>) {
+        kernel(*reinterpret_cast<const std::remove_const_t<A> *>(slots + offset(I))...);
+    }
+};
+
+template <class... A> void cuda_call(void (*kernel)(A...), void *slots) {
+    CudaKernel<A...>::call(kernel, static_cast<const char *>(slots), std::index_sequence_for<A...>{});
+}
+
+// Writes the bytes of each parameter to `sizes`; returns how many there are.
+template <class... A> [[gnu::noinline, gnu::no_sanitize("thread")]] int cuda_parameters(void (*)(A...), unsigned *sizes) {
+    for (size_t i = 0; i < sizeof...(A); ++i) sizes[i] = CudaKernel<A...>::sizes[i];
+    return sizeof...(A);
+}
+
+template <class... A> void *address_of(void (*kernel)(A...)) { return reinterpret_cast<void *>(kernel); }

@@ -1,0 +1,214 @@
+"""From a kernel's start to CuPy, through a CuPy that is none: what is compiled, loaded and launched, and where."""
+
+import ctypes
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import tilewise
+from tilewise.kernels import device_arrays, dispatch, machine, operation
+from tilewise.kernels.cupy import driver, module
+
+MODULES = ("cupy", "cupy.cuda", "cupy.cuda.driver", "cupy.cuda.function", "cupy.cuda.nvrtc", "cupy.cuda.runtime")
+
+
+class FakeMemory:
+    """Of the host, as cupy.cuda.alloc's."""
+
+    def __init__(self, nbytes):
+        self.bytes = np.zeros(nbytes, np.uint8)
+        self.ptr = self.bytes.ctypes.data
+
+    def copy_from_host(self, pointer, nbytes):
+        ctypes.memmove(self.ptr, pointer, nbytes)
+
+    def copy_to_host(self, pointer, nbytes):
+        ctypes.memmove(pointer, self.ptr, nbytes)
+
+
+class FakeCupy:
+    """What driver.py and device_arrays.py use of CuPy; notes what is launched, with its parameters' bytes."""
+
+    def __init__(self, capability="90"):
+        self.launched, self.loaded, self.current, fake = [], [], 0, self
+        self.capture_modes = [0]  # of this thread, the last one now
+
+        class Device:
+            compute_capability = capability
+
+            def __init__(self, ordinal):
+                self.id = ordinal
+
+            def __enter__(self):
+                self.before, fake.current = fake.current, self.id
+
+            def __exit__(self, *error):
+                fake.current = self.before
+
+            def synchronize(self):
+                pass
+
+        class Module:
+            def load(self, binary):
+                assert fake.capture_modes[-1] == 2, "a stream may be capturing"
+                fake.loaded.append((fake.current, binary))
+
+            def get_function(self, name):
+                return SimpleNamespace(ptr=name)
+
+        def launch(function, *numbers):
+            *grid_and_threads, shared, stream, table, _extra = numbers
+            addresses = (ctypes.c_uint64 * 3).from_address(table)
+            first = [ctypes.c_uint64.from_address(a).value for a in addresses[:2]]
+            fake.launched.append((fake.current, function, grid_and_threads, shared, stream, first))
+
+        runtime = SimpleNamespace(
+            getDevice=lambda: self.current,
+            getDeviceProperties=lambda ordinal: {"name": b"Fake GPU", "multiProcessorCount": 132},
+        )
+        self.cuda = SimpleNamespace(
+            Device=Device, runtime=runtime, alloc=FakeMemory, driver=SimpleNamespace(launchKernel=launch),
+            function=SimpleNamespace(Module=Module),
+            get_current_stream=lambda ordinal: SimpleNamespace(ptr=40 + ordinal),
+        )  # fmt: skip
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        before = self.capture_modes[-1]
+        self.capture_modes.append(mode._obj.value)
+        mode._obj.value = before
+
+    def empty(self, shape, dtype):
+        return FakeArray(np.empty(shape, dtype), self.current)
+
+
+class FakeArray:
+    def __init__(self, values, ordinal=0):
+        self.values, self.shape, self.device = values, values.shape, SimpleNamespace(id=ordinal)
+        self.data = SimpleNamespace(ptr=values.ctypes.data)
+
+    @property
+    def __cuda_array_interface__(self):
+        described = dict(self.values.__array_interface__)
+        return {"shape": described["shape"], "typestr": described["typestr"], "data": described["data"], "version": 3}
+
+
+FakeArray.__module__ = "cupy"
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A CuPy that is none, and the backend on it."""
+    fake = FakeCupy()
+    for name in MODULES:
+        monkeypatch.setitem(sys.modules, name, fake)
+    code = module.Code("the_entry", b"machine code")
+    monkeypatch.setattr(module, "code", lambda source, expression, target: code)
+    monkeypatch.setattr(module, "architecture_for", lambda capability: module.architecture(capability, (80, 90)))
+    monkeypatch.setattr(machine, "unavailable_backends", lambda: {"cuda": "not here"})
+    monkeypatch.setattr(machine, "driver_library", lambda: fake)
+    forget = (driver.engine, device_arrays.place_of, dispatch.choose_backend)
+    for cached in forget:
+        cached.cache_clear()
+    operation.forget_plans()
+    yield fake
+    for cached in forget:
+        cached.cache_clear()
+    operation.forget_plans()
+
+
+def test_arrays_of_cupy_start_a_kernel_on_its_stream(cupy):
+    x = FakeArray(np.ones((2, 3, 8, 8), np.float32))
+    for _ in range(2):
+        y = tilewise.avg_pool2d(x, 3)
+    assert type(y) is FakeArray
+    assert y.shape == (2, 3, 2, 2)
+    assert cupy.loaded == [(0, b"machine code")]  # once
+    ordinal, function, numbers, shared, stream, pointers = cupy.launched[1]
+    assert (ordinal, function, numbers, shared, stream) == (0, "the_entry", [1, 1, 1, 256, 1, 1], 0, 40)
+    assert pointers == [x.data.ptr, y.data.ptr]
+    assert cupy.capture_modes == [0, 2, 0]
+
+
+def test_arrays_on_another_device_run_there_and_the_current_one_stays(cupy):
+    x = FakeArray(np.ones((1, 1, 4, 4), np.float32), ordinal=1)
+    y = tilewise.avg_pool2d(x, 2)
+    assert (y.device.id, cupy.current) == (1, 0)
+    assert [(ordinal, stream) for ordinal, _, _, _, stream, _ in cupy.launched] == [(1, 41)]
+    assert cupy.loaded[0][0] == 1
+    with pytest.raises(TypeError, match="grad and y must be of one kind, on one device"):
+        tilewise.relu_backward(x, FakeArray(np.ones((1, 1, 4, 4), np.float32)))
+
+
+def test_host_arrays_go_there_and_back(cupy):
+    x = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    with tilewise.using(backend="cupy"):
+        assert tilewise.explain(tilewise.avg_pool2d, x, 2).backend == "cupy"
+        y = tilewise.avg_pool2d(x, 2)
+    (launch,) = cupy.launched
+    sent = np.ctypeslib.as_array((ctypes.c_float * 16).from_address(launch[-1][0]))
+    assert (y.shape, launch[4]) == ((1, 1, 2, 2), 0)
+    np.testing.assert_array_equal(sent, x.ravel())
+
+
+def test_engine_tells_what_the_device_is(cupy):
+    engine = driver.engine(0)
+    assert (engine.name, engine.capability, engine.target, engine.multiprocessors) == ("Fake GPU", (9, 0), "sm_90", 132)
+
+
+def test_a_kernel_that_needs_a_later_device(cupy):
+    form = SimpleNamespace(kernel=SimpleNamespace(name="later", least=(10, 0)))
+    with pytest.raises(driver.DriverError, match=r"kernel later needs compute capability \(10, 0\), Fake GPU has less"):
+        driver.engine(0)._load(form)
+
+
+def test_what_the_backend_lacks_says_so(cupy):
+    x = np.ones((4, 4), np.float32)
+    with (
+        tilewise.using(backend="cupy"),
+        pytest.raises(NotImplementedError, match="matmul: backend 'cupy' does not have it"),
+    ):
+        tilewise.matmul(x, x)
+
+
+def test_an_old_device_is_refused(cupy, monkeypatch):
+    monkeypatch.setattr(cupy.cuda.Device, "compute_capability", "61")
+    with pytest.raises(module.CompileError, match=r"compute capability 6\.1 is too old, the kernels need 7\.5"):
+        driver.engine(2)
+
+
+def test_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(driver.DriverError, match=r"CuPy cannot be imported \(extra: cuda13 or cuda12\)"):
+        driver.Driver(0)
+
+
+def test_without_a_driver(cupy, monkeypatch):
+    def fails(ordinal):
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(cupy.cuda, "Device", fails)
+    with pytest.raises(driver.DriverError, match="GPU 0: cudaErrorInsufficientDriver"):
+        driver.Driver(0)
+
+
+@pytest.mark.parametrize(("installed", "reason"), [(True, None), (False, "CuPy is not installed")])
+def test_availability(monkeypatch, installed, reason):
+    monkeypatch.setattr(machine, "cuda_devices", lambda: (("GPU",), None))
+    monkeypatch.setattr(machine, "find_spec", lambda name: object() if installed or name != "cupy" else None)
+    missing = machine.unavailable_backends.__wrapped__()
+    assert ("cupy" in missing) == (reason is not None)
+    assert reason is None or missing["cupy"].startswith(reason)
+    assert "cuda" not in missing
+
+
+def test_cuda_comes_first(monkeypatch):
+    monkeypatch.setattr(machine, "unavailable_backends", dict)
+    dispatch.choose_backend.cache_clear()
+    from tilewise.kernels import settings
+
+    backend, rejected = dispatch.choose_backend(settings.intern("gpu", None, None))
+    assert backend == "cuda"
+    assert rejected["cupy"] == "backend 'cuda' comes first; ask for it with using(backend='cupy')"
+    dispatch.choose_backend.cache_clear()

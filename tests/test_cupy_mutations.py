@@ -1,0 +1,99 @@
+"""Every barrier of the CUDA C++ sources is needed, and the emulator sees it when one is missing; so it does an access
+outside of an array, and one that is not aligned."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from simt import cuda_source
+from simt.emulator import SCHEDULES, EmulatedFault
+from simt.installed import emulated_gpu
+
+if cuda_source.why_not():
+    pytest.skip(cuda_source.why_not(), allow_module_level=True)
+
+import tilewise
+from tilewise import kernels
+from tilewise.kernels.cupy import module
+
+# A source that has barriers -> a call that meets all of them: (function, shape, options)
+CALLS = {
+    "pool_average.cu": (kernels.adaptive_avg_pool2d, (2, 9, 9, 24), {"output_size": 1, "layout": "NHWC"}),
+    "reduction.cuh": (kernels.batch_norm, (3, 4, 20, 20), {"training": True}),
+    "activation_softmax.cu": (kernels.softmax, (4, 50, 40), {"axis": 1}),
+    "activation_softmax_gradient.cu": (kernels.softmax_backward, (4, 50, 40), {"axis": 1}),
+    "channel_sums.cuh": (kernels.batch_norm, (3, 9, 9, 24), {"training": True, "layout": "NHWC"}),
+}
+OPERANDS = {kernels.batch_norm: lambda x: (x, None, None), kernels.softmax_backward: lambda x: (x, x)}
+BARRIER = "__syncthreads();"
+BARRIERS = [(name, i) for name, text in module.sources().items() for i in range(text.count(BARRIER))]
+
+
+def run(folder, call, x, schedule):
+    function, _, options = call
+    operands = OPERANDS.get(function, lambda x: (x,))(x)
+    emulator = cuda_source.CudaSourceEmulator(folder)
+    emulator.schedule = schedule
+    with emulated_gpu(emulator), tilewise.using(backend="cupy"):
+        return function(*operands, **options)
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """changed(file, old, new, which): a folder of the sources with the occurrence `which` of old replaced."""
+
+    def change(name, old, new, which=0):
+        folder = tmp_path / "src"
+        shutil.copytree(module.FOLDER, folder)
+        parts = (folder / name).read_text(encoding="utf-8").split(old)
+        assert len(parts) > which + 1, f"{name} has no {old!r}"
+        text = old.join(parts[: which + 1]) + new + old.join(parts[which + 1 :])
+        (folder / name).write_text(text, encoding="utf-8")
+        return folder
+
+    return change
+
+
+def test_there_is_a_call_for_every_source_with_barriers():
+    assert {name for name, _ in BARRIERS} == set(CALLS)
+    assert not any(re.search(r"__syncwarp|cp\.async", text) for text in module.sources().values())
+
+
+@pytest.mark.parametrize(("name", "which"), BARRIERS)
+def test_a_missing_barrier_is_noticed(changed, rng, name, which):
+    x = rng.standard_normal(CALLS[name][1]).astype(np.float32)
+    expected = run(module.FOLDER, CALLS[name], x, "forward")
+    folder = changed(name, BARRIER, "", which)
+    for schedule in SCHEDULES:
+        try:
+            noticed = (run(folder, CALLS[name], x, schedule) != expected).any()
+        except EmulatedFault:
+            noticed = True
+        if noticed:
+            return
+    pytest.fail("no schedule noticed it")
+
+
+AVERAGE = (kernels.avg_pool2d, (1, 5, 5, 8), {"kernel_size": 2, "stride": 1, "layout": "NHWC"})
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "fault"),
+    [
+        ("pool_average.cu", "if (i >= count) return;", "if (i > count) return;", "outside of an array"),
+        ("pool_average.cu", "store(y + i * N, result)", "store(y + i * N + 1, result)", "16 bytes from an address"),
+        ("pool_average.cu", "const T *const origin = x +", "const T *const origin = x - 16 +", "bytes before an array"),
+    ],
+)
+def test_wrong_accesses_are_noticed(changed, rng, name, old, new, fault):
+    x = rng.standard_normal(AVERAGE[1]).astype(np.float32)
+    run(module.FOLDER, AVERAGE, x, "forward")
+    with pytest.raises(EmulatedFault, match=fault):
+        run(changed(name, old, new), AVERAGE, x, "forward")
+
+
+def test_parameters_that_disagree_with_the_source_are_noticed(changed):
+    folder = changed("pool_windows.cuh", "dilation_w, include_pad;", "dilation_w, include_pad, spare, more;")
+    with pytest.raises(AssertionError, match=r"packs parameters of .* bytes, the source has"):
+        run(folder, AVERAGE, np.ones(AVERAGE[1], np.float32), "forward")
