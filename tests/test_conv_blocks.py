@@ -14,11 +14,14 @@ from tolerances import assert_close
 from tilewise import explain, kernels, using
 from tilewise.kernels import operation
 from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_pass, conv_weight
-from tilewise.kernels.cpu.simd import lane_count
+from tilewise.kernels.cpu.simd import VECTOR_BYTES, lane_count
 
 # the places of conv_nchw.plan's and conv_nhwc.plan's geometry
-NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "line": 24, "in_place": 26}
+NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "line": 24, "in_place": 26, "per_line": 28}
 NHWC_FIELDS = {"rows": 14, "images": 15, "in_place": 18, "splits": 24}
+
+
+WIDE = VECTOR_BYTES == 64  # masked stores are cheap: panels run on from line to line
 
 
 class Plan(NamedTuple):
@@ -55,6 +58,12 @@ NCHW_PATHS = {
     "channels in blocks": (Case(2, 130, 12, 13, 17, (3, 3), 1, 1), lambda p: p.block < 130),
     "outputs in parts": (Case(1, 8, 8, 8, 8 * 36, (3, 3), 1, 1), lambda p: p.splits > 1),
     "a last block with fewer rows": (Case(1, 3, 75, 70, 9, (3, 3), 1, 1), lambda p: 75 % p.rows),
+    "panels anew in each line": (Case(2, 3, 13, 224, 9, (3, 3), 2, 1), lambda p: p.per_line == 5 or WIDE),
+    "panels anew, a single vector last": (Case(1, 3, 9, 224, 6, (3, 3), 1, 1), lambda p: p.per_line == 10 or WIDE),
+    "panels anew, channels in blocks": (
+        Case(1, 72, 5, 221, 5, (3, 3), 1, 1),
+        lambda p: (p.per_line and p.block < 72) or WIDE,
+    ),
     "three runs in a vector": (Case(2, 3, 9, 1, 9, (3, 3), 1, 1), lambda p: p.line < lane_count(8)),
     "stride 3": (Case(2, 3, 31, 29, 9, (3, 3), 3, 1), lambda p: True),
     "dilation 2, stride 2": (Case(2, 3, 31, 29, 9, (3, 3), 2, 3, 2), lambda p: True),
@@ -125,6 +134,21 @@ def test_small_images_go_through_nhwc(rng, case, dtype, monkeypatch):
     expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu")
     assert turned
     assert_close(y, expected, reduction=case.taps)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("with_add", [False, True])
+@pytest.mark.parametrize("case", [Case(1, 70, 5, 7, 130, (1, 1)), Case(3, 66, 2, 3, 33, (1, 1))], ids=str)
+def test_few_pixels_of_nhwc_go_through_nchw(rng, case, dtype, with_add):
+    x, weight, bias = case.arrays(rng, dtype, "NHWC")
+    options: dict = {"layout": "NHWC", "activation": "relu", "algorithm": "gemm"}
+    add = rng.standard_normal((*x.shape[:3], case.o)).astype(dtype) if with_add else None
+    assert "through NCHW" in str(explain(kernels.conv2d, x, weight, bias, add=add, **options))
+    wide = None if add is None else add.astype(np.float64)
+    expected = reference(kernels.conv2d, x, weight, bias, add=wide, **options)
+    assert_close(kernels.conv2d(x, weight, bias, add=add, **options), expected, reduction=case.taps)
+    many = np.repeat(x, 9, axis=0)
+    assert "through" not in str(explain(kernels.conv2d, many, weight, bias, layout="NHWC"))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

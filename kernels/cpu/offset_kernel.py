@@ -61,27 +61,31 @@ def _offset_sums(tile, left, b, offsets, depth, c, c_step, accumulate):
 @intrinsic(prefer_literal=True)
 def offset_product_to(
     typingctx, rows, vectors, a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias,
-    has_bias, relu,
+    has_bias, relu, panels, c_panel,
 ):  # fmt: skip
-    """`offset_product`, then bias and activation in registers, and straight to y.
+    """`offset_product`, then bias and activation in registers, and straight to y; for neighbouring panels of b and y.
 
     All tiles in one call, for setting one up costs 100 cycles and more: as much as 8 steps k of a tile. Row i < outputs
     goes to y[i * y_step ..]; of vector j the lanes places[6 * j] .. places[6 * j + 1] to offset places[6 * j + 2] (that
     of lane 0), and where a row of pixels ends within the vector, the lanes places[6 * j + 3] .. places[6 * j + 4] to
-    offset places[6 * j + 5]. bias: one number a row, read where has_bias is not 0.
+    offset places[6 * j + 5]. bias: one number a row, read where has_bias is not 0. Panel q < panels is the same with b
+    and y a panel's width further on for each before it, and c c_panel further on.
     """
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
     signature = types.void(
-        rows, vectors, a, intp, b, offsets, intp, c, intp, intp, intp, y, intp, places, bias, intp, intp
+        rows, vectors, a, intp, b, offsets, intp, c, intp, intp, intp, y, intp, places, bias, intp, intp, intp, intp
     )
 
     def codegen(context, builder, signature, args):
-        a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias, has_bias, relu = args[2:]
+        a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias, has_bias = args[2:16]
+        relu, panels, c_panel = args[16:]
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = Tile(emit, *shape)
         step = _I64(shape[1] * emit.lanes)
         way = _WayOut(tile, places, builder.icmp_signed("!=", has_bias, _I64(0)), relu)
+        beside = Loop(builder, panels, 1, "panel")
+        _, b, c, y = beside.begin((b, step), (c, c_panel), (y, step))
         loop = Loop(builder, outputs, shape[0], "tile")
         a_tile, y_tile = builder.mul(a_step, _I64(shape[0])), builder.mul(y_step, _I64(shape[0]))
         # without a bias its pointer must not wander off
@@ -93,6 +97,7 @@ def offset_product_to(
             way.ask(y, y_step)
         way.write(_offset_sums(tile, left, b, offsets, depth, c, step, accumulate), y, y_step, rest, bias)
         loop.close()
+        beside.close()
         return context.get_dummy_value()
 
     return signature, codegen

@@ -12,6 +12,8 @@ from tilewise.kernels.cpu.register_tile import Loop
 from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
 from tilewise.kernels.cpu.vector_move import _gather
 
+ASKED = 8192  # bytes: three rows of 224 pixels and 3 channels
+
 
 def _loop(builder, emit, last, body, start=None):
     """for (i = start; i + lanes <= last; i += lanes) body(i); returns the first i that is left over."""
@@ -40,7 +42,8 @@ def _loop(builder, emit, last, body, start=None):
 def copy_row(typingctx, stride, target, source, count):
     """target[i] = source[i * stride] for i < count, in whole vectors: up to one vector more is read and written.
 
-    stride: a literal, 1 or 2 (two loads and a shuffle).
+    stride: a literal, 1 or 2 (two loads and a shuffle). What lies ASKED bytes behind is asked for: rows of an image
+    follow one another, and the copy would wait for memory. 3.5 to 3.3 ms for MobileNet's first layer in NHWC (Zen 3).
     """
     kind = _literal(stride)
     signature = types.void(stride, target, source, types.intp)
@@ -49,8 +52,10 @@ def copy_row(typingctx, stride, target, source, count):
         _, target, source, count = args
         emit = _Emitter(builder, signature.args[1].dtype)
         even = ir.Constant(ir.VectorType(_I32, emit.lanes), [2 * i for i in range(emit.lanes)])
+        later = builder.gep(source, [_I64(ASKED // emit.itemsize)])
 
         def move(i):
+            emit.prefetch(builder.gep(later, [builder.mul(i, _I64(kind))]), 3)
             value = _load_line(emit, source, i, even) if kind == 2 else emit.load(source, i)
             emit.store(value, target, i)
 
@@ -67,6 +72,8 @@ def copy_lines(typingctx, stride, target, pitch, left, source, source_step, coun
     And zeros in the rest of each line of `pitch` elements, of which there may be a vector's length at most before and
     behind. In whole vectors: up to one vector more is read (two with stride 2), and written behind the last line.
     stride: a literal, 1 or 2. All lines in one call, for a call and its bounds cost more than a line of 28 elements.
+    The lines after the next are asked for: the processor follows every second line badly. 0.4 of MobileNet's first
+    layer's 4.3 ms (Zen 3).
     """
     kind = _literal(stride)
     intp = types.intp
@@ -79,9 +86,10 @@ def copy_lines(typingctx, stride, target, pitch, left, source, source_step, coun
         last = builder.add(count, _I64(emit.lanes - 1))
         loop = Loop(builder, lines, 1, "line")
         _, target, source = loop.begin((target, pitch), (source, source_step))
-        inside = builder.gep(target, [left])
+        inside, later = builder.gep(target, [left]), builder.gep(source, [builder.mul(source_step, _I64(2))])
 
         def move(j):
+            emit.prefetch(builder.gep(later, [builder.mul(j, _I64(kind))]), 3)
             value = _load_line(emit, source, j, even) if kind == 2 else emit.load(source, j)
             emit.store(value, inside, j)
 

@@ -37,7 +37,7 @@ for function in (
     simd.lane_count, conv_winograd_nhwc.count_tiles, conv_winograd_nhwc.shares_outputs,
     conv_choice.product_and_winograd, conv_pointwise.whole_pixels, conv_pointwise.plan,
     conv_nchw.plan, conv_nchw._shared_padding, conv_nchw._split, conv_nchw._used_phases, conv_nchw._phase_table,
-    conv_nchw._offsets, conv_nchw._phase, conv_nchw._blocks, conv_nchw._vectors,
+    conv_nchw._offsets, conv_nchw._phase, conv_nchw._blocks, conv_nchw._vectors, conv_nchw._panels_a_line,
     conv_nhwc.plan, conv_nhwc._blocks, conv_nhwc._parts,
 ):  # fmt: skip
     register_jitable(error_model="numpy")(function)
