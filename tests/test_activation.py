@@ -96,6 +96,30 @@ def test_cpu_elementwise_is_the_reference(rng, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_every_result_is_within_three_units_in_the_last_place(name, dtype):
+    """Relative to each result, however small: near 0, in the tails, at every power of two that e^x passes."""
+    reach = 85 if dtype == np.float32 else 700
+    for limit in (1e-6, 1e-2, 1, 20, reach):
+        x = np.linspace(-limit, limit, 20001).astype(dtype)
+        wide = x.astype(np.longdouble)
+        expected = np.tanh(wide) if name == "tanh" else 1 / (1 + np.exp(-wide))
+        with tilewise.using(backend="cpu"):
+            y = getattr(kernels, name)(x)
+        units = np.abs(y - expected) / np.spacing(np.abs(expected).astype(dtype))
+        assert units.max() < 3
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_limits_of_sigmoid_and_tanh(dtype):
+    large = np.finfo(dtype).max
+    x = np.array([-np.inf, -large, -1000, 0, 1000, large, np.inf, np.nan], dtype)
+    with tilewise.using(backend="cpu"):
+        np.testing.assert_array_equal(kernels.sigmoid(x), np.array([0, 0, 0, 0.5, 1, 1, 1, np.nan], dtype))
+        np.testing.assert_array_equal(kernels.tanh(x), np.array([-1, -1, -1, 0, 1, 1, 1, np.nan], dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("name", SOFTMAXES)
 def test_cpu_softmax_is_the_reference(rng, name, dtype):
     shapes = [(5, n, 1) for n in SIZES] + [(2, 5, n) for n in SIZES] + [(n, 10, 1) for n in (1, 63, 64, 65, 1700)]

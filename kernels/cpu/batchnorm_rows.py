@@ -154,20 +154,20 @@ def forward_by_row(
 
 
 @device(fastmath=AS_WRITTEN)
-def _block_sums(grad, x, start, stride, rows, columns, centre, sums, at, step):
+def _block_sums(grad, x, start, stride, rows, columns, centre, sums, at, step, mode):
     """sums[at + j] and [at + step + j] = the sums of grad and of grad * (x - centre[j]) down a block's columns."""
     sums[at : at + columns] = 0
     sums[at + step : at + step + columns] = 0
-    rows_sums(
+    slopes, values, total, product = (
         address(grad, start),
         address(x, start),
-        stride,
-        rows,
-        columns,
-        centre,
         address(sums, at),
         address(sums, at + step),
     )
+    if mode == STREAMED:
+        rows_sums(STREAMED, slopes, values, stride, rows, columns, centre, total, product)
+    else:
+        rows_sums(KEPT, slopes, values, stride, rows, columns, centre, total, product)
 
 
 @device(fastmath=AS_WRITTEN)
@@ -209,7 +209,7 @@ def backward_by_row(
     for chunk in prange(blocks):
         count = min(block, rows - chunk * block)
         start = chunk * block * width
-        _block_sums(grad, x, start, width, count, width, address(factors, 0), sums, chunk * width, blocks * width)
+        _block_sums(grad, x, start, width, count, width, address(factors, 0), sums, chunk * width, blocks * width, mode)
     total, product = np.zeros(width), np.zeros(width)
     for part in range(blocks):
         add_sums(sums, part * width, blocks * width, total, product)

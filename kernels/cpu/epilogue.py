@@ -8,8 +8,10 @@ whole vectors (fused multiply-add, a shift, selections), so that every loop over
 - n comes from adding 1.5 * 2^23 (float64: 2^52), which leaves round(x / ln 2) in the low bits of the sum; with the
   exponent's bias added to the constant, a shift of the sum's bits gives 2^n.
 - ln 2 is split into a short head, whose products with n are exact, and a tail (Cody and Waite 1980).
-- e^r - 1 is its Taylor polynomial, long enough that the remainder is below half a unit in the last place:
-  0.347^8 / 8! = 5e-9 for float32, 0.347^14 / 14! = 4e-18 for float64.
+- e^r - 1 is a polynomial, long enough that the remainder is far below half a unit in the last place. For float32 it is
+  r + r^2 P(r), the P of degree 4 with the smallest error relative to e^r, 3e-9 (Taylor's needs degree 5 for 5e-9); its
+  terms are paired (Estrin 1960), as the chain of operations, not their number, is what these loops wait for: a
+  processor's schedulers hold two or three vectors' worth. For float64, Taylor's: 0.347^14 / 14! = 4e-18.
 
 These functions are compiled without reassociation, which would cancel the additions above.
 """
@@ -85,15 +87,16 @@ def _expm1_parts(x) -> Any:
 def _single():
     biased, per_ln2 = np.float32(1.5 * 2**23 + 127), np.float32(1.4426950408889634)
     head, tail = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
-    c2, c3, c4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
-    c5, c6, c7 = np.float32(1 / 120), np.float32(1 / 720), np.float32(1 / 5040)
+    c2, c3, c4 = np.float32(0.49999993), np.float32(0.16666521), np.float32(0.04166839)
+    c5, c6 = np.float32(0.00836873), np.float32(0.00138146)
 
     def parts(x):
         shifted = x * per_ln2 + biased
         n = shifted - biased
         r = (x - n * head) - n * tail
-        q = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
-        return q * r * r + r, _low_bits_as_exponent(shifted)
+        square = r * r
+        q = ((c6 * square) + (c5 * r + c4)) * square + (c3 * r + c2)
+        return q * square + r, _low_bits_as_exponent(shifted)
 
     return parts
 
@@ -146,23 +149,24 @@ def _overload_exp_range(x):
 
 @device(fastmath=EXACT_ORDER)
 def sigmoid(x):
-    """1 / (1 + e^-x), from e^-|x|, which does not overflow."""
+    """1 / (1 + e^-x), to 2.5 units in the last place; an e^-x that overflows gives 0, as it should.
+
+    By e^-|x| and a selection, and with e^r in Taylor's chain, a loop took 1.27 times as long (tanh: 1.2 times).
+    """
     one = type(x)(1)
-    e = exp(-abs(x))
-    return (e if x < 0 else one) / (one + e)
+    return one / (one + exp(-x))
 
 
 @device(fastmath=EXACT_ORDER)
 def tanh(x):
-    """(1 - e^-2|x|) / (1 + e^-2|x|) with x's sign; the numerator is computed without cancellation near 0."""
+    """(e^2x - 1) / (e^2x + 1), to 2.5 units in the last place: the numerator is computed without cancellation."""
     one, two = type(x)(1), type(x)(2)
-    z = -two * abs(x)
-    lowest = type(x)(-60)  # e^-60 is nothing beside 1
-    z = lowest if z < lowest else z
-    q, scale = _expm1_parts(z)
+    far = type(x)(20)  # e^-40 is nothing beside 1
+    x = -far if x < -far else x
+    x = far if x > far else x
+    q, scale = _expm1_parts(two * x)
     expm1 = q * scale + (scale - one)
-    y = -expm1 / (two + expm1)
-    return -y if x < 0 else y
+    return expm1 / (two + expm1)
 
 
 @device()

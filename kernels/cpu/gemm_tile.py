@@ -75,33 +75,37 @@ def multiply_and_pack_tile(
 
 
 @intrinsic(prefer_literal=True)
-def multiply_packed_tile(typingctx, rows, vectors, a, b, depth, c, c_step, used_rows, used_columns, accumulate):
+def multiply_packed_tile(
+    typingctx, rows, vectors, a, b, depth, wanted, wanted_step, c, c_step, used_rows, used_columns, accumulate
+):  # fmt: skip
     """The same for panels that lie in the order in which the tile reads them: all addresses are one of two pointers.
 
     a, b: element (i, k) at a[k * rows + i], row k at b[k * vectors * lanes]. depth: a multiple of UNROLLED.
+    wanted: every UNROLLED steps a line is asked for, from there on, wanted_step apart: what will be packed next.
     """
     shape = _literal(rows), _literal(vectors)
-    signature = types.void(rows, vectors, a, b, types.intp, c, *[types.intp] * 4)
+    signature = types.void(rows, vectors, a, b, types.intp, wanted, types.intp, c, *[types.intp] * 4)
 
     def codegen(context, builder, signature, args):
-        a, b, depth, *target = args[2:]
+        a, b, depth, wanted, wanted_step, *target = args[2:]
         emit = _Emitter(builder, signature.args[2].dtype)
-        _emit_tile_store(emit, _packed_sums(emit, shape, a, b, depth), *target)
+        _emit_tile_store(emit, _packed_sums(emit, shape, a, b, depth, wanted, wanted_step), *target)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _packed_sums(emit, shape, a, b, depth):
+def _packed_sums(emit, shape, a, b, depth, wanted, wanted_step):
     builder, (rows, vectors) = emit.builder, shape
     zeros = [[emit.zero] * vectors for _ in range(rows)]
     entry = builder.block
     loop, done = builder.append_basic_block("depth"), builder.append_basic_block("product")
     builder.cbranch(builder.icmp_signed(">", depth, _I64(0)), loop, done)
     builder.position_at_end(loop)
-    k, a_now, b_now = builder.phi(_I64), builder.phi(a.type), builder.phi(b.type)
+    k, a_now, b_now, wanted_now = (builder.phi(kind) for kind in (_I64, a.type, b.type, wanted.type))
     sums = [[builder.phi(emit.vector) for _ in range(vectors)] for _ in range(rows)]
     total = sums
+    emit.prefetch(wanted_now, 2)
     for step in range(UNROLLED):
         rights = [emit.load(b_now, _I64((step * vectors + j) * emit.lanes)) for j in range(vectors)]
         lefts = (emit.splat(builder.load(builder.gep(a_now, [_I64(step * rows + i)]))) for i in range(rows))
@@ -112,7 +116,9 @@ def _packed_sums(emit, shape, a, b, depth):
     following = builder.add(k, _I64(UNROLLED))
     a_next = builder.gep(a_now, [_I64(UNROLLED * rows)])
     b_next = builder.gep(b_now, [_I64(UNROLLED * vectors * emit.lanes)])
-    for phi, start, value in ((k, _I64(0), following), (a_now, a, a_next), (b_now, b, b_next)):
+    wanted_next = builder.gep(wanted_now, [wanted_step])
+    phis = (k, _I64(0), following), (a_now, a, a_next), (b_now, b, b_next), (wanted_now, wanted, wanted_next)
+    for phi, start, value in phis:
         phi.add_incoming(start, entry)
         phi.add_incoming(value, loop)
     _close_sums(sums, zeros, total, entry, loop)

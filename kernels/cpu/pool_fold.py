@@ -99,21 +99,36 @@ def fold(typingctx, operation, stride, out, source, step, taps, count):
 
 @intrinsic(prefer_literal=True)
 def fold_rows(
-    typingctx, operation, stride, unrolled, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead
+    typingctx,
+    operation,
+    stride,
+    unrolled,
+    asked,
+    out,
+    out_pitch,
+    source,
+    source_pitch,
+    rows,
+    step,
+    taps,
+    count,
+    ahead,
+    apart,
 ):
     """`fold` for many rows: row r reads from source + r * source_pitch and goes to out + r * out_pitch.
 
     Whole vectors only, which is what makes short rows fast: `count` is rounded up to a multiple of the lanes, in
     reading and in writing. What is written behind a row is overwritten by the next one, as rows are done in order; the
     caller sees to what lies behind the last. unrolled: a literal; the number of taps where it is known, else 0. ahead:
-    the distance of an element that will be wanted soon, from the one that is read.
+    the distance of an element that will be wanted soon, from the one that is read. asked: a literal; how many elements,
+    `apart` from each other, are asked for there.
     """
-    kind, every, known = _literal(operation), _literal(stride), _literal(unrolled)
-    signature = types.void(operation, stride, unrolled, out, types.intp, source, *[types.intp] * 6)
+    kind, every, known, lines = (_literal(value) for value in (operation, stride, unrolled, asked))
+    signature = types.void(operation, stride, unrolled, asked, out, types.intp, source, *[types.intp] * 7)
 
     def codegen(context, builder, signature, args):
-        _, _, _, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead = args
-        element = signature.args[3].dtype
+        _, _, _, _, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart = args
+        element = signature.args[4].dtype
         lanes = lane_count(element.bitwidth // 8)
 
         def tap(first, t):
@@ -134,7 +149,10 @@ def fold_rows(
                     with cgutils.for_range_slice(builder, _I64(1), taps, _I64(1), inc=True) as (t, _):
                         builder.store(_combine(builder, element, kind, tap(first, t), builder.load(total)), total)
                     value = builder.load(total)
-                _prefetch(builder, builder.gep(first, [ahead]))
+                wanted = builder.gep(first, [ahead])
+                for _ in range(lines):
+                    _prefetch(builder, wanted)
+                    wanted = builder.gep(wanted, [apart])
                 _store(builder, value, builder.gep(target, [i]))
         return context.get_dummy_value()
 
@@ -341,29 +359,44 @@ def folds(operation):
         fold(operation, 2, out, source, step, taps, count)
 
     @device()
-    def contiguous_rows(out, out_pitch, source, source_pitch, rows, step, taps, count, ahead):
+    def contiguous_rows(out, out_pitch, source, source_pitch, rows, step, taps, count):
         if taps == 2:
-            fold_rows(operation, 1, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
+            fold_rows(operation, 1, 2, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
         elif taps == 3:
-            fold_rows(operation, 1, 3, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
+            fold_rows(operation, 1, 3, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
         elif taps == 5:
-            fold_rows(operation, 1, 5, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
+            fold_rows(operation, 1, 5, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
         else:
-            fold_rows(operation, 1, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
+            fold_rows(operation, 1, 0, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
+
+    @device()
+    def down(out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart):
+        """The same for rows from memory. apart: 0, or the distance of the next row, where windows move by two rows and
+        more: of every two rows that are read both are asked for."""
+        if apart == 0 and taps == 3:
+            fold_rows(operation, 1, 3, 1, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, 0)
+        elif apart == 0:
+            fold_rows(operation, 1, 0, 1, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, 0)
+        elif taps == 2:
+            fold_rows(operation, 1, 2, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart)
+        elif taps == 3:
+            fold_rows(operation, 1, 3, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart)
+        else:
+            fold_rows(operation, 1, 0, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart)
 
     @device()
     def every_second_rows(out, out_pitch, source, source_pitch, rows, step, taps, count):
         if taps == 3:
-            fold_rows(operation, 2, 3, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
+            fold_rows(operation, 2, 3, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
         else:
-            fold_rows(operation, 2, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
+            fold_rows(operation, 2, 0, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
 
     @device()
     def pick_rows(out, out_pitch, source, source_pitch, rows, count):
         """Every third element."""
-        fold_rows(operation, 3, 1, out, out_pitch, source, source_pitch, rows, 1, 1, count, 0)
+        fold_rows(operation, 3, 1, 0, out, out_pitch, source, source_pitch, rows, 1, 1, count, 0, 0)
 
-    return contiguous, every_second, contiguous_rows, every_second_rows, pick_rows
+    return contiguous, every_second, down, contiguous_rows, every_second_rows, pick_rows
 
 
 MAXIMA, SUMS = folds(MAXIMUM), folds(SUM)
