@@ -174,10 +174,10 @@ def resident_blocks(architecture: Architecture, threads: int, registers: int, sh
 
 
 def promised_blocks(kernel, architecture: Architecture, shared: int) -> int:
-    """How many blocks shall fit a multiprocessor; tiles are sized for the shared memory that most have, 164 KB or more,
-    and where it is smaller only registers and threads may be the limit of what it holds."""
+    """How many blocks shall fit a multiprocessor. Tiles are sized for the shared memory of sm_90; where there is less,
+    it may be the limit."""
     shall = kernel.bounds(architecture.capability)[1]
-    if architecture.shared >= 164 << 10 or not shared:
+    if architecture.shared >= BY_NAME["sm_90"].shared or not shared:
         return shall
     return min(shall, resident_blocks(architecture, 32, 0, shared))
 

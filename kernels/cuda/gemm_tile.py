@@ -153,7 +153,9 @@ STRIDED = {
     SMALL: _make_matmul(SMALL, *_both(SMALL, strided_loader), "strided", put, dtypes=("float16", "float32")),
     TINY: _make_matmul(TINY, *_both(TINY, strided_loader), "strided", put),
 }
-INTEGERS = _make_matmul(SMALL, *_both(SMALL, strided_loader), "integers", put_integers, dtypes=INTEGER_DTYPES)
+INTEGERS = _make_matmul(  # as TALL, in 64 bits
+    SMALL, *_both(SMALL, strided_loader), "integers", put_integers, blocks_on={(12, 0): 2}, dtypes=INTEGER_DTYPES
+)
 
 _THREADS = 256
 
