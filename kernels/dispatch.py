@@ -84,7 +84,10 @@ def choose_backend(settings, on_device: bool = False) -> tuple[str, dict[str, st
 def choose_for_host(settings, flops: int, moved: int, itemsize: int) -> tuple[str, dict[str, str]]:
     """The backend for arrays on the host: left free, a GPU's where that is estimated to be worth the transfers."""
     backend, rejected = choose_backend(settings)
-    if settings.backend is not None or settings.device != "auto" or "cuda" in rejected:
+    if settings.backend is not None or settings.device != "auto":
+        return backend, rejected
+    rejected = {"cupy": "host arrays go there only where it is asked for with using(backend='cupy')"} | rejected
+    if "cuda" in rejected:
         return backend, rejected
     rates = machine_module.gpu_rates()
     if rates is None:

@@ -152,7 +152,7 @@ def test_every_kernel_of_the_sources_is_declared():
     declared = {(k.source, k.template.partition("<")[0]) for k in load_kernels("cupy")}
     found = set()
     for name, text in module.sources().items():
-        for kernel in re.finditer(r"__global__ void __launch_bounds__\(THREADS\)\s+(\w+)\(", text):
+        for kernel in re.finditer(r"__global__ void __launch_bounds__\(THREADS, 1\)\s+(\w+)\(", text):
             found.add((name, kernel[1]))
         assert text.count("__global__") == sum(source == name for source, _ in found)
     assert declared == found

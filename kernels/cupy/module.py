@@ -99,9 +99,9 @@ def compiled(source: str, expression: str, target: str, options: tuple[str, ...]
             log = nvrtc.getProgramLog(program)
             raise CompileError(f"{source}: {expression} for {target}: {error}\n{log}") from error
         read = nvrtc.getCUBIN if target.startswith("sm_") else nvrtc.getPTX
-        entry, binary = nvrtc.getLoweredName(program, name), read(program)
-        binary = binary.encode() if isinstance(binary, str) else bytes(binary)
-        return Code(entry, binary), nvrtc.getProgramLog(program)
+        # CuPy strips the zero that ends a text, also of machine code, where it is the high byte of an alignment.
+        code = Code(nvrtc.getLoweredName(program, name), read(program) + b"\0")
+        return code, nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
 

@@ -8,7 +8,7 @@ namespace tilewise {
 
 // y[i] = activation(x[i]), i < count; the first `vectors` of 16 bytes as such, the rest one by one.
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 activate_all(const T *__restrict__ x, T *__restrict__ y, Sum<T> slope, long long count, long long vectors, int code) {
     constexpr int N = LANES<T>;
     const long long step = static_cast<long long>(gridDim.x) * THREADS;
@@ -24,7 +24,7 @@ activate_all(const T *__restrict__ x, T *__restrict__ y, Sum<T> slope, long long
 
 // result[i] = grad[i] * activation'(x[i]) from y[i] = activation(x[i]), i < count.
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 gradient_all(const T *__restrict__ grad, const T *__restrict__ y, T *__restrict__ result, Sum<T> slope,
              long long count, long long vectors, int code) {
     constexpr int N = LANES<T>;

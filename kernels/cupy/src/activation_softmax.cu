@@ -14,7 +14,7 @@ constexpr int SHORT = 8;   // softmax_plan.py's: units of a row that a lane has 
 
 // Rows of n <= SHORT * group units; `group` lanes for each.
 template <class T, int N, bool LOG>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 softmax_short_rows(const T *__restrict__ x, T *__restrict__ y, long long rows, int n, int group) {
     const ShortRow<N> row(rows, n, group);
     Sum<T> values[SHORT][N], largest = minus_infinity<Sum<T>>(), total = 0;
@@ -53,7 +53,7 @@ softmax_short_rows(const T *__restrict__ x, T *__restrict__ y, long long rows, i
 
 // A block a row of n, of which `vectors` of 16 bytes are taken as such.
 template <class T, bool LOG>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 softmax_long_rows(const T *__restrict__ x, T *__restrict__ y, long long n, long long vectors) {
     constexpr int N = LANES<T>;
     __shared__ Sum<T> scratch[WARPS];
@@ -84,7 +84,7 @@ softmax_long_rows(const T *__restrict__ x, T *__restrict__ y, long long n, long 
 }
 
 template <class T, bool LOG>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 softmax_columns(const T *__restrict__ x, T *__restrict__ y, long long n, long long inner, int tiles, int columns) {
     __shared__ Sum<T> maxima[THREADS];
     __shared__ Sum<T> sums[THREADS];

@@ -13,7 +13,7 @@ template <bool LOG, class S> __device__ __forceinline__ S slope(S grad, S y, S t
 }
 
 template <class T, int N, bool LOG>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 softmax_backward_short_rows(const T *__restrict__ grad, const T *__restrict__ y, T *__restrict__ result,
                             long long rows, int n, int group) {
     const ShortRow<N> row(rows, n, group);
@@ -39,7 +39,7 @@ softmax_backward_short_rows(const T *__restrict__ grad, const T *__restrict__ y,
 }
 
 template <class T, bool LOG>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 softmax_backward_long_rows(const T *__restrict__ grad, const T *__restrict__ y, T *__restrict__ result, long long n,
                            long long vectors) {
     constexpr int N = LANES<T>;
@@ -67,7 +67,7 @@ softmax_backward_long_rows(const T *__restrict__ grad, const T *__restrict__ y, 
 }
 
 template <class T, bool LOG>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 softmax_backward_columns(const T *__restrict__ grad, const T *__restrict__ y, T *__restrict__ result, long long n,
                          long long inner, int tiles, int columns) {
     __shared__ Sum<T> sums[THREADS];

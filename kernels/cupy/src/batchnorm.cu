@@ -29,7 +29,7 @@ __device__ __forceinline__ Coefficients<Sum<T>> coefficients(const Sum<T> *table
 
 // NCHW. planes: of `plane` elements, of which `vectors` whole ones of 16 bytes.
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 batch_norm_planes(const T *__restrict__ x, T *__restrict__ y, const Sum<T> *__restrict__ table,
                   const T *__restrict__ mean, const T *__restrict__ var, const T *__restrict__ weight,
                   const T *__restrict__ bias, Sum<T> eps, Sum<T> slope, int code, long long planes,
@@ -59,7 +59,7 @@ batch_norm_planes(const T *__restrict__ x, T *__restrict__ y, const Sum<T> *__re
 
 // NHWC.
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 batch_norm_rows(const T *__restrict__ x, T *__restrict__ y, const Sum<T> *__restrict__ table,
                 const T *__restrict__ mean, const T *__restrict__ var, const T *__restrict__ weight,
                 const T *__restrict__ bias, Sum<T> eps, Sum<T> slope, int code, long long pixels, long long channels,
@@ -90,7 +90,7 @@ batch_norm_rows(const T *__restrict__ x, T *__restrict__ y, const Sum<T> *__rest
 
 // What evaluation returns for the backward: the running mean, and 1 / sqrt(running variance + eps).
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 batch_norm_evaluated(const T *__restrict__ mean, const T *__restrict__ var, T *__restrict__ copied,
                      T *__restrict__ invstd, Sum<T> eps, long long channels) {
     const long long channel = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;

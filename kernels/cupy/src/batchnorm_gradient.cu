@@ -33,7 +33,7 @@ struct Products {
 };
 
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 gradient_sums_of_planes(const T *__restrict__ grad, const T *__restrict__ x, const T *__restrict__ mean,
                         double *__restrict__ sums, long long images, long long channels, long long units, int parts) {
     __shared__ double scratch[WARPS];
@@ -61,7 +61,7 @@ gradient_sums_of_planes(const T *__restrict__ grad, const T *__restrict__ x, con
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 gradient_sums_of_rows(const T *__restrict__ grad, const T *__restrict__ x, const T *__restrict__ mean,
                       double *__restrict__ sums, long long pixels, long long channels, int span, int rows, int parts) {
     __shared__ double scratch[THREADS * N];
@@ -100,7 +100,7 @@ gradient_sums_of_rows(const T *__restrict__ grad, const T *__restrict__ x, const
 
 // From the parts' sums: grad_weight, grad_bias and `table` (3, channels): scale, a, b. A warp for each channel.
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 batch_norm_backward_finish(const T *__restrict__ invstd, const double *__restrict__ sums, const T *__restrict__ weight,
                            T *__restrict__ grad_weight, T *__restrict__ grad_bias, Sum<T> *__restrict__ table,
                            long long channels, long long values, int parts) {
@@ -135,7 +135,7 @@ __device__ __forceinline__ Slope<Sum<T>, TRAINING> slope_of(const Sum<T> *table,
 
 // NCHW; planes as in batch_norm_planes.
 template <class T, bool TRAINING>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 batch_norm_backward_planes(const T *__restrict__ grad, const T *__restrict__ x, T *__restrict__ result,
                            const T *__restrict__ mean, const Sum<T> *__restrict__ table, long long planes,
                            long long channels, long long plane, long long vectors, int group, int chunks) {
@@ -158,7 +158,7 @@ batch_norm_backward_planes(const T *__restrict__ grad, const T *__restrict__ x, 
 
 // NHWC.
 template <class T, int N, bool TRAINING>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 batch_norm_backward_rows(const T *__restrict__ grad, const T *__restrict__ x, T *__restrict__ result,
                          const T *__restrict__ mean, const Sum<T> *__restrict__ table, long long pixels,
                          long long channels, int span, int rows) {

@@ -37,7 +37,7 @@ struct Moments {
 };
 
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 sums_of_planes(const T *__restrict__ x, double *__restrict__ sums, long long images, long long channels,
                long long units, int parts) {
     __shared__ double scratch[WARPS];
@@ -58,7 +58,7 @@ sums_of_planes(const T *__restrict__ x, double *__restrict__ sums, long long ima
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 sums_of_rows(const T *__restrict__ x, double *__restrict__ sums, long long pixels, long long channels, int span,
              int rows, int parts) {
     __shared__ double scratch[THREADS * N];
@@ -90,7 +90,7 @@ sums_of_rows(const T *__restrict__ x, double *__restrict__ sums, long long pixel
 // From the parts' sums: mean, invstd, the running statistics, and `table` (3, channels): centre, scale, offset. A warp
 // for each channel. values: M. apart: elements from a channel's first element to the next one's.
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 batch_norm_finish(const T *__restrict__ x, const double *__restrict__ sums, const T *__restrict__ weight,
                   const T *__restrict__ bias, T *running_mean, T *running_var, T *__restrict__ mean,
                   T *__restrict__ invstd, Sum<T> *__restrict__ table, Sum<T> momentum, Sum<T> eps, long long channels,

@@ -11,7 +11,7 @@ struct Axes {
 };
 
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 copy_elements(const T *source, T *target, long long count, const Axes axes) {
     long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= count) return;

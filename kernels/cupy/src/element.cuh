@@ -4,7 +4,9 @@
 
 namespace tilewise {
 
-constexpr int THREADS = 256;   // of a block, in every kernel that says nothing else
+// Threads of a block. Kernels say __launch_bounds__(THREADS, 1): without the 1, ptxas spills registers of some for the sake
+// of more blocks.
+constexpr int THREADS = 256;
 
 // What is computed and summed in: float for float16.
 template <class T> struct SumType {

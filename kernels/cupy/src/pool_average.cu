@@ -10,7 +10,7 @@ namespace tilewise {
 // SIDE: 2 or 3 for windows whose taps are all loaded at once where none lies outside of the image, or 0.
 // divisor: 0 where it depends on the window. count: units of the result.
 template <class T, int N, int SIDE, class Index>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 avg_pool(const T *__restrict__ x, T *__restrict__ y, Sum<T> divisor, long long count, const Windows windows) {
     const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= count) return;
@@ -48,7 +48,7 @@ avg_pool(const T *__restrict__ x, T *__restrict__ y, Sum<T> divisor, long long c
 // y[p] = the average of the plane p, which has `vectors` whole vectors of 16 bytes, and the rest in elements (all of them
 // where it does not begin at a multiple of 16 bytes). `group` threads for each: a warp, or the block.
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 average_of_planes(const T *__restrict__ x, T *__restrict__ y, long long planes, long long plane, long long vectors,
                   int group) {
     constexpr int N = LANES<T>;
@@ -71,7 +71,7 @@ average_of_planes(const T *__restrict__ x, T *__restrict__ y, long long planes, 
 
 // y[image, c] = the average of x[image, :, c]. Block (image, tile): `span` units of channels, `rows` pixels at a time.
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 average_of_rows(const T *__restrict__ x, T *__restrict__ y, long long pixels, long long channels, int span, int rows) {
     __shared__ Sum<T> scratch[THREADS * N];
     const int thread = threadIdx.x, row = thread / span;

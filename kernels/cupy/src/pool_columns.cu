@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_row(T *to, const Pack<T, N> &values, long 
 
 // groups: of 16 bytes of the result, all of them. whole: rows of the result are made of whole ones.
 template <class T, int SIDE, int LEFT, bool INDEXED>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 max_pool_columns(const T *__restrict__ x, T *__restrict__ y, long long *__restrict__ indices, long long groups,
                  long long across, int whole, const Windows windows) {
     const long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
@@ -108,7 +108,7 @@ max_pool_columns(const T *__restrict__ x, T *__restrict__ y, long long *__restri
 
 // As max_pool_columns. divisor: 0 where it depends on the window.
 template <class T, int SIDE, int LEFT>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 avg_pool_columns(const T *__restrict__ x, T *__restrict__ y, Sum<T> divisor, long long groups, long long across,
                  int whole, const Windows windows) {
     const long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;

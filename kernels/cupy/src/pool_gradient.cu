@@ -22,7 +22,7 @@ template <int N> __device__ __forceinline__ void load_indices(const long long *f
 
 // count: units of the result.
 template <class T, int N, class Index>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 max_pool_backward(const T *__restrict__ grad, const long long *__restrict__ indices, T *__restrict__ result,
                   long long count, const Windows windows) {
     const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
@@ -58,7 +58,7 @@ __device__ __forceinline__ Sum<T> divisor_of(Sum<T> divisor, Index row, Index co
 }
 
 template <class T, int N, class Index>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 avg_pool_backward(const T *__restrict__ grad, T *__restrict__ result, Sum<T> divisor, long long count,
                   const Windows windows) {
     const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void gather_columns(T *result, long long groups, Inde
 
 // across: groups of 16 bytes in a row of the result; groups: all of them. whole: rows are made of whole ones.
 template <class T, class Index>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 max_pool_backward_columns(const T *__restrict__ grad, const long long *__restrict__ indices, T *__restrict__ result,
                           long long groups, long long across, int whole, const Windows windows) {
     const auto add = [&](Sum<T> total, Index place, Index, Index, Index pixel) {
@@ -129,7 +129,7 @@ max_pool_backward_columns(const T *__restrict__ grad, const long long *__restric
 }
 
 template <class T, class Index>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 avg_pool_backward_columns(const T *__restrict__ grad, T *__restrict__ result, Sum<T> divisor, long long groups,
                           long long across, int whole, const Windows windows) {
     const auto add = [&](Sum<T> total, Index place, Index row, Index column, Index) {

@@ -19,7 +19,7 @@ __device__ __forceinline__ void store_indices(long long *to, const Index (&where
 // SIDE: as in pool_average.cu. count: units of the result. indices: null where they are not wanted (kernels for integers
 // come in the form with indices only).
 template <class T, int N, int SIDE, bool INDEXED, class Index>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 max_pool(const T *__restrict__ x, T *__restrict__ y, long long *__restrict__ indices, long long count,
          const Windows windows) {
     const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;

@@ -12,14 +12,14 @@ __device__ __forceinline__ long long thread_of_grid() {
 }
 
 // owners[...] = -1, nobody.
-template <class T> __global__ void __launch_bounds__(THREADS) unpool_forget(T *owners, long long count) {
+template <class T> __global__ void __launch_bounds__(THREADS, 1) unpool_forget(T *owners, long long count) {
     const long long i = thread_of_grid();
     if (i < count) owners[i] = -1;
 }
 
 // owners[image, index, channel] = the last position whose index it is; indices: (images, pooled, channels).
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 unpool_claim(const T *__restrict__ indices, int *owners, long long count, long long pooled, long long pixels,
              long long channels) {
     const long long i = thread_of_grid();
@@ -32,7 +32,7 @@ unpool_claim(const T *__restrict__ indices, int *owners, long long count, long l
 
 // y[image, pixel, channel] = x[image, owner, channel], 0 where there is none.
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 unpool_fetch(const T *__restrict__ x, const int *__restrict__ owners, T *__restrict__ y, long long count,
              long long pooled, long long pixels, long long channels) {
     const long long i = thread_of_grid();
@@ -46,7 +46,7 @@ unpool_fetch(const T *__restrict__ x, const int *__restrict__ owners, T *__restr
 
 // result[image, position, channel] = grad[image, index, channel].
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 unpool_backward(const T *__restrict__ grad, const long long *__restrict__ indices, T *__restrict__ result,
                 long long count, long long pooled, long long pixels, long long channels) {
     const long long i = thread_of_grid();
