@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from typing import Any
 
 from tilewise.kernels import estimate
 from tilewise.kernels import machine as machine_module
@@ -44,7 +45,7 @@ class Explained(BaseException):
 
 
 @lru_cache(maxsize=64)
-def implementation_module(backend: str, family: str):
+def implementation_module(backend: str, family: str) -> Any:
     """The backend's file of a family; None where it has none."""
     name = f"tilewise.kernels.{backend}.{family}"
     try:

@@ -1,5 +1,7 @@
 """Arrays of a library on a GPU, as CuPy's are seen from outside; their memory is the emulator's."""
 
+from typing import Any
+
 import numpy as np
 
 from tilewise.kernels.device_arrays import DeviceArray, Place, row_major
@@ -42,7 +44,7 @@ FakeArray.__module__ = "cupy.fake"
 class FakePlace(Place):
     """As CupyPlace: allocates FakeArrays, on a stream of its own."""
 
-    engine = None
+    engine: Any = None
 
     def __init__(self, engine, ordinal):
         self.engine, self.ordinal, self.allocations = engine, ordinal, 0

@@ -235,7 +235,7 @@ def _tools() -> bytes:
 @lru_cache(maxsize=64)
 def _stamp(backend: str, module: str) -> str:
     if backend == "cupy":
-        from cupy.cuda import nvrtc
+        from cupy.cuda import nvrtc  # pyright: ignore[reportMissingImports]
 
         from tilewise.kernels.disk_cache import source_stamp
 

@@ -135,7 +135,7 @@ def test_without_cupy(monkeypatch):
 def test_without_nvrtc(monkeypatch):
     if why_not():
         pytest.skip(why_not())
-    from cupy.cuda import nvrtc
+    from cupy.cuda import nvrtc  # pyright: ignore[reportMissingImports]
 
     def missing():
         raise RuntimeError("libnvrtc.so.13: cannot open shared object file")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tilewise.kernels.channel_plan import Planes, ceil_div, planes_or_rows
+from tilewise.kernels.channel_plan import Planes, Rows, ceil_div, planes_or_rows
 from tilewise.kernels.cupy.batchnorm_statistics import WARPS, run_sums, sums_of_channels
 from tilewise.kernels.cupy.launch import Kernel, sum_dtype
 
@@ -44,7 +44,7 @@ def batch_norm_backward(grad, x, mean, invstd, weight, *, training, layout):
         blocks, group, chunks = plan.groups()
         numbers = (plan.images * channels, channels, plan.plane, plan.units if plan.width > 1 else 0, group, chunks)
         _planes[training](place, blocks, *operands, *numbers)
-    elif x.size:
+    elif x.size and isinstance(plan, Rows):
         numbers = (plan.pixels, channels, plan.span, plan.rows)
         _rows[plan.width > 1, training](place, (plan.parts(), plan.tiles, 1), *operands, *numbers)
     return result, grad_weight, grad_bias

@@ -52,7 +52,8 @@ class Kernel:
 
     def __init__(
         self, source: str, template: str, parameters: str, *, threads: int = THREADS, blocks: int = 1,
-        dtypes: Iterable[str] = FLOATS, least: tuple[int, int] = module.OLDEST, promises: tuple[str, ...] = (),
+        dtypes: Iterable[str | np.dtype] = FLOATS, least: tuple[int, int] = module.OLDEST,
+        promises: tuple[str, ...] = (),
     ):  # fmt: skip
         self.source, self.template, self.parameters = source, template, parameters.split()
         self.threads, self.blocks, self.least = threads, blocks, least

@@ -22,7 +22,8 @@ _INDEX = np.dtype(np.int64)
 def _counts(shape, kernel_size, stride, padding, dilation, ceil_mode, layout):
     size = shape[2:] if layout == "NCHW" else shape[1:3]
     axes = zip(size, kernel_size, stride, padding, dilation, strict=True)
-    return tuple(window_count(*axis, ceil_mode) for axis in axes)
+    rows, columns = (window_count(*axis, ceil_mode) for axis in axes)
+    return rows, columns
 
 
 def _maximum(x, out, layout, return_indices, **windows):

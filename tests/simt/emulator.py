@@ -16,6 +16,7 @@ import sysconfig
 import weakref
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -243,7 +244,7 @@ class Emulator:
     def read(self, memory, array):
         array.reshape(-1).view(np.uint8)[:] = memory.bytes
 
-    def compile(self, form) -> "Code":
+    def compile(self, form) -> Any:
         return Code(form, self.capability)
 
     def start(self, form, grid, shared, stream, slots):
