@@ -23,7 +23,13 @@ __device__ __forceinline__ Half to_half(float value) {
 
 // 16 bytes at once; the address must be a multiple of 16.
 __device__ __forceinline__ uint4 load_16_bytes(const void *from) { return *static_cast<const uint4 *>(from); }
-__device__ __forceinline__ void store_16_bytes(void *to, uint4 bits) { *static_cast<uint4 *>(to) = bits; }
+// An instruction by its name: of `if (whole) *vector = bits; else ...` the compiler made stores of single elements.
+__device__ __forceinline__ void store_16_bytes(void *to, uint4 bits) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+}
 
 }   // namespace tilewise
 #endif
