@@ -13,7 +13,7 @@ from tolerances import assert_close
 
 from tilewise import explain, kernels, using
 from tilewise.kernels import operation
-from tilewise.kernels.cpu import conv_nchw, conv_nhwc, conv_pass, conv_weight
+from tilewise.kernels.cpu import conv_detours, conv_nchw, conv_nhwc, conv_pass, conv_weight
 from tilewise.kernels.cpu.simd import VECTOR_BYTES, lane_count
 
 # the places of conv_nchw.plan's and conv_nhwc.plan's geometry
@@ -126,8 +126,8 @@ ONE_IMAGE = THROUGH._replace(n=1, h=5, w=5, o=64)
 @pytest.mark.parametrize("case", [THROUGH, THROUGH._replace(h=9, w=5, stride=2), ONE_IMAGE], ids=str)
 def test_small_images_go_through_nhwc(rng, case, dtype, monkeypatch):
     turned = []
-    turn = conv_pass._ThroughNHWC.__call__
-    monkeypatch.setattr(conv_pass._ThroughNHWC, "__call__", lambda self, *a: (turned.append(1), turn(self, *a))[1])
+    turn = conv_detours.ThroughNHWC.__call__
+    monkeypatch.setattr(conv_detours.ThroughNHWC, "__call__", lambda self, *a: (turned.append(1), turn(self, *a))[1])
     operation.forget_plans()
     x, weight, bias = case.arrays(rng, dtype)
     y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm")
@@ -156,11 +156,11 @@ def test_few_pixels_of_nhwc_go_through_nchw(rng, case, dtype, with_add):
 @pytest.mark.parametrize("with_add", [False, True])
 def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, with_add):
     """5 small images, 2 at a time, with a summand or without."""
-    monkeypatch.setattr(conv_pass, "COPIES", 0)
+    monkeypatch.setattr(conv_detours, "COPIES", 0)
     parts = []
-    once = conv_pass._BatchInParts.__call__
+    once = conv_detours.BatchInParts.__call__
     monkeypatch.setattr(
-        conv_pass._BatchInParts, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1]
+        conv_detours.BatchInParts, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1]
     )
     operation.forget_plans()
     case = Case(5, 400, 3, 1, 400, (kernel, kernel), 1, kernel // 2)

@@ -1,7 +1,7 @@
 """One convolution of fixed shapes as a pass over its arrays, by any algorithm and in either layout.
 
 `prepare_pass` works out everything but the arrays; conv.py builds the forward convolution and every gradient from such
-passes. Small images with many channels go through the other layout here, where that is faster.
+passes. Small images with many channels go through the other layout, where that is faster (conv_detours.py).
 
 A pass is called with x, weight, y, bias, and optionally extra, which is added before the activation (laid out as y, and
 may be y itself), and packed: the weights as `pack(weight)` of a pass with the same `packing` made them, for weights
@@ -13,7 +13,7 @@ from math import ceil, prod
 import numpy as np
 
 from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd, conv_winograd_nhwc
-from tilewise.kernels.cpu.plane_moves import exchange_images, turn_planes
+from tilewise.kernels.cpu.conv_detours import BatchInParts, PointwiseJoined, PointwiseThroughNCHW, ThroughNHWC
 from tilewise.kernels.cpu.scratch import aligned
 from tilewise.kernels.cpu.simd import lane_count
 
@@ -24,10 +24,8 @@ _DIRECT = {
 }
 # Estimated serial nanoseconds per FLOP, for the decision to split over threads.
 COST = {"gemm": 0.015, "winograd": 0.008, "direct": 0.5}
-# Pixels of an image up to which turning it around may pay (see `_ThroughNHWC`).
+# Pixels of an image up to which turning it around may pay (see `ThroughNHWC`).
 _SMALL_IMAGE = 16 * 16
-# Bytes that copies of x and y may always take.
-COPIES = 4 << 20
 
 
 def image_size(shape, layout):
@@ -173,32 +171,9 @@ class _Pointwise:
         self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, *self.plan)
 
 
-class _PointwiseJoined:
-    """The same for a batch of images so small that each would leave many lanes empty: as one long image.
-
-    49 pixels take 4 vectors of 16 lanes, 8 times 49 take 25.
-    """
-
-    __slots__ = ("join", "move", "part", "sizes")
-
-    packing = None
-    detour = "the batch's small images are joined to one"
-
-    def __init__(self, n, pixels, weight, dtype, activation):
-        outputs, channels = weight[:2]
-        self.sizes = n, channels, outputs, pixels
-        self.move = _Pointwise(1, (1, n * pixels), weight, dtype, (1, 1), 1, activation)
-        self.join, self.part = (exchange_images.sized(1.0 * n * c * pixels) for c in (channels, outputs))
-
-    def __call__(self, x, weight, y, bias, extra=None, packed=None):
-        n, channels, outputs, pixels = self.sizes
-        joined_x, joined_y = np.empty(x.size, x.dtype), np.empty(y.size, y.dtype)
-        self.join(x.ravel(), n, channels, pixels, joined_x)
-        if extra is not None and extra.size:
-            self.part(extra, n, outputs, pixels, joined_y)
-            extra = joined_y  # added in place
-        self.move(joined_x, weight, joined_y, bias, extra)
-        self.part(joined_y, outputs, n, pixels, y.ravel())
+def _one_image(pixels, weight, dtype, activation):
+    """The pass by 1x1 kernels for all pixels of a batch as one long image."""
+    return _Pointwise(1, (1, pixels), weight, dtype, (1, 1), 1, activation)
 
 
 def _pointwise(x, weight, dtype, stride, groups, activation):
@@ -209,7 +184,9 @@ def _pointwise(x, weight, dtype, stride, groups, activation):
     # copying in and out costs about as much as 32 products a number
     if stride == (1, 1) and groups == 1 and alone - joined > alone * max(32 / weight[0], 32 / weight[1]) + alone / 16:
         y = (n, weight[0], *x[2:])
-        return _BatchInParts.where_large(x, y, dtype, lambda n: _PointwiseJoined(n, pixels, weight, dtype, activation))
+        return BatchInParts.where_large(
+            x, y, dtype, lambda n: PointwiseJoined(n, pixels, weight, _one_image(n * pixels, weight, dtype, activation))
+        )
     return _Pointwise(n, x[2:], weight, dtype, stride, groups, activation)
 
 
@@ -220,47 +197,6 @@ def _is_pointwise(x, weight, y, taps, stride, grid):
         weight[2:] == (1, 1) and taps[0][0] == taps[1][0] == 0 and size == tuple(y[2:])
         and tuple(grid) == (0, 0, 1, 1, *size)
     )  # fmt: skip
-
-
-class _BatchInParts:
-    """A batch in two or three parts, for passes that copy their images: the copies take half of x and y at most.
-
-    prepare(n): the pass for n images.
-    """
-
-    __slots__ = ("last", "move", "n", "some")
-
-    def __init__(self, n, some, prepare):
-        self.n, self.some = n, some
-        self.move = prepare(some)
-        self.last = prepare(n % some) if n % some else self.move
-
-    @classmethod
-    def where_large(cls, x, y, dtype, prepare):
-        """The whole batch at once, unless that takes more than COPIES bytes."""
-        n = x[0]
-        some = max(n // 2, COPIES // ((prod(x[1:]) + prod(y[1:])) * dtype.itemsize), 1)
-        return prepare(n) if some >= n else cls(n, some, prepare)
-
-    def __call__(self, x, weight, y, bias, extra=None, packed=None):
-        x, y = x.reshape(self.n, -1), y.reshape(self.n, -1)
-        extra = None if extra is None or extra.size == 0 else extra.reshape(self.n, -1)
-        for first in range(0, self.n, self.some):
-            images = slice(first, min(self.n, first + self.some))
-            move = self.move if images.stop - first == self.some else self.last
-            more = None if extra is None else extra[images].ravel()
-            move(x[images], weight, y[images], bias, more, packed)
-
-    @property
-    def detour(self):
-        return f"{self.move.detour}, {self.some} image{'s' * (self.some > 1)} at a time"
-
-    @property
-    def packing(self):
-        return self.move.packing
-
-    def pack(self, weight):
-        return self.move.pack(weight)
 
 
 class _WinogradNHWC:
@@ -291,74 +227,6 @@ class _WinogradNHWC:
         return packed
 
 
-class _ThroughNHWC:
-    """An NCHW convolution of small images with many channels, by way of NHWC.
-
-    In NCHW the vectors run along pixels, and rows of 7 leave a quarter of their lanes empty; in NHWC they run along
-    outputs. Turning x and y around costs an element each, which hundreds of products an element outweigh.
-    """
-
-    __slots__ = ("move", "turn_x", "turn_y", "x", "y")
-
-    detour = "x and the result go through NHWC"
-
-    def __init__(self, x, weight, y, prepare):
-        self.x, self.y = (x[0], x[1], x[2] * x[3]), (y[0], y[2] * y[3], y[1])
-        last = [(s[0], s[2], s[3], s[1]) for s in (x, y)]
-        self.move = prepare(last[0], weight, last[1])
-        self.turn_x, self.turn_y = (turn_planes.sized(1.0 * prod(s)) for s in (x, y))
-
-    def __call__(self, x, weight, y, bias, extra=None, packed=None):
-        x_last, y_last = np.empty(x.size, x.dtype), np.empty(y.size, y.dtype)
-        self.turn_x(x.ravel(), *self.x, x_last)
-        if extra is not None and extra.size:
-            n, pixels, outputs = self.y
-            self.turn_y(extra, n, outputs, pixels, y_last)
-            extra = y_last  # added in place
-        self.move(x_last, weight, y_last, bias, extra, packed)
-        self.turn_y(y_last, *self.y, y.ravel())
-
-    @property
-    def packing(self):
-        return self.move.packing
-
-    def pack(self, weight):
-        return self.move.pack(weight)
-
-
-class _PointwiseThroughNCHW:
-    """An NHWC convolution by 1x1 kernels of few pixels, by way of NCHW, which reads the weights as they lie.
-
-    NHWC packs them: 4 MB for 1024 channels and outputs, as long as the product itself with 49 pixels (2.2 ms, so 1.3).
-    Turning x and y around costs an element as much as packing a weight, and the whole batch becomes one long image.
-    """
-
-    __slots__ = ("move", "pixels", "sizes", "turn_x", "turn_y")
-
-    packing = None
-    detour = "x and the result go through NCHW"
-
-    def __init__(self, pixels, weight, dtype, activation):
-        outputs, channels = weight[:2]
-        self.pixels, self.sizes = pixels, (channels, outputs)
-        self.move = _Pointwise(1, (1, pixels), weight, dtype, (1, 1), 1, activation)
-        self.turn_x, self.turn_y = (turn_planes.sized(1.0 * pixels * c) for c in self.sizes)
-
-    @staticmethod
-    def pays(pixels, weight):
-        return pixels * (weight[0] + weight[1]) <= weight[0] * weight[1]
-
-    def __call__(self, x, weight, y, bias, extra=None, packed=None):
-        channels, outputs = self.sizes
-        x_first, y_first = np.empty(x.size, x.dtype), np.empty(y.size, y.dtype)
-        self.turn_x(x.ravel(), 1, self.pixels, channels, x_first)
-        if extra is not None and extra.size:
-            self.turn_y(extra, 1, self.pixels, outputs, y_first)
-            extra = y_first  # added in place
-        self.move(x_first, weight, y_first, bias, extra)
-        self.turn_y(y_first, 1, outputs, self.pixels, y.ravel())
-
-
 def _better_in_nhwc(x, weight, dtype, product, grid, groups):
     """Whether so many lanes would be wasted in NCHW that turning around pays."""
     lane = lane_count(dtype.itemsize)
@@ -382,22 +250,23 @@ def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algori
         pointwise = (
             groups == 1 and tuple(stride) == (1, 1) and _is_pointwise(sizes[0], weight, sizes[1], taps, stride, grid)
         )
-        if pointwise and _PointwiseThroughNCHW.pays(prod(x[:3]), weight):
-            return _PointwiseThroughNCHW(prod(x[:3]), weight, dtype, activation)
+        pixels = prod(x[:3])
+        if pointwise and PointwiseThroughNCHW.pays(pixels, weight):
+            return PointwiseThroughNCHW(pixels, weight, _one_image(pixels, weight, dtype, activation))
         return product(x, weight, y)
     if algorithm == "gemm":
         if _is_pointwise(x, weight, y, taps, stride, grid):
             return _pointwise(x, weight, dtype, tuple(stride), groups, activation)
         there = _ProductNCHW(x, weight, y, dtype, taps, stride, grid, groups, activation)
         if _better_in_nhwc(x, weight, dtype, there, grid, groups):
-            return _BatchInParts.where_large(
-                x, y, dtype, lambda n: _ThroughNHWC((n, *x[1:]), weight, (n, *y[1:]), product)
+            return BatchInParts.where_large(
+                x, y, dtype, lambda n: ThroughNHWC((n, *x[1:]), weight, (n, *y[1:]), product)
             )
         return there
     if algorithm == "winograd" and layout == "NHWC":
         return winograd(x, weight, y)
     if algorithm == "winograd" and few_tiles(x[0], groups, weight, *grid[4:]):
-        return _ThroughNHWC(x, weight, y, winograd)
+        return ThroughNHWC(x, weight, y, winograd)
     if algorithm == "winograd":
         return _WinogradNCHW(x, weight, y, taps, groups, activation)
     return _Direct(x, weight, y, taps, stride, grid, groups, layout, activation)
