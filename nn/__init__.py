@@ -34,7 +34,7 @@ _EXPORTS = {
     "dropout": ("Dropout",),
     "shape": ("Flatten",),
     "losses": ("Loss", "CrossEntropyLoss", "MSELoss"),
-    "optim": ("Optimizer", "SGD", "Adam"),
+    "optim": ("Optimizer", "SGD", "Adagrad", "RMSprop", "Adam", "AdamW"),
     "train": ("fit", "evaluate", "predict", "History", "Evaluation"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import adam_step, sgd_step
+from ..kernels import adagrad_step, adam_step, rmsprop_step, sgd_step
 from .module import Parameter
 
 
@@ -116,6 +116,61 @@ class SGD(Optimizer):
         )  # fmt: skip
 
 
+class Adagrad(Optimizer):
+    """AdaGrad (Duchi, Hazan, Singer 2011): s = s + g**2, data -= lr * g / (sqrt(s) + eps).
+
+    g = grad + weight_decay * data.
+    """
+
+    options = ("lr", "eps", "weight_decay")
+
+    def __init__(
+        self, parameters: Iterable[Parameter], lr: float = 1e-2, *, eps: float = 1e-10, weight_decay: float = 0.0
+    ):
+        super().__init__(parameters, lr)
+        self.eps = self.checked("eps", eps)
+        self.weight_decay = self.checked("weight_decay", weight_decay)
+
+    def update(self, data, grad, state):
+        if not state:
+            state["square"] = np.zeros_like(data)
+        adagrad_step(data, grad, state["square"], lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+
+
+class RMSprop(Optimizer):
+    """RMSProp (Hinton 2012): s = alpha * s + (1 - alpha) * g**2, data -= lr * g / (sqrt(s) + eps).
+
+    With a momentum, v = momentum * v + g / (sqrt(s) + eps), data -= lr * v; g = grad + weight_decay * data.
+    """
+
+    options = ("lr", "alpha", "eps", "weight_decay", "momentum")
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+    ):
+        super().__init__(parameters, lr)
+        self.alpha = self.checked("alpha", alpha)
+        self.eps = self.checked("eps", eps)
+        self.weight_decay = self.checked("weight_decay", weight_decay)
+        self.momentum = self.checked("momentum", momentum)
+
+    def update(self, data, grad, state):
+        if not state:
+            state["square"] = np.zeros_like(data)
+        if self.momentum and "velocity" not in state:
+            state["velocity"] = np.zeros_like(data)
+        rmsprop_step(
+            data, grad, state["square"], state["velocity"] if self.momentum else None, lr=self.lr, alpha=self.alpha,
+            eps=self.eps, momentum=self.momentum, weight_decay=self.weight_decay,
+        )  # fmt: skip
+
+
 class Adam(Optimizer):
     """Adam (Kingma and Ba 2015), with the correction of the zero start in both means:
 
@@ -124,6 +179,7 @@ class Adam(Optimizer):
     """
 
     options = ("lr", "betas", "eps", "weight_decay")
+    decoupled = False  # whether weight_decay shrinks the weights by itself, as AdamW's does
 
     def __init__(
         self,
@@ -135,7 +191,7 @@ class Adam(Optimizer):
     ):
         super().__init__(parameters, lr)
         if len(betas) != 2:
-            raise ValueError(f"Adam: betas must be a pair, got {betas!r}")
+            raise ValueError(f"{type(self).__name__}: betas must be a pair, got {betas!r}")
         self.betas = (self.checked("betas[0]", betas[0], 1), self.checked("betas[1]", betas[1], 1))
         self.eps = self.checked("eps", eps)
         self.weight_decay = self.checked("weight_decay", weight_decay)
@@ -146,5 +202,22 @@ class Adam(Optimizer):
         state["step"] += 1
         adam_step(
             data, grad, state["mean"], state["square"], step=state["step"], lr=self.lr, betas=self.betas, eps=self.eps,
-            weight_decay=self.weight_decay,
+            weight_decay=self.weight_decay, decoupled=self.decoupled,
         )  # fmt: skip
+
+
+class AdamW(Adam):
+    """Adam with g = grad, and data *= 1 - lr * weight_decay before each step (Loshchilov and Hutter 2019)."""
+
+    options = (*Adam.options, "decoupled")  # so that Adam's state is refused
+    decoupled = True
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        super().__init__(parameters, lr, betas, eps, weight_decay)

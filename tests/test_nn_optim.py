@@ -12,6 +12,15 @@ CASES = {
     "nesterov": ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "sgd with weight decay": ("SGD", {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.2}),
     "adam": ("Adam", {}),
+    "adagrad": ("Adagrad", {}),
+    "adagrad with everything": ("Adagrad", {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.1}),
+    "rmsprop": ("RMSprop", {}),
+    "rmsprop with everything": (
+        "RMSprop",
+        {"lr": 0.05, "alpha": 0.8, "eps": 1e-3, "weight_decay": 0.1, "momentum": 0.5},
+    ),
+    "adamw": ("AdamW", {}),
+    "adamw with everything": ("AdamW", {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3}),
     "adam with everything": ("Adam", {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}),
 }
 
@@ -120,6 +129,11 @@ WRONG = {
         lambda: nn.SGD([ONE]).load_state_dict(nn.Adam([ONE]).state_dict()),
         ValueError,
         "SGD: the state has options .*betas",
+    ),
+    "adam's": (
+        lambda: nn.AdamW([ONE]).load_state_dict(nn.Adam([ONE]).state_dict()),
+        ValueError,
+        "AdamW: the state has options",
     ),
     "other count": (
         lambda: nn.SGD([ONE]).load_state_dict(nn.SGD([ONE, nn.Parameter(np.zeros(1))]).state_dict()),
