@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def sources() -> dict[str, str]:
 def _nvrtc() -> tuple[Any, tuple[int, int]]:
     """CuPy's binding of NVRTC, and NVRTC's version."""
     try:
-        from cupy.cuda import nvrtc  # pyright: ignore[reportMissingImports]
+        nvrtc: Any = import_module("cupy.cuda").nvrtc
     except ImportError as error:
         raise CompileError(f"CuPy cannot be imported (extra: cuda13 or cuda12): {error}") from error
     try:
