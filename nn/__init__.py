@@ -33,7 +33,17 @@ _EXPORTS = {
     "activation": ("ReLU", "LeakyReLU", "Sigmoid", "Tanh", "Softmax"),
     "dropout": ("Dropout",),
     "shape": ("Flatten",),
-    "losses": ("Loss", "CrossEntropyLoss", "MSELoss"),
+    "losses": (
+        "Loss",
+        "CrossEntropyLoss",
+        "NLLLoss",
+        "BCELoss",
+        "BCEWithLogitsLoss",
+        "MSELoss",
+        "RMSELoss",
+        "L1Loss",
+        "one_hot",
+    ),
     "optim": ("Optimizer", "SGD", "Adagrad", "RMSprop", "Adam", "AdamW"),
     "train": ("fit", "evaluate", "predict", "History", "Evaluation"),
 }

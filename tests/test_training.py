@@ -88,7 +88,7 @@ class TestHistory:
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
     def test_is_a_mean_over_samples_also_with_a_smaller_last_batch(self, reduction):
         model, (x, y) = nn.Linear(2, 3, rng=0), blobs(50)
-        history = train(model, 0.0, data=(x, y), loss=nn.CrossEntropyLoss(reduction), epochs=1, batch_size=32)
+        history = train(model, 0.0, data=(x, y), loss=nn.CrossEntropyLoss(reduction=reduction), epochs=1, batch_size=32)
         expected = nn.evaluate(model, nn.CrossEntropyLoss(), x, y, batch_size=50)
         assert history.loss[0] == pytest.approx(expected.loss, rel=1e-5)
         assert history.accuracy[0] == pytest.approx(expected.accuracy)
@@ -264,7 +264,7 @@ WRONG = {
     ),
     "epochs": ({"epochs": 0}, ValueError, "fit: epochs must be at least 1, got 0"),
     "batch size": ({"batch_size": 2.5}, TypeError, r"fit: batch_size must be an int, got 2\.5"),
-    "reduction": ({"loss": nn.CrossEntropyLoss("none")}, ValueError, 'must have reduction "mean" or "sum"'),
+    "reduction": ({"loss": nn.CrossEntropyLoss(reduction="none")}, ValueError, 'must have reduction "mean" or "sum"'),
     "loss": ({"loss": abs}, TypeError, "fit: loss must be a Loss, such as CrossEntropyLoss"),
     "no batch": ({"batch_size": 100, "drop_last": True}, ValueError, "drop_last leaves no batch of 100 out of 90"),
     "rng": ({"rng": "seed"}, TypeError, "rng must be a numpy.random.Generator"),
