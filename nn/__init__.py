@@ -30,7 +30,7 @@ _EXPORTS = {
     "conv": ("Conv2d",),
     "pool": ("MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d"),
     "batchnorm": ("BatchNorm1d", "BatchNorm2d"),
-    "activation": ("ReLU", "LeakyReLU", "Sigmoid", "Tanh", "Softmax"),
+    "activation": ("Identity", "Step", "Sign", "ReLU", "LeakyReLU", "Sigmoid", "Tanh", "Softmax", "LogSoftmax"),
     "dropout": ("Dropout",),
     "shape": ("Flatten",),
     "losses": (

@@ -5,16 +5,58 @@ import numpy as np
 from ..kernels import (
     leaky_relu,
     leaky_relu_backward,
+    log_softmax,
+    log_softmax_backward,
     relu,
     relu_backward,
     sigmoid,
     sigmoid_backward,
+    sign,
     softmax,
     softmax_backward,
+    step,
     tanh,
     tanh_backward,
 )
 from .module import Module
+
+
+class Identity(Module):
+    """x itself: takes the place of a layer, such as a network's head."""
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        return grad
+
+
+class _Flat(Module):
+    """An activation whose slope is 0 wherever it has one: nothing before it learns by gradients."""
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        (shape,) = self.kept()
+        if grad.shape != shape:
+            raise ValueError(f"{type(self).__name__}.backward: grad must have shape {shape}, got {grad.shape}")
+        return np.zeros_like(grad)
+
+
+class Step(_Flat):
+    """1 where x > 0, else 0: the perceptron's threshold. Its gradient is 0."""
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        y = step(x)
+        self.keep(y.shape)
+        return y
+
+
+class Sign(_Flat):
+    """1 where x > 0, -1 where x < 0, 0 at 0. Its gradient is 0."""
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        y = sign(x)
+        self.keep(y.shape)
+        return y
 
 
 class ReLU(Module):
@@ -89,6 +131,25 @@ class Softmax(Module):
     def backward(self, grad: np.ndarray) -> np.ndarray:
         (y,) = self.kept()
         return softmax_backward(grad, y, self.axis)
+
+    def describe(self) -> str:
+        return f"axis={self.axis}"
+
+
+class LogSoftmax(Module):
+    """log(softmax(x)) along an axis, without overflow: what NLLLoss takes. CrossEntropyLoss is both in one."""
+
+    def __init__(self, axis: int = -1):
+        self.axis = axis
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        y = log_softmax(x, self.axis)
+        self.keep(y)
+        return y
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        (y,) = self.kept()
+        return log_softmax_backward(grad, y, self.axis)
 
     def describe(self) -> str:
         return f"axis={self.axis}"

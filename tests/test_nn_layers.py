@@ -39,6 +39,8 @@ SAME_ARGUMENTS = {
     "sigmoid": ("Sigmoid()", (5, 7), 2),
     "tanh": ("Tanh()", (5, 7), 2),
     "softmax": ("Softmax(1)", (5, 7), 14),
+    "log softmax": ("LogSoftmax(1)", (5, 7), 14),
+    "log softmax of pixels": ("LogSoftmax(1)", (3, 4, 2, 5), 8),
 }
 
 
@@ -269,6 +271,37 @@ class TestPreparedConvolution:
             layer(x[:, :2])
         with pytest.raises(TypeError, match="conv2d: weight is float32 but x is float64"):
             layer(x.astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_step_and_sign_and_identity(torch, rng, reference, dtype):
+    x = np.concatenate([[0, -0.0, 1e-30, -1e-30], rng.standard_normal(20)]).astype(dtype)
+    grad = rng.standard_normal(x.shape).astype(dtype)
+    x_torch = torch.tensor(x, requires_grad=True)
+    zero = torch.tensor(0, dtype=x_torch.dtype)
+    for layer, expected in ((nn.Step(), torch.heaviside(x_torch.detach(), zero)), (nn.Sign(), torch.sign(x_torch))):
+        y = layer(x)
+        np.testing.assert_array_equal(y, expected.detach().numpy())
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(layer.backward(grad), np.zeros_like(x))
+    layer = nn.Identity()
+    assert layer(x) is x
+    assert layer.backward(grad) is grad
+
+
+def test_step_layers_refuse_a_gradient_of_another_shape(reference):
+    layer = nn.Sign()
+    layer(np.ones(3))
+    with pytest.raises(ValueError, match=r"Sign\.backward: grad must have shape \(3,\), got \(2,\)"):
+        layer.backward(np.ones(2))
+
+
+def test_a_perceptron_computes_and(reference):
+    """The lectures' threshold unit: step(x1 + x2 - 1.5)."""
+    layer = nn.Linear(2, 1, dtype=np.float64)
+    layer.load_state_dict({"weight": np.ones((1, 2)), "bias": np.array([-1.5])})
+    inputs = np.array([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+    np.testing.assert_array_equal(nn.Sequential(layer, nn.Step())(inputs)[:, 0], [0, 0, 0, 1])
 
 
 class TestDropout:
