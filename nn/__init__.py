@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .module import *
     from .optim import *
     from .pool import *
+    from .schedules import *
     from .shape import *
     from .train import *
 
@@ -45,6 +46,14 @@ _EXPORTS = {
         "one_hot",
     ),
     "optim": ("Optimizer", "SGD", "Adagrad", "RMSprop", "Adam", "AdamW"),
+    "schedules": (
+        "Schedule",
+        "DecadeLR",
+        "StepLR",
+        "ExponentialLR",
+        "CosineAnnealingLR",
+        "ReduceLROnPlateau",
+    ),
     "train": ("fit", "evaluate", "predict", "History", "Evaluation"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
