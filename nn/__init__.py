@@ -13,12 +13,14 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from . import init, models, optim
     from .activation import *
     from .batchnorm import *
+    from .clip import *
     from .conv import *
     from .dropout import *
     from .linear import *
     from .losses import *
     from .module import *
     from .optim import *
+    from .penalty import *
     from .pool import *
     from .schedules import *
     from .shape import *
@@ -46,6 +48,8 @@ _EXPORTS = {
         "one_hot",
     ),
     "optim": ("Optimizer", "SGD", "Adagrad", "RMSprop", "Adam", "AdamW"),
+    "clip": ("clip_grad_norm_", "clip_grad_value_"),
+    "penalty": ("l1_penalty_",),
     "schedules": (
         "Schedule",
         "DecadeLR",

@@ -36,7 +36,7 @@ class Conv2d(Affine):
         bias: whether there is one.
         layout: "NCHW", or "NHWC" for x and y (N, H, W, C); the weight has one shape in both.
         init: "default" (PyTorch's: uniform in +-1 / sqrt(fan_in)), "he_normal", "he_uniform", "xavier_normal",
-            "xavier_uniform", "zeros", or a callable init(shape, rng, dtype); see `tilewise.nn.init`.
+            "xavier_uniform", "normal", "zeros", or a callable init(shape, rng, dtype); see `tilewise.nn.init`.
         rng: a numpy.random.Generator or a seed, for the initial values.
         dtype: of the parameters; x must have it too.
     """

@@ -89,6 +89,7 @@ def xavier_uniform(shape: tuple[int, ...], rng: Rng = None, dtype: DTypeLike = n
 
 
 SCHEMES: dict[str, Callable[..., np.ndarray]] = {
+    "normal": normal,
     "he_normal": he_normal,
     "he_uniform": he_uniform,
     "xavier_normal": xavier_normal,
@@ -103,7 +104,7 @@ def layer_values(
     """The (weight, bias) that a layer starts with.
 
     init "default" is PyTorch's: both uniform in +-1 / sqrt(fan_in). Otherwise a name of SCHEMES, or a callable
-    init(shape, rng, dtype); the bias is zero then.
+    init(shape, rng, dtype), such as partial(he_normal, mode="fan_avg"); the bias is zero then.
     """
     rng, dtype = generator(rng), layer_dtype(function, dtype)
     if init == "default":

@@ -51,7 +51,7 @@ class Linear(Affine):
         in_features, out_features: the lengths of the last axis of x and y.
         bias: whether there is one.
         init: "default" (PyTorch's: uniform in +-1 / sqrt(in_features)), "he_normal", "he_uniform", "xavier_normal",
-            "xavier_uniform", "zeros", or a callable init(shape, rng, dtype); see `tilewise.nn.init`.
+            "xavier_uniform", "normal", "zeros", or a callable init(shape, rng, dtype); see `tilewise.nn.init`.
         rng: a numpy.random.Generator or a seed, for the initial values.
         dtype: of the parameters; x must have it too.
     """

@@ -79,6 +79,7 @@ def fit(
     shuffle: bool = True,
     drop_last: bool = False,
     accuracy: bool | None = None,
+    before_step: Callable[[], object] | None = None,
     after_epoch: Callable[[History], object] | None = None,
     rng: Rng = None,
     progress: bool = True,
@@ -94,6 +95,7 @@ def fit(
         validation: (x, y) on which the model is measured after each epoch.
         shuffle: whether each epoch goes through the samples in a new order.
         accuracy: whether to record it; None: where the loss is one of classes.
+        before_step: called when the batch's gradients are there and before they are used: clipping, an L1 penalty.
         after_epoch: called with the history after each epoch; training ends when it returns a true value (early
             stopping). It may change optimizer.lr (a schedule).
         rng: a numpy.random.Generator or a seed, for the order. With it, with seeded initial values and seeded dropout,
@@ -129,6 +131,8 @@ def fit(
                 for parameter in parameters:
                     parameter.grad = None
                 model.backward_parameters(loss.backward())
+                if before_step is not None:
+                    before_step()
                 optimizer.step()
                 shown.batch(totals[0] / totals[2])
             _record(history, "", totals, accuracy)

@@ -1,5 +1,7 @@
 """Initial values: their variances, their seeds, and that the layers use them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -51,13 +53,19 @@ def test_default_is_pytorchs_distribution():
 
 
 def test_layers_take_a_scheme_by_name_or_as_a_function():
-    for name in ("he_normal", "he_uniform", "xavier_normal", "xavier_uniform"):
+    for name in ("normal", "he_normal", "he_uniform", "xavier_normal", "xavier_uniform"):
         layer = nn.Linear(20, 30, init=name, rng=3)
         np.testing.assert_array_equal(layer.weight.data, getattr(nn.init, name)((30, 20), 3))
         np.testing.assert_array_equal(layer.bias.data, np.zeros(30))
     assert not nn.Linear(4, 4, init="zeros").weight.data.any()
     layer = nn.Conv2d(2, 3, 5, init=lambda shape, rng, dtype: nn.init.normal(shape, rng, dtype, 0.01), rng=3)
     np.testing.assert_array_equal(layer.weight.data, nn.init.normal((3, 2, 5, 5), 3, np.float32, 0.01))
+
+
+def test_the_lectures_form_of_he():
+    """Variance 4 / (n_in + n_out), in a layer."""
+    layer = nn.Linear(300, 500, init=partial(nn.init.he_normal, mode="fan_avg"), rng=0)
+    assert layer.weight.data.var() == pytest.approx(4 / 800, rel=5 * (2 / 150_000) ** 0.5)
 
 
 def test_seeds():
