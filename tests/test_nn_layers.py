@@ -304,37 +304,6 @@ def test_a_perceptron_computes_and(reference):
     np.testing.assert_array_equal(nn.Sequential(layer, nn.Step())(inputs)[:, 0], [0, 0, 0, 1])
 
 
-class TestDropout:
-    def test_drops_a_share_p_and_rescales_the_rest(self):
-        x = np.full((200, 500), 3.0)
-        y = nn.Dropout(0.3, rng=0)(x)
-        dropped = (y == 0).mean()
-        assert abs(dropped - 0.3) < 5 * (0.3 * 0.7 / x.size) ** 0.5  # five standard deviations
-        np.testing.assert_allclose(y[y != 0], 3 / 0.7)
-        assert abs(y.mean() - 3) < 0.05
-
-    def test_backward_drops_the_same_elements(self, rng):
-        dropout = nn.Dropout(0.5, rng=1)
-        x, grad = rng.standard_normal((20, 30)), rng.standard_normal((20, 30))
-        y = dropout(x)
-        np.testing.assert_allclose(dropout.backward(grad), np.where(y == 0, 0, 2 * grad))
-
-    def test_evaluation_is_the_identity(self, rng):
-        x = rng.standard_normal((4, 5)).astype(np.float32)
-        np.testing.assert_array_equal(nn.Dropout(0.9, rng=0).eval()(x), x)
-
-    def test_same_seed_same_choice(self, rng):
-        x = rng.standard_normal((50, 50)).astype(np.float32)
-        first, second, other = (nn.Dropout(0.5, rng=seed)(x) for seed in (7, 7, 8))
-        np.testing.assert_array_equal(first, second)
-        assert (first != other).any()
-        assert first.dtype == np.float32
-
-    @pytest.mark.parametrize(("p", "expected"), [(0, 1.0), (1, 0.0)])
-    def test_extremes(self, p, expected):
-        np.testing.assert_array_equal(nn.Dropout(p)(np.ones((3, 3))), np.full((3, 3), expected))
-
-
 WRONG = {
     "channels": (lambda: nn.Conv2d(0, 4, 3), ValueError, "Conv2d: in_channels must be at least 1, got 0"),
     "kernel": (lambda: nn.Conv2d(1, 4, 0), ValueError, "Conv2d: kernel_size must be at least 1"),
@@ -357,7 +326,6 @@ WRONG = {
         TypeError,
         "Linear: dtype must be float16, float32 or float64, got int64",
     ),
-    "p": (lambda: nn.Dropout(1.5), ValueError, r"Dropout: p must be from 0 to 1, got 1\.5"),
     "BatchNorm1d of images": (
         lambda: nn.BatchNorm1d(2)(np.ones((1, 2, 3, 3))),
         ValueError,
