@@ -31,7 +31,7 @@ _EXPORTS = {
     "module": ("Module", "Parameter", "Sequential"),
     "linear": ("Linear",),
     "conv": ("Conv2d",),
-    "pool": ("MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d"),
+    "pool": ("MaxPool2d", "AvgPool2d", "WeightedAvgPool2d", "AdaptiveAvgPool2d"),
     "batchnorm": ("BatchNorm1d", "BatchNorm2d"),
     "activation": ("Identity", "Step", "Sign", "ReLU", "LeakyReLU", "Sigmoid", "Tanh", "Softmax", "LogSoftmax"),
     "dropout": ("Dropout",),

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..kernels import conv2d, conv2d_backward, prepare_conv2d
-from ..kernels.shapes import explicit_padding, integer, pair
+from ..kernels import conv2d, conv2d_backward, pad, pad_backward, prepare_conv2d
+from ..kernels.shapes import Padding, explicit_padding, integer, padding_pairs, pair
 from .init import Rng
 from .linear import Affine
 
@@ -17,6 +17,9 @@ PaddingLike = int | str | Sequence[int] | Sequence[Sequence[int]]
 # Weights up to this many elements are compared one by one (16 KB of float32: half a microsecond), of larger ones that
 # many are looked at.
 _COMPARED, _SAMPLED = 4096, 2048
+
+# PyTorch's name -> that of kernels.pad
+_PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
 class Conv2d(Affine):
@@ -34,6 +37,9 @@ class Conv2d(Affine):
         padding: an int, a pair, two pairs ((top, bottom), (left, right)), "valid", "same" or "same_lower".
         groups: how many independent slices the channels are cut into.
         bias: whether there is one.
+        padding_mode: what the padding holds: "zeros", or, by a copy of x that is larger, "reflect" (x mirrored at its
+            edge pixels), "replicate" (the edge pixels) or "circular" (x from its other side).
+        padding_value: what the padding holds instead of zeros, also by a larger copy.
         layout: "NCHW", or "NHWC" for x and y (N, H, W, C); the weight has one shape in both.
         init: "default" (PyTorch's: uniform in +-1 / sqrt(fan_in)), "he_normal", "he_uniform", "xavier_normal",
             "xavier_uniform", "normal", "zeros", or a callable init(shape, rng, dtype); see `tilewise.nn.init`.
@@ -54,7 +60,9 @@ class Conv2d(Affine):
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         *,
+        padding_value: float = 0.0,
         layout: str = "NCHW",
         init="default",
         rng: Rng = None,
@@ -68,20 +76,51 @@ class Conv2d(Affine):
         self.dilation = pair("Conv2d", "dilation", dilation)
         self.groups = integer("Conv2d", "groups", groups)
         self.layout = layer_layout("Conv2d", layout)
+        if padding_mode not in _PADDING_MODES:
+            raise ValueError(f"Conv2d: padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
+        if padding_value != 0 and padding_mode != "zeros":
+            raise ValueError(f"Conv2d: a padding_value needs padding_mode zeros, got {padding_mode!r}")
+        self.padding_mode, self.padding_value = padding_mode, padding_value
         for name, channels in (("in_channels", self.in_channels), ("out_channels", self.out_channels)):
             if channels % self.groups:
                 raise ValueError(f"Conv2d: {name} must be divisible by groups, got {channels} and {self.groups}")
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         super().__init__(shape, bias, init, rng, dtype)
 
+    def _pads_itself(self) -> bool:
+        """Whether x is padded before the kernel is called, which knows only zeros."""
+        return self.padding_mode != "zeros" or self.padding_value != 0
+
     def _options(self) -> tuple:
-        return (self.stride, self.padding, self.dilation, self.groups)
+        return (self.stride, 0 if self._pads_itself() else self.padding, self.dilation, self.groups)
+
+    def _pads(self, shape: tuple[int, ...]) -> Padding:
+        size = shape[-2:] if self.layout == "NCHW" else shape[-3:-1]
+        return padding_pairs("Conv2d", self.padding, (size[0], size[1]), self.kernel_size, self.stride, self.dilation)
+
+    def _padded(self, x: np.ndarray) -> np.ndarray:
+        if not self._pads_itself():
+            return x
+        check_images("Conv2d", x, self.layout)  # the kernel, which would, gets a padded one
+        mode = _PADDING_MODES[self.padding_mode]
+        y = pad(_planes_last(x, self.layout), self._pads(x.shape), mode, self.padding_value)
+        return y if self.layout == "NCHW" else np.moveaxis(y, -3, -1)
+
+    def _unpadded(self, grad: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The gradient of x, whose shape this is, from that of the padded x."""
+        if not self._pads_itself():
+            return grad
+        planes = shape if self.layout == "NCHW" else (*shape[:-3], shape[-1], *shape[-3:-1])
+        mode = _PADDING_MODES[self.padding_mode]
+        grad = pad_backward(_planes_last(grad, self.layout), planes, self._pads(shape), mode)
+        return grad if self.layout == "NCHW" else np.moveaxis(grad, -3, -1)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
+        padded = self._padded(x)
         if not self.training:
-            return self._evaluation()(x)
+            return self._evaluation()(padded)
         bias = None if self.bias is None else self.bias.data
-        y = conv2d(x, self.weight.data, bias, *self._options(), layout=self.layout)
+        y = conv2d(padded, self.weight.data, bias, *self._options(), layout=self.layout)
         self.keep(x)
         return y
 
@@ -99,11 +138,15 @@ class Conv2d(Affine):
         self._prepared = None
 
     def gradients(self, grad, x, needs):
-        return conv2d_backward(grad, x, self.weight.data, *self._options(), layout=self.layout, needs=needs)
+        options = self._options()
+        padded = self._padded(x)  # once more: kept, it would be a second copy of x
+        grads = conv2d_backward(grad, padded, self.weight.data, *options, layout=self.layout, needs=needs)
+        return (None if grads[0] is None else self._unpadded(grads[0], x.shape), *grads[1:])
 
     def describe(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         plain = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1, "layout": "NCHW"}
+        plain |= {"padding_mode": "zeros", "padding_value": 0}
         parts += [f"{name}={getattr(self, name)!r}" for name, usual in plain.items() if getattr(self, name) != usual]
         return ", ".join(parts) + ("" if self.bias else ", bias=False")
 
@@ -134,6 +177,17 @@ def _sample(array: np.ndarray) -> bytes:
     step = array.size // _SAMPLED | 1  # odd, and no multiple of 3: sizes of axes seldom share a factor with it
     step += 2 if step % 3 == 0 else 0
     return array.ravel("K")[::step].tobytes()
+
+
+def check_images(function: str, x: np.ndarray, layout: str):
+    if x.ndim not in (3, 4):
+        axes = ", ".join(layout)
+        raise ValueError(f"{function}: x must have 4 dimensions ({axes}), or 3 without N, got shape {x.shape}")
+
+
+def _planes_last(x: np.ndarray, layout: str) -> np.ndarray:
+    """A view with the axes (..., C, H, W)."""
+    return x if layout == "NCHW" else np.moveaxis(x, -1, -3)
 
 
 def layer_padding(function: str, value: PaddingLike):

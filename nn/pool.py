@@ -1,17 +1,20 @@
 """Pooling layers. The arguments are those of the kernels of the same names."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..kernels import (
     adaptive_avg_pool2d,
     adaptive_avg_pool2d_backward,
     avg_pool2d,
     avg_pool2d_backward,
+    conv2d,
+    conv2d_backward,
     max_pool2d,
     max_pool2d_backward,
 )
 from ..kernels.shapes import pair
-from .conv import PaddingLike, Size, layer_layout, layer_padding
+from .conv import PaddingLike, Size, check_images, layer_layout, layer_padding
 from .module import Module
 
 
@@ -93,6 +96,50 @@ class AvgPool2d(_Window):
     def backward(self, grad: np.ndarray) -> np.ndarray:
         (shape,) = self.kept()
         return avg_pool2d_backward(grad, shape, *self._options(), layout=self.layout)
+
+
+class WeightedAvgPool2d(_Window):
+    """The average of each window, with given weights: sum(w * x) / sum(w). Padding counts as zeros.
+
+    A convolution of each channel by itself (groups = C) with one kernel, w / sum(w), that is not trained.
+
+    Args:
+        weights: (KH, KW), the window and its weights; their sum is positive.
+        stride: an int or a pair; the window's size where None.
+        padding, layout: as in `AvgPool2d`.
+    """
+
+    def __init__(
+        self, weights: ArrayLike, stride: Size | None = None, padding: PaddingLike = 0, *, layout: str = "NCHW"
+    ):
+        given = np.asarray(weights, np.float64)
+        if given.ndim != 2 or given.size == 0:
+            raise ValueError(f"WeightedAvgPool2d: weights must have shape (KH, KW), got {given.shape}")
+        if not (np.isfinite(given).all() and given.sum() > 0):
+            raise ValueError(f"WeightedAvgPool2d: weights must be finite and their sum positive, got {given.tolist()}")
+        super().__init__(given.shape, stride, padding, layout)
+        self.weights = given / given.sum()
+
+    def _arguments(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple:
+        """(kernel, options) for images of this shape."""
+        channels = shape[-3 if self.layout == "NCHW" else -1]
+        kernel = np.broadcast_to(self.weights.astype(dtype), (channels, 1, *self.kernel_size))
+        return kernel, {"stride": self.stride, "padding": self.padding, "groups": channels, "layout": self.layout}
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        check_images("WeightedAvgPool2d", x, self.layout)  # before its channels are counted
+        kernel, options = self._arguments(x.shape, x.dtype)
+        y = conv2d(x, kernel, **options)
+        self.keep(x)
+        return y
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        (x,) = self.kept()
+        kernel, options = self._arguments(x.shape, x.dtype)
+        return conv2d_backward(grad, x, kernel, **options, needs=("x",))[0]
+
+    def describe(self) -> str:
+        return f"weights={self.weights.tolist()}, {super().describe()}"
 
 
 class AdaptiveAvgPool2d(Module):
