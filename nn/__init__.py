@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .optim import *
     from .penalty import *
     from .pool import *
+    from .recurrent import *
     from .schedules import *
     from .shape import *
     from .train import *
@@ -35,7 +36,8 @@ _EXPORTS = {
     "batchnorm": ("BatchNorm1d", "BatchNorm2d"),
     "activation": ("Identity", "Step", "Sign", "ReLU", "LeakyReLU", "Sigmoid", "Tanh", "Softmax", "LogSoftmax"),
     "dropout": ("Dropout",),
-    "shape": ("Flatten",),
+    "recurrent": ("RNN", "LSTM"),
+    "shape": ("Flatten", "Repeat"),
     "losses": (
         "Loss",
         "CrossEntropyLoss",

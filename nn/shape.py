@@ -4,6 +4,7 @@ from math import prod
 
 import numpy as np
 
+from ..kernels.shapes import integer
 from .module import Module
 
 
@@ -27,3 +28,27 @@ class Flatten(Module):
 
     def describe(self) -> str:
         return f"start_dim={self.start_dim}, end_dim={self.end_dim}"
+
+
+class Repeat(Module):
+    """A vector, (N, F), once for each of `steps` steps: (N, steps, F), or (steps, N, F) without batch_first.
+
+    What a recurrent layer needs to make a sequence of a vector.
+    """
+
+    def __init__(self, steps: int, batch_first: bool = False):
+        self.steps = integer("Repeat", "steps", steps)
+        self.batch_first = batch_first
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        if x.ndim != 2:
+            raise ValueError(f"Repeat: x must have shape (N, features), got {x.shape}")
+        self.keep()
+        return np.repeat(np.expand_dims(x, int(self.batch_first)), self.steps, int(self.batch_first))
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        self.kept()
+        return grad.sum(int(self.batch_first))
+
+    def describe(self) -> str:
+        return f"steps={self.steps}, batch_first={self.batch_first}"

@@ -1,0 +1,314 @@
+"""Recurrent layers: RNN (Elman 1990) and LSTM (Hochreiter and Schmidhuber 1997), of one or more layers.
+
+The inputs of all steps and gates go through one product, x W_ih^T + b_ih + b_hh; then each step adds h W_hh^T, all
+gates in one product. Backward goes back through time step by step, and the gradients of the weights are one product
+over all steps again.
+"""
+
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from ..kernels import (
+    linear,
+    linear_backward,
+    matmul,
+    relu,
+    relu_backward,
+    sigmoid,
+    sigmoid_backward,
+    tanh,
+    tanh_backward,
+)
+from ..kernels.shapes import integer
+from .init import Rng, generator, layer_dtype, uniform
+from .module import Module, Parameter
+
+RETURNS = ("all", "sequence", "last")
+_States = tuple[np.ndarray, ...]
+
+
+class _Recurrent(Module):
+    """What RNN and LSTM share: parameters, shapes, the walk over layers. States are (num_layers, N, hidden_size)."""
+
+    names: tuple[str, ...] = ("h",)  # of the states
+    gates = 1  # blocks of hidden_size rows in each weight
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        returns: str,
+        rng: Rng,
+        dtype: DTypeLike,
+    ):
+        name = type(self).__name__
+        self.input_size = integer(name, "input_size", input_size)
+        self.hidden_size = integer(name, "hidden_size", hidden_size)
+        self.num_layers = integer(name, "num_layers", num_layers)
+        if returns not in RETURNS:
+            raise ValueError(f"{name}: returns must be one of {', '.join(RETURNS)}, got {returns!r}")
+        self.bias, self.batch_first, self.returns = bias, batch_first, returns
+        rng, dtype, bound = generator(rng), layer_dtype(name, dtype), 1 / sqrt(self.hidden_size)
+        rows = self.gates * self.hidden_size
+        for layer in range(self.num_layers):
+            inputs = self.hidden_size if layer else self.input_size
+            shapes = {"weight_ih": (rows, inputs), "weight_hh": (rows, self.hidden_size)}
+            if bias:
+                shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            for kind, shape in shapes.items():
+                setattr(self, f"{kind}_l{layer}", Parameter(uniform(shape, rng, dtype, bound)))
+
+    def _run(self, inputs: np.ndarray, weight: np.ndarray, start: _States) -> tuple[_States, np.ndarray | None]:
+        """All steps of a layer: (states (T + 1, N, H) from the start on, what _run_back needs besides).
+
+        inputs: (T, N, gates * H), each step's part of its input; may be overwritten.
+        """
+        raise NotImplementedError
+
+    def _run_back(
+        self, grad: np.ndarray, final: _States, weight: np.ndarray, states: _States, extra: np.ndarray | None
+    ) -> tuple[np.ndarray, _States]:
+        """(the gradient of inputs, that of the start), from those of all hidden states and of the final states."""
+        raise NotImplementedError
+
+    def _parameter(self, kind: str, layer: int) -> Parameter:
+        return getattr(self, f"{kind}_l{layer}")
+
+    def __call__(self, x: np.ndarray, state=None) -> Any:
+        return self.forward(x, state)
+
+    def forward(self, x: np.ndarray, state=None) -> Any:
+        sequence, start = self._checked(x, state)
+        final = tuple(np.empty_like(s) for s in start)
+        kept = []
+        for layer in range(self.num_layers):
+            bias = (
+                self._parameter("bias_ih", layer).data + self._parameter("bias_hh", layer).data if self.bias else None
+            )
+            inputs = linear(sequence, self._parameter("weight_ih", layer).data, bias)
+            states, extra = self._run(inputs, self._parameter("weight_hh", layer).data, tuple(s[layer] for s in start))
+            kept.append((sequence, states, extra))
+            for last, values in zip(final, states, strict=True):
+                last[layer] = values[-1]
+            sequence = states[0][1:]
+        self.keep(kept)
+        if self.returns == "last":
+            return sequence[-1]
+        output = sequence.swapaxes(0, 1) if self.batch_first else sequence
+        return output if self.returns == "sequence" else (output, self._outside(final))
+
+    def _checked(self, x: np.ndarray, state) -> tuple[np.ndarray, _States]:
+        """(x as (T, N, input_size), the initial states)"""
+        name = type(self).__name__
+        if x.ndim != 3 or x.shape[2] != self.input_size:
+            axes = "N, steps" if self.batch_first else "steps, N"
+            raise ValueError(f"{name}: x must have shape ({axes}, {self.input_size}), got {x.shape}")
+        sequence = x.swapaxes(0, 1) if self.batch_first else x
+        if not len(sequence):
+            raise ValueError(f"{name}: x has no steps (shape {x.shape})")
+        shape = (self.num_layers, sequence.shape[1], self.hidden_size)
+        if state is None:
+            return sequence, tuple(np.zeros(shape, x.dtype) for _ in self.names)
+        return sequence, self._inside("state", state, shape, x.dtype)
+
+    def _inside(self, what: str, state, shape: tuple[int, ...], dtype: np.dtype) -> _States:
+        """A state as the caller has it (one array, or a tuple of several), as a tuple."""
+        function = type(self).__name__
+        states = (state,) if len(self.names) == 1 else state
+        if not isinstance(states, (tuple, list)) or len(states) != len(self.names):
+            raise TypeError(f"{function}: {what} must be a tuple ({', '.join(self.names)}), got {type(state).__name__}")
+        for name, array in zip(self.names, states, strict=True):
+            if array.shape != shape:
+                raise ValueError(f"{function}: {what} {name} must have shape {shape}, got {array.shape}")
+            if array.dtype != dtype:
+                raise TypeError(f"{function}: {what} {name} is {array.dtype} but x is {dtype}; the dtypes must match")
+        return tuple(states)
+
+    def _outside(self, states: _States):
+        return states[0] if len(states) == 1 else states
+
+    def backward(self, grad: np.ndarray, grad_state=None) -> Any:
+        """Add to the parameters' gradients, and go back from the last forward.
+
+        Args:
+            grad: the gradient of the output, of its shape.
+            grad_state: with returns="all", the gradient of the final state, in its form; None for zeros.
+
+        Returns:
+            The gradient of x; with returns="all" a pair of it and of the initial state's.
+        """
+        grad_x, start = self._back(grad, grad_state, True)
+        return (grad_x, self._outside(start)) if self.returns == "all" else grad_x
+
+    def backward_parameters(self, grad: np.ndarray):
+        self._back(grad, None, False)
+
+    def _back(self, grad: np.ndarray, grad_state, needs_x: bool) -> tuple[Any, _States]:
+        (kept,) = self.kept()
+        hidden = kept[-1][1][0][1:]
+        grad = self._time_major(grad, hidden)
+        shape = (self.num_layers, *hidden.shape[1:])
+        if grad_state is None:
+            final = tuple(np.zeros(shape, hidden.dtype) for _ in self.names)
+        else:
+            final = self._inside("grad_state", grad_state, shape, hidden.dtype)
+        start = tuple(np.empty_like(f) for f in final)
+        for layer in reversed(range(self.num_layers)):
+            sequence, states, extra = kept[layer]
+            weight = self._parameter("weight_hh", layer).data
+            inputs, begun = self._run_back(grad, tuple(f[layer] for f in final), weight, states, extra)
+            for values, value in zip(start, begun, strict=True):
+                values[layer] = value
+            grad = self._accumulate(layer, inputs, sequence, states[0][:-1], needs_x or layer > 0)
+        return (grad.swapaxes(0, 1) if needs_x and self.batch_first else grad), start
+
+    def _time_major(self, grad: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """The gradient of all hidden states of the uppermost layer, (T, N, H)."""
+        shape = hidden.shape[1:] if self.returns == "last" else hidden.shape
+        if self.returns != "last" and self.batch_first:
+            shape = (shape[1], shape[0], shape[2])
+        if grad.shape != shape:
+            raise ValueError(f"{type(self).__name__}.backward: grad must have shape {shape}, got {grad.shape}")
+        if self.returns != "last":
+            return grad.swapaxes(0, 1) if self.batch_first else grad
+        full = np.zeros(hidden.shape, grad.dtype)
+        full[-1] = grad
+        return full
+
+    def _accumulate(self, layer: int, inputs: np.ndarray, x: np.ndarray, before: np.ndarray, needs_x: bool) -> Any:
+        """The parameters' gradients from that of `inputs`; returns that of x, the layer's input sequence."""
+        weight, recurrent = self._parameter("weight_ih", layer), self._parameter("weight_hh", layer)
+        biases = [self._parameter(kind, layer) for kind in ("bias_ih", "bias_hh")] if self.bias else []
+        wanted = {"x": needs_x, "weight": weight.requires_grad, "bias": any(b.requires_grad for b in biases)}
+        needs = tuple(name for name, needed in wanted.items() if needed)
+        if recurrent.requires_grad:
+            recurrent.accumulate(linear_backward(inputs, before, recurrent.data, needs=("weight",))[1])
+        if not needs:
+            return None
+        grad_x, grad_weight, grad_bias = linear_backward(inputs, x, weight.data, needs=needs)
+        weight.accumulate(grad_weight)
+        for bias in biases:  # each its own copy: a gradient may be changed in place
+            bias.accumulate(None if grad_bias is None else grad_bias.copy())
+        return grad_x
+
+    def describe(self) -> str:
+        options = {"num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "returns": "all"}
+        shown = [f", {n}={getattr(self, n)!r}" for n, usual in options.items() if getattr(self, n, usual) != usual]
+        return f"{self.input_size}, {self.hidden_size}{''.join(shown)}"
+
+
+_ARGUMENTS = """Args:
+        input_size, hidden_size: the features of x and of h.
+        num_layers: how many; each takes the sequence of the one before.
+        {extra}bias: whether there are any.
+        batch_first: x and the output are (N, steps, features), not (steps, N, features). States are not changed by it.
+        returns: "all": (output, final state), as in PyTorch, where output is h of the last layer at all steps, and the
+            state (num_layers, N, hidden_size){state}; forward takes an initial one: layer(x, state). "sequence": the
+            output alone, and "last": h of the last layer after the last step, (N, hidden_size), as Sequential wants it.
+        rng: a numpy.random.Generator or a seed, for the initial values: uniform in +-1 / sqrt(hidden_size).
+        dtype: of the parameters; x must have it too.
+    """
+
+
+class RNN(_Recurrent):
+    __doc__ = f"""h_t = tanh(x_t weight_ih^T + bias_ih + h_(t-1) weight_hh^T + bias_hh), from h_0 = 0.
+
+    {_ARGUMENTS.format(extra='nonlinearity: "tanh" or "relu".' + chr(10) + "        ", state="")}"""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        returns: str = "all",
+        rng: Rng = None,
+        dtype: DTypeLike = np.float32,
+    ):
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f'RNN: nonlinearity must be "tanh" or "relu", got {nonlinearity!r}')
+        self.nonlinearity = nonlinearity
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, returns, rng, dtype)
+
+    def _run(self, inputs, weight, start):
+        activation = tanh if self.nonlinearity == "tanh" else relu
+        hidden = np.empty((len(inputs) + 1, *start[0].shape), inputs.dtype)
+        hidden[0] = start[0]
+        for t, x in enumerate(inputs):
+            hidden[t + 1] = activation(x + linear(hidden[t], weight))
+        return (hidden,), None
+
+    def _run_back(self, grad, final, weight, states, extra):
+        derivative = tanh_backward if self.nonlinearity == "tanh" else relu_backward
+        (hidden,), (later,) = states, final
+        inputs = np.empty(grad.shape, hidden.dtype)
+        for t in reversed(range(len(grad))):
+            inputs[t] = derivative(grad[t] + later, hidden[t + 1])
+            later = matmul(inputs[t], weight)
+        return inputs, (later,)
+
+
+class LSTM(_Recurrent):
+    __doc__ = f"""c_t = f * c_(t-1) + i * g and h_t = o * tanh(c_t), from h_0 = c_0 = 0.
+
+    (i, f, g, o) = x_t weight_ih^T + bias_ih + h_(t-1) weight_hh^T + bias_hh, each of hidden_size features, then tanh
+    for g and the sigmoid for the others.
+
+    {_ARGUMENTS.format(extra="", state=", a pair (h, c) of such")}"""
+
+    names = ("h", "c")
+    gates = 4
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        returns: str = "all",
+        rng: Rng = None,
+        dtype: DTypeLike = np.float32,
+    ):
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, returns, rng, dtype)
+
+    def _run(self, inputs, weight, start):
+        hidden, cells = (np.empty((len(inputs) + 1, *s.shape), inputs.dtype) for s in start)
+        hidden[0], cells[0] = start
+        g = slice(2 * self.hidden_size, 3 * self.hidden_size)
+        for t, x in enumerate(inputs):
+            x += linear(hidden[t], weight)
+            candidate = tanh(x[:, g])
+            x[...] = sigmoid(x)
+            x[:, g] = candidate
+            enter, forget, _, leave = np.split(x, 4, 1)
+            np.multiply(forget, cells[t], out=cells[t + 1])
+            cells[t + 1] += enter * candidate
+            np.multiply(leave, tanh(cells[t + 1]), out=hidden[t + 1])
+        return (hidden, cells), inputs  # the gates now
+
+    def _run_back(self, grad, final, weight, states, extra):
+        (_, cells), (later, later_cell) = states, final
+        inputs = np.empty_like(extra)
+        squashed = tanh(cells[1:])
+        for t in reversed(range(len(grad))):
+            enter, forget, candidate, leave = np.split(extra[t], 4, 1)
+            d_hidden = grad[t] + later
+            d_cell = later_cell + tanh_backward(d_hidden * leave, squashed[t])
+            parts = np.split(inputs[t], 4, 1)  # views
+            parts[0][...] = sigmoid_backward(d_cell * candidate, enter)
+            parts[1][...] = sigmoid_backward(d_cell * cells[t], forget)
+            parts[2][...] = tanh_backward(d_cell * enter, candidate)
+            parts[3][...] = sigmoid_backward(d_hidden * squashed[t], leave)
+            later, later_cell = matmul(inputs[t], weight), d_cell * forget
+        return inputs, (later, later_cell)
