@@ -3,8 +3,8 @@
 `fit(..., before_step=lambda: clip_grad_norm_(model.parameters(), 1.0))`. Names and arguments are PyTorch's.
 """
 
+import math
 from collections.abc import Iterable
-from math import inf, isfinite
 
 import numpy as np
 
@@ -31,10 +31,10 @@ def clip_grad_norm_(
         RuntimeError: error_if_nonfinite, and the norm is not finite. The gradients are as they were.
     """
     max_norm = number("clip_grad_norm_", "max_norm", max_norm)
-    power = inf if norm_type == inf else number("clip_grad_norm_", "norm_type", norm_type, positive=True)
+    power = math.inf if norm_type == math.inf else number("clip_grad_norm_", "norm_type", norm_type, positive=True)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = _norm(grads, power)
-    if error_if_nonfinite and not isfinite(norm):
+    if error_if_nonfinite and not math.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the gradients is {norm}")
     factor = max_norm / (norm + 1e-6)
     if not factor >= 1:  # also for NaN
@@ -45,7 +45,7 @@ def clip_grad_norm_(
 
 def _norm(grads: list[np.ndarray], power: float) -> float:
     """In float64, whose squares of float32 values do not overflow."""
-    if power == inf:
+    if power == math.inf:
         return float(max((np.abs(grad).max(initial=0) for grad in grads), default=0.0))
     if power == 2:
         return sum(float(np.square(grad, dtype=np.float64).sum()) for grad in grads) ** 0.5

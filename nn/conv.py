@@ -1,6 +1,7 @@
 """The convolution layer."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -102,8 +103,8 @@ class Conv2d(Affine):
         if not self._pads_itself():
             return x
         check_images("Conv2d", x, self.layout)  # the kernel, which would, gets a padded one
-        mode = _PADDING_MODES[self.padding_mode]
-        y = pad(_planes_last(x, self.layout), self._pads(x.shape), mode, self.padding_value)
+        how: Any = (self._pads(x.shape), _PADDING_MODES[self.padding_mode], self.padding_value)
+        y = pad(_planes_last(x, self.layout), *how)
         return y if self.layout == "NCHW" else np.moveaxis(y, -3, -1)
 
     def _unpadded(self, grad: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -64,7 +64,7 @@ class _Recurrent(Module):
             for kind, shape in shapes.items():
                 setattr(self, f"{kind}_l{layer}", Parameter(uniform(shape, rng, dtype, bound)))
 
-    def _run(self, inputs: np.ndarray, weight: np.ndarray, start: _States) -> tuple[_States, np.ndarray | None]:
+    def _run(self, inputs: np.ndarray, weight: np.ndarray, start: _States) -> tuple[_States, Any]:
         """All steps of a layer: (states (T + 1, N, H) from the start on, what _run_back needs besides).
 
         inputs: (T, N, gates * H), each step's part of its input; may be overwritten.
@@ -72,7 +72,7 @@ class _Recurrent(Module):
         raise NotImplementedError
 
     def _run_back(
-        self, grad: np.ndarray, final: _States, weight: np.ndarray, states: _States, extra: np.ndarray | None
+        self, grad: np.ndarray, final: _States, weight: np.ndarray, states: _States, extra: Any
     ) -> tuple[np.ndarray, _States]:
         """(the gradient of inputs, that of the start), from those of all hidden states and of the final states."""
         raise NotImplementedError

@@ -3,8 +3,8 @@
 A schedule may be given to `fit` as it is: `fit(..., after_epoch=StepLR(optimizer, 10))`.
 """
 
+import math
 from collections.abc import Mapping
-from math import cos, inf, pi
 from typing import Any
 
 from ..kernels.shapes import integer, number
@@ -121,7 +121,7 @@ class CosineAnnealingLR(Schedule):
         self.eta_min = number("CosineAnnealingLR", "eta_min", eta_min)
 
     def rate(self, epoch: int) -> float:
-        return self.eta_min + (self.base_lr - self.eta_min) * (1 + cos(pi * epoch / self.T_max)) / 2
+        return self.eta_min + (self.base_lr - self.eta_min) * (1 + math.cos(math.pi * epoch / self.T_max)) / 2
 
 
 class ReduceLROnPlateau(_State):
@@ -171,13 +171,13 @@ class ReduceLROnPlateau(_State):
         self.cooldown = integer(name, "cooldown", cooldown, minimum=0)
         self.threshold = number(name, "threshold", threshold)
         self.min_lr, self.eps = number(name, "min_lr", min_lr), number(name, "eps", eps)
-        self.best = inf if mode == "min" else -inf
+        self.best = math.inf if mode == "min" else -math.inf
         self.num_bad_epochs = self.cooldown_counter = 0
 
     def _better(self, metric: float) -> bool:
         sign = -1 if self.mode == "min" else 1
         margin = abs(self.best) * self.threshold if self.threshold_mode == "rel" else self.threshold
-        if self.best in (inf, -inf):
+        if math.isinf(self.best):
             return sign * metric > sign * self.best
         return sign * (metric - self.best) > margin
 

@@ -1,6 +1,7 @@
 """RNN and LSTM against PyTorch's, their gradients through time, and the three uses of the lectures."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +29,10 @@ def tuple_of(state) -> tuple:
     return state if isinstance(state, tuple) else (state,)
 
 
-def states(rng, layer, dtype):
+def states(rng, layer, dtype) -> Any:
     """A random state, in the form that this kind of layer takes."""
-    found = tuple(rng.standard_normal((layer.num_layers, N, HIDDEN)).astype(dtype) for _ in layer.names)
-    return found if len(found) > 1 else found[0]
+    found = [rng.standard_normal((layer.num_layers, N, HIDDEN)).astype(dtype) for _ in layer.names]
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def compare(torch, rng, name, options, given, dtype):
     start = states(rng, ours, dtype) if given else None
     start_torch = tuple(torch.tensor(s, requires_grad=True) for s in tuple_of(start)) if given else ()
     output, final = ours(x, start)
-    their_output, their_final = theirs(x_torch, start_torch if len(start_torch) > 1 else (*start_torch, None)[0])
+    their_output, their_final = theirs(x_torch, start_torch if len(start_torch) > 1 else next(iter(start_torch), None))
     terms = STEPS * HIDDEN * 4
     assert_close(output, their_output.detach().numpy(), terms)
     assert output.dtype == dtype
