@@ -206,15 +206,22 @@ def _measure(loss: Loss, prediction: np.ndarray, y: np.ndarray, accuracy: bool) 
     """The batch's (sum of losses, hits, samples)."""
     value = loss(prediction, y)
     total = value * len(y) if loss.reduction == "mean" else value
-    return np.array([total, _hits(prediction, y) if accuracy else 0, len(y)], np.float64)
+    ignored = getattr(loss, "ignore_index", None)
+    return np.array([total, _hits(prediction, y, ignored) if accuracy else 0, len(y)], np.float64)
 
 
-def _hits(prediction: np.ndarray, y: np.ndarray) -> float:
-    """How many samples have their largest prediction at the target; further axes (pixels) count as shares."""
+def _hits(prediction: np.ndarray, y: np.ndarray, ignored: int | None) -> float:
+    """How many samples have their largest prediction at the target; further axes (pixels) count as shares.
+
+    Ignored targets are left out, and count as the share of the others does.
+    """
     if prediction.ndim < 2 or prediction.shape[1] < 2:
         raise ValueError(f"accuracy needs predictions (N, classes, ...), got shape {prediction.shape}")
     classes = y.argmax(1) if y.shape == prediction.shape else y
-    return float((prediction.argmax(1) == classes).mean() * len(y))
+    hits = prediction.argmax(1) == classes
+    if ignored is not None and not (counted := classes != ignored).all():
+        hits = hits[counted]
+    return float(hits.mean() * len(y)) if hits.size else 0.0
 
 
 def _totals(model: Module, loss: Loss, x: np.ndarray, y: np.ndarray, batch_size: int, accuracy: bool) -> np.ndarray:

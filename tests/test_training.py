@@ -66,6 +66,21 @@ class TestLearning:
         np.testing.assert_allclose([model.weight.data.item(), model.bias.data.item()], [2.3, 79], rtol=1e-9)
         np.testing.assert_allclose(nn.predict(model, hours)[:, 0], [83.6, 88.2, 92.8, 97.4], rtol=1e-9)
 
+    def test_logistic_regression_separates_those_who_pass(self):
+        """The lectures' hours 2, 4, ..., 14, passed from 8 on."""
+        hours = np.arange(2.0, 15, 2)[:, None]
+        passed = (hours >= 8).astype(np.int64)
+        model = nn.Linear(1, 1, init="zeros", dtype=np.float64)
+        optimizer = nn.Adam(model.parameters(), 0.2)
+        history = nn.fit(
+            model, nn.BCEWithLogitsLoss(), optimizer, hours, passed, epochs=500, batch_size=7, progress=False
+        )
+        assert history.loss[0] == pytest.approx(np.log(2))
+        assert history.loss[-1] < 0.05
+        np.testing.assert_array_equal(nn.predict(nn.Sequential(model, nn.Step()), hours), passed)
+        chance = nn.predict(nn.Sequential(model, nn.Sigmoid()), hours)[:, 0]
+        assert chance[2] < 0.1 < 0.9 < chance[3]
+
     def test_three_classes_with_batch_norm_and_dropout(self):
         model = small_model(dropout=0.2)
         history = train(model, epochs=15, validation=blobs(60, seed=1))
@@ -102,6 +117,14 @@ class TestHistory:
         assert train(small_model(), accuracy=False).accuracy == []
         with pytest.raises(ValueError, match=r"accuracy needs predictions \(N, classes, ...\), got shape \(20, 1\)"):
             train(nn.Linear(2, 1), data=(x, one_hot[:, :1]), loss=nn.MSELoss(), accuracy=True)
+
+    def test_ignored_targets_count_in_neither(self):
+        x, y = blobs(60)
+        half, model = np.where(np.arange(60) % 2, y, -100), small_model()
+        expected = nn.evaluate(model, nn.CrossEntropyLoss(), x[1::2], y[1::2])
+        actual = nn.evaluate(model, nn.CrossEntropyLoss(), x, half)
+        assert actual == pytest.approx(expected)
+        assert 0 < actual.accuracy < 1
 
     def test_plot_writes_a_picture(self, tmp_path):
         pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: plot)")
