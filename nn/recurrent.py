@@ -285,30 +285,33 @@ class LSTM(_Recurrent):
     def _run(self, inputs, weight, start):
         hidden, cells = (np.empty((len(inputs) + 1, *s.shape), inputs.dtype) for s in start)
         hidden[0], cells[0] = start
-        g = slice(2 * self.hidden_size, 3 * self.hidden_size)
-        for t, x in enumerate(inputs):
+        gates = inputs.reshape(*inputs.shape[:2], 4, self.hidden_size)  # a view
+        for t, (x, gate) in enumerate(zip(inputs, gates, strict=True)):
             x += linear(hidden[t], weight)
-            candidate = tanh(x[:, g])
+            candidate = tanh(gate[:, 2])
             x[...] = sigmoid(x)
-            x[:, g] = candidate
-            enter, forget, _, leave = np.split(x, 4, 1)
-            np.multiply(forget, cells[t], out=cells[t + 1])
-            cells[t + 1] += enter * candidate
-            np.multiply(leave, tanh(cells[t + 1]), out=hidden[t + 1])
-        return (hidden, cells), inputs  # the gates now
+            gate[:, 2] = candidate
+            np.multiply(gate[:, 1], cells[t], out=cells[t + 1])
+            cells[t + 1] += gate[:, 0] * candidate
+            np.multiply(gate[:, 3], tanh(cells[t + 1]), out=hidden[t + 1])
+        return (hidden, cells), gates
 
     def _run_back(self, grad, final, weight, states, extra):
+        """Whatever needs no later step is computed for all steps at once: d gate / d cell, but for o d gate / d h."""
         (_, cells), (later, later_cell) = states, final
-        inputs = np.empty_like(extra)
+        enter, forget, candidate, leave = (extra[:, :, i] for i in range(4))
         squashed = tanh(cells[1:])
+        through = tanh_backward(leave, squashed)  # d cell / d h
+        slopes = np.empty_like(extra)
+        slopes[:, :, 0] = sigmoid_backward(candidate, enter)
+        slopes[:, :, 1] = sigmoid_backward(cells[:-1], forget)
+        slopes[:, :, 2] = tanh_backward(enter, candidate)
+        slopes[:, :, 3] = sigmoid_backward(squashed, leave)
+        inputs = slopes.reshape(*slopes.shape[:2], -1)  # a view, in which the slopes become the gradients
         for t in reversed(range(len(grad))):
-            enter, forget, candidate, leave = np.split(extra[t], 4, 1)
             d_hidden = grad[t] + later
-            d_cell = later_cell + tanh_backward(d_hidden * leave, squashed[t])
-            parts = np.split(inputs[t], 4, 1)  # views
-            parts[0][...] = sigmoid_backward(d_cell * candidate, enter)
-            parts[1][...] = sigmoid_backward(d_cell * cells[t], forget)
-            parts[2][...] = tanh_backward(d_cell * enter, candidate)
-            parts[3][...] = sigmoid_backward(d_hidden * squashed[t], leave)
-            later, later_cell = matmul(inputs[t], weight), d_cell * forget
+            d_cell = d_hidden * through[t] + later_cell
+            slopes[t, :, :3] *= d_cell[:, None]
+            slopes[t, :, 3] *= d_hidden
+            later, later_cell = matmul(inputs[t], weight), d_cell * forget[t]
         return inputs, (later, later_cell)
