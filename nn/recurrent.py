@@ -23,6 +23,7 @@ from ..kernels import (
     tanh_backward,
 )
 from ..kernels.shapes import integer
+from .dropout import Dropout
 from .init import Rng, generator, layer_dtype, uniform
 from .module import Module, Parameter
 
@@ -43,6 +44,7 @@ class _Recurrent(Module):
         num_layers: int,
         bias: bool,
         batch_first: bool,
+        dropout: float,
         returns: str,
         rng: Rng,
         dtype: DTypeLike,
@@ -63,6 +65,9 @@ class _Recurrent(Module):
                 shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
             for kind, shape in shapes.items():
                 setattr(self, f"{kind}_l{layer}", Parameter(uniform(shape, rng, dtype, bound)))
+        self.dropout = dropout
+        for layer in range(self.num_layers - 1 if dropout else 0):
+            setattr(self, f"dropout_l{layer}", Dropout(dropout, rng=rng))
 
     def _run(self, inputs: np.ndarray, weight: np.ndarray, start: _States) -> tuple[_States, Any]:
         """All steps of a layer: (states (T + 1, N, H) from the start on, what _run_back needs besides).
@@ -79,6 +84,10 @@ class _Recurrent(Module):
 
     def _parameter(self, kind: str, layer: int) -> Parameter:
         return getattr(self, f"{kind}_l{layer}")
+
+    def _dropout(self, layer: int) -> Dropout | None:
+        """What lies between this layer and the next one."""
+        return getattr(self, f"dropout_l{layer}", None)
 
     def __call__(self, x: np.ndarray, state=None) -> Any:
         return self.forward(x, state)
@@ -97,6 +106,8 @@ class _Recurrent(Module):
             for last, values in zip(final, states, strict=True):
                 last[layer] = values[-1]
             sequence = states[0][1:]
+            if (dropout := self._dropout(layer)) is not None:
+                sequence = dropout(sequence)
         self.keep(kept)
         if self.returns == "last":
             return sequence[-1]
@@ -162,6 +173,8 @@ class _Recurrent(Module):
         for layer in reversed(range(self.num_layers)):
             sequence, states, extra = kept[layer]
             weight = self._parameter("weight_hh", layer).data
+            if (dropout := self._dropout(layer)) is not None:
+                grad = dropout.backward(grad)
             inputs, begun = self._run_back(grad, tuple(f[layer] for f in final), weight, states, extra)
             for values, value in zip(start, begun, strict=True):
                 values[layer] = value
@@ -208,10 +221,12 @@ _ARGUMENTS = """Args:
         num_layers: how many; each takes the sequence of the one before.
         {extra}bias: whether there are any.
         batch_first: x and the output are (N, steps, features), not (steps, N, features). States are not changed by it.
+        dropout: the probability with which an element is dropped between one layer and the next, in training.
         returns: "all": (output, final state), as in PyTorch, where output is h of the last layer at all steps, and the
             state (num_layers, N, hidden_size){state}; forward takes an initial one: layer(x, state). "sequence": the
             output alone, and "last": h of the last layer after the last step, (N, hidden_size), as Sequential wants it.
-        rng: a numpy.random.Generator or a seed, for the initial values: uniform in +-1 / sqrt(hidden_size).
+        rng: a numpy.random.Generator or a seed, for the initial values, uniform in +-1 / sqrt(hidden_size), and the
+            dropout.
         dtype: of the parameters; x must have it too.
     """
 
@@ -229,6 +244,7 @@ class RNN(_Recurrent):
         nonlinearity: str = "tanh",
         bias: bool = True,
         batch_first: bool = False,
+        dropout: float = 0.0,
         *,
         returns: str = "all",
         rng: Rng = None,
@@ -237,7 +253,7 @@ class RNN(_Recurrent):
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f'RNN: nonlinearity must be "tanh" or "relu", got {nonlinearity!r}')
         self.nonlinearity = nonlinearity
-        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, returns, rng, dtype)
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, returns, rng, dtype)
 
     def _run(self, inputs, weight, start):
         activation = tanh if self.nonlinearity == "tanh" else relu
@@ -275,12 +291,13 @@ class LSTM(_Recurrent):
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
+        dropout: float = 0.0,
         *,
         returns: str = "all",
         rng: Rng = None,
         dtype: DTypeLike = np.float32,
     ):
-        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, returns, rng, dtype)
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, returns, rng, dtype)
 
     def _run(self, inputs, weight, start):
         hidden, cells = (np.empty((len(inputs) + 1, *s.shape), inputs.dtype) for s in start)

@@ -117,6 +117,28 @@ def test_gradients_are_the_numerical_ones(rng, reference, kind, returns):
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM"])
+def test_dropout_lies_between_the_layers(rng, reference, kind):
+    layer = layer_of(kind, num_layers=3, dropout=0.4, returns="sequence")
+    plain, x = layer_of(kind, num_layers=3, returns="sequence"), rng.standard_normal((4, 2, INPUTS))
+    plain.load_state_dict(layer.state_dict())
+    drops = [module for _, module in layer.modules() if isinstance(module, nn.Dropout)]
+    assert len(drops) == 2
+
+    def output(x):
+        for drop in drops:
+            drop.calls = 7
+        return layer(x)
+
+    cotangent = rng.standard_normal(output(x).shape)
+    assert_gradient(layer.backward(cotangent), numerical_gradient(output, x, cotangent))
+    assert (output(x) != layer(x)).any()  # another call, another choice
+    np.testing.assert_array_equal(layer.eval()(x), plain.eval()(x))
+    for name in ("dropout_l0", "dropout_l1"):
+        setattr(layer.train(), name, nn.Identity())
+    np.testing.assert_array_equal(layer(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM"])
 def test_what_is_returned(rng, reference, kind):
     x = rng.standard_normal((STEPS, N, INPUTS))
     output, final = layer_of(kind, num_layers=2)(x)
@@ -278,6 +300,7 @@ WRONG = {
     "returns": (lambda: nn.RNN(1, 1, returns="first"), ValueError, "RNN: returns must be one of all, sequence, last"),
     "nonlinearity": (lambda: nn.RNN(1, 1, nonlinearity="sin"), ValueError, 'must be "tanh" or "relu", got \'sin\''),
     "layers": (lambda: nn.LSTM(1, 1, 0), ValueError, "LSTM: num_layers must be at least 1, got 0"),
+    "dropout": (lambda: nn.LSTM(1, 1, 2, dropout=2), ValueError, "Dropout: p must be from 0 to 1, got 2"),
     "dtype": (lambda: nn.LSTM(1, 1, dtype=int), TypeError, "LSTM: dtype must be float16, float32 or float64"),
     "repeated images": (lambda: nn.Repeat(2)(X), ValueError, r"Repeat: x must have shape \(N, features\), got"),
     "backward first": (lambda: nn.RNN(1, 1).backward(X), RuntimeError, "RNN.backward: nothing to go back from"),
