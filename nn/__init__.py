@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from . import init, models, optim
     from .activation import *
     from .batchnorm import *
+    from .containers import *
     from .conv import *
     from .dropout import *
     from .linear import *
@@ -25,7 +26,8 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
 
 # module -> the public names it defines
 _EXPORTS = {
-    "module": ("Module", "Parameter", "Sequential"),
+    "module": ("Module", "Parameter"),
+    "containers": ("Sequential", "Residual", "Concat"),
     "linear": ("Linear",),
     "conv": ("Conv2d",),
     "pool": ("MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d"),

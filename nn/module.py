@@ -1,4 +1,4 @@
-"""Parameter, Module and Sequential: what every layer is made of."""
+"""Parameter and Module: what every layer is made of."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -203,51 +203,3 @@ class Module:
         lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self.children()]
         inside = "\n".join(["", *lines, ""]) if lines else self.describe()
         return f"{type(self).__name__}({inside})"
-
-
-class Sequential(Module):
-    """Modules one after the other: Sequential(a, b) is b(a(x)). Names are "0", "1", ..., or a dict's keys."""
-
-    def __init__(self, *modules: Module | Mapping[str, Module]):
-        if len(modules) == 1 and isinstance(modules[0], Mapping):
-            named = dict(modules[0])
-        else:
-            named = {str(i): module for i, module in enumerate(modules)}
-        for name, module in named.items():
-            if not isinstance(module, Module):
-                raise TypeError(f"Sequential: {name!r} must be a Module, got {type(module).__name__}")
-        self._modules: dict[str, Module] = named  # pyright: ignore[reportAttributeAccessIssue]
-
-    def children(self) -> Iterator[tuple[str, Module]]:
-        return iter(self._modules.items())
-
-    def forward(self, x: np.ndarray) -> np.ndarray:
-        for module in self._modules.values():
-            x = module(x)
-        return x
-
-    def backward(self, grad: np.ndarray) -> np.ndarray:
-        for module in reversed(self._modules.values()):
-            grad = module.backward(grad)
-        return grad
-
-    def backward_parameters(self, grad: np.ndarray):
-        """Goes back no further than to the first layer that learns: layers frozen before it cost nothing."""
-        layers = list(self._modules.values())
-        learning = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
-        if not learning:
-            return
-        for layer in reversed(layers[learning[0] + 1 :]):
-            grad = layer.backward(grad)
-        layers[learning[0]].backward_parameters(grad)
-
-    def __len__(self):
-        return len(self._modules)
-
-    def __iter__(self) -> Iterator[Module]:
-        return iter(self._modules.values())
-
-    def __getitem__(self, index: int | slice) -> Any:
-        """A module by position, or a Sequential of a slice, whose modules keep their names."""
-        items = list(self._modules.items())
-        return Sequential(dict(items[index])) if isinstance(index, slice) else items[index][1]
