@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .module import *
     from .optim import *
     from .pool import *
+    from .relu6 import *
     from .shape import *
     from .train import *
 
@@ -33,6 +34,7 @@ _EXPORTS = {
     "pool": ("MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d"),
     "batchnorm": ("BatchNorm1d", "BatchNorm2d"),
     "activation": ("ReLU", "LeakyReLU", "Sigmoid", "Tanh", "Softmax"),
+    "relu6": ("ReLU6",),
     "dropout": ("Dropout",),
     "shape": ("Flatten",),
     "losses": ("Loss", "CrossEntropyLoss", "MSELoss"),
