@@ -35,7 +35,12 @@ NETWORKS = {
     ),
     "resnet18": ("resnet18(5, width=8)", "ResNet(BasicBlock, [2, 2, 2, 2], 8, 5)", (2, 3, 65, 64), 576 * 18),
     "resnet50": ("resnet50(5, width=4)", "ResNet(Bottleneck, [3, 4, 6, 3], 4, 5)", (2, 3, 64, 65), 288 * 50),
-    "googlenet": ("googlenet(5, dropout=0, transform_input=True)", "GoogLeNet(5, True)", (2, 3, 33, 48), 1728 * 22),
+    "googlenet": (
+        "googlenet(5, width=16, dropout=0, transform_input=True)",
+        "GoogLeNet(5, True, 4)",
+        (2, 3, 33, 48),
+        432 * 22,
+    ),
     "mobilenet_v2": (
         "mobilenet_v2(5, width_mult=0.25, dropout=0)",
         "MobileNetV2(5, 0.25)",
@@ -123,8 +128,9 @@ def compare_training(torch, rng, model, other, x, terms):
         size = float(expected.grad.abs().max())
         cancelled = size < 1e-9 * largest  # a bias before batch norm: the gradient is zero but for rounding
         assert_close(parameter.grad, expected.grad.numpy(), 10**6, scale=largest if cancelled else size)
+    state = model.state_dict()
     for name, expected in other.state_dict().items():
-        assert_close(model.state_dict()[name], expected.numpy(), terms)
+        assert_close(state[name], expected.numpy(), terms)
 
 
 def convert(model):

@@ -151,27 +151,27 @@ class Inception(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    def __init__(self, classes, transform_input):
+    def __init__(self, classes, transform_input, part=1):
         super().__init__()
         self.transform_input = transform_input
-        self.conv1 = BasicConv2d(3, 64, kernel_size=7, stride=2, padding=3)
+        self.conv1 = BasicConv2d(3, 64 // part, kernel_size=7, stride=2, padding=3)
         self.maxpool1 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-        self.conv2 = BasicConv2d(64, 64, kernel_size=1)
-        self.conv3 = BasicConv2d(64, 192, kernel_size=3, padding=1)
+        self.conv2 = BasicConv2d(64 // part, 64 // part, kernel_size=1)
+        self.conv3 = BasicConv2d(64 // part, 192 // part, kernel_size=3, padding=1)
         self.maxpool2 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-        self.inception3a = Inception(192, 64, 96, 128, 16, 32, 32)
-        self.inception3b = Inception(256, 128, 128, 192, 32, 96, 64)
+        self.inception3a = Inception(*(n // part for n in (192, 64, 96, 128, 16, 32, 32)))
+        self.inception3b = Inception(*(n // part for n in (256, 128, 128, 192, 32, 96, 64)))
         self.maxpool3 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-        self.inception4a = Inception(480, 192, 96, 208, 16, 48, 64)
-        self.inception4b = Inception(512, 160, 112, 224, 24, 64, 64)
-        self.inception4c = Inception(512, 128, 128, 256, 24, 64, 64)
-        self.inception4d = Inception(512, 112, 144, 288, 32, 64, 64)
-        self.inception4e = Inception(528, 256, 160, 320, 32, 128, 128)
+        self.inception4a = Inception(*(n // part for n in (480, 192, 96, 208, 16, 48, 64)))
+        self.inception4b = Inception(*(n // part for n in (512, 160, 112, 224, 24, 64, 64)))
+        self.inception4c = Inception(*(n // part for n in (512, 128, 128, 256, 24, 64, 64)))
+        self.inception4d = Inception(*(n // part for n in (512, 112, 144, 288, 32, 64, 64)))
+        self.inception4e = Inception(*(n // part for n in (528, 256, 160, 320, 32, 128, 128)))
         self.maxpool4 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
-        self.inception5a = Inception(832, 256, 160, 320, 32, 128, 128)
-        self.inception5b = Inception(832, 384, 192, 384, 48, 128, 128)
+        self.inception5a = Inception(*(n // part for n in (832, 256, 160, 320, 32, 128, 128)))
+        self.inception5b = Inception(*(n // part for n in (832, 384, 192, 384, 48, 128, 128)))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(1024, classes)
+        self.fc = nn.Linear(1024 // part, classes)
 
     def forward(self, x):
         if self.transform_input:

@@ -52,6 +52,7 @@ def googlenet(
     classes: int = 1000,
     channels: int = 3,
     *,
+    width: int = 64,
     dropout: float = 0.2,
     transform_input: bool = False,
     init=None,
@@ -66,6 +67,7 @@ def googlenet(
     with "aux".
 
     Args:
+        width: channels of the first convolution; all others are in proportion.
         dropout: the probability before the dense layer.
         transform_input: whether images are rescaled first; torchvision's trained weights need it.
         init: of every layer, see `Conv2d`; None: normal with deviation 0.01, as torchvision has it. "zeros" is the
@@ -75,17 +77,18 @@ def googlenet(
     make = Layers(init, NORMAL, NORMAL, rng, dtype, eps=1e-3)
     modules: dict[str, Module] = {"transform": ImageNetInput()} if transform_input else {}
     modules |= {
-        "conv1": _unit(make, channels, 64, 7, stride=2),
+        "conv1": _unit(make, channels, width, 7, stride=2),
         "maxpool1": MaxPool2d(3, 2, ceil_mode=True),
-        "conv2": _unit(make, 64, 64, 1),
-        "conv3": _unit(make, 64, 192, 3),
+        "conv2": _unit(make, width, width, 1),
+        "conv3": _unit(make, width, 3 * width, 3),
         "maxpool2": MaxPool2d(3, 2, ceil_mode=True),
     }
-    channels = 192
+    channels = 3 * width
     for name, sizes in _BLOCKS.items():
         if len(sizes) == 1:
             modules[name] = MaxPool2d(sizes[0], 2, ceil_mode=True)
             continue
+        sizes = tuple(size * width // 64 for size in sizes)
         modules[name] = _inception(make, channels, *sizes)
         channels = sizes[0] + sizes[2] + sizes[4] + sizes[5]
     head = {"avgpool": AdaptiveAvgPool2d(1), "flatten": Flatten(), "dropout": Dropout(dropout, rng=make.rng)}
