@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .containers import *
     from .conv import *
     from .dropout import *
+    from .io import *
     from .linear import *
     from .losses import *
     from .module import *
@@ -39,6 +40,7 @@ _EXPORTS = {
     "shape": ("Flatten",),
     "losses": ("Loss", "CrossEntropyLoss", "MSELoss"),
     "optim": ("Optimizer", "SGD", "Adagrad", "RMSprop", "Adam", "AdamW"),
+    "io": ("save", "load"),
     "train": ("fit", "evaluate", "predict", "History", "Evaluation"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -28,6 +28,7 @@ class _BatchNorm(Module):
     """
 
     buffers = ("running_mean", "running_var", "num_batches_tracked")
+    optional_buffers = ("num_batches_tracked",)
 
     def __init__(
         self,

@@ -63,6 +63,7 @@ class Module:
 
     training: bool = True
     buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained, such as running means
+    optional_buffers: tuple[str, ...] = ()  # of them those that a state may lack, as PyTorch's older files do
     transient: tuple[str, ...] = ("_kept",)  # attributes that copies and pickles go without
     _kept: tuple | None = None
 
@@ -162,29 +163,40 @@ class Module:
         """Set parameters and buffers, in place, from arrays or detached CPU torch tensors; converted to this dtype.
 
         Args:
-            state: name -> array, as state_dict gives it here or in PyTorch.
-            strict: whether every name must be on both sides.
+            state: name -> array, as state_dict gives it here or in PyTorch; from a file, `tilewise.nn.load`.
+            strict: whether every name must be on both sides. Without it shapes must agree all the same.
 
         Returns:
             (missing_keys, unexpected_keys); both empty where strict.
 
         Raises:
-            ValueError: a name is missing or unexpected and `strict`; a shape differs. Nothing is changed then.
+            ValueError: a name is missing or unexpected and `strict`; a shape differs. All of them are named.
             TypeError: an array's kind of number does not fit.
+
+        Whatever is raised, nothing has been changed.
         """
         own = self._state()
-        unmatched = Unmatched([n for n in own if n not in state], [n for n in state if n not in own])
-        if strict and any(unmatched):
-            raise ValueError(
-                f"load_state_dict: names do not match {type(self).__name__}'s: missing {unmatched.missing_keys}, "
-                f"unexpected {unmatched.unexpected_keys}; strict=False passes them over"
-            )
+        optional = {f"{p}.{n}" if p else n for p, module in self.modules() for n in module.optional_buffers}
+        missing = [name for name in own if name not in state and name not in optional]
+        unmatched = Unmatched(missing, [name for name in state if name not in own])
         values = {name: np.asarray(state[name]) for name in own if name in state}
+        wrong = [
+            f"{name} has shape {value.shape}, expected {own[name].shape}"
+            for name, value in values.items()
+            if value.shape != own[name].shape
+        ]
+        if strict and any(unmatched):
+            wrong[:0] = [
+                f"names do not match {type(self).__name__}'s: missing {unmatched.missing_keys}, unexpected "
+                f"{unmatched.unexpected_keys}; strict=False passes them over"
+            ]
+        if wrong:
+            raise ValueError(f"load_state_dict: {'; '.join(wrong)}")
         for name, value in values.items():
-            if value.shape != own[name].shape:
-                raise ValueError(f"load_state_dict: {name} has shape {value.shape}, expected {own[name].shape}")
             if not np.can_cast(value.dtype, own[name].dtype, "same_kind"):
                 raise TypeError(f"load_state_dict: {name} is {value.dtype}, which does not fit {own[name].dtype}")
+            if not own[name].flags.writeable:
+                raise ValueError(f"load_state_dict: the module's own {name} is read-only")
         for name, value in values.items():
             own[name][...] = value
         for _, module in self.modules():
