@@ -74,6 +74,9 @@ class _BatchNorm(Module):
             self.bias.accumulate(grad_bias)
         return grad_x
 
+    def hold_buffers(self, frozen: bool):
+        self.frozen = frozen
+
     def describe(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{'' if self.weight else ', affine=False'}"
 

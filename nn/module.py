@@ -1,6 +1,7 @@
 """Parameter and Module: what every layer is made of."""
 
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,6 +126,74 @@ class Module:
 
     def parameters(self) -> list[Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
+
+    def get_submodule(self, name: str) -> "Module":
+        """The module of this dotted name ("layer1.0.conv1"); "" is this one. AttributeError where there is none."""
+        module = self
+        for part in name.split(".") if name else ():
+            children = dict(module.children())
+            if part not in children:
+                kind = type(module).__name__
+                raise AttributeError(f"{kind} has no module {part!r} ({name!r}); it has {', '.join(children)}")
+            module = children[part]
+        return module
+
+    def set_submodule(self, name: str, module: "Module"):
+        """Another module in the place of the one of this dotted name, such as a head for other classes."""
+        if not isinstance(module, Module):
+            raise TypeError(f"set_submodule: {name!r} must be a Module, got {type(module).__name__}")
+        if not name:
+            raise ValueError("set_submodule: name must not be empty")
+        self.get_submodule(name)
+        parent, _, last = name.rpartition(".")
+        setattr(self.get_submodule(parent), last, module)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """Whether all parameters inside are trained; frozen ones forget their gradients. Returns the module."""
+        for parameter in self.parameters():
+            parameter.requires_grad = requires_grad
+            if not requires_grad:
+                parameter.grad = None  # so that an optimiser passes it over from now on
+        return self
+
+    def freeze(self, *patterns: str):
+        """Keep parameters as they are: backward and optimisers pass them over. Returns the module.
+
+        Batch norm inside a frozen module also keeps and uses its running statistics in training mode.
+
+        Args:
+            patterns: dotted names of modules, which stand for all inside them, or of parameters; "*" is any text, dots
+                too: freeze("layer1", "layer2.*.bn1", "*.bias"). None: everything.
+
+        Raises:
+            ValueError: a pattern fits no name. Nothing is changed then.
+        """
+        return self._set_frozen(patterns, True)
+
+    def unfreeze(self, *patterns: str):
+        """The reverse of `freeze`, with the same arguments."""
+        return self._set_frozen(patterns, False)
+
+    def _set_frozen(self, patterns: tuple[str, ...], frozen: bool):
+        chosen: list[Module | Parameter] = [] if patterns else [self]
+        named = [(name, thing) for name, thing in (*self.modules(), *self.named_parameters()) if name]
+        for pattern in patterns:
+            found = [thing for name, thing in named if fnmatchcase(name, pattern)]
+            if not found:
+                names = ", ".join(name for name, _ in self.children())
+                raise ValueError(f"freeze: {pattern!r} fits no module or parameter; the modules are {names}")
+            chosen += found
+        for thing in chosen:
+            if isinstance(thing, Parameter):
+                thing.requires_grad, thing.grad = not frozen, None if frozen else thing.grad
+                continue
+            thing.requires_grad_(not frozen)
+            for _, module in thing.modules():
+                module.hold_buffers(frozen)
+        return self
+
+    def hold_buffers(self, frozen: bool):
+        """Called by freeze and unfreeze: whether buffers that training changes keep their values."""
 
     def zero_grad(self):
         """Forget all gradients."""
