@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .containers import *
     from .conv import *
     from .dropout import *
+    from .inspection import *
     from .io import *
     from .linear import *
     from .losses import *
@@ -41,6 +42,7 @@ _EXPORTS = {
     "losses": ("Loss", "CrossEntropyLoss", "MSELoss"),
     "optim": ("Optimizer", "SGD", "Adagrad", "RMSprop", "Adam", "AdamW"),
     "io": ("save", "load"),
+    "inspection": ("summary", "Summary", "gradient_norms", "plot_gradient_norms"),
     "train": ("fit", "evaluate", "predict", "History", "Evaluation"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
