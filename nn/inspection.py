@@ -87,7 +87,7 @@ class Summary:
         return table
 
 
-def summary(model: Module, input_shape: Sequence[int], *, dtype: DTypeLike = None) -> Summary:
+def summary(model: Module, input_shape: Sequence[int], *, dtype: DTypeLike | None = None) -> Summary:
     """The layers of a model in the order of its names, with what one forward of x = zeros(input_shape) gives and costs.
 
     The forward is made in evaluation mode; the model is left as it was. FLOPs are those of dense and convolution

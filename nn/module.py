@@ -87,7 +87,20 @@ class Module:
         self.backward(grad)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        return self.forward(x)
+        try:
+            return self.forward(x)
+        except (TypeError, ValueError) as error:
+            self._locate(error, np.shape(x))
+            raise
+
+    def _locate(self, error: Exception, shape: tuple[int, ...]):
+        """Note on an error which layer refused which x. Every module on the way out replaces the note by its own, so
+        that in the end the layer has the name that the outermost one knows it by."""
+        refused, shape, old = getattr(error, "refused", (self, shape, None))
+        name = next((name for name, module in self.modules() if module is refused), "")
+        note = f"in layer {name} ({type(refused).__name__}), called with x of shape {shape}" if name else None
+        error.__notes__ = [n for n in (*getattr(error, "__notes__", ()), note) if n not in (old, None)]
+        error.refused = refused, shape, note  # pyright: ignore[reportAttributeAccessIssue]
 
     def keep(self, *values):
         """Called by forward: what backward will need. Does nothing in evaluation mode."""

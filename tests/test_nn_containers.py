@@ -176,3 +176,37 @@ class TestNames:
 def test_wrong_calls(call, error, message):
     with pytest.raises(error, match=message):
         call(np.ones((1, 3, 4, 4), np.float32))
+
+
+class TestErrorsNameTheLayer:
+    def notes(self, model, x, error=ValueError):
+        with pytest.raises(error) as raised:
+            model(x)
+        return raised.value.__notes__
+
+    def test_by_its_place_in_the_outermost_network(self):
+        x = np.ones((1, 3, 32, 32), np.float32)
+        model = nn.models.resnet18(4, width=2, init="zeros")
+        model.layer2[1].conv2 = nn.Conv2d(5, 4, 3)
+        where = "in layer layer2.1.conv2 (Conv2d), called with x of shape (1, 4, 4, 4)"
+        assert self.notes(model, x) == [where]
+        assert self.notes(nn.Sequential(nn.ReLU(), model), x) == [where.replace("layer2", "1.layer2")]
+        model.layer2[1].conv2 = nn.Conv2d(4, 4, 3)  # without padding: it is the block that the sum does not fit
+        assert self.notes(model, x) == ["in layer layer2.1 (NamedResidual), called with x of shape (1, 4, 4, 4)"]
+
+    def test_wrong_dtypes_and_branches(self):
+        model = nn.Concat({"a": nn.ReLU(), "b": nn.Sequential(nn.Conv2d(3, 1, 1))})
+        assert self.notes(model, np.ones((1, 3, 4, 4)), TypeError) == [
+            "in layer b.0 (Conv2d), called with x of shape (1, 3, 4, 4)"
+        ]
+
+    def test_other_notes_stay_and_a_single_layer_has_no_place(self):
+        class Strict(nn.Module):
+            def forward(self, x):
+                error = ValueError("no")
+                error.add_note("what the user wrote")
+                raise error
+
+        assert self.notes(Strict(), np.ones(2)) == ["what the user wrote"]
+        inner = "in layer 0.0 (Strict), called with x of shape (2,)"
+        assert self.notes(nn.Sequential(nn.Sequential(Strict())), np.ones(2)) == ["what the user wrote", inner]
