@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .losses import *
     from .module import *
     from .optim import *
+    from .picture import *
     from .pool import *
     from .relu6 import *
     from .shape import *
@@ -42,6 +43,7 @@ _EXPORTS = {
     "losses": ("Loss", "CrossEntropyLoss", "MSELoss"),
     "optim": ("Optimizer", "SGD", "Adagrad", "RMSprop", "Adam", "AdamW"),
     "io": ("save", "load"),
+    "picture": ("plot_model",),
     "inspection": ("summary", "Summary", "gradient_norms", "plot_gradient_norms"),
     "train": ("fit", "evaluate", "predict", "History", "Evaluation"),
 }

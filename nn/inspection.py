@@ -103,12 +103,8 @@ def summary(model: Module, input_shape: Sequence[int], *, dtype: DTypeLike | Non
     """
     if not isinstance(model, Module):
         raise TypeError(f"summary: model must be a Module, got {type(model).__name__}")
-    parameters = model.parameters()
-    if dtype is None:
-        dtype = parameters[0].dtype if parameters else np.float32
-    modules = _modules(model)
-    with _recording(list(modules)) as outputs:
-        model(np.zeros(tuple(input_shape), dtype))
+    parameters, modules = model.parameters(), _modules(model)
+    outputs = _outputs(model, input_shape, dtype)
     layers = [
         _layer(name or "(model)", module, outputs.get(module, []))
         for module, name in modules.items()
@@ -119,6 +115,11 @@ def summary(model: Module, input_shape: Sequence[int], *, dtype: DTypeLike | Non
     buffers = [getattr(module, name) for module in modules for name in module.buffers]
     state = [parameter.data for parameter in parameters] + buffers
     return Summary(layers, trained, frozen, sum(array.nbytes for array in state))
+
+
+def output_shapes(model: Module, input_shape: Sequence[int]) -> dict[Module, tuple[int, ...]]:
+    """The last output's shape of every module that a forward reaches; as `summary`."""
+    return {module: outputs[-1][0] for module, outputs in _outputs(model, input_shape, None).items()}
 
 
 def gradient_norms(model: Module) -> dict[str, float]:
@@ -165,6 +166,15 @@ def _modules(model: Module) -> dict[Module, str]:
     for name, module in model.modules():
         found.setdefault(module, name)
     return found
+
+
+def _outputs(model: Module, input_shape: Sequence[int], dtype: DTypeLike | None) -> dict[Module, list[Output]]:
+    """What every module gives in one forward of zeros."""
+    if dtype is None:
+        dtype = next((parameter.dtype for parameter in model.parameters()), np.dtype(np.float32))
+    with _recording(list(_modules(model))) as outputs:
+        model(np.zeros(tuple(input_shape), dtype))
+    return outputs
 
 
 @contextmanager
