@@ -8,7 +8,7 @@ Layers are boxes from the input at the top to the output at the bottom; branches
 """
 
 from collections.abc import Sequence
-from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
@@ -49,7 +49,7 @@ class Part(NamedTuple):
         return self._replace(boxes=boxes, paths=[tuple((a + x, b + y) for a, b in path) for path in self.paths])
 
 
-def plot_model(model: Module, path: str | PathLike[str], input_shape: Sequence[int] | None = None):
+def plot_model(model: Module, path: str | Path, input_shape: Sequence[int] | None = None):
     """Write a picture of the model: every layer with its name and class, and how they are connected.
 
     Sequential, Residual and Concat are drawn by what they do; another module with modules inside is one box, since what

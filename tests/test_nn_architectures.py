@@ -164,6 +164,12 @@ def test_initial_values_are_torchvisions():
     assert (one != other).any()
 
 
+@pytest.mark.parametrize(("channels", "expected"), [(1, 8), (8.4, 8), (10, 16), (11.2, 16), (33.6, 32), (44.8, 48)])
+def test_mobilenets_channels_are_rounded_as_torchvisions(channels, expected):
+    model = nn.models.mobilenet_v2(width_mult=channels / 32, init="zeros")
+    assert model.features[0][0].out_channels == expected
+
+
 def test_frozen_layers_before_the_head_are_not_gone_through(rng):
     model = nn.models.resnet18(3, width=4, rng=0)
     for parameter in model.parameters():
