@@ -14,13 +14,17 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .activation import *
     from .batchnorm import *
     from .clip import *
+    from .containers import *
     from .conv import *
     from .dropout import *
+    from .inspection import *
+    from .io import *
     from .linear import *
     from .losses import *
     from .module import *
     from .optim import *
     from .penalty import *
+    from .picture import *
     from .pool import *
     from .recurrent import *
     from .schedules import *
@@ -29,12 +33,24 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
 
 # module -> the public names it defines
 _EXPORTS = {
-    "module": ("Module", "Parameter", "Sequential"),
+    "module": ("Module", "Parameter"),
+    "containers": ("Sequential", "Residual", "Concat"),
     "linear": ("Linear",),
     "conv": ("Conv2d",),
     "pool": ("MaxPool2d", "AvgPool2d", "WeightedAvgPool2d", "AdaptiveAvgPool2d"),
     "batchnorm": ("BatchNorm1d", "BatchNorm2d"),
-    "activation": ("Identity", "Step", "Sign", "ReLU", "LeakyReLU", "Sigmoid", "Tanh", "Softmax", "LogSoftmax"),
+    "activation": (
+        "Identity",
+        "Step",
+        "Sign",
+        "ReLU",
+        "ReLU6",
+        "LeakyReLU",
+        "Sigmoid",
+        "Tanh",
+        "Softmax",
+        "LogSoftmax",
+    ),
     "dropout": ("Dropout",),
     "recurrent": ("RNN", "LSTM"),
     "shape": ("Flatten", "Repeat"),
@@ -60,6 +76,9 @@ _EXPORTS = {
         "CosineAnnealingLR",
         "ReduceLROnPlateau",
     ),
+    "io": ("save", "load"),
+    "picture": ("plot_model",),
+    "inspection": ("summary", "Summary", "gradient_norms", "plot_gradient_norms"),
     "train": ("fit", "evaluate", "predict", "History", "Evaluation"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -72,6 +72,22 @@ class ReLU(Module):
         return relu_backward(grad, y)
 
 
+class ReLU6(Module):
+    """min(max(x, 0), 6); the gradient is zero at both ends. By the kernel of ReLU, and a minimum in the same memory."""
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        y = relu(x)
+        np.minimum(y, 6, out=y)
+        self.keep(y)
+        return y
+
+    def backward(self, grad: np.ndarray) -> np.ndarray:
+        (y,) = self.kept()
+        grad_x = relu_backward(grad, y)
+        grad_x[y >= 6] = 0
+        return grad_x
+
+
 class LeakyReLU(Module):
     """x where positive, else negative_slope * x."""
 

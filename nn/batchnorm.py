@@ -28,6 +28,7 @@ class _BatchNorm(Module):
     """
 
     buffers = ("running_mean", "running_var", "num_batches_tracked")
+    optional_buffers = ("num_batches_tracked",)
 
     def __init__(
         self,
@@ -72,6 +73,9 @@ class _BatchNorm(Module):
             self.weight.accumulate(grad_weight)
             self.bias.accumulate(grad_bias)
         return grad_x
+
+    def hold_buffers(self, frozen: bool):
+        self.frozen = frozen
 
     def describe(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{'' if self.weight else ', affine=False'}"

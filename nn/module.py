@@ -1,6 +1,7 @@
-"""Parameter, Module and Sequential: what every layer is made of."""
+"""Parameter and Module: what every layer is made of."""
 
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +64,7 @@ class Module:
 
     training: bool = True
     buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained, such as running means
+    optional_buffers: tuple[str, ...] = ()  # of them those that a state may lack, as PyTorch's older files do
     transient: tuple[str, ...] = ("_kept",)  # attributes that copies and pickles go without
     _kept: tuple | None = None
 
@@ -85,7 +87,20 @@ class Module:
         self.backward(grad)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        return self.forward(x)
+        try:
+            return self.forward(x)
+        except (TypeError, ValueError) as error:
+            self._locate(error, np.shape(x))
+            raise
+
+    def _locate(self, error: Exception, shape: tuple[int, ...]):
+        """Note on an error which layer refused which x. Every module on the way out replaces the note by its own, so
+        that in the end the layer has the name that the outermost one knows it by."""
+        refused, shape, old = getattr(error, "refused", (self, shape, None))
+        name = next((name for name, module in self.modules() if module is refused), "")
+        note = f"in layer {name} ({type(refused).__name__}), called with x of shape {shape}" if name else None
+        error.__notes__ = [n for n in (*getattr(error, "__notes__", ()), note) if n not in (old, None)]
+        error.refused = refused, shape, note  # pyright: ignore[reportAttributeAccessIssue]
 
     def keep(self, *values):
         """Called by forward: what backward will need. Does nothing in evaluation mode."""
@@ -125,6 +140,74 @@ class Module:
     def parameters(self) -> list[Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
 
+    def get_submodule(self, name: str) -> "Module":
+        """The module of this dotted name ("layer1.0.conv1"); "" is this one. AttributeError where there is none."""
+        module = self
+        for part in name.split(".") if name else ():
+            children = dict(module.children())
+            if part not in children:
+                kind = type(module).__name__
+                raise AttributeError(f"{kind} has no module {part!r} ({name!r}); it has {', '.join(children)}")
+            module = children[part]
+        return module
+
+    def set_submodule(self, name: str, module: "Module"):
+        """Another module in the place of the one of this dotted name, such as a head for other classes."""
+        if not isinstance(module, Module):
+            raise TypeError(f"set_submodule: {name!r} must be a Module, got {type(module).__name__}")
+        if not name:
+            raise ValueError("set_submodule: name must not be empty")
+        self.get_submodule(name)
+        parent, _, last = name.rpartition(".")
+        setattr(self.get_submodule(parent), last, module)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """Whether all parameters inside are trained; frozen ones forget their gradients. Returns the module."""
+        for parameter in self.parameters():
+            parameter.requires_grad = requires_grad
+            if not requires_grad:
+                parameter.grad = None  # so that an optimiser passes it over from now on
+        return self
+
+    def freeze(self, *patterns: str):
+        """Keep parameters as they are: backward and optimisers pass them over. Returns the module.
+
+        Batch norm inside a frozen module also keeps and uses its running statistics in training mode.
+
+        Args:
+            patterns: dotted names of modules, which stand for all inside them, or of parameters; "*" is any text, dots
+                too: freeze("layer1", "layer2.*.bn1", "*.bias"). None: everything.
+
+        Raises:
+            ValueError: a pattern fits no name. Nothing is changed then.
+        """
+        return self._set_frozen(patterns, True)
+
+    def unfreeze(self, *patterns: str):
+        """The reverse of `freeze`, with the same arguments."""
+        return self._set_frozen(patterns, False)
+
+    def _set_frozen(self, patterns: tuple[str, ...], frozen: bool):
+        chosen: list[Module | Parameter] = [] if patterns else [self]
+        named = [(name, thing) for name, thing in (*self.modules(), *self.named_parameters()) if name]
+        for pattern in patterns:
+            found = [thing for name, thing in named if fnmatchcase(name, pattern)]
+            if not found:
+                names = ", ".join(name for name, _ in self.children())
+                raise ValueError(f"freeze: {pattern!r} fits no module or parameter; the modules are {names}")
+            chosen += found
+        for thing in chosen:
+            if isinstance(thing, Parameter):
+                thing.requires_grad, thing.grad = not frozen, None if frozen else thing.grad
+                continue
+            thing.requires_grad_(not frozen)
+            for _, module in thing.modules():
+                module.hold_buffers(frozen)
+        return self
+
+    def hold_buffers(self, frozen: bool):
+        """Called by freeze and unfreeze: whether buffers that training changes keep their values."""
+
     def zero_grad(self):
         """Forget all gradients."""
         for parameter in self.parameters():
@@ -162,29 +245,40 @@ class Module:
         """Set parameters and buffers, in place, from arrays or detached CPU torch tensors; converted to this dtype.
 
         Args:
-            state: name -> array, as state_dict gives it here or in PyTorch.
-            strict: whether every name must be on both sides.
+            state: name -> array, as state_dict gives it here or in PyTorch; from a file, `tilewise.nn.load`.
+            strict: whether every name must be on both sides. Without it shapes must agree all the same.
 
         Returns:
             (missing_keys, unexpected_keys); both empty where strict.
 
         Raises:
-            ValueError: a name is missing or unexpected and `strict`; a shape differs. Nothing is changed then.
+            ValueError: a name is missing or unexpected and `strict`; a shape differs. All of them are named.
             TypeError: an array's kind of number does not fit.
+
+        Whatever is raised, nothing has been changed.
         """
         own = self._state()
-        unmatched = Unmatched([n for n in own if n not in state], [n for n in state if n not in own])
-        if strict and any(unmatched):
-            raise ValueError(
-                f"load_state_dict: names do not match {type(self).__name__}'s: missing {unmatched.missing_keys}, "
-                f"unexpected {unmatched.unexpected_keys}; strict=False passes them over"
-            )
+        optional = {f"{p}.{n}" if p else n for p, module in self.modules() for n in module.optional_buffers}
+        missing = [name for name in own if name not in state and name not in optional]
+        unmatched = Unmatched(missing, [name for name in state if name not in own])
         values = {name: np.asarray(state[name]) for name in own if name in state}
+        wrong = [
+            f"{name} has shape {value.shape}, expected {own[name].shape}"
+            for name, value in values.items()
+            if value.shape != own[name].shape
+        ]
+        if strict and any(unmatched):
+            wrong[:0] = [
+                f"names do not match {type(self).__name__}'s: missing {unmatched.missing_keys}, unexpected "
+                f"{unmatched.unexpected_keys}; strict=False passes them over"
+            ]
+        if wrong:
+            raise ValueError(f"load_state_dict: {'; '.join(wrong)}")
         for name, value in values.items():
-            if value.shape != own[name].shape:
-                raise ValueError(f"load_state_dict: {name} has shape {value.shape}, expected {own[name].shape}")
             if not np.can_cast(value.dtype, own[name].dtype, "same_kind"):
                 raise TypeError(f"load_state_dict: {name} is {value.dtype}, which does not fit {own[name].dtype}")
+            if not own[name].flags.writeable:
+                raise ValueError(f"load_state_dict: the module's own {name} is read-only")
         for name, value in values.items():
             own[name][...] = value
         for _, module in self.modules():
@@ -203,51 +297,3 @@ class Module:
         lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self.children()]
         inside = "\n".join(["", *lines, ""]) if lines else self.describe()
         return f"{type(self).__name__}({inside})"
-
-
-class Sequential(Module):
-    """Modules one after the other: Sequential(a, b) is b(a(x)). Names are "0", "1", ..., or a dict's keys."""
-
-    def __init__(self, *modules: Module | Mapping[str, Module]):
-        if len(modules) == 1 and isinstance(modules[0], Mapping):
-            named = dict(modules[0])
-        else:
-            named = {str(i): module for i, module in enumerate(modules)}
-        for name, module in named.items():
-            if not isinstance(module, Module):
-                raise TypeError(f"Sequential: {name!r} must be a Module, got {type(module).__name__}")
-        self._modules: dict[str, Module] = named  # pyright: ignore[reportAttributeAccessIssue]
-
-    def children(self) -> Iterator[tuple[str, Module]]:
-        return iter(self._modules.items())
-
-    def forward(self, x: np.ndarray) -> np.ndarray:
-        for module in self._modules.values():
-            x = module(x)
-        return x
-
-    def backward(self, grad: np.ndarray) -> np.ndarray:
-        for module in reversed(self._modules.values()):
-            grad = module.backward(grad)
-        return grad
-
-    def backward_parameters(self, grad: np.ndarray):
-        """Goes back no further than to the first layer that learns: layers frozen before it cost nothing."""
-        layers = list(self._modules.values())
-        learning = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
-        if not learning:
-            return
-        for layer in reversed(layers[learning[0] + 1 :]):
-            grad = layer.backward(grad)
-        layers[learning[0]].backward_parameters(grad)
-
-    def __len__(self):
-        return len(self._modules)
-
-    def __iter__(self) -> Iterator[Module]:
-        return iter(self._modules.values())
-
-    def __getitem__(self, index: int | slice) -> Any:
-        """A module by position, or a Sequential of a slice, whose modules keep their names."""
-        items = list(self._modules.items())
-        return Sequential(dict(items[index])) if isinstance(index, slice) else items[index][1]

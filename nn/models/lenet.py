@@ -4,11 +4,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..activation import ReLU, Tanh
+from ..containers import Sequential
 from ..conv import Conv2d
 from ..dropout import Dropout
 from ..init import Rng, generator
 from ..linear import Linear
-from ..module import Sequential
 from ..pool import AvgPool2d, MaxPool2d
 from ..shape import Flatten
 
