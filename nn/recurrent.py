@@ -90,7 +90,7 @@ class _Recurrent(Module):
         return getattr(self, f"dropout_l{layer}", None)
 
     def __call__(self, x: np.ndarray, state=None) -> Any:
-        return self.forward(x, state)
+        return super().__call__(x) if state is None else self.forward(x, state)
 
     def forward(self, x: np.ndarray, state=None) -> Any:
         sequence, start = self._checked(x, state)

@@ -216,6 +216,16 @@ def test_copies_repr_and_saturated_gates(reference):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
+def test_a_network_names_and_sums_up_its_recurrent_layers(reference):
+    model = nn.Sequential(nn.Identity(), nn.LSTM(INPUTS, HIDDEN, returns="last"), nn.Linear(HIDDEN, 2))
+    with pytest.raises(ValueError, match="LSTM: x must have shape") as refused:
+        model(X[..., :3])
+    assert refused.value.__notes__ == ["in layer 1 (LSTM), called with x of shape (6, 3, 3)"]
+    shapes = {layer.name: layer.output_shape for layer in nn.summary(model, X.shape).layers}
+    assert shapes["1"] == (N, HIDDEN)
+    assert shapes["2"] == (N, 2)
+
+
 def learn(model: nn.Module, loss: nn.Loss, x: np.ndarray, y: np.ndarray, epochs: int, lr: float = 0.02) -> float:
     with tilewise.using(backend="reference"):
         descent = nn.Adam(model.parameters(), lr)
