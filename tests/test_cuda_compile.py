@@ -49,7 +49,7 @@ def test_inner_loop_of_the_large_tile():
     from tilewise.kernels.cuda.gemm_tile import BIG_COPIES
 
     for kernel in BIG_COPIES.values():
-        _, code = assemble(gpu_lower.ptx(kernel.form(SINGLE), (9, 0)), BY_NAME["sm_90"])
+        _, code = assemble(kernel, SINGLE, BY_NAME["sm_90"])
         loop = _longest_loop(code)
         assert [count_promised(p, loop) for p in ("FFMA", "LDS.128")] == [1024, 64]
         assert sum(loop.values()) < 1280

@@ -66,6 +66,10 @@ class Kernel:
     def __repr__(self):
         return f"<kernel {self.name}>"
 
+    def bounds(self, capability: tuple[int, int]) -> tuple[int, int]:
+        """(threads, the blocks that shall fit a multiprocessor)."""
+        return self.threads, self.blocks
+
     def promises(self, dtype: np.dtype) -> tuple[str, ...]:
         return self._promises
 
