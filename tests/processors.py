@@ -19,10 +19,10 @@ AVX2 = {
 
 
 def main() -> int:
-    """0 if the host has AVX-512, so that code for AVX2 is other code; 1 if it has not, and says so."""
+    """0 if the host has AVX-512, so that code for AVX2 is other code; 1, with the reason, if not."""
     if binding.get_host_cpu_features().get("avx512f"):
         return 0
-    print("This processor has no AVX-512: `make test` tests what is compiled for AVX2.")
+    print("This processor has no AVX-512 to leave out: `make test` is the same run.")
     return 1
 
 

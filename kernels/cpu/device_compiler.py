@@ -4,8 +4,7 @@ Numba compiles every function that a kernel calls as if Python called it too: wi
 arguments, one for C callbacks, and machine code of all three, which nothing runs, because the kernel's machine code
 holds the function once more. That was a third of a kernel's first call. Here the pipeline ends with the LLVM code, the
 form in which Numba links one function into another; small functions' is optimised. Numba also cleans each function of a
-module by itself before the module is optimised, which does the same again: a sixth of what was left, and no kernel
-gained by it.
+module by itself before the module is optimised, which does the same again, and no kernel gained by it.
 
 Compiling makes millions of objects, few of which are garbage: Python's collector pauses meanwhile, which saves a
 twentieth.

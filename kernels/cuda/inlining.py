@@ -13,8 +13,8 @@ except ImportError:  # another release of numba-cuda than the extras ask for
 def _copy_block(self, memo):
     """A block whose variables belong to the same scope as the original's.
 
-    Numba drops the original, but copies with every block the scope, which has all variables of the function: half of
-    the time that a large kernel takes to compile, and the same code.
+    Numba drops the original, but copies with every block the scope, which has all variables of the function: a
+    large part of the time that a large kernel takes to compile, and the same code.
     """
     memo[id(self.scope)] = self.scope
     block = memo[id(self)] = ir.Block(self.scope, self.loc)
