@@ -55,6 +55,8 @@ class _Recurrent(Module):
         self.num_layers = integer(name, "num_layers", num_layers)
         if returns not in RETURNS:
             raise ValueError(f"{name}: returns must be one of {', '.join(RETURNS)}, got {returns!r}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"{name}: dropout must be from 0 to 1, got {dropout}")
         self.bias, self.batch_first, self.returns = bias, batch_first, returns
         rng, dtype, bound = generator(rng), layer_dtype(name, dtype), 1 / sqrt(self.hidden_size)
         rows = self.gates * self.hidden_size
