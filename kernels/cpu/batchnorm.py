@@ -19,9 +19,9 @@ from tilewise.kernels.cpu.batchnorm_planes import (
 )
 from tilewise.kernels.cpu.batchnorm_rows import backward_by_row, forward_by_row
 from tilewise.kernels.cpu.batchnorm_vector import FROZEN, KEPT, STREAMED
+from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.scratch import ALIGNMENT, empty, large
-from tilewise.kernels.cpu.simd import VECTOR_BYTES
 from tilewise.kernels.cpu.threads import SERIAL_BELOW, may_split
 
 ENOUGH_CHANNELS = 16  # to keep as many threads busy; fewer channels are cut into blocks, unless the work is small
@@ -30,6 +30,10 @@ SMALL = 65536  # elements: too few to be split at all
 # three arrays instead of two in the second-level cache, likes it smaller: 8x256x14x14 takes 172 us with 4 channels, 190
 # with 20; in training 134 with 8, 123 with 32.
 FORWARD_CHUNK, BACKWARD_CHUNK = (4096, 49152), (1024, 8192)
+# The same for planes of a page or more. The prefetcher stops at the end of a page and begins again after some misses,
+# so what lies in a row counts for more: on Zen 4 8x256x56x56 takes 3.0 ms with 5 channels and 4.5 with one in training,
+# 4.3 and 5.2 backward.
+LONG, FORWARD_LONG, BACKWARD_LONG = 1024, (16384, 49152), (8192, 16384)
 CACHE = 1 << 20  # bytes of all arrays that a chunk of channels may hold: half of a second-level cache
 VECTORS = 32  # elements: rows of a multiple of it fill two vectors of any width
 # Rows shorter than this spend more on the loop than on the elements; and in a result below so many bytes, which may lie
@@ -41,11 +45,8 @@ ROW_BLOCK = 8192  # elements in a block of rows: 32 kB of float32
 # first: evaluation into 103 MB of used memory takes 7 ms instead of 10.5. The system has just cleared a page of fresh
 # memory into the cache: there it is slower (28 ms instead of 17), unless the lines come in no order, plane by plane of
 # a chunk of channels, long after the system was there (a quarter less time in training).
-# On Zen 3, with AVX2 and 32 MB of third-level cache, memory that is not read first is worth more than a result that is
-# found in the cache: evaluation, training and gradient followed by a relu of their result take, in ms on one thread,
-# with 26 MB in NHWC 5.1 instead of 5.2, 8.4 instead of 9.1 and 8.9 instead of 9.9; with 13 MB 2.3, 3.3 and 4.4 instead
-# of 2.2, 3.6 and 4.3; with 6 MB more (1.05 instead of 0.91 for evaluation). Alone they take a fifth to a third less.
-LARGE = 1 << 26 if VECTOR_BYTES == 64 else 12 << 20
+# How many bytes that are depends on the third-level cache, see memory_from.
+LARGE = memory_from()
 KEPT_ALWAYS, PAST_IN_USED, PAST_ALWAYS = range(3)  # how a result is written
 # Bytes of a result from which on aligned memory saves time (a tenth in training), instead of the microseconds that
 # asking for it costs while the caches hold something else.
@@ -126,7 +127,7 @@ def _forward_way(shape: tuple[int, ...], layout: str, training: bool, itemsize: 
     images, channels, plane = shape[0], shape[1], shape[2] * shape[3]
     if not training or (channels < ENOUGH_CHANNELS and prod(shape) >= SMALL):
         return forward_by_block, (images, channels, plane)
-    group = _group(images, plane, FORWARD_CHUNK, images * plane * itemsize * 2)
+    group = _group(images, plane, FORWARD_LONG if plane >= LONG else FORWARD_CHUNK, images * plane * itemsize * 2)
     return forward_by_channel, (images, channels, plane, group)
 
 
@@ -195,7 +196,7 @@ def _backward_way(shape: tuple[int, ...], layout: str, itemsize: int):
     images, channels, plane = shape[0], shape[1], shape[2] * shape[3]
     if channels < ENOUGH_CHANNELS and prod(shape) >= SMALL:
         return backward_by_block, (images, channels, plane)
-    group = _group(images, plane, BACKWARD_CHUNK, images * plane * itemsize * 3)
+    group = _group(images, plane, BACKWARD_LONG if plane >= LONG else BACKWARD_CHUNK, images * plane * itemsize * 3)
     return backward_by_channel, (images, channels, plane, group)
 
 
