@@ -32,18 +32,15 @@ BLOCK = 63
 def _make_dot_tiles(height):
     @device()
     def dot_tiles(a, a_step, b, b_step, depth, c, c_step, columns, accumulate):
-        """C[:height, :columns] (+)= A B^T, tile by tile, the next one's rows prefetched; a, b and c are pointers."""
+        """C[:height, :columns] (+)= A B^T, tile by tile; a, b and c are pointers."""
         j = 0
         while j + COLUMNS <= columns:
             dot_tile(
-                height, COLUMNS, a, a_step, beyond(b, j * b_step), b_step, depth, beyond(c, j), c_step, accumulate,
-                COLUMNS * b_step,
+                height, COLUMNS, a, a_step, beyond(b, j * b_step), b_step, depth, beyond(c, j), c_step, accumulate
             )  # fmt: skip
             j += COLUMNS
         while j < columns:
-            dot_tile(
-                height, 1, a, a_step, beyond(b, j * b_step), b_step, depth, beyond(c, j), c_step, accumulate, b_step
-            )  # fmt: skip
+            dot_tile(height, 1, a, a_step, beyond(b, j * b_step), b_step, depth, beyond(c, j), c_step, accumulate)
             j += 1
 
     return dot_tiles
