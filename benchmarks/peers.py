@@ -119,7 +119,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.15, help="for each engine and case")
     parser.add_argument("--prepared", action="store_true", help="forward convolutions also with packed weights")
     parser.add_argument("--json", type=Path, help="write all times to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.json and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):  # now, not after all the timing
+        parser.error(f"--json: {args.json} is a folder, or in none")
+    return args
 
 
 def _threads(count: int) -> str:

@@ -152,3 +152,11 @@ def test_prepared_convolutions_beside_the_peers():
     seconds = {engines.OURS: 2e-3, engines.TORCH: 4e-3} | dict.fromkeys(prepared, 1e-3)
     assert peers._prepared_cells(peers.Result(case, 1, seconds)) == ("1", "1", "4.00", "4.00")
     assert peers._prepared_cells(peers.Result(case, 1, {engines.OURS: 2e-3})) == ()
+
+
+def test_a_place_for_the_record_that_cannot_be_is_told_before_anything_is_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "peaks", lambda threads: pytest.fail("timed"))
+    for place in (tmp_path, tmp_path / "no such folder" / "record.json"):
+        with pytest.raises(SystemExit):
+            peers.main(["--only", "relu", "--json", str(place)])
+        assert "--json" in capsys.readouterr().err
