@@ -15,6 +15,11 @@ from tilewise.kernels.cpu import recycling
 from tilewise.kernels.cpu.jit import device
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+# Bytes between the places in a page where NumPy's memory and a result start. malloc gives large blocks 16 bytes behind
+# a page's start; a result 48 bytes further on is written where the operand is read next, up to the page, and processors
+# that compare these 12 bits first make the load wait: a 3x3 maximum or average with stride 1 took a quarter longer on
+# Zen 4 (0.45 ms instead of 0.35 for 8x128x28x28).
+APART = 512
 
 
 @intrinsic
@@ -77,6 +82,6 @@ def aligned(count: int, dtype) -> np.ndarray:
 
 
 def _at_alignment(size: int) -> np.ndarray:
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
+    memory = np.empty(size + ALIGNMENT + APART, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT + APART
     return memory[start : start + size]
