@@ -8,18 +8,15 @@ Adam, each digit in five places: as it is, and shifted by two pixels to each sid
 on the same machine. Needs the extras train and plot: pip install "tilewise[train,plot]".
 """
 
-import argparse
-import importlib
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
+import common
 import numpy as np
 
 from tilewise import nn
 
-NEEDED = {"sklearn": ("scikit-learn", "train"), "matplotlib": ("matplotlib", "plot")}  # module -> distribution, extra
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3  # at first
 SHIFTS = ((0, 0), (-2, 0), (2, 0), (0, -2), (0, 2))  # (down, right); two of 32 pixels are half a pixel of the scan
@@ -58,16 +55,12 @@ def load_data(rng: np.random.Generator):
 
     The split comes first: no test digit, shifted or not, is trained on.
     """
-    from sklearn.datasets import load_digits
-
-    scans, y = (np.asarray(array) for array in load_digits(return_X_y=True))
-    x = enlarged(scans.reshape(-1, 8, 8))[:, None]
-    order = rng.permutation(len(x))
-    test, train = np.split(order, [len(x) // 5 + 1])
-    x = (x - x[train].mean()) / x[train].std()
-    x = x.astype(np.float32)
-    augmented = np.concatenate([shifted(x[train], *shift) for shift in SHIFTS])
-    return (augmented, np.tile(y[train], len(SHIFTS))), (x[test], y[test])
+    (x, y), (x_test, y_test) = common.digits(rng, held_out=1 / 5)
+    x, x_test = (enlarged(images[:, 0])[:, None] for images in (x, x_test))
+    mean, std = x.mean(), x.std()
+    x, x_test = (((images - mean) / std).astype(np.float32) for images in (x, x_test))
+    augmented = np.concatenate([shifted(x, *shift) for shift in SHIFTS])
+    return (augmented, np.tile(y, len(SHIFTS))), (x_test, y_test)
 
 
 def train(epochs: int, seed: int, progress: bool) -> Result:
@@ -109,43 +102,15 @@ def compile_kernels(training: tuple, test: tuple, progress: bool):
     )  # fmt: skip
 
 
-def missing_extras() -> str | None:
-    """What to install, if anything."""
-    missing = []
-    for module, needed in NEEDED.items():
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            missing.append(needed)
-    if not missing:
-        return None
-    names, extras = zip(*missing, strict=True)
-    return f'{" and ".join(names)} not installed: pip install "tilewise[{",".join(extras)}]"'
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a LeNet-5 on scikit-learn's handwritten digits.")
-    parser.add_argument("--epochs", type=int, default=5, help="how often every digit is seen (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("digits.png"), help="the plot (default digits.png)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
-    if options.epochs < 1:
-        parser.error(f"--epochs must be at least 1, got {options.epochs}")
-    if options.seed < 0:
-        parser.error(f"--seed must not be negative, got {options.seed}")
-    if not options.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {options.out.parent}")
-    if problem := missing_extras():
-        print(f"digits: {problem}", file=sys.stderr)
-        return 1
+def main(arguments: list[str] | None = None) -> Result:
+    options = common.Arguments(__doc__, "digits.png", epochs=5, needs=("sklearn",)).parse(arguments)
     result = train(options.epochs, options.seed, not options.quiet)
     result.history.plot(options.out)
     print(f"test accuracy {result.accuracy:.2%} on {result.tested} digits that were not trained on")
     print(f"{options.epochs} epochs in {result.seconds:.1f} s, after {result.compile_seconds:.1f} s for the kernels")
     print(f"the history is drawn in {options.out}")
-    return 0
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
