@@ -8,7 +8,6 @@ learning rate are the same. For the test the running statistics stand in for the
 """
 
 import common
-import numpy as np
 
 from tilewise import nn
 
@@ -17,7 +16,7 @@ HIDDEN = (64,) * 5
 
 def main(arguments: list[str] | None = None) -> dict[str, tuple[float, float]]:
     options = common.Arguments(__doc__, "batch_norm.png", epochs=10, needs=("sklearn",)).parse(arguments)
-    training, test = common.digits(np.random.default_rng(options.seed), held_out=1 / 5)
+    training, test = nn.split(*common.digits(), (0.8, 0.2), rng=options.seed)
     results, losses, accuracies = {}, {}, {}
     for name, batch_norm in (("without batch norm", False), ("with batch norm", True)):
         layers = nn.models.mlp((64, *HIDDEN, 10), activation="sigmoid", batch_norm=batch_norm, rng=options.seed)

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import inspect
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,17 +68,19 @@ def _installed(module: str) -> bool:
     return True
 
 
-def digits(rng: np.random.Generator, held_out: float) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """scikit-learn's 1,797 handwritten digits: ((x, y) to train on, (x, y) held out), a share chosen by rng.
-
-    x (N, 1, 8, 8) from 0 to 1, y from 0 to 9. (Alpaydin and Kaynak 1998, UCI.)
-    """
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak 1998, UCI): x (N, 1, 8, 8) from 0 to 1, and y."""
     from sklearn.datasets import load_digits
 
     images, y = (np.asarray(array) for array in load_digits(return_X_y=True))
-    x = (images.reshape(-1, 1, 8, 8) / 16).astype(np.float32)
-    out, train = np.split(rng.permutation(len(x)), [math.ceil(held_out * len(x))])
-    return (x[train], y[train]), (x[out], y[out])
+    return (images.reshape(-1, 1, 8, 8) / 16).astype(np.float32), y
+
+
+def standardised(training: tuple, *others: tuple) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The parts (x, y) of the data, with each feature of mean 0 and variance 1 in training; the others scaled alike."""
+    mean, std = training[0].mean(0), training[0].std(0)
+    std = np.where(std == 0, 1, std)
+    return [(((x - mean) / std).astype(np.float32), y) for x, y in (training, *others)]
 
 
 def panels(columns: int = 1, rows: int = 1) -> tuple["Figure", np.ndarray]:

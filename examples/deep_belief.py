@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--labels", type=parser.at_least(1), default=100, help="how many are known (default 100)")
     options = parser.parse(arguments)
     rng = np.random.default_rng(options.seed)
-    (x, y), (x_test, y_test) = common.digits(rng, held_out=1 / 5)
-    x, x_test = x.reshape(len(x), -1), x_test.reshape(len(x_test), -1)
+    images, digits = common.digits()
+    (x, y), test = nn.split(images.reshape(len(images), -1), digits, (0.8, 0.2), rng=rng)
     machines, errors = pretrained(x, options.epochs, rng)
 
     histories = {}
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
                 layer.load_state_dict({"weight": machine.weight.data, "bias": machine.hidden_bias.data})
         histories[name] = nn.fit(
             model, nn.CrossEntropyLoss(), nn.SGD(model.parameters(), lr=0.1, momentum=0.9),
-            x[: options.labels], y[: options.labels], validation=(x_test, y_test), epochs=2 * options.epochs,
+            x[: options.labels], y[: options.labels], validation=test, epochs=2 * options.epochs,
             rng=options.seed, progress=not options.quiet,
         )  # fmt: skip
         print(f"{name}, {options.labels} labels: test accuracy {histories[name].val_accuracy[-1]:.1%}")

@@ -38,20 +38,20 @@ def distance_to_means(drawn: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     options = common.Arguments(__doc__, "lstm.png", epochs=20, needs=("sklearn",)).parse(arguments)
     rng = np.random.default_rng(options.seed)
-    (x, y), (x_test, y_test) = common.digits(rng, held_out=1 / 5)
-    x, x_test = x[:, 0], x_test[:, 0]  # rows of pixels: steps of features
+    images, labels = common.digits()  # (N, 1, 8, 8), of which (N, 8, 8) are rows of pixels: steps of features
+    (x, y), test = nn.split(images[:, 0], labels, (0.8, 0.2), rng=rng)
     reads, draws = reader(rng), drawer(rng)
     settings = {"epochs": options.epochs, "rng": rng, "progress": not options.quiet}
 
     history = nn.fit(
         reads, nn.CrossEntropyLoss(), nn.Adam(reads.parameters(), lr=0.005), x, y,
-        validation=(x_test, y_test), **settings,
+        validation=test, **settings,
     )  # fmt: skip
     names = nn.one_hot(y)
     nn.fit(draws, nn.MSELoss(), nn.Adam(draws.parameters(), lr=0.005), names, x, **settings)
     drawn = nn.predict(draws, np.eye(10, dtype=np.float32))
     results = {"accuracy": history.val_accuracy[-1], "missed": distance_to_means(drawn, x, y)}
-    print(f"reading: {results['accuracy']:.2%} of {len(x_test)} digits that were not trained on")
+    print(f"reading: {results['accuracy']:.2%} of {len(test[0])} digits that were not trained on")
     print(f"drawing: {results['missed']:.1%} of what tells the mean digits from each other is missed")
 
     figure, (accuracy, picture) = common.panels(2)

@@ -1,11 +1,11 @@
 """MNIST, from the four files that you have: a dense network or LeNet-5.
 
-    python examples/mnist.py FOLDER [--model lenet5] [--epochs 12] [--seed 0] [--out mnist.png] [--quiet]
+    python examples/mnist.py FOLDER [--model lenet5] [--epochs 12] [--seed 0] [--checkpoint mnist.npz]
 
 FOLDER holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each
 as it is or with .gz (LeCun, Cortes and Burges; they are not downloaded here). The dense network is flatten, 512 with
 ReLU, 10 with softmax; Adam, batches of 256, a quarter of the training images held out for validation, and at the end
-the accuracy on the test images.
+the accuracy on the test images. With a checkpoint, Ctrl-C and the same command again go on where it stopped.
 """
 
 import gzip
@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = common.Arguments(__doc__, "mnist.png", epochs=12)
     parser.add_argument("folder", type=Path, help="where the four files are")
     parser.add_argument("--model", choices=("dense", "lenet5"), default="dense", help="the network (default dense)")
+    parser.add_argument("--checkpoint", type=Path, help="an .npz to go on from, should the training be interrupted")
     options = parser.parse(arguments)
     try:
         (x, y), test = load_part(options.folder, "train"), load_part(options.folder, "test")
@@ -80,11 +81,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     rng = np.random.default_rng(options.seed)
     model, loss = network(options.model, x.shape[1:], rng), nn.CrossEntropyLoss()
-    held_out, train = np.split(rng.permutation(len(x)), [len(x) // 4])
     history = nn.fit(
-        model, loss, nn.Adam(model.parameters()), x[train], y[train],
-        epochs=options.epochs, batch_size=256, validation=(x[held_out], y[held_out]), rng=rng,
-        progress=not options.quiet,
+        model, loss, nn.Adam(model.parameters()), x, y, epochs=options.epochs, batch_size=256, validation=0.25,
+        checkpoint=options.checkpoint, rng=rng, progress=not options.quiet,
     )  # fmt: skip
     history.plot(options.out)
     accuracy = nn.evaluate(model, loss, *test).accuracy

@@ -37,7 +37,7 @@ def steps_of_momentum(count: int) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> dict[str, tuple[float, float]]:
     options = common.Arguments(__doc__, "optimizers.png", epochs=10, needs=("sklearn",)).parse(arguments)
-    training, test = common.digits(np.random.default_rng(options.seed), held_out=1 / 5)
+    training, test = nn.split(*common.digits(), (0.8, 0.2), rng=options.seed)
     results, losses = {}, {}
     for name, optimizer in OPTIMIZERS.items():
         model = nn.Sequential(nn.Flatten(), *nn.models.mlp((64, 64, 10), rng=options.seed))

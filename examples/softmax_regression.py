@@ -62,21 +62,19 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         parser.exit(1, f"softmax_regression: {error}\n")
     kinds, labels = np.unique(classes, return_inverse=True)
     rng = np.random.default_rng(options.seed)
-    test, train = np.split(rng.permutation(len(features)), [len(features) // 5])
-    spread = features[train].std(0)
-    x = ((features - features[train].mean(0)) / np.where(spread == 0, 1, spread)).astype(np.float32)
-    target = nn.one_hot(labels, len(kinds))
+    parts = nn.split(features, labels, (0.8, 0.2), stratify=True, rng=rng)
+    (x, y), (x_test, y_test) = common.standardised(*parts)
 
     model = nn.Linear(x.shape[1], len(kinds), rng=rng)
     history = nn.fit(
-        model, nn.CrossEntropyLoss(), nn.SGD(model.parameters(), lr=0.1), x[train], target[train],
-        epochs=options.epochs, validation=(x[test], target[test]), rng=rng, progress=not options.quiet,
+        model, nn.CrossEntropyLoss(), nn.SGD(model.parameters(), lr=0.1), x, nn.one_hot(y, len(kinds)),
+        epochs=options.epochs, validation=(x_test, y_test), rng=rng, progress=not options.quiet,
     )  # fmt: skip
     history.plot(options.out)
-    predicted = nn.predict(model, x[test]).argmax(1)  # softmax does not change which is largest
-    print(f"{len(train)} rows of {x.shape[1]} features and {len(kinds)} kinds to train on, {len(test)} held out")
+    predicted = nn.predict(model, x_test).argmax(1)  # softmax does not change which is largest
+    print(f"{len(x)} rows of {x.shape[1]} features and {len(kinds)} kinds to train on, {len(x_test)} held out")
     for number, kind in enumerate(kinds):
-        own = labels[test] == number
+        own = y_test == number
         print(f"{kind}: {(predicted[own] == number).sum()} of {own.sum()} right")
     print(f"test accuracy {history.val_accuracy[-1]:.2%}; the history is drawn in {options.out}")
     return {"loss": history.loss[-1], "accuracy": history.val_accuracy[-1]}

@@ -42,39 +42,43 @@ def network(rng: np.random.Generator) -> nn.Sequential:
     return nn.Sequential({"features": features, "fc": nn.Linear(64, 5, rng=rng)})
 
 
+def accuracy(model: nn.Module, test: tuple[np.ndarray, np.ndarray]) -> float:
+    x, y = test
+    return nn.accuracy(nn.predict(model, x), y)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = common.Arguments(__doc__, "transfer_learning.png", epochs=100, needs=("sklearn",))
     parser.add_argument("--samples", type=parser.at_least(1), default=10, help="of each of 5 to 9 (default 10)")
     options = parser.parse(arguments)
     rng = np.random.default_rng(options.seed)
-    (x, y), _ = common.digits(rng, held_out=0)
+    x, y = common.digits()
     known = y < 5
     x_known, y_known = placed(np.tile(x[known], (PLACES, 1, 1, 1)), rng), np.tile(y[known], PLACES)
     x_new, y_new = placed(x[~known], rng), y[~known] - 5
     few = few_of_each(y_new, options.samples, rng)
     test = np.delete(x_new, few, axis=0), np.delete(y_new, few)
-    loss = nn.CrossEntropyLoss()
-    train = partial(nn.fit, loss=loss, rng=rng, progress=not options.quiet)
+    train = partial(nn.fit, loss=nn.CrossEntropyLoss(), rng=rng, progress=not options.quiet)
     train_few = partial(train, x=x_new[few], y=y_new[few])
 
     model, scratch = network(rng), network(rng)
     train(model, optimizer=nn.Adam(model.parameters(), 2e-3), x=x_known, y=y_known, epochs=2)
     train_few(scratch, optimizer=nn.Adam(scratch.parameters()), epochs=options.epochs)
-    results = {"from scratch": nn.evaluate(scratch, loss, *test).accuracy}
+    results = {"from scratch": accuracy(scratch, test)}
 
     model.freeze("features").fc = nn.Linear(64, 5, rng=rng)
     head_epochs = (options.epochs + 1) // 2
     train_few(model, optimizer=nn.Adam(model.fc.parameters(), 1e-2), epochs=head_epochs)
-    results["new head"] = nn.evaluate(model, loss, *test).accuracy
+    results["new head"] = accuracy(model, test)
     model.unfreeze()
     train_few(model, optimizer=nn.Adam(model.parameters(), 5e-4), epochs=max(1, options.epochs - head_epochs))
-    results["new head, then fine-tuned"] = nn.evaluate(model, loss, *test).accuracy
+    results["new head, then fine-tuned"] = accuracy(model, test)
 
     print(f"{options.samples} samples each of 5 to 9; accuracy on {len(test[0])} others:")
     figure, (axes, pictures) = common.panels(2)
-    for name, accuracy in results.items():
-        print(f"{accuracy:.1%} {name}")
-        axes.bar(name.replace(", ", ",\n"), accuracy)
+    for name, share in results.items():
+        print(f"{share:.1%} {name}")
+        axes.bar(name.replace(", ", ",\n"), share)
     axes.set(ylabel="accuracy on 5 to 9")
     pictures.imshow(common.mosaic(x_new[few_of_each(y_new, 5, rng), 0], columns=5), cmap="gray")
     pictures.set(xticks=[], yticks=[], title="5 to 9, five of each")

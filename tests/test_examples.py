@@ -13,23 +13,7 @@ from installation import ROOT
 
 import tilewise
 
-# Arguments that make a script fast, where it is not; those of mnist come from the test's own files.
-SHORT = {
-    "least_squares": [],
-    "logistic_regression": [],
-    "xor": ["--epochs", "1500"],
-    "iris": [],
-    "digits_dense": [],
-    "optimizers": ["--epochs", "5"],
-    "batch_norm": ["--epochs", "5"],
-    "transfer_learning": [],
-    "softmax_regression": ["--epochs", "100"],
-    "learning_rules": [],
-    "rnn": [],
-    "lstm": [],
-    "deep_belief": [],
-}
-TRAINING = [name for name in ("digits", *SHORT) if name != "learning_rules"]
+QUIET = set(example_scripts.NAMES) - {"learning_rules"}  # those that train by nn.fit, with a progress bar
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +28,7 @@ def run(tmp_path, capsys):
 
     def call(name: str, *arguments: str):
         picture = tmp_path / f"{name}.png"
-        quiet = [] if name == "learning_rules" else ["--quiet"]
+        quiet = ["--quiet"] if name in QUIET else []
         with tilewise.using(threads=1):  # the problems are small, and the machine may be busy
             result = example_scripts.load(name).main([*arguments, *quiet, "--out", str(picture)])
         printed = capsys.readouterr()
@@ -76,7 +60,7 @@ def test_logistic_regression_separates(run):
 
 
 def test_xor_defeats_ten_sigmoid_layers_but_not_relu(run):
-    result = run("xor", *SHORT["xor"])
+    result = run("xor", "--epochs", "1500")
     loss, accuracy = result["10 sigmoid layers"]
     assert loss == pytest.approx(math.log(2), abs=1e-3)
     assert accuracy == 0.5
@@ -108,8 +92,15 @@ def test_digits_dense(run):
     assert result["val_accuracy"] > 0.9
 
 
+def test_digits_dense_writes_for_tensorboard(run, tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed (extra: log)")
+    run("digits_dense", "--epochs", "1", "--log", str(tmp_path / "log"))
+    for part in ("training", "validation"):
+        assert list((tmp_path / "log" / part).glob("events*"))
+
+
 def test_optimizers(run):
-    result = run("optimizers", *SHORT["optimizers"])
+    result = run("optimizers", "--epochs", "5")
     assert list(result) == ["SGD", "momentum", "Nesterov", "AdaGrad", "RMSProp", "Adam", "AdamW"]
     plain, accuracy = result.pop("SGD")
     for name, (loss, other) in result.items():
@@ -124,8 +115,16 @@ def test_momentum_comes_to_take_ten_steps_at_once():
     assert steps[-1] == pytest.approx(10, rel=1e-3)
 
 
+def test_every_remedy_helps_against_overfitting(run):
+    result = run("overfitting", "--epochs", "40")
+    loss, _ = result.pop("nothing")
+    for remedy, (other, accuracy) in result.items():
+        assert other < 0.8 * loss, remedy
+        assert accuracy > 0.4, remedy
+
+
 def test_batch_norm_lets_a_deep_sigmoid_network_learn(run):
-    result = run("batch_norm", *SHORT["batch_norm"])
+    result = run("batch_norm", "--epochs", "5")
     assert result["without batch norm"][1] < 0.3
     assert result["with batch norm"][1] > 0.9
 
@@ -137,7 +136,7 @@ def test_transfer_gains(run):
 
 
 def test_softmax_regression_of_wines(run):
-    assert run("softmax_regression", *SHORT["softmax_regression"])["accuracy"] > 0.9
+    assert run("softmax_regression")["accuracy"] > 0.9
 
 
 def zoo(header: bool, names: bool) -> str:
@@ -245,6 +244,14 @@ def test_mnist_from_the_users_files(run, mnist_files, model):
     assert result["test_accuracy"] > 0.9
 
 
+def test_mnist_goes_on_from_a_checkpoint(run, mnist_files, tmp_path):
+    checkpoint = tmp_path / "mnist.npz"
+    whole = run("mnist", str(mnist_files), "--epochs", "4")
+    run("mnist", str(mnist_files), "--epochs", "2", "--checkpoint", str(checkpoint))
+    assert checkpoint.is_file()
+    assert run("mnist", str(mnist_files), "--epochs", "4", "--checkpoint", str(checkpoint)) == whole
+
+
 def rewrite(folder, name, change):
     path = folder / name
     path.write_bytes(change(path.read_bytes()))
@@ -296,7 +303,7 @@ def test_help_shows_the_docstring(name, capsys):
     assert script.__doc__.strip().splitlines()[0] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", sorted(QUIET - {"mnist"}))
 def test_a_wrong_call_is_refused(name, capsys):
     script = example_scripts.load(name)
     for arguments, message in (
