@@ -110,7 +110,7 @@ class Zoom:
     def __init__(self, low: float, high: float, fill: float | None = None):
         self.low, self.high = number("Zoom", "low", low, True), number("Zoom", "high", high, True)
         if low > high:
-            raise ValueError(f"Zoom: low must not be above high, got {low} and {high}")
+            raise ValueError(f"Zoom: low must not be above high, got {self.low} and {self.high}")
         self.fill = fill
 
     def __call__(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:

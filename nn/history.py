@@ -1,5 +1,6 @@
 """What training measured, epoch by epoch: as lists, as a picture, and as TensorBoard's event files."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -89,32 +90,37 @@ class TensorBoard:
         folder: made where it is missing. `tensorboard --logdir folder` shows it.
 
     Raises:
-        ImportError: tensorboardX is not installed (extra: log).
+        ImportError: tensorboard is not installed (extra: log).
     """
 
     def __init__(self, folder: str | Path):
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
-            raise ImportError('TensorBoard needs tensorboardX: pip install "tilewise[log]"') from error
+            raise ImportError('TensorBoard needs tensorboard: pip install "tilewise[log]"') from error
         self.folder = Path(folder)
         self.written = 0  # epochs
-        self._new_writer, self._writers = SummaryWriter, {}
+        self._events, self._summaries, self._new_writer = event_pb2, summary_pb2, EventFileWriter
+        self._writers: dict[str, Any] = {}
 
     def __call__(self, history: History):
         for name, values in history.as_dict().items():
-            run = "validation" if name.startswith("val_") else "training"
+            writer = self._writer("validation" if name.startswith("val_") else "training")
             for epoch in range(self.written, len(values)):
-                self._writer(run).add_scalar(name.removeprefix("val_"), values[epoch], epoch + 1)
+                value = self._summaries.Summary.Value(tag=name.removeprefix("val_"), simple_value=values[epoch])
+                summary = self._summaries.Summary(value=[value])
+                writer.add_event(self._events.Event(wall_time=time.time(), step=epoch + 1, summary=summary))
         self.written = len(history)
         for writer in self._writers.values():
             writer.flush()
 
     def _writer(self, run: str) -> Any:
         if run not in self._writers:
-            # Epochs that were written after the checkpoint that training goes on from are not shown any more.
-            purge = self.written + 1 if self.written else None
-            self._writers[run] = self._new_writer(str(self.folder / run), purge_step=purge)
+            writer = self._writers[run] = self._new_writer(str(self.folder / run))
+            if self.written:  # hides the epochs that were logged after the checkpoint from which training goes on
+                start = self._events.SessionLog(status=self._events.SessionLog.START)
+                writer.add_event(self._events.Event(wall_time=time.time(), step=self.written + 1, session_log=start))
         return self._writers[run]
 
     def close(self):
@@ -127,5 +133,5 @@ class TensorBoard:
         return {"written": self.written}
 
     def load_state_dict(self, state: Mapping[str, int]):
-        self.close()  # the next ones say from where they go on
+        self.close()  # the next files say from where they go on
         self.written = state["written"]
