@@ -39,7 +39,7 @@ def descended(x: np.ndarray, y: np.ndarray, options) -> tuple[float, float, list
 def errors(slope: float, intercept: float) -> tuple[float, float]:
     """(mean squared error, its root) of a line."""
     prediction = np.float32(slope) * HOURS + np.float32(intercept)
-    return nn.MSELoss()(prediction, MARKS), nn.RMSELoss()(prediction, MARKS)
+    return float(nn.MSELoss()(prediction, MARKS)), float(nn.RMSELoss()(prediction, MARKS))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

@@ -21,7 +21,7 @@ METHODS = ("nothing", "dropout", "L1", "L2", "augmentation", "early stopping")
 def load_data(rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
     """(x, y) for training, validation and test, x (N, 1, 8, 8)."""
     x, y = (array[:500] for array in common.digits())
-    return nn.split(nn.augment.Noise(0.5)(x, rng), y, (0.6, 0.2, 0.2), rng=rng)
+    return nn.split(nn.augment.Noise(0.7)(x, rng), y, (0.6, 0.2, 0.2), rng=rng)
 
 
 def network(method: str, seed: int) -> nn.Sequential:
@@ -35,7 +35,7 @@ def remedy(method: str, model: nn.Module) -> dict[str, Any]:
         weights = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
         return {"before_step": lambda: nn.l1_penalty_(weights, 5e-4)}
     if method == "augmentation":
-        return {"augment": nn.augment.Compose(nn.augment.Shift(1), nn.augment.Noise(0.5))}
+        return {"augment": nn.augment.Compose(nn.augment.Zoom(0.9, 1.1), nn.augment.Noise(0.5))}
     if method == "early stopping":
         return {"early_stopping": nn.EarlyStopping(patience=5)}
     return {}

@@ -93,7 +93,7 @@ def test_digits_dense(run):
 
 
 def test_digits_dense_writes_for_tensorboard(run, tmp_path):
-    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed (extra: log)")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: log)")
     run("digits_dense", "--epochs", "1", "--log", str(tmp_path / "log"))
     for part in ("training", "validation"):
         assert list((tmp_path / "log" / part).glob("events*"))
@@ -116,10 +116,11 @@ def test_momentum_comes_to_take_ten_steps_at_once():
 
 
 def test_every_remedy_helps_against_overfitting(run):
-    result = run("overfitting", "--epochs", "40")
+    result = run("overfitting")
     loss, _ = result.pop("nothing")
+    assert list(result) == ["dropout", "L1", "L2", "augmentation", "early stopping"]
     for remedy, (other, accuracy) in result.items():
-        assert other < 0.8 * loss, remedy
+        assert other < 0.9 * loss, remedy
         assert accuracy > 0.4, remedy
 
 
