@@ -4,6 +4,7 @@ README. Each result comes from main(), as from the command line."""
 import gzip
 import math
 import re
+import subprocess
 import sys
 
 import example_scripts
@@ -149,6 +150,7 @@ def zoo(header: bool, names: bool) -> str:
     for i in range(140):
         features = rng.integers(0, 2, 16)
         features[:7] = np.arange(7) == i % 7
+        features[15] = 1  # one that says nothing, and has no variance
         lines.append(",".join([*([f"animal{i}"] if names else []), *map(str, features), str(i % 7 + 1)]))
     return "\n".join(lines) + "\n"
 
@@ -293,6 +295,16 @@ def test_mnist_says_what_is_wrong_with_the_files(mnist_files, tmp_path, capsys, 
 
 
 # ---- the command line that all share
+
+
+def test_runs_as_a_script(tmp_path):
+    picture = tmp_path / "rules.svg"
+    done = subprocess.run(
+        [sys.executable, "examples/learning_rules.py", "--out", picture], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "XOR: 50% right by the delta rule" in done.stdout
+    assert "<svg" in picture.read_text()
 
 
 @pytest.mark.parametrize("name", example_scripts.NAMES)
