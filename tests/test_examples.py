@@ -14,7 +14,8 @@ from installation import ROOT
 
 import tilewise
 
-QUIET = set(example_scripts.NAMES) - {"learning_rules"}  # those that train by nn.fit, with a progress bar
+# Those that train by nn.fit, with a progress bar.
+QUIET = set(example_scripts.NAMES) - {"architectures", "convolution", "learning_rules"}
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,49 @@ def test_iris_is_learned_better_with_relu(run):
     result = run("iris")
     assert result["relu"][0] < 0.5 * result["sigmoid"][0]
     assert result["relu"][1] > max(0.9, result["sigmoid"][1])
+
+
+def test_initial_values_decide(run):
+    result = run("initial_values")
+    for name in ("zeros", "normal, 0.01"):
+        assert result[name][0] == pytest.approx(math.log(10), abs=2e-3)
+    assert result["Xavier"][0] < 1
+    for name in ("He", "He, both directions"):
+        assert result[name][0] < 0.3
+        assert result[name][1] > 0.9
+
+
+def test_convolutions_by_hand_are_the_worked_numbers():
+    script = example_scripts.load("convolution")
+    assert [script.by_hand(*case).tolist() for case in script.CASES.values()] == [
+        [[12, 18], [17, 15]],
+        [[7, 6, 10, 13], [8, 12, 18, 13], [8, 17, 15, 13], [6, 10, 10, 20]],
+        [[9, 10], [7, 20]],
+        [[2, 1, 1], [0, 2, 2], [0, 1, 1]],
+    ]
+
+
+def test_pooling_makes_features_less_sensitive_to_small_shifts(run):
+    result = run("convolution")
+    for kind in ("max", "average"):
+        steps = [result["no pooling"], *(result[f"{kind} {size}x{size}"] for size in (2, 4, 16))]
+        assert steps == sorted(steps, reverse=True)
+        assert steps[0] > 0.5
+        assert steps[-1] < 0.01
+    assert result["weighted average 4x4, stride 2"] < result["average 2x2"]
+
+
+def test_architectures(tmp_path, capsys):
+    script = example_scripts.load("architectures")
+    picture = tmp_path / "lenet5.svg"
+    script.NETWORKS = {name: script.NETWORKS[name] for name in ("lenet5", "mobilenet_v2", "resnet18")}
+    parameters = script.main(["--model", "lenet5", "--out", str(picture)])
+    assert parameters == {"lenet5": 61_706, "mobilenet_v2": 3_504_872, "resnet18": 11_689_512}
+    assert "<svg" in picture.read_text()
+    assert "(1, 16, 10, 10)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--out", str(tmp_path / "lenet5.png")])
+    assert "must end in .svg" in capsys.readouterr().err
 
 
 def test_digits_dense(run):
