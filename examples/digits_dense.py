@@ -4,8 +4,8 @@
 
 Flatten, a dense layer of 512 with ReLU, a dense layer of 10 with softmax (which is part of the loss), Adam, batches of
 256, a quarter of the digits held out for validation, 12 epochs, and a plot of loss and accuracy on both parts; with
---log also as event files: tensorboard --logdir FOLDER.
-examples/digits.py does it with convolutions; examples/mnist.py on the user's MNIST.
+--log also as event files: tensorboard --logdir FOLDER. examples/digits.py does it with convolutions; examples/mnist.py
+on the user's MNIST.
 """
 
 from pathlib import Path

@@ -9,6 +9,7 @@ from installation import ROOT
 FOLDER = ROOT / "examples"
 NOT_SCRIPTS = {"common"}
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NOT_SCRIPTS)
+TRAINING = set(NAMES) - {"architectures", "convolution", "learning_rules"}  # by nn.fit, with a progress bar
 
 
 def load(name: str) -> ModuleType:

@@ -10,13 +10,7 @@ def digits():
     return example_scripts.load("digits")
 
 
-@pytest.fixture
-def extras():
-    for module, distribution, extra in (("sklearn", "scikit-learn", "train"), ("matplotlib", "matplotlib", "plot")):
-        pytest.importorskip(module, reason=f"{distribution} is not installed (extra: {extra})")
-
-
-def test_reaches_98_percent(digits, extras):
+def test_reaches_98_percent(digits, example_extras):
     """How long it takes is for `make targets` to measure."""
     result = digits.train(epochs=25, seed=0, progress=False)
     assert result.tested == 359
@@ -24,7 +18,7 @@ def test_reaches_98_percent(digits, extras):
     assert len(result.history) == 25
 
 
-def test_command_line_writes_the_plot(digits, extras, tmp_path, capsys):
+def test_command_line_writes_the_plot(digits, example_extras, tmp_path, capsys):
     out = tmp_path / "history.png"
     assert len(digits.main(["--epochs", "1", "--seed", "3", "--out", str(out), "--quiet"]).history) == 1
     printed = capsys.readouterr()
@@ -34,13 +28,13 @@ def test_command_line_writes_the_plot(digits, extras, tmp_path, capsys):
     assert printed.err == ""
 
 
-def test_same_seed_same_bits(digits, extras):
+def test_same_seed_same_bits(digits, example_extras):
     first, second = (digits.train(epochs=1, seed=1, progress=False).model.state_dict() for _ in range(2))
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name])
 
 
-def test_a_fifth_is_held_out_and_never_trained_on(digits, extras):
+def test_a_fifth_is_held_out_and_never_trained_on(digits, example_extras):
     (x, y), (x_test, y_test) = digits.load_data(np.random.default_rng(0))
     assert x.shape == (1438, 1, 32, 32)
     assert x_test.shape == (359, 1, 32, 32)
