@@ -244,8 +244,9 @@ class Run:
         if not checkpoint.path.exists():
             checkpoint.save(self.state_dict())
             return
-        state, before = checkpoint.load(), self.state_dict()
+        before = self.state_dict()
         try:
+            state = checkpoint.load()
             _check_settings(state["settings"], self.settings())
             self.load_state_dict(state)
             if len(self.history) > epochs:
