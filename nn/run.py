@@ -46,21 +46,38 @@ def measured(model: Module, measures: Measures, x: np.ndarray, y: np.ndarray, ba
     return measures.means(totals)
 
 
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Ctrl-C waits for the end of this block, so that no step is half made. It reaches the main thread only."""
-    handled = signal.getsignal(signal.SIGINT) is not None  # by Python
-    if not handled or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
+class _CtrlC:
+    """Inside, Ctrl-C waits for the end of a step, so that none is half made. It reaches the main thread only."""
+
+    before: Any = None  # the handler
+    ours = stepping = pressed = False
+
+    def __enter__(self):
+        self.before = signal.getsignal(signal.SIGINT)
+        self.ours = callable(self.before) and threading.current_thread() is threading.main_thread()
+        if self.ours:
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *error):
+        if self.ours:
+            signal.signal(signal.SIGINT, self.before)
+        return False
+
+    def _press(self, number: int, frame: Any):
+        self.pressed = self.stepping
+        if not self.stepping:
+            self.before(number, frame)
+
+    def step(self, optimizer: Optimizer):
+        self.stepping = True
+        try:
+            optimizer.step()
+        finally:
+            self.stepping = False
+        if self.pressed:
+            self.pressed = False
+            self.before(signal.SIGINT, None)
 
 
 class _Traces:
@@ -106,6 +123,7 @@ class Run:
     ended: bool = False  # by after_epoch
 
     def __post_init__(self):
+        self.began = self.rng.bit_generator.state
         self.held_out = np.zeros(len(self.x), bool)
         if isinstance(self.validation, float):
             shares = (1 - self.validation, self.validation)
@@ -114,7 +132,7 @@ class Run:
             raise ValueError(f"fit: drop_last leaves no batch of {self.batch_size} out of {self.samples} samples")
         if self.early_stopping is not None:
             self.early_stopping.reset()
-        self.traces, self.parameters = _Traces(self.model), self.model.parameters()
+        self.traces, self.ctrl_c, self.parameters = _Traces(self.model), _CtrlC(), self.model.parameters()
 
     @property
     def samples(self) -> int:
@@ -134,7 +152,8 @@ class Run:
     def train(self, epochs: int, checkpoint: Checkpoint | None, progress: bool):
         if checkpoint is not None:
             self._go_on(checkpoint, epochs)
-        with modes(self.model, True), Progress(epochs, self.batches, progress, len(self.history)) as shown:
+        shown = Progress(epochs, self.batches, progress, len(self.history))
+        with modes(self.model, True), self.ctrl_c, shown:
             while len(self.history) < epochs and not self.stopped:
                 self._epoch(shown)
                 last = self.stopped or len(self.history) == epochs
@@ -178,8 +197,7 @@ class Run:
         except BaseException:  # Ctrl-C too
             self.traces.undo()
             raise
-        with _whole():
-            self.optimizer.step()
+        self.ctrl_c.step(self.optimizer)
         return totals
 
     def _gradients(self, x: np.ndarray, y: np.ndarray, number: int) -> np.ndarray:
@@ -226,14 +244,16 @@ class Run:
         if not checkpoint.path.exists():
             checkpoint.save(self.state_dict())
             return
-        state, before = checkpoint.load(), self.state_dict()
+        before = self.state_dict()
         try:
+            state = checkpoint.load()
             _check_settings(state["settings"], self.settings())
             self.load_state_dict(state)
             if len(self.history) > epochs:
                 raise ValueError(f"it is of {len(self.history)} epochs, more than the {epochs} asked for")
         except Exception as error:
             self.load_state_dict(before)
+            self.rng.bit_generator.state = self.began
             message = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"fit: cannot go on from {str(checkpoint.path)!r}: {message}") from error
 
