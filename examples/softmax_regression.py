@@ -23,7 +23,7 @@ def read_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(line for line in file if line.strip() and not line.startswith("#"))
         rows = [[cell.strip() for cell in row] for row in reader]
-    if rows and len(rows[0]) > 2 and not _is_number(rows[0][1]):
+    if rows and not any(map(_is_number, rows[0])):
         del rows[0]  # the heading
     if not rows or len(rows[0]) < 2:
         raise ValueError(f"{path}: there are no rows of features and a class")

@@ -44,6 +44,7 @@ def test_softmax_regression_of_the_users_animals(run_example, tmp_path, header, 
         ("# nothing\n\n", "there are no rows"),
         ("1,2,a\n1,x,b\n", r"row 2 is not 2 numbers and a class: \['1', 'x', 'b'\]"),
         ("1,2,a\n1,2,3,b\n", "row 2 is not 2 numbers"),
+        ("1,x,a\n1,2,b\n", "row 1 is not 2 numbers"),
         (None, "No such file"),
     ],
 )
