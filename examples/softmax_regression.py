@@ -56,13 +56,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = common.Arguments(__doc__, "softmax_regression.png", epochs=300, needs=("sklearn",))
     parser.add_argument("--csv", type=Path, help="rows of features and a class; without it, wines")
     options = parser.parse(arguments)
+    rng = np.random.default_rng(options.seed)
     try:
         features, classes = load_data(options.csv)
+        kinds, labels = np.unique(classes, return_inverse=True)
+        parts = nn.split(features, labels, (0.8, 0.2), stratify=True, rng=rng)
     except (OSError, ValueError) as error:
         parser.exit(1, f"softmax_regression: {error}\n")
-    kinds, labels = np.unique(classes, return_inverse=True)
-    rng = np.random.default_rng(options.seed)
-    parts = nn.split(features, labels, (0.8, 0.2), stratify=True, rng=rng)
     (x, y), (x_test, y_test) = common.standardised(*parts)
 
     model = nn.Linear(x.shape[1], len(kinds), rng=rng)
