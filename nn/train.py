@@ -93,10 +93,7 @@ def fit(
     """
     integer("fit", "epochs", epochs)
     _check_data("fit", model, loss, x, y, batch_size)
-    if isinstance(validation, tuple):
-        _check_data("fit (validation)", model, loss, *validation, batch_size)
-    elif validation is not None:
-        validation = _share(validation)
+    validation = _validation(model, loss, validation, batch_size)
     measures = Measures("fit", loss, accuracy, metrics)
     _check_monitor(early_stopping, measures, validation is not None)
     if isinstance(checkpoint, (str, Path)):
@@ -157,9 +154,18 @@ def _check_data(function: str, model: Module, loss: Loss, x, y, batch_size: int)
         raise ValueError(f'{function}: the loss must have reduction "mean" or "sum", got "none"')
 
 
-def _share(validation) -> float:
+def _validation(model: Module, loss: Loss, validation, batch_size: int) -> Samples | float | None:
+    what = "fit: validation must be a pair (x, y) or a share, got"
+    if validation is None:
+        return None
+    if isinstance(validation, (tuple, list)):
+        if len(validation) != 2:
+            raise ValueError(f"{what} {len(validation)} arrays")
+        x, y = validation
+        _check_data("fit (validation)", model, loss, x, y, batch_size)
+        return x, y
     if isinstance(validation, bool) or not isinstance(validation, (int, float)):
-        raise TypeError(f"fit: validation must be a pair (x, y) or a share, got {type(validation).__name__}")
+        raise TypeError(f"{what} {type(validation).__name__}")
     if not 0 < validation < 1:
         raise ValueError(f"fit: validation as a share must be between 0 and 1, got {validation}")
     return float(validation)

@@ -212,6 +212,16 @@ class TestNotFinite:
         )
         self.stopped(model, message, "4", call - 1)
 
+    def test_names_the_layer_of_a_parameter_whose_gradient_is_not(self):
+        """What it hands back is finite, so that layers before it look well."""
+
+        class Own(Spoiled):
+            def backward(self, grad):
+                self.scale.accumulate(np.full(1, np.nan, np.float32))
+                return grad
+
+        self.stopped(network(nn.ReLU(), Own(), nn.ReLU()), r"that is not finite is that of layer 4 \(Own\)", "4", 0)
+
     @pytest.mark.parametrize("seed", range(4))
     def test_dropout_makes_the_same_choice_when_the_layer_is_looked_for(self, seed):
         class Divided(nn.Identity):

@@ -95,6 +95,9 @@ class TestValidationShare:
         assert (len(model.seen[True]), len(model.seen[False])) == (3 * 75, 3 * 25)
         assert len(history.val_loss) == len(history.val_accuracy) == 3
 
+    def test_a_list_is_a_pair_too(self):
+        assert train(Recorder(), validation=[X, Y]).val_loss == train(Recorder(), validation=(X, Y)).val_loss
+
     def test_by_the_seed(self):
         held_out = []
         for seed in (0, 0, 1):
@@ -117,6 +120,7 @@ class TestValidationShare:
             (0, ValueError, "share must be between 0 and 1, got 0"),
             (0.001, ValueError, "of 100 samples leave a part empty"),
             ("half", TypeError, r"validation must be a pair \(x, y\) or a share, got str"),
+            ((X, Y, X), ValueError, r"validation must be a pair \(x, y\) or a share, got 3 arrays"),
         ],
     )
     def test_wrong_shares(self, validation, error, message):
@@ -157,6 +161,8 @@ class TestMetrics:
         assert nn.top_k_accuracy(2)(np.zeros((8, 4)), np.arange(8) % 4) == 0.5
         assert nn.accuracy(np.zeros((8, 4)), np.arange(8) % 4) == 0.25
         assert nn.top_k_accuracy(1)(np.full((8, 4), np.nan), np.arange(8) % 4) == 0.25
+        for label, expected in ((0, 1.0), (1, 1.0), (2, 0.0)):  # the first of equal ones count, as for argmax
+            assert nn.top_k_accuracy(2)(np.zeros((1, 4)), np.array([label])) == expected
 
     @pytest.mark.parametrize(
         ("metrics", "error", "message"),
