@@ -31,8 +31,8 @@ $(PY):
 # One stamp for each set of extras; "test" is what the tests need, peers what they compare with.
 $(INSTALLED)-bench: EXTRA := bench
 $(INSTALLED)-lint: EXTRA := lint
-$(INSTALLED)-test: EXTRA := test,bench,train,plot,io,gpu
-$(INSTALLED)-test-peers: EXTRA := test,bench,train,plot,io,gpu,peers
+$(INSTALLED)-test: EXTRA := test,bench,train,plot,io,log,gpu
+$(INSTALLED)-test-peers: EXTRA := test,bench,train,plot,io,log,gpu,peers
 $(INSTALLED)-test-peers: MORE := "$(TORCH)"
 $(INSTALLED)-%: pyproject.toml | $(PY)
 	@echo "installing tilewise[$(EXTRA)] into $(VENV) ..."

@@ -1,28 +1,25 @@
 """Train a LeNet-5 on scikit-learn's 1,797 handwritten digits, and plot the history.
 
-    python examples/digits.py [--epochs 5] [--seed 0] [--out digits.png] [--quiet]
+    python examples/digits.py [--epochs 25] [--seed 0] [--out digits.png] [--quiet]
 
 The digits are real (Alpaydin and Kaynak 1998, UCI), 8x8 pixels with 17 grey levels. They are enlarged to LeNet-5's
 32x32, and a fifth of them, chosen by the seed, is held out for the test. The rest is trained on by mini-batches with
-Adam, each digit in five places: as it is, and shifted by two pixels to each side. The same seed gives the same weights
-on the same machine. Needs the extras train and plot: pip install "tilewise[train,plot]".
+Adam, each digit shifted anew in every epoch by up to two pixels, half a pixel of the scan; the learning rate falls to a
+tenth, in equal steps. The same seed gives the same weights on the same machine. Needs the extras train and plot:
+pip install "tilewise[train,plot]".
 """
 
-import argparse
-import importlib
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
+import common
 import numpy as np
 
 from tilewise import nn
 
-NEEDED = {"sklearn": ("scikit-learn", "train"), "matplotlib": ("matplotlib", "plot")}  # module -> distribution, extra
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3  # at first
-SHIFTS = ((0, 0), (-2, 0), (2, 0), (0, -2), (0, 2))  # (down, right); two of 32 pixels are half a pixel of the scan
 
 
 class Result(NamedTuple):
@@ -46,28 +43,12 @@ def enlarged(images: np.ndarray, size: int = 32) -> np.ndarray:
     return rows @ images @ columns.T
 
 
-def shifted(x: np.ndarray, down: int, right: int) -> np.ndarray:
-    """The images (N, 1, H, W) moved by some pixels; their edge pixels are repeated."""
-    rows = np.clip(np.arange(x.shape[2]) - down, 0, x.shape[2] - 1)
-    columns = np.clip(np.arange(x.shape[3]) - right, 0, x.shape[3] - 1)
-    return x[:, :, rows[:, None], columns]
-
-
 def load_data(rng: np.random.Generator):
-    """((x, y) to train on, (x, y) to test with); x (N, 1, 32, 32) float32 of mean 0 and variance 1, y the digits.
-
-    The split comes first: no test digit, shifted or not, is trained on.
-    """
-    from sklearn.datasets import load_digits
-
-    scans, y = (np.asarray(array) for array in load_digits(return_X_y=True))
-    x = enlarged(scans.reshape(-1, 8, 8))[:, None]
-    order = rng.permutation(len(x))
-    test, train = np.split(order, [len(x) // 5 + 1])
-    x = (x - x[train].mean()) / x[train].std()
-    x = x.astype(np.float32)
-    augmented = np.concatenate([shifted(x[train], *shift) for shift in SHIFTS])
-    return (augmented, np.tile(y[train], len(SHIFTS))), (x[test], y[test])
+    """[(x, y) to train on, (x, y) to test with]; x (N, 1, 32, 32), of mean 0 and variance 1 in training."""
+    images, digits = common.digits()
+    (x, y), (x_test, y_test) = nn.split(enlarged(images[:, 0])[:, None], digits, (0.8, 0.2), rng=rng)
+    mean, std = x.mean(), x.std()
+    return [(((part - mean) / std).astype(np.float32), labels) for part, labels in ((x, y), (x_test, y_test))]
 
 
 def train(epochs: int, seed: int, progress: bool) -> Result:
@@ -76,17 +57,14 @@ def train(epochs: int, seed: int, progress: bool) -> Result:
     model = nn.models.lenet5(init="he_normal", dropout=0.5, rng=rng)
     loss, optimizer = nn.CrossEntropyLoss(), nn.Adam(model.parameters(), LEARNING_RATE)
 
-    def lower_rate(history: nn.History):
-        """eta0 * 10**(-t/n): large steps first, fine ones in the end."""
-        optimizer.lr = LEARNING_RATE * 10 ** (-len(history) / epochs)
-
     # The test digits are looked at after each epoch, for the plot; nothing is chosen by them.
     begin = time.perf_counter()
     compile_kernels(training, test, progress)
     compiled = time.perf_counter()
     history = nn.fit(
         model, loss, optimizer, *training,
-        epochs=epochs, batch_size=BATCH_SIZE, validation=test, after_epoch=lower_rate, rng=rng, progress=progress,
+        epochs=epochs, batch_size=BATCH_SIZE, validation=test, augment=nn.augment.Shift(2),
+        after_epoch=nn.DecadeLR(optimizer, n=epochs), rng=rng, progress=progress,
     )  # fmt: skip
     seconds = time.perf_counter() - compiled
     accuracy = nn.evaluate(model, loss, *test).accuracy
@@ -109,43 +87,15 @@ def compile_kernels(training: tuple, test: tuple, progress: bool):
     )  # fmt: skip
 
 
-def missing_extras() -> str | None:
-    """What to install, if anything."""
-    missing = []
-    for module, needed in NEEDED.items():
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            missing.append(needed)
-    if not missing:
-        return None
-    names, extras = zip(*missing, strict=True)
-    return f'{" and ".join(names)} not installed: pip install "tilewise[{",".join(extras)}]"'
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a LeNet-5 on scikit-learn's handwritten digits.")
-    parser.add_argument("--epochs", type=int, default=5, help="how often every digit is seen (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("digits.png"), help="the plot (default digits.png)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
-    if options.epochs < 1:
-        parser.error(f"--epochs must be at least 1, got {options.epochs}")
-    if options.seed < 0:
-        parser.error(f"--seed must not be negative, got {options.seed}")
-    if not options.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {options.out.parent}")
-    if problem := missing_extras():
-        print(f"digits: {problem}", file=sys.stderr)
-        return 1
+def main(arguments: list[str] | None = None) -> Result:
+    options = common.Arguments(__doc__, "digits.png", epochs=25, needs=("sklearn",)).parse(arguments)
     result = train(options.epochs, options.seed, not options.quiet)
     result.history.plot(options.out)
     print(f"test accuracy {result.accuracy:.2%} on {result.tested} digits that were not trained on")
     print(f"{options.epochs} epochs in {result.seconds:.1f} s, after {result.compile_seconds:.1f} s for the kernels")
     print(f"the history is drawn in {options.out}")
-    return 0
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

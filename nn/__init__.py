@@ -10,18 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
-    from . import init, models, optim
+    from . import augment, init, models, optim
     from .activation import *
     from .batchnorm import *
+    from .checkpoint import *
     from .clip import *
     from .containers import *
     from .conv import *
+    from .data import *
     from .dropout import *
+    from .history import *
     from .inspection import *
     from .io import *
     from .linear import *
     from .losses import *
+    from .metrics import *
     from .module import *
+    from .nonfinite import *
     from .optim import *
     from .penalty import *
     from .picture import *
@@ -29,6 +34,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .recurrent import *
     from .schedules import *
     from .shape import *
+    from .stopping import *
     from .train import *
 
 # module -> the public names it defines
@@ -79,10 +85,16 @@ _EXPORTS = {
     "io": ("save", "load"),
     "picture": ("plot_model",),
     "inspection": ("summary", "Summary", "gradient_norms", "plot_gradient_norms"),
-    "train": ("fit", "evaluate", "predict", "History", "Evaluation"),
+    "train": ("fit", "evaluate", "predict", "Evaluation"),
+    "data": ("split",),
+    "history": ("History", "TensorBoard"),
+    "metrics": ("accuracy", "top_k_accuracy"),
+    "stopping": ("EarlyStopping",),
+    "checkpoint": ("Checkpoint",),
+    "nonfinite": ("NonFiniteError",),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-_SUBMODULES = ("init", "models", "optim")  # used by name: nn.init.he_normal, nn.models.lenet5
+_SUBMODULES = ("augment", "init", "models", "optim")  # used by name: nn.init.he_normal, nn.models.lenet5
 
 __all__ = [*_MODULE_OF, *_SUBMODULES]
 

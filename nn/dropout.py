@@ -25,14 +25,16 @@ class Dropout(Module):
     """In training each element is zero with probability p, and the others are divided by 1 - p; else the identity.
 
     Element i in C order is dropped where number i of `philox(seed, calls, ...)` is below p * 2**32: the choice depends
-    on the seed, on how often forward was called in training mode before, and on i. `seed` and `calls` may be set, to go
-    on from a checkpoint; they are not in state_dict, whose names are PyTorch's.
+    on the seed, on how often forward was called in training mode before, and on i. `seed` and `calls` may be set; a
+    checkpoint of `fit` holds them. They are not in state_dict, whose names are PyTorch's.
 
     Args:
         p: the probability of dropping an element, from 0 to 1.
         rng: the seed, from 0 to 2**128 - 1, or a numpy.random.Generator to draw one from; None: unpredictable. Layers
             with one seed make one choice: give several layers a generator.
     """
+
+    counters = ("seed", "calls")
 
     def __init__(self, p: float = 0.5, *, rng: Rng = None):
         if not 0 <= p <= 1:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .hooks import observed
 from .linear import Affine
 from .module import Module, Parameter
 
@@ -183,28 +184,20 @@ def _recording(modules: list[Module]) -> Iterator[dict[Module, list[Output]]]:
     outputs: dict[Module, list[Output]] = {}
     before = [(module, vars(module).get("training")) for module in modules]
 
-    def recorded(module: Module):
-        forward = module.forward
-
-        def record(*arguments):
-            result = forward(*arguments)
-            y = result[0] if isinstance(result, tuple) else result
-            outputs.setdefault(module, []).append((y.shape, y.nbytes))
-            return result
-
-        return record
+    def record(module: Module, arguments: tuple, result: Any):
+        y = result[0] if isinstance(result, tuple) else result
+        outputs.setdefault(module, []).append((y.shape, y.nbytes))
 
     try:
         for module in modules:
             module.training = False
-            vars(module)["forward"] = recorded(module)
-        yield outputs
+        with observed(modules, ("forward",), record):
+            yield outputs
     finally:
         for module, mode in before:
             vars(module).pop("training", None)
             if mode is not None:
                 module.training = mode
-            vars(module).pop("forward", None)
             module.release()
 
 

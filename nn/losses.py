@@ -36,6 +36,12 @@ class Loss:
         """factors * d losses / d prediction, where factors is a number or an array of the losses' shape."""
         raise NotImplementedError
 
+    def check_targets(self, shape: tuple[int, ...], target: np.ndarray):
+        """Raise, before training, what forward would for a prediction of this shape and one of these targets.
+
+        A loss that knows nothing to look for lets everything pass.
+        """
+
     def forward(self, prediction: np.ndarray, target: np.ndarray):
         losses, divisor, kept = self.losses(prediction, target)
         if divisor == 0 and self.reduction == "mean":
@@ -129,6 +135,12 @@ class _ClassLoss(Loss):
         if len(self.weight) != classes:
             raise ValueError(f"{type(self).__name__}: weight is of {len(self.weight)} classes, prediction of {classes}")
         return self.weight.astype(dtype)
+
+    def check_targets(self, shape, target):
+        if len(shape) < 2 or target.ndim == len(shape):
+            return  # probabilities, or shapes that forward refuses
+        _check_integers(type(self).__name__, target)
+        _check_range(type(self).__name__, target[target != self.ignore_index], shape[1])
 
     def _labels(self, prediction: np.ndarray, target: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The labels, 0 for the ignored ones, and each one's weight; None where all of them are 1."""

@@ -65,6 +65,7 @@ class Module:
     training: bool = True
     buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained, such as running means
     optional_buffers: tuple[str, ...] = ()  # of them those that a state may lack, as PyTorch's older files do
+    counters: tuple[str, ...] = ()  # whole numbers that only a checkpoint of training holds, such as dropout's calls
     transient: tuple[str, ...] = ("_kept",)  # attributes that copies and pickles go without
     _kept: tuple | None = None
 
@@ -232,10 +233,13 @@ class Module:
         """The arrays themselves by dotted name, in PyTorch's order: a module's parameters, buffers, then children."""
         state = {}
         for prefix, module in self.modules():
-            own = {name: value.data for name, value in vars(module).items() if isinstance(value, Parameter)}
-            own |= {name: getattr(module, name) for name in module.buffers}
-            state |= {f"{prefix}.{name}" if prefix else name: array for name, array in own.items()}
+            state |= {f"{prefix}.{name}" if prefix else name: array for name, array in module.own_state().items()}
         return state
+
+    def own_state(self) -> dict[str, np.ndarray]:
+        """The arrays themselves of this module's own parameters and buffers, without its children's."""
+        own = {name: value.data for name, value in vars(self).items() if isinstance(value, Parameter)}
+        return own | {name: getattr(self, name) for name in self.buffers}
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """A copy of every parameter and buffer by its dotted name, as in PyTorch ("0.weight", "1.running_mean")."""

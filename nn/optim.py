@@ -61,6 +61,7 @@ class Optimizer:
 
         Raises:
             ValueError: it is of another number of parameters, of other shapes, or of another kind of optimiser.
+            TypeError: it is of another dtype.
         """
         name = type(self).__name__
         if set(state["options"]) != set(self.options):
@@ -69,10 +70,14 @@ class Optimizer:
             raise ValueError(f"{name}: the state is of {len(state['state'])} parameters, not {len(self.parameters)}")
         for i, (values, parameter) in enumerate(zip(state["state"], self.parameters, strict=True)):
             for key, value in values.items():
-                if isinstance(value, np.ndarray) and value.shape != parameter.shape:
+                if not isinstance(value, np.ndarray):
+                    continue
+                if value.shape != parameter.shape:
                     raise ValueError(
                         f"{name}: {key} of parameter {i} has shape {value.shape}, expected {parameter.shape}"
                     )
+                if value.dtype != parameter.dtype:
+                    raise TypeError(f"{name}: {key} of parameter {i} is {value.dtype}, expected {parameter.dtype}")
         for option, value in state["options"].items():
             setattr(self, option, value)
         self.state = [{k: v.copy() if isinstance(v, np.ndarray) else v for k, v in s.items()} for s in state["state"]]

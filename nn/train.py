@@ -1,20 +1,25 @@
-"""The training loop: mini-batches, a progress bar, validation, a history."""
+"""Training, evaluation and prediction by mini-batches."""
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..kernels.shapes import integer
+from .augment import Augmentation
+from .checkpoint import Checkpoint
+from .data import Samples
+from .history import History
 from .init import Rng, generator
 from .losses import Loss
+from .metrics import Measures, Metric
 from .module import Module
 from .optim import Optimizer
+from .run import Run, measured, modes
+from .stopping import EarlyStopping
+
+AfterEpoch = Callable[[History], object]
 
 
 class Evaluation(NamedTuple):
@@ -22,48 +27,6 @@ class Evaluation(NamedTuple):
 
     loss: float
     accuracy: float | None
-
-
-@dataclass
-class History:
-    """One entry for each epoch. loss and accuracy are means over the epoch's batches, made while the weights changed;
-    val_loss and val_accuracy were measured after the epoch. Lists that were not asked for stay empty."""
-
-    loss: list[float] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
-    val_loss: list[float] = field(default_factory=list)
-    val_accuracy: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def __len__(self):
-        return len(self.loss)
-
-    def plot(self, path: str | Path):
-        """Write a picture of the curves (loss, and accuracy where there is one); the ending chooses PNG, SVG or PDF.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        try:
-            from matplotlib.figure import Figure
-            from matplotlib.ticker import MaxNLocator
-        except ImportError as error:
-            raise ImportError('History.plot needs matplotlib: pip install "tilewise[plot]"') from error
-        panels = [("loss", self.loss, self.val_loss)]
-        if self.accuracy or self.val_accuracy:
-            panels.append(("accuracy", self.accuracy, self.val_accuracy))
-        figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-        for axes, (name, training, validation) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
-            for label, values in (("training", training), ("validation", validation)):
-                if values:
-                    axes.plot(range(1, len(values) + 1), values, marker=".", label=label)
-            axes.set(xlabel="epoch", ylabel=name)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.3)
-            axes.legend()
-        figure.savefig(path, dpi=150)
 
 
 def fit(
@@ -75,12 +38,16 @@ def fit(
     *,
     epochs: int,
     batch_size: int = 32,
-    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    validation: Samples | float | None = None,
     shuffle: bool = True,
     drop_last: bool = False,
+    augment: Augmentation | None = None,
     accuracy: bool | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     before_step: Callable[[], object] | None = None,
-    after_epoch: Callable[[History], object] | None = None,
+    after_epoch: AfterEpoch | Sequence[AfterEpoch] = (),
+    early_stopping: EarlyStopping | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     rng: Rng = None,
     progress: bool = True,
 ) -> History:
@@ -92,14 +59,23 @@ def fit(
         y: (N, ...), as the loss wants it.
         epochs: how many times every sample is seen.
         batch_size: samples for one step. The last batch of an epoch may be smaller; drop_last leaves it out.
-        validation: (x, y) on which the model is measured after each epoch.
+        validation: (x, y) on which the model is measured after each epoch; or a share of the samples, between 0 and 1,
+            that is drawn by rng and held out from training (`split` does so beforehand, and by classes).
         shuffle: whether each epoch goes through the samples in a new order.
+        augment: changes each batch before the model sees it: augment(x, rng), see `tilewise.nn.augment`.
         accuracy: whether to record it; None: where the loss is one of classes.
+        metrics: more to record, name -> metric(prediction, y), such as {"top5": top_k_accuracy(5)}. A number
+            is taken as the mean over a batch's samples: an epoch's is the mean of them, weighted by the batches' sizes.
         before_step: called when the batch's gradients are there and before they are used: clipping, an L1 penalty.
-        after_epoch: called with the history after each epoch; training ends when it returns a true value (early
-            stopping). It may change optimizer.lr (a schedule).
-        rng: a numpy.random.Generator or a seed, for the order. With it, with seeded initial values and seeded dropout,
-            the same call gives the same bits on one machine.
+        after_epoch: one or several, called with the history after each epoch; training ends when one of them returns a
+            true value. They may change optimizer.lr (a schedule). Where one has state_dict and load_state_dict, a
+            checkpoint holds its state.
+        early_stopping: ends training when the validation loss has stopped falling, and restores the best weights.
+        checkpoint: a file, or a `Checkpoint` with more options, that holds the state of the whole training. Where it
+            is there already, training goes on from it as if it had never stopped; the state of the model, optimizer,
+            rng and callbacks is replaced by the file's. To start anew, remove it.
+        rng: a numpy.random.Generator or a seed, for the held-out share, the order and augment. With it, with seeded
+            initial values and seeded dropout, the same call gives the same bits on one machine.
         progress: whether to show it on stderr: a bar where tqdm is installed, else a line for each epoch.
 
     Returns:
@@ -107,58 +83,46 @@ def fit(
 
     Raises:
         TypeError: x or y is not an array, or x has another dtype than the parameters.
-        ValueError: x and y of different or no length; epochs or batch_size below 1; a loss without reduction.
+        ValueError: x and y of different or no length; epochs or batch_size below 1; a loss without reduction; classes
+            out of range (before the first step); a checkpoint that is damaged or of another model, optimiser, data or
+            batch size, which changes neither the model nor the file.
+        NonFiniteError: the loss or a gradient is NaN or infinite. It names the first layer that made it so.
+
+    Whatever is raised, Ctrl-C's KeyboardInterrupt too, the weights are those after the last whole step, and the last
+    checkpoint stays.
     """
     integer("fit", "epochs", epochs)
     _check_data("fit", model, loss, x, y, batch_size)
-    if validation is not None:
-        _check_data("fit (validation)", model, loss, *validation, batch_size)
-    accuracy = loss.classifies if accuracy is None else accuracy
-    rng, history, parameters = generator(rng), History(), model.parameters()
-    starts = range(0, len(x) - batch_size + 1 if drop_last else len(x), batch_size)
-    if not starts:
-        raise ValueError(f"fit: drop_last leaves no batch of {batch_size} out of {len(x)} samples")
-    with _modes(model, True), _Progress(epochs, len(starts), progress) as shown:
-        for _ in range(epochs):
-            begin = time.perf_counter()
-            order = rng.permutation(len(x)) if shuffle else np.arange(len(x))
-            totals = np.zeros(3)  # losses, hits, samples
-            for start in starts:
-                chosen = order[start : start + batch_size]
-                target = y[chosen]
-                prediction = model(x[chosen])
-                totals += _measure(loss, prediction, target, accuracy)
-                for parameter in parameters:
-                    parameter.grad = None
-                model.backward_parameters(loss.backward())
-                if before_step is not None:
-                    before_step()
-                optimizer.step()
-                shown.batch(totals[0] / totals[2])
-            _record(history, "", totals, accuracy)
-            if validation is not None:
-                _record(history, "val_", _totals(model, loss, *validation, batch_size, accuracy), accuracy)
-            history.seconds.append(time.perf_counter() - begin)
-            shown.epoch(history)
-            if after_epoch is not None and after_epoch(history):
-                break
-    return history
+    validation = _validation(model, loss, validation, batch_size)
+    measures = Measures("fit", loss, accuracy, metrics)
+    _check_monitor(early_stopping, measures, validation is not None)
+    if isinstance(checkpoint, (str, Path)):
+        checkpoint = Checkpoint(checkpoint)
+    calls = (after_epoch,) if callable(after_epoch) else tuple(after_epoch)
+    run = Run(
+        model, loss, optimizer, x, y, measures, validation, batch_size, shuffle, drop_last, augment, before_step, calls,
+        early_stopping, generator(rng),
+    )  # fmt: skip
+    run.train(epochs, checkpoint, progress)
+    return run.history
 
 
 def evaluate(
     model: Module, loss: Loss, x: np.ndarray, y: np.ndarray, *, batch_size: int = 256, accuracy: bool | None = None
 ) -> Evaluation:
-    """The mean loss over the samples (x, y), and the accuracy, in evaluation mode. Arguments and errors as `fit`."""
+    """The mean loss over the samples (x, y), and the accuracy, in evaluation mode. Arguments and errors as `fit`.
+
+    Other metrics: `top_k_accuracy(5)(predict(model, x), y)`.
+    """
     _check_data("evaluate", model, loss, x, y, batch_size)
-    accuracy = loss.classifies if accuracy is None else accuracy
-    losses, hits, samples = _totals(model, loss, x, y, batch_size, accuracy)
-    return Evaluation(float(losses / samples), float(hits / samples) if accuracy else None)
+    means = measured(model, Measures("evaluate", loss, accuracy), x, y, batch_size)
+    return Evaluation(means["loss"], means.get("accuracy"))
 
 
 def predict(model: Module, x: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
     """model(x) in evaluation mode, batch by batch. Raises TypeError and ValueError as `fit`."""
     _check_samples("predict", model, x, batch_size)
-    with _modes(model, False):
+    with modes(model, False):
         return np.concatenate([model(x[i : i + batch_size]) for i in range(0, len(x), batch_size)])
 
 
@@ -190,86 +154,26 @@ def _check_data(function: str, model: Module, loss: Loss, x, y, batch_size: int)
         raise ValueError(f'{function}: the loss must have reduction "mean" or "sum", got "none"')
 
 
-@contextmanager
-def _modes(model: Module, training: bool) -> Iterator[None]:
-    """The whole model in one mode; afterwards each module is in its own again."""
-    before = [(module, module.training) for _, module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
+def _validation(model: Module, loss: Loss, validation, batch_size: int) -> Samples | float | None:
+    what = "fit: validation must be a pair (x, y) or a share, got"
+    if validation is None:
+        return None
+    if isinstance(validation, (tuple, list)):
+        if len(validation) != 2:
+            raise ValueError(f"{what} {len(validation)} arrays")
+        x, y = validation
+        _check_data("fit (validation)", model, loss, x, y, batch_size)
+        return x, y
+    if isinstance(validation, bool) or not isinstance(validation, (int, float)):
+        raise TypeError(f"{what} {type(validation).__name__}")
+    if not 0 < validation < 1:
+        raise ValueError(f"fit: validation as a share must be between 0 and 1, got {validation}")
+    return float(validation)
 
 
-def _measure(loss: Loss, prediction: np.ndarray, y: np.ndarray, accuracy: bool) -> np.ndarray:
-    """The batch's (sum of losses, hits, samples)."""
-    value = loss(prediction, y)
-    total = value * len(y) if loss.reduction == "mean" else value
-    ignored = getattr(loss, "ignore_index", None)
-    return np.array([total, _hits(prediction, y, ignored) if accuracy else 0, len(y)], np.float64)
-
-
-def _hits(prediction: np.ndarray, y: np.ndarray, ignored: int | None) -> float:
-    """How many samples have their largest prediction at the target; further axes (pixels) count as shares.
-
-    Ignored targets are left out, and count as the share of the others does.
-    """
-    if prediction.ndim < 2 or prediction.shape[1] < 2:
-        raise ValueError(f"accuracy needs predictions (N, classes, ...), got shape {prediction.shape}")
-    classes = y.argmax(1) if y.shape == prediction.shape else y
-    hits = prediction.argmax(1) == classes
-    if ignored is not None and not (counted := classes != ignored).all():
-        hits = hits[counted]
-    return float(hits.mean() * len(y)) if hits.size else 0.0
-
-
-def _totals(model: Module, loss: Loss, x: np.ndarray, y: np.ndarray, batch_size: int, accuracy: bool) -> np.ndarray:
-    totals = np.zeros(3)
-    with _modes(model, False):
-        for i in range(0, len(x), batch_size):
-            totals += _measure(loss, model(x[i : i + batch_size]), y[i : i + batch_size], accuracy)
-    return totals
-
-
-def _record(history: History, prefix: str, totals: np.ndarray, accuracy: bool):
-    losses, hits, samples = totals
-    getattr(history, f"{prefix}loss").append(float(losses / samples))
-    if accuracy:
-        getattr(history, f"{prefix}accuracy").append(float(hits / samples))
-
-
-class _Progress:
-    """A tqdm bar over all batches; a line for each epoch where tqdm is missing; nothing where not wanted."""
-
-    def __init__(self, epochs: int, batches: int, wanted: bool):
-        self.epochs, self.batches, self.wanted = epochs, batches, wanted
-        self.bar = None
-
-    def __enter__(self):
-        if self.wanted:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return self
-            self.bar = tqdm(total=self.epochs * self.batches, unit="batch", desc=f"epoch 1/{self.epochs}")
-        return self
-
-    def __exit__(self, *error):
-        if self.bar is not None:
-            self.bar.close()
-        return False
-
-    def batch(self, loss: float):
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self.bar.update()
-
-    def epoch(self, history: History):
-        done = len(history)
-        if self.bar is not None:
-            self.bar.set_description(f"epoch {min(done + 1, self.epochs)}/{self.epochs}", refresh=False)
-        elif self.wanted:
-            names = ("loss", "accuracy", "val_loss", "val_accuracy")
-            shown = [f"{name} {values[-1]:.4f}" for name in names if (values := getattr(history, name))]
-            print(f"epoch {done}/{self.epochs}: {', '.join(shown)}, {history.seconds[-1]:.1f} s", file=sys.stderr)
+def _check_monitor(early_stopping: EarlyStopping | None, measures: Measures, validated: bool):
+    names = [*measures.names, *(f"val_{name}" for name in measures.names if validated)]
+    if early_stopping is not None and early_stopping.monitor not in names:
+        hint = "" if validated else "; there is no validation"
+        monitor = early_stopping.monitor
+        raise ValueError(f"fit: early_stopping watches {monitor!r}, but the history will have {', '.join(names)}{hint}")

@@ -30,6 +30,34 @@ def torch():
     return module
 
 
+@pytest.fixture(scope="session")
+def example_extras():
+    """What the scripts in examples/ need; a visible skip where it is not installed."""
+    for module, distribution, extra in (("sklearn", "scikit-learn", "train"), ("matplotlib", "matplotlib", "plot")):
+        pytest.importorskip(module, reason=f"{distribution} is not installed (extra: {extra})")
+
+
+@pytest.fixture
+def run_example(example_extras, tmp_path, capsys):
+    """run_example(name, *arguments): what its main returns, after a look at the picture and at what was printed."""
+    import example_scripts
+
+    import tilewise
+
+    def run(name: str, *arguments: str):
+        picture = tmp_path / f"{name}.png"
+        quiet = ["--quiet"] if name in example_scripts.TRAINING else []
+        with tilewise.using(threads=1):  # the problems are small, and the machine may be busy
+            result = example_scripts.load(name).main([*arguments, *quiet, "--out", str(picture)])
+        printed = capsys.readouterr()
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert str(picture) in printed.out
+        assert printed.err == ""
+        return result
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def gradients_as_they_were():
     """The benchmarks switch PyTorch's recording of gradients off for their process; other tests need it."""

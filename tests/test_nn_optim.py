@@ -149,10 +149,17 @@ def test_wrong_calls(call, error, message):
         call()
 
 
-def test_state_of_another_shape():
-    other = nn.Parameter(np.zeros(3))
-    other.grad = np.ones(3)
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (np.zeros(3), ValueError, r"has shape \(3,\), expected \(2,\)"),
+        (np.zeros(2, np.float32), TypeError, "is float32, expected float64"),
+    ],
+)
+def test_state_of_other_parameters(values, error, message):
+    other = nn.Parameter(values)
+    other.grad = np.ones_like(values)
     optimizer = nn.Adam([other])
     optimizer.step()
-    with pytest.raises(ValueError, match=r"Adam: mean of parameter 0 has shape \(3,\), expected \(2,\)"):
+    with pytest.raises(error, match=f"Adam: mean of parameter 0 {message}"):
         nn.Adam([ONE]).load_state_dict(optimizer.state_dict())
