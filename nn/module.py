@@ -13,7 +13,10 @@ class Parameter:
     data: the values; an optimiser changes them in place.
     grad: the gradient of the loss, of data's shape and dtype, added up over calls of backward; None before the first.
     requires_grad: False freezes it: backward leaves grad alone, so that optimisers pass it over.
+    version: how often an optimiser has changed data. Who derives something from data compares it.
     """
+
+    version: int = 0
 
     def __init__(self, data: np.ndarray, requires_grad: bool = True):
         self.data = data

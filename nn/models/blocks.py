@@ -1,6 +1,7 @@
 """What several networks are built of, with torchvision's names and initial values."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -8,6 +9,7 @@ from numpy.typing import DTypeLike
 from ..batchnorm import BatchNorm2d
 from ..containers import Container, Residual, Sequential
 from ..conv import Conv2d
+from ..inference import Opened
 from ..init import Rng, generator, he_normal, normal
 from ..linear import Linear
 
@@ -50,8 +52,11 @@ class NamedResidual(Container):
         shortcut, activation = main.pop("downsample", None), main.pop("relu", None)
         return Residual(Sequential(main), shortcut, activation)
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
-        return self._residual().forward(x)
+    def _one_by_one(self, x: np.ndarray) -> np.ndarray:
+        return self._residual()._one_by_one(x)
+
+    def _steps(self, opened: Opened) -> list[Any]:
+        return self._residual()._steps(opened)
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
         return self._residual().backward(grad)
