@@ -216,7 +216,7 @@ def _torch_step(network, optimizer, x, labels) -> float:
 def agree(work: Work, calls: dict[str, Callable[[], Any]]):
     """AssertionError where results differ. Steps are made twice: the second loss is that after one update."""
     for _ in range(1 + work.training):
-        results = {name: np.array(call()) for name, call in calls.items()}
+        results = {name: np.asarray(call()).copy() for name, call in calls.items()}
         ours = results[engines.OURS]
         for name, result in results.items():
             worst = np.abs(result - ours).max() / np.abs(ours).max()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .inference import Join, Network, Opened, Sum
+from .inference import Join, Network, Opened
 from .module import Module
 
 
@@ -132,10 +132,7 @@ class Residual(Network):
         return y if self.activation is None else self.activation(y)
 
     def _steps(self, opened: Opened) -> list[Any]:
-        shortcut = [] if self.shortcut is None else opened.sequence([self.shortcut])
-        total = Sum(self, opened.sequence([self.main]), shortcut)
-        activation = [] if self.activation is None else opened.sequence([self.activation])
-        return [total, *activation]
+        return opened.residual(self, [self.main], self.shortcut, self.activation)
 
     def _before_sum(self, grad: np.ndarray) -> np.ndarray:
         return grad if self.activation is None else self.activation.backward(grad)

@@ -110,6 +110,13 @@ class Opened:
                     steps.append(step)
         return steps
 
+    def residual(
+        self, network: Network, main: Iterable[Module], shortcut: Module | None, activation: Module | None
+    ) -> list[Any]:
+        """The steps of activation(main(x) + shortcut(x))."""
+        other, last = ([] if module is None else self.sequence([module]) for module in (shortcut, activation))
+        return [Sum(network, self.sequence(main), other), *last]
+
 
 def _is_plain(module: Module, kind: type) -> bool:
     """Whether a module does what its class says: in evaluation mode, with the class's own forward."""
