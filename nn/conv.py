@@ -28,11 +28,12 @@ _PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "repli
 class Conv2d(Affine):
     """y = x * weight + bias, a cross-correlation, for x (N, C, H, W), weight (out_channels, C / groups, KH, KW).
 
-    In evaluation mode the first call prepares the weights (`prepare_conv2d`), and later ones use that: a copy and a
-    packed form, together two to five times the weights' memory. train() and load_state_dict() drop it, and it is made
-    anew when weight.data or bias.data is another array or has changed in place. Changes in place are looked for in all
-    of a small array, in 2048 elements spread over a large one: a step of training, loading, scaling or zeroing a
-    filter shows there, but single numbers changed by hand may not: call release() then.
+    In evaluation mode the first call prepares the weights (`prepare_conv2d`), in a network together with the batch norm
+    that follows, and later ones use that: a copy and a packed form, together two to five times the weights' memory.
+    train() and load_state_dict() drop it, and it is made anew after an optimiser's step, and when a parameter or
+    statistic is another array or has changed in place. Changes in place are looked for in all of a small array, in 2048
+    elements spread over a large one: loading, scaling or zeroing a filter shows there, but single numbers changed by
+    hand in more than 4096 may not: call release() then, of the layer or of the network.
 
     Args:
         in_channels, out_channels: C of x and of y; both divisible by groups.

@@ -60,6 +60,8 @@ class Network(Module):
 
     def release(self):
         vars(self).pop("_program", None)
+        for _, module in self.children():
+            module.release()
 
 
 class Program:
@@ -126,7 +128,7 @@ def _is_plain(module: Module, kind: type) -> bool:
 
 def _step(module: Module) -> "Call":
     for kind, step in ((Conv2d, Convolution), (Linear, Dense)):
-        if type(module) is kind and _is_plain(module, kind):
+        if _is_plain(module, kind):
             return step(module)
     return Call(module)
 
@@ -177,7 +179,7 @@ class Convolution(_Activated):
 
     def joined(self, step: Any) -> bool:
         norm = step.module
-        if type(norm) is not BatchNorm2d or not _is_plain(norm, BatchNorm2d):
+        if not _is_plain(norm, BatchNorm2d):
             return super().joined(step)
         if self.norm is not None or self.activation is not None or norm.layout != self.module.layout:
             return False

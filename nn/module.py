@@ -225,11 +225,16 @@ class Module:
         return self
 
     def eval(self):
-        """Evaluation mode: dropout is off, batch norm uses its running statistics, nothing is kept for backward."""
+        """Evaluation mode: dropout is off, batch norm uses its running statistics, nothing is kept for backward.
+
+        Networks (Sequential, Residual, Concat, and those of `nn.models`) then fold batch norms into the convolutions
+        before them, whose weights the next forward prepares once, and compute activations and residual sums in the same
+        pass. Changed parameters and replaced modules are noticed; see `Conv2d` for what needs `release()`.
+        """
         return self.train(False)
 
     def release(self):
-        """Forget what forward derived from this module's parameters; train() and load_state_dict() call it."""
+        """Forget what evaluation derived from the parameters inside; train() and load_state_dict() call it."""
 
     def _state(self) -> dict[str, np.ndarray]:
         """The arrays themselves by dotted name, in PyTorch's order: a module's parameters, buffers, then children."""
