@@ -30,8 +30,8 @@ RESULTS = report.RESULTS / "models"
 BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
 HEADER = ("network", "work", "threads", "ours", "PyTorch", "ch.last", "ORT", "PyTorch / ours", "ORT / ours", "spread")
 NOTE = (
-    "ours, PyTorch, ch.last (channels_last), ORT (ONNX Runtime): best of several calls, in ms; the ratio to PyTorch is to its "
-    "faster memory format; spread: interquartile range / median of our calls"
+    "ours, PyTorch, ch.last (channels_last), ORT (ONNX Runtime): best of several calls, in ms; the ratio to PyTorch is "
+    "to its faster memory format; spread: interquartile range / median of our calls"
 )
 # Of the largest result. Rounding grows with depth, and Winograd's is larger; a wrong layer is off by far more.
 TOLERANCE = 1e-3
@@ -247,11 +247,12 @@ def title(result: dict) -> str:
 
 
 def fill(page: str, folder: Path) -> str:
-    """The page with a table for each saved result between the markers."""
+    """The page with a table for each saved result between the markers: the rows of the most threads."""
     parts = []
     for file in sorted(folder.glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
-        rows = list(map(row, result["models"]))
+        most = max(record["threads"] for record in result["models"])
+        rows = [row(record) for record in result["models"] if record["threads"] == most]
         parts += [f"{title(result)}; printed by `{result['command']}`. {NOTE}.", table.markdown(rows, HEADER, left=2)]
     return report.between(page, BEGIN, END, "\n\n".join(parts), "page")
 

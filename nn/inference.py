@@ -7,9 +7,8 @@
 Dropout and Identity are left out; containers are opened, so that what meets across their borders is joined too. Modules
 of other classes, subclasses, and modules in training mode inside a network in evaluation mode are called as they are.
 
-Nothing is ever stale. A program holds modules, not numbers: parameters, statistics and options are read at each call, and
-`Conv2d.prepared` compares what it was made of. Where a module was replaced or set to another mode, the network
-makes a new program.
+A program holds modules, not numbers: parameters, statistics and options are read at each call, and `Conv2d.prepared`
+compares what it was made of. Where a module was replaced or set to another mode, the network makes a new program.
 """
 
 from collections.abc import Iterable
