@@ -1,7 +1,7 @@
 # Two commands on a fresh machine (python3 with venv and pip, make, git):
 #   make bench    time every kernel against its NumPy reference and print the table
 #   make test     run the tests
-# Others: bench-full, bench-peers, latency (imports, first calls, other pools, forks), ladder (docs/cpu-kernels.md),
+# Others: bench-full, bench-peers, bench-models, latency (imports, first calls, other pools, forks), ladder (docs/cpu-kernels.md),
 # test-avx2, gpu-compile (every GPU kernel for every architecture, without a GPU), gpu-check (tests and timings on the
 # machine's GPU, installing nothing), targets, report, lint, typecheck, clean. Settings: PYTHON=python3.12, VENV=folder,
 # EXTRAS=peers (compare with PyTorch and ONNX Runtime in the tests), JOBS=n (test processes), ARGS="..." (for pytest).
@@ -22,7 +22,7 @@ KERNEL_TESTS := $(foreach family,activation batchnorm conv gemm half padding poo
 # The figures belong to a commit where there is one (a source archive has none).
 ASV_COMMIT = $(shell git rev-parse --verify --quiet HEAD >/dev/null 2>&1 && echo --set-commit-hash=HEAD)
 
-.PHONY: bench bench-full bench-peers latency ladder test test-avx2 gpu-compile gpu-check lint typecheck targets report clean
+.PHONY: bench bench-full bench-peers bench-models latency ladder test test-avx2 gpu-compile gpu-check lint typecheck targets report clean
 .DELETE_ON_ERROR:
 
 $(PY):
@@ -82,6 +82,11 @@ targets: $(INSTALLED)-test-peers
 # Every engine, both thread counts, batch 1, 8 and 64: it takes long. ARGS='--only "conv forward" --batch 8' for a part.
 bench-peers: $(INSTALLED)-test-peers
 	@$(PY) -m tilewise.benchmarks.peers $(ARGS)
+
+# Whole networks beside PyTorch and ONNX Runtime, about five minutes. ARGS='--only "ResNet-18" --threads 2' for a part,
+# ARGS="--json --readme README.md" to keep the figures.
+bench-models: $(INSTALLED)-test-peers
+	@$(PY) -m tilewise.benchmarks.models $(ARGS)
 
 # Each figure in fresh processes, with a cache folder of their own: about ten minutes. ARGS='--only fork' for a part.
 latency: $(INSTALLED)-bench

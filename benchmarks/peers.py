@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     results: list[Result] = []
     for threads in args.threads:
-        with _pinned(threads):
+        with pinned(threads):
             peak = peaks(threads)
             print(f"\n{_threads(threads)}: {peak[FLOPS]:.0f} GFLOP/s, {peak[BYTES]:.1f} GB/s", flush=True)
             print(_line(HEADER + PREPARED_HEADER * args.prepared), flush=True)
@@ -144,7 +144,7 @@ def _chosen(args: argparse.Namespace) -> Iterator[Case]:
 
 
 @contextmanager
-def _pinned(threads: int):
+def pinned(threads: int):
     """Every engine on this many threads."""
     from threadpoolctl import threadpool_limits
 

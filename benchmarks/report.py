@@ -33,12 +33,12 @@ def machine() -> dict:
         "cores": cores,
         "threads": wanted or hardware.thread_limit(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version()} | _versions("tilewise", "numpy", "numba"),
+        "versions": {"python": platform.python_version()} | versions("tilewise", "numpy", "numba"),
         "date": date.today().isoformat(),
     }
 
 
-def _versions(*distributions: str) -> dict[str, str]:
+def versions(*distributions: str) -> dict[str, str]:
     found = {}
     for name in distributions:
         try:

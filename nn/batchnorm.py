@@ -74,6 +74,11 @@ class _BatchNorm(Module):
             self.bias.accumulate(grad_bias)
         return grad_x
 
+    def evaluation(self) -> tuple:
+        """(running_mean, running_var, weight, bias, eps), as evaluation uses them."""
+        weight, bias = (None if p is None else p.data for p in (self.weight, self.bias))
+        return self.running_mean, self.running_var, weight, bias, self.eps
+
     def hold_buffers(self, frozen: bool):
         self.frozen = frozen
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .inference import Join, Network, Opened
 from .module import Module
 
 
@@ -14,7 +15,7 @@ def learns(module: Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-class Container(Module):
+class Container(Network):
     """Modules by name: "0", "1", ..., or a dict's keys, which are attributes too (`network.fc`, `network.fc = ...`)."""
 
     _modules: dict[str, Module]
@@ -36,6 +37,9 @@ class Container(Module):
 
     def children(self) -> Iterator[tuple[str, Module]]:
         return iter(self._modules.items())
+
+    def _members(self) -> tuple[Module, ...]:
+        return tuple(self._modules.values())
 
     def __len__(self):
         return len(self._modules)
@@ -73,10 +77,13 @@ class Container(Module):
 class Sequential(Container):
     """Modules one after the other: Sequential(a, b) is b(a(x)). Names are "0", "1", ..., or a dict's keys."""
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
+    def _one_by_one(self, x: np.ndarray) -> np.ndarray:
         for module in self:
             x = module(x)
         return x
+
+    def _steps(self, opened: Opened) -> list[Any]:
+        return opened.sequence(self)
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
         for module in reversed(self._modules.values()):
@@ -94,7 +101,7 @@ class Sequential(Container):
         layers[learning[0]].backward_parameters(grad)
 
 
-class Residual(Module):
+class Residual(Network):
     """y = activation(main(x) + shortcut(x)) (He et al. 2016).
 
     The sum is a new array: the main branch's last layer may have kept its result for backward.
@@ -113,13 +120,19 @@ class Residual(Module):
         self.shortcut = shortcut
         self.activation = activation
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
+    def _members(self) -> tuple[Module | None, ...]:
+        return self.main, self.shortcut, self.activation
+
+    def _one_by_one(self, x: np.ndarray) -> np.ndarray:
         y = self.main(x)
         other = x if self.shortcut is None else self.shortcut(x)
         if y.shape != other.shape:
             raise ValueError(f"{type(self).__name__}: main gives shape {y.shape}, the shortcut {other.shape}")
         y = y + other
         return y if self.activation is None else self.activation(y)
+
+    def _steps(self, opened: Opened) -> list[Any]:
+        return opened.residual(self, [self.main], self.shortcut, self.activation)
 
     def _before_sum(self, grad: np.ndarray) -> np.ndarray:
         return grad if self.activation is None else self.activation.backward(grad)
@@ -150,13 +163,16 @@ class Concat(Container):
             raise ValueError("Concat: there must be at least one branch")
         self.axis = axis
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
+    def _one_by_one(self, x: np.ndarray) -> np.ndarray:
         results = [branch(x) for branch in self]
         if len({tuple(np.delete(result.shape, self.axis)) for result in results}) > 1:
             shapes = ", ".join(f"{name} {y.shape}" for (name, _), y in zip(self.children(), results, strict=True))
             raise ValueError(f"Concat: the branches' shapes must agree but for axis {self.axis}, got {shapes}")
         self.keep([result.shape[self.axis] for result in results])
         return np.concatenate(results, self.axis)
+
+    def _steps(self, opened: Opened) -> list[Any]:
+        return [Join(self, [opened.sequence([branch]) for branch in self])]
 
     def _parts(self, grad: np.ndarray) -> list[tuple[Module, np.ndarray]]:
         (sizes,) = self.kept()

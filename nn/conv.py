@@ -1,6 +1,7 @@
 """The convolution layer."""
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from ..kernels import conv2d, conv2d_backward, pad, pad_backward, prepare_conv2d
 from ..kernels.shapes import Padding, explicit_padding, integer, padding_pairs, pair
 from .init import Rng
 from .linear import Affine
+from .module import Parameter
 
 Size = int | Sequence[int]  # one number for both, or a pair (height, width)
 PaddingLike = int | str | Sequence[int] | Sequence[Sequence[int]]
@@ -26,11 +28,12 @@ _PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "repli
 class Conv2d(Affine):
     """y = x * weight + bias, a cross-correlation, for x (N, C, H, W), weight (out_channels, C / groups, KH, KW).
 
-    In evaluation mode the first call prepares the weights (`prepare_conv2d`), and later ones use that: a copy and a
-    packed form, together two to five times the weights' memory. train() and load_state_dict() drop it, and it is made
-    anew when weight.data or bias.data is another array or has changed in place. Changes in place are looked for in all
-    of a small array, in 2048 elements spread over a large one: a step of training, loading, scaling or zeroing a
-    filter shows there, but single numbers changed by hand may not: call release() then.
+    In evaluation mode the first call prepares the weights (`prepare_conv2d`), in a network together with the batch norm
+    that follows, and later ones use that: a copy and a packed form, together two to five times the weights' memory.
+    train() and load_state_dict() drop it, and it is made anew after an optimiser's step, and when a parameter or
+    statistic is another array or has changed in place. Changes in place are looked for in all of a small array, in 2048
+    elements spread over a large one: loading, scaling or zeroing a filter shows there, but single numbers changed by
+    hand in more than 4096 may not: call release() then, of the layer or of the network.
 
     Args:
         in_channels, out_channels: C of x and of y; both divisible by groups.
@@ -99,7 +102,8 @@ class Conv2d(Affine):
         size = shape[-2:] if self.layout == "NCHW" else shape[-3:-1]
         return padding_pairs("Conv2d", self.padding, (size[0], size[1]), self.kernel_size, self.stride, self.dilation)
 
-    def _padded(self, x: np.ndarray) -> np.ndarray:
+    def padded(self, x: np.ndarray) -> np.ndarray:
+        """x with the padding that the kernel does not make itself."""
         if not self._pads_itself():
             return x
         check_images("Conv2d", x, self.layout)  # the kernel, which would, gets a padded one
@@ -117,22 +121,27 @@ class Conv2d(Affine):
         return grad if self.layout == "NCHW" else np.moveaxis(grad, -3, -1)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
-        padded = self._padded(x)
+        padded = self.padded(x)
         if not self.training:
-            return self._evaluation()(padded)
+            return self.prepared()(padded)
         bias = None if self.bias is None else self.bias.data
         y = conv2d(padded, self.weight.data, bias, *self._options(), layout=self.layout)
         self.keep(x)
         return y
 
-    def _evaluation(self) -> Callable:
-        """The prepared convolution of the weights as they are now."""
-        weight, bias = self.weight.data, None if self.bias is None else self.bias.data
-        options = (*self._options(), self.layout)
+    def prepared(self, norm: Any = None, activation: str | None = None) -> Callable:
+        """The prepared convolution of the parameters as they are now, which takes `padded(x)`.
+
+        norm: the BatchNorm2d that follows, to be folded into it. activation: the name of the one that follows.
+        """
+        statistics = None if norm is None else norm.evaluation()
+        source = _Source((self.weight, self.bias), statistics, (*self._options(), self.layout, activation))
         found = self._prepared  # once: another thread may be at it
-        if found is None or not found[0].is_still(weight, bias, options):
-            source = _Source(weight, bias, options)  # before it is read: a change meanwhile is noticed by the next call
-            found = self._prepared = (source, prepare_conv2d(weight, bias, *self._options(), layout=self.layout))
+        if found is None or not source.is_as(found[0]):
+            source.sample()  # before they are read: a change meanwhile is noticed by the next call
+            weight, bias = source.arrays[:2]
+            options: Any = {"layout": self.layout, "activation": activation, "batch_norm": statistics}
+            found = self._prepared = (source, prepare_conv2d(weight, bias, *self._options(), **options))
         return found[1]
 
     def release(self):
@@ -140,7 +149,7 @@ class Conv2d(Affine):
 
     def gradients(self, grad, x, needs):
         options = self._options()
-        padded = self._padded(x)  # once more: kept, it would be a second copy of x
+        padded = self.padded(x)  # once more: kept, it would be a second copy of x
         grads = conv2d_backward(grad, padded, self.weight.data, *options, layout=self.layout, needs=needs)
         return (None if grads[0] is None else self._unpadded(grads[0], x.shape), *grads[1:])
 
@@ -153,22 +162,26 @@ class Conv2d(Affine):
 
 
 class _Source:
-    """What a prepared convolution was made of, to see whether that has changed."""
+    """What a prepared convolution is made of, to see whether that has changed."""
 
-    __slots__ = ("bias", "options", "samples", "weight")
+    __slots__ = ("arrays", "options", "samples")
 
-    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, options: tuple):
-        self.weight, self.bias, self.options = weight, bias, options
-        self.samples = _sample(weight), b"" if bias is None else _sample(bias)
+    def __init__(self, parameters: tuple[Parameter | None, ...], statistics: tuple | None, options: tuple):
+        *vectors, eps = (None,) if statistics is None else statistics
+        self.arrays = (*(None if p is None else p.data for p in parameters), *vectors)
+        self.options = (*options, eps, *(p.version for p in parameters if p is not None))
+        self.samples: tuple[bytes, ...] = ()
 
-    def is_still(self, weight: np.ndarray, bias: np.ndarray | None, options: tuple) -> bool:
-        return (
-            weight is self.weight
-            and bias is self.bias
-            and options == self.options
-            and _sample(weight) == self.samples[0]
-            and (bias is None or _sample(bias) == self.samples[1])
-        )
+    def sample(self):
+        self.samples = tuple(b"" if array is None else _sample(array) for array in self.arrays)
+
+    def is_as(self, found: "_Source") -> bool:
+        """Whether this is what it was found to be."""
+        if self.options != found.options or len(self.arrays) != len(found.arrays):
+            return False
+        if not all(map(is_, self.arrays, found.arrays)):
+            return False
+        return all(a is None or _sample(a) == s for a, s in zip(self.arrays, found.samples, strict=True))
 
 
 def _sample(array: np.ndarray) -> bytes:

@@ -13,7 +13,10 @@ class Parameter:
     data: the values; an optimiser changes them in place.
     grad: the gradient of the loss, of data's shape and dtype, added up over calls of backward; None before the first.
     requires_grad: False freezes it: backward leaves grad alone, so that optimisers pass it over.
+    version: how often an optimiser has changed data. Who derives something from data compares it.
     """
+
+    version: int = 0
 
     def __init__(self, data: np.ndarray, requires_grad: bool = True):
         self.data = data
@@ -223,11 +226,16 @@ class Module:
         return self
 
     def eval(self):
-        """Evaluation mode: dropout is off, batch norm uses its running statistics, nothing is kept for backward."""
+        """Evaluation mode: dropout is off, batch norm uses its running statistics, nothing is kept for backward.
+
+        Networks (Sequential, Residual, Concat, and those of `nn.models`) then fold batch norms into the convolutions
+        before them, whose weights the next forward prepares once, and compute activations and residual sums in the same
+        pass. Changed parameters and replaced modules are noticed; see `Conv2d` for what needs `release()`.
+        """
         return self.train(False)
 
     def release(self):
-        """Forget what forward derived from this module's parameters; train() and load_state_dict() call it."""
+        """Forget what evaluation derived from the parameters inside; train() and load_state_dict() call it."""
 
     def _state(self) -> dict[str, np.ndarray]:
         """The arrays themselves by dotted name, in PyTorch's order: a module's parameters, buffers, then children."""

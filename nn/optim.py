@@ -45,6 +45,7 @@ class Optimizer:
         """One update of every parameter that has a gradient."""
         for parameter, state in zip(self.parameters, self.state, strict=True):
             if parameter.grad is not None:
+                parameter.version += 1
                 self.update(parameter.data, parameter.grad, state)
 
     def update(self, data: np.ndarray, grad: np.ndarray, state: dict[str, Any]):

@@ -2,13 +2,15 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from installation import ROOT
 
 import tilewise
-from tilewise.benchmarks import engines, peers, report, suite, table, timing
+from tilewise import nn
+from tilewise.benchmarks import engines, models, peers, report, suite, table, timing
 from tilewise.benchmarks.cases import ALL
 from tilewise.benchmarks.timing import Comparison, Timing
 
@@ -160,3 +162,48 @@ def test_a_place_for_the_record_that_cannot_be_is_told_before_anything_is_timed(
         with pytest.raises(SystemExit):
             peers.main(["--only", "relu", "--json", str(place)])
         assert "--json" in capsys.readouterr().err
+
+
+NETWORKS = (
+    models.Work("small ResNet", partial(nn.models.resnet18, 10, width=8), (1, 3, 32, 32)),
+    models.Work("small GoogLeNet", partial(nn.models.googlenet, 10, width=16), (2, 3, 33, 33)),
+    models.Work("small MobileNet", partial(nn.models.mobilenet_v2, 10, width_mult=0.25), (1, 3, 32, 32)),
+    models.Work("LSTM", models._lstm, (3, 2, 64)),
+    models.Work("LeNet-5", nn.models.lenet5, (2, 1, 32, 32), training=True),
+)
+
+
+class TestNetworks:
+    """Every engine has the same network."""
+
+    @pytest.mark.parametrize("work", NETWORKS, ids=lambda work: work.network)
+    def test_engines_agree(self, work):
+        pytest.importorskip("torch")
+        pytest.importorskip("onnxruntime")
+        times = models.measured(work, 1, 0)
+        expected = list(models.ENGINES)[: 2 if work.network == "LSTM" else 3 if work.training else 4]
+        assert list(times) == expected
+
+    def test_another_network_is_noticed(self):
+        calls = {engines.OURS: lambda: np.ones(3), engines.TORCH: lambda: np.array([1, 1, np.nan])}
+        with pytest.raises(AssertionError, match="torch is off by nan of the largest result"):
+            models.agree(NETWORKS[0], calls)
+
+    def test_a_step_that_learns_otherwise_is_noticed(self):
+        calls = {name: iter(losses).__next__ for name, losses in ((engines.OURS, (2, 1)), (engines.TORCH, (2, 1.1)))}
+        with pytest.raises(AssertionError, match=r"torch is off by 0\.1"):
+            models.agree(NETWORKS[-1], calls)
+
+    def test_page_has_the_rows_of_the_most_threads(self, tmp_path):
+        seconds = {engines.OURS: 0.002, engines.TORCH: 0.006, engines.TORCH_LAST: 0.004, engines.ONNX: 0.001}
+        spread = dict.fromkeys(seconds, 0.01)
+        records = [
+            {"network": "N", "work": f"inference {threads}", "threads": threads, "seconds": seconds, "spread": spread}
+            for threads in (1, 2)
+        ]
+        result = report.machine() | {"command": "make bench-models", "models": records}
+        (tmp_path / "one.json").write_text(json.dumps(result), encoding="utf-8")
+        page = models.fill(f"{models.BEGIN}{models.END}", tmp_path)
+        assert "| N | inference 2 | 2 | 2 | 6 | 4 | 1 | 2.00 | 0.50 | 1% |" in page
+        assert "inference 1" not in page
+        assert result["device"] in page

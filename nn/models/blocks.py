@@ -1,6 +1,7 @@
 """What several networks are built of, with torchvision's names and initial values."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -8,8 +9,10 @@ from numpy.typing import DTypeLike
 from ..batchnorm import BatchNorm2d
 from ..containers import Container, Residual, Sequential
 from ..conv import Conv2d
+from ..inference import Opened
 from ..init import Rng, generator, he_normal, normal
 from ..linear import Linear
+from ..module import Module
 
 HE_FAN_OUT = partial(he_normal, mode="fan_out")
 NORMAL = partial(normal, std=0.01)
@@ -45,13 +48,21 @@ class NamedResidual(Container):
     """A residual block whose modules lie flat, under torchvision's names: "downsample" is the shortcut, "relu" comes
     after the sum, and the others, one after the other, are the main branch."""
 
-    def _residual(self) -> Residual:
+    def _parts(self) -> tuple[dict[str, Module], Module | None, Module | None]:
         main = dict(self.children())
         shortcut, activation = main.pop("downsample", None), main.pop("relu", None)
+        return main, shortcut, activation
+
+    def _residual(self) -> Residual:
+        main, shortcut, activation = self._parts()
         return Residual(Sequential(main), shortcut, activation)
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
-        return self._residual().forward(x)
+    def _one_by_one(self, x: np.ndarray) -> np.ndarray:
+        return self._residual()._one_by_one(x)
+
+    def _steps(self, opened: Opened) -> list[Any]:
+        main, shortcut, activation = self._parts()
+        return opened.residual(self, main.values(), shortcut, activation)
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
         return self._residual().backward(grad)

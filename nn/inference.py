@@ -1,0 +1,243 @@
+"""Networks in evaluation mode, as fewer and larger steps.
+
+    conv - batch norm - activation              one convolution, batch norm folded into its prepared weights
+    main branch, + shortcut, activation         the main branch's last convolution adds the shortcut in its own pass
+    dense - activation                          one product
+
+Dropout and Identity are left out; containers are opened, so that what meets across their borders is joined too. Modules
+of other classes, subclasses, and modules in training mode inside a network in evaluation mode are called as they are.
+
+A program holds modules, not numbers: parameters, statistics and options are read at each call, and `Conv2d.prepared`
+compares what it was made of. Where a module was replaced or set to another mode, the network makes a new program.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ..kernels import linear
+from .activation import Identity, LeakyReLU, ReLU, ReLU6, Sigmoid, Tanh
+from .batchnorm import BatchNorm2d
+from .conv import Conv2d
+from .dropout import Dropout
+from .linear import Linear
+from .module import Module
+
+_ACTIVATIONS = {ReLU: "relu", ReLU6: "relu", LeakyReLU: "leaky_relu", Sigmoid: "sigmoid", Tanh: "tanh"}
+_SLOPE = 0.01  # of the kernels' leaky_relu
+
+
+class Network(Module):
+    """A module made of modules. In evaluation mode it runs a program, in training mode `_one_by_one`."""
+
+    transient = ("_kept", "_program")
+    _program: "Program | None" = None
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        if self.training:
+            return self._one_by_one(x)
+        program = self._program  # once: another thread may be at it
+        if program is None or not program.is_current():
+            program = self._program = Program(self)
+        try:
+            return program(x)
+        except (TypeError, ValueError):
+            return self._one_by_one(x)  # which tells the layer that refuses x
+
+    def _one_by_one(self, x: np.ndarray) -> np.ndarray:
+        """The definition: every module inside by its own forward."""
+        raise NotImplementedError
+
+    def _members(self) -> tuple[Module | None, ...]:
+        """The modules that `_steps` speaks of."""
+        raise NotImplementedError
+
+    def _steps(self, opened: "Opened") -> list[Any]:
+        """What evaluation consists of."""
+        raise NotImplementedError
+
+    def release(self):
+        vars(self).pop("_program", None)
+        for _, module in self.children():
+            module.release()
+
+
+class Program:
+    """A network's steps, and what they were decided by."""
+
+    def __init__(self, network: Network):
+        opened = Opened()
+        self.steps = opened.sequence([network], root=network)
+        self.members = [(module, module._members()) for module in opened.networks]
+        self.states = [(module, _state(module)) for module in opened.leaves]
+
+    def is_current(self) -> bool:
+        return all(network._members() == members for network, members in self.members) and all(
+            _state(module) == state for module, state in self.states
+        )
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def _state(module: Module) -> tuple:
+    """The attributes that decide whether and how a module is joined with others; parameters are not among them."""
+    own = vars(module)
+    return module.training, "forward" in own, own.get("layout"), own.get("negative_slope")
+
+
+class Opened:
+    """Collects a program's steps, and the modules that they come from."""
+
+    def __init__(self):
+        self.networks: list[Network] = []
+        self.leaves: list[Module] = []
+
+    def sequence(self, modules: Iterable[Module], root: Module | None = None) -> list[Any]:
+        """The steps of modules that follow one another; root is opened also where its class has its own forward."""
+        steps: list[Any] = []
+        for module in modules:
+            self.leaves.append(module)
+            if isinstance(module, Network) and (module is root or _is_plain(module, Network)):
+                self.networks.append(module)
+                found = module._steps(self)
+            else:
+                found = [_step(module)]
+            for step in found:
+                if not (_vanishes(step) or (steps and steps[-1].joined(step))):
+                    steps.append(step)
+        return steps
+
+    def residual(
+        self, network: Network, main: Iterable[Module], shortcut: Module | None, activation: Module | None
+    ) -> list[Any]:
+        """The steps of activation(main(x) + shortcut(x))."""
+        other, last = ([] if module is None else self.sequence([module]) for module in (shortcut, activation))
+        return [Sum(network, self.sequence(main), other), *last]
+
+
+def _is_plain(module: Module, kind: type) -> bool:
+    """Whether a module does what its class says: in evaluation mode, with the class's own forward."""
+    own = vars(module)
+    return not module.training and "forward" not in own and type(module).forward is kind.forward  # pyright: ignore
+
+
+def _step(module: Module) -> "Call":
+    for kind, step in ((Conv2d, Convolution), (Linear, Dense)):
+        if _is_plain(module, kind):
+            return step(module)
+    return Call(module)
+
+
+def _vanishes(step: Any) -> bool:
+    kind = type(step.module)
+    return kind in (Dropout, Identity) and _is_plain(step.module, kind)
+
+
+class Call:
+    """A module by its own forward."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.module(x)
+
+    def joined(self, step: Any) -> bool:
+        """Take the step that follows into this one, if that can be."""
+        return False
+
+
+class _Activated(Call):
+    """A step whose kernel applies an activation. ReLU6's minimum comes after it, in the same memory."""
+
+    activation: str | None = None
+    clipped = False
+
+    def joined(self, step: Any) -> bool:
+        if self.activation is not None:
+            return False
+        kind = type(step.module)
+        name = _ACTIVATIONS.get(kind)
+        if name is None or not _is_plain(step.module, kind) or getattr(step.module, "negative_slope", _SLOPE) != _SLOPE:
+            return False
+        self.activation, self.clipped = name, kind is ReLU6
+        return True
+
+    def finished(self, y: np.ndarray) -> np.ndarray:
+        return np.minimum(y, 6, out=y) if self.clipped else y
+
+
+class Convolution(_Activated):
+    """A convolution with the batch norm and the activation that follow it."""
+
+    norm: BatchNorm2d | None = None
+
+    def joined(self, step: Any) -> bool:
+        norm = step.module
+        if not _is_plain(norm, BatchNorm2d):
+            return super().joined(step)
+        if self.norm is not None or self.activation is not None or norm.layout != self.module.layout:
+            return False
+        self.norm = norm
+        return True
+
+    def __call__(self, x: np.ndarray, add: np.ndarray | None = None) -> np.ndarray:
+        if self.norm is not None and x.ndim != 4:
+            raise ValueError("a batch norm wants images with a batch axis")
+        prepared = self.module.prepared(self.norm, self.activation)
+        return self.finished(prepared(self.module.padded(x), add=add))
+
+
+class Dense(_Activated):
+    """A dense layer with the activation that follows it."""
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        weight, bias = self.module.weight.data, self.module.bias
+        return self.finished(linear(x, weight, None if bias is None else bias.data, activation=self.activation))
+
+
+class Sum(Call):
+    """A residual block up to its activation, which its last convolution takes in."""
+
+    def __init__(self, network: Network, main: list[Any], shortcut: list[Any]):
+        super().__init__(network)
+        self.main, self.shortcut, self.last = main, shortcut, None
+        if main and isinstance(main[-1], Convolution) and main[-1].activation is None:
+            self.main, self.last = main[:-1], main[-1]
+
+    def joined(self, step: Any) -> bool:
+        # a batch norm after the sum cannot be folded into one of its terms
+        return self.last is not None and _Activated.joined(self.last, step)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        y = x
+        for step in self.main:
+            y = step(y)
+        for step in self.shortcut:
+            x = step(x)
+        if self.last is not None:
+            return self.last(y, add=x)
+        if y.shape != x.shape:
+            raise ValueError(f"main gives shape {y.shape}, the shortcut {x.shape}")
+        return y + x
+
+
+class Join(Call):
+    """Branches on the same x, joined along an axis."""
+
+    def __init__(self, network: Network, branches: list[list[Any]]):
+        super().__init__(network)
+        self.branches = branches
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        results = []
+        for steps in self.branches:
+            y = x
+            for step in steps:
+                y = step(y)
+            results.append(y)
+        return np.concatenate(results, self.module.axis)
