@@ -265,8 +265,21 @@ def test_more_matrices_than_a_grid_has(gpu, rng, monkeypatch):
     monkeypatch.setattr(gemm_plan, "MOST_MATRICES", 4)
     a, b = random(rng, np.float32, 3, 2, 5, 4), random(rng, np.float32, 3, 1, 4, 6)
     assert_close(kernels.matmul(a, b), np.matmul(*wide(a, b)), reduction=4)
+    one_axis = random(rng, np.float32, 9, 5, 4), random(rng, np.float32, 9, 4, 6)  # launches of 4, 4 and 1
+    assert_close(kernels.matmul(*one_axis), np.matmul(*wide(*one_axis)), reduction=4)
     axes = random(rng, np.float32, 2, 1, 2, 1, 2, 3), random(rng, np.float32, 1, 2, 1, 2, 3, 2)
     assert_close(kernels.matmul(*axes), np.matmul(*wide(*axes)), reduction=3)
+
+
+def test_sums_in_more_matrices_than_a_grid_has(gpu, rng):
+    from tilewise.kernels.cuda.gemm_sums import sum_rows
+    from tilewise.kernels.device_arrays import HostPlace
+
+    x = random(rng, np.float32, (1 << 16) + 1, 2, 33)[:, :, :1].copy()
+    place = HostPlace(gpu)
+    assert_close(place.copy_out(sum_rows(place.copy_in(x))), x.sum(axis=1, dtype=np.float64), reduction=2)
+    y = random(rng, np.float32, 3, 5, 40)  # two tiles of columns
+    assert_close(place.copy_out(sum_rows(place.copy_in(y))), y.sum(axis=1, dtype=np.float64), reduction=5)
 
 
 def test_strided_operands_and_out(gpu, rng):
