@@ -4,9 +4,9 @@ operation.py comes here for whatever is not the CPU's; the `Operation` is handed
 """
 
 from collections.abc import Callable
-from importlib import import_module
 
 from tilewise.kernels.device_arrays import DeviceArray, device_view, host_place, is_on_device, overlap
+from tilewise.kernels.dispatch import implementation_module
 
 
 def call(operation, operands: tuple, options: tuple, out):
@@ -48,7 +48,7 @@ def _view(operation, name: str, value) -> DeviceArray:
 
 
 def _run(operation, plan, views: tuple, target: DeviceArray | None, out):
-    copying = import_module(f"tilewise.kernels.{plan.backend}.copying")
+    copying = implementation_module(plan.backend, "copying")
     unbatched = plan.problem.unbatched
     changed = operation.mutates if operation.mutates and operation.mutates_when(plan.problem) else ()
     operands = [None if v is None else copying.contiguous(v, operation.alignment) for v in views]

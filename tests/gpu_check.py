@@ -2,8 +2,8 @@
 
 Needs what a CUDA image has (NumPy, Numba, numba-cuda, CuPy, PyTorch, pytest) and this checkout; installs nothing and
 fetches nothing. Where there is a GPU, every step runs, whatever the others say, each command in a process of its own,
-since an error on a GPU spoils its process for all that follows; the exit status tells whether all went well. What came of
-it is written to `--out` as it goes: gpu-check.json, tests.log and the timings.
+since an error on a GPU spoils its process for all that follows; the exit status tells whether all went well. What came
+of it is written to `--out` as it goes: gpu-check.json, tests.log and the timings.
 """
 
 import argparse
