@@ -92,7 +92,12 @@ class Place:
 
 
 def _engine(backend: str, ordinal: int) -> Any:
-    return import_module(f"tilewise.kernels.{backend}.driver").engine(ordinal)
+    return _driver_module(backend).engine(ordinal)
+
+
+@lru_cache(maxsize=4)  # several times a launch
+def _driver_module(backend: str) -> Any:
+    return import_module(f"tilewise.kernels.{backend}.driver")
 
 
 class HostPlace(Place):

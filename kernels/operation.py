@@ -8,15 +8,15 @@ plan in a dictionary and go straight to the backend that dispatch.py chose.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib import import_module
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 
 from tilewise.kernels import arrays as arrays_module
+from tilewise.kernels import device_call
 from tilewise.kernels import settings as settings_module
-from tilewise.kernels.device_arrays import DeviceArray, device_view, host_place, is_on_device, overlap
+from tilewise.kernels.device_arrays import DeviceArray, is_on_device
 from tilewise.kernels.dispatch import Decision, Explained, choose_backend, choose_for_host, implementation_module
 
 # bound once, for the hot path
@@ -218,7 +218,9 @@ class Operation:
         prepared = partial(self._implementation, module, dtype)
         changed = self.mutates if self.mutates and self.mutates_when(problem) else ()
         if on_gpu and not on_device:
-            run = partial(_run_from_host, backend, prepared(shapes, problem.options), changed, problem.values)
+            run = partial(
+                device_call.run_from_host, backend, prepared(shapes, problem.options), changed, problem.values
+            )
         elif half:
             dtypes = [None if a is None else a.dtype for a in operands]
             prepare_half = implementation_module(backend, "half").prepare
@@ -245,7 +247,7 @@ class Operation:
     def _call_foreign(self, operands: tuple, options: tuple, out):
         """The way for what is not exactly a NumPy array: torch tensors, subclasses, and everything that is an error."""
         if any(is_on_device(operand) for operand in operands):
-            return self._call_on_device(operands, options, out)
+            return device_call.call(self, operands, options, out)
         views, wraps = [], []
         for name, operand in zip(self.operands, operands, strict=True):
             if operand is None:
@@ -271,64 +273,15 @@ class Operation:
         self.call(tuple(views), options, target)
         return out
 
-    def _call_on_device(self, operands: tuple, options: tuple, out):
-        """The way for arrays on a GPU: nothing is copied but what is not contiguous."""
-        views = tuple(
-            None if o is None else self._device_view(name, o) for name, o in zip(self.operands, operands, strict=True)
-        )
-        present = [(name, view) for name, view in zip(self.operands, views, strict=True) if view is not None]
-        target = None if out is None else self._device_view("out", out)
-        for name, view in [*present, *([] if target is None else [("out", target)])]:
-            if view.place is not present[0][1].place:
-                raise TypeError(f"{self.name}: {present[0][0]} and {name} must be of one kind, on one device")
+    def device_plan(self, views: tuple, options: tuple) -> Plan:
+        """The plan for these arrays on a GPU."""
         try:
             kind = _nested_kind(_kind(*options), options)
         except TypeError:
             kind = _UNHASHABLE
         signature = (None if v is None else (v.shape, v.dtype) for v in views)
         key = (_current_settings(), kind, DeviceArray, *signature)
-        plan = self.plans.get(key) or self._new_plan(key, views, options)
-        if target is not None:
-            self._check_device_out(plan.problem, views, target)
-        return self._run_on_device(plan, views, target, out)
-
-    def _device_view(self, name: str, value) -> DeviceArray:
-        if not is_on_device(value):
-            raise TypeError(f"{self.name}: {name} lies on the host and others on the GPU; copy it there first")
-        return device_view(self.name, name, value)
-
-    def _run_on_device(self, plan: Plan, views: tuple, target: DeviceArray | None, out):
-        copying = import_module(f"tilewise.kernels.{plan.backend}.copying")
-        unbatched = plan.problem.unbatched
-        changed = self.mutates if self.mutates and self.mutates_when(plan.problem) else ()
-        operands = [None if v is None else copying.contiguous(v, self.alignment) for v in views]
-        lifted = [o.reshape(1, *o.shape) if o is not None and i in unbatched else o for i, o in enumerate(operands)]
-        result = plan.run(*lifted)
-        for i in changed:
-            used, given = operands[i], views[i]
-            if used is not None and used is not given:
-                copying.copy_strided(used, given)
-        results = list(result) if isinstance(result, tuple) else [result]
-        if unbatched:
-            some = plan.problem.unbatched_results if isinstance(result, tuple) else (0,)
-            results = [r.reshape(*r.shape[1:]) if i in some and r is not None else r for i, r in enumerate(results)]
-        if target is not None and results[0] is not None:  # a first result is never absent
-            copying.copy_strided(results[0], target)
-            return out
-        wrapped = tuple(None if r is None else r.place.wrap(r) for r in results)
-        return wrapped if isinstance(result, tuple) else wrapped[0]
-
-    def _check_device_out(self, problem: Problem, views: tuple, target: DeviceArray):
-        assert problem.out is not None
-        shape, dtype = problem.out
-        if target.shape != shape or target.dtype != dtype:
-            raise ValueError(
-                f"{self.name}: out must have shape {shape} and dtype {dtype}, "
-                f"got shape {target.shape} and dtype {target.dtype}"
-            )
-        for i, (name, view) in enumerate(zip(self.operands, views, strict=True)):
-            if view is not None and overlap(view, target) and i not in self.in_place:
-                raise ValueError(f"{self.name}: out overlaps {name}")
+        return self.plans.get(key) or self._new_plan(key, views, options)
 
     def _call_strided(self, plan: Plan, operands: tuple, out):
         canonical = tuple(a if a is None or a.flags.carray else arrays_module.canonical(a) for a in operands)
@@ -393,22 +346,6 @@ class Operation:
                 raise ValueError(f"{self.name}: out overlaps {name}")
             if not _is_same_view(out, operand):
                 raise ValueError(f"{self.name}: out overlaps {name} without being the same array")
-
-
-def _run_from_host(backend: str, run: Callable, changed: tuple[int, ...], values: Callable | None, *operands, out=None):
-    """A GPU's function for host arrays: copied there, and the results back."""
-    if values is not None:
-        values(*operands)
-    place = host_place(backend)
-    views = [None if a is None else place.copy_in(a) for a in operands]
-    result = run(*views)
-    for i in changed:
-        view = views[i]
-        if view is not None:
-            place.copy_out(view, operands[i])
-    if isinstance(result, tuple):
-        return tuple(None if r is None else place.copy_out(r) for r in result)
-    return place.copy_out(result, out)
 
 
 def _is_same_view(a: np.ndarray, b: np.ndarray) -> bool:

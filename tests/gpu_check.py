@@ -1,9 +1,9 @@
 """`make gpu-check`: on a machine with a GPU, all tests of the GPU kernels on it, then their speed beside PyTorch's.
 
 Needs what a CUDA image has (NumPy, Numba, numba-cuda, CuPy, PyTorch, pytest) and this checkout; installs nothing and
-fetches nothing. Every step runs, whatever the others say, each command in a process of its own, since an error on a GPU
-spoils its process for all that follows; the exit status tells whether all went well. What came of it is written to
-`--out` as it goes: gpu-check.json, tests.log and the timings.
+fetches nothing. Where there is a GPU, every step runs, whatever the others say, each command in a process of its own,
+since an error on a GPU spoils its process for all that follows; the exit status tells whether all went well. What came
+of it is written to `--out` as it goes: gpu-check.json, tests.log and the timings.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "gpu"
 SECONDS = 470  # under eight minutes, whatever hangs
+HANGS = 60  # seconds of a test after which pytest tells where it is
+FILE_SHARE = 0.6  # of its step's time, for one of the commands side by side: one that hangs leaves the others some
 ABOUT = """
 import importlib.metadata as m, sys
 print("Python", sys.version.split()[0])
@@ -42,12 +44,14 @@ sys.exit(0 if any(d.kind == "gpu" and d.backends["cuda"] is None for d in device
 class Step:
     """commands: name -> arguments of Python, in which {seconds} stands for the time that is left for it.
 
-    share: of all the time, at most. log: where the output of commands that run side by side goes.
+    share: of all the time, at most. log: where the output of commands that run side by side goes. needed: without it,
+    the steps after it have no sense.
     """
 
     commands: dict[str, list[str]]
     share: float
     log: Path | None = None
+    needed: bool = False
 
 
 def link_packages(folder: Path) -> Path:
@@ -71,10 +75,11 @@ def steps(pytest_arguments: list[str], peers_arguments: list[str], out: Path = O
     files = [p for p in sorted(found) if p.stem.rpartition("_")[2] not in elsewhere]
     # the project's own options name plugins that may not be there
     options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-ra", "-q", "--durations=5"]
+    options += ["-o", f"faulthandler_timeout={HANGS}"]
     tests = {p.name: ["-m", "pytest", *options, str(p), *pytest_arguments] for p in files}
     peers = ["-m", "tilewise.benchmarks.gpu_peers", "--budget", "{seconds}", "--results", str(out), *peers_arguments]
     return [
-        Step({"the machine": ["-c", ABOUT]}, 0.1),
+        Step({"the machine": ["-c", ABOUT]}, 0.1, needed=True),
         Step({"kernels compiled and loaded": [str(ROOT / "tests" / "gpu_load.py")]}, 0.35),
         Step(tests, 0.4, out / "tests.log"),
         Step({"beside PyTorch": peers}, 1.0),
@@ -98,7 +103,7 @@ def _run_side_by_side(step: Step, environment: dict[str, str], limit: float, fol
 
     def run(name: str) -> tuple[str, str]:
         with (folder / name).open("w") as log:
-            left = max(1.0, end - time.monotonic())
+            left = max(1.0, min(FILE_SHARE * limit, end - time.monotonic()))
             return name, _run(step.commands[name], environment, left, stdout=log, stderr=subprocess.STDOUT)
 
     outcomes = {}
@@ -126,6 +131,9 @@ def run_all(chosen: list[Step], environment: dict[str, str], out: Path, seconds:
                 outcomes |= _run_side_by_side(step, environment, limit, Path(folder))
         about = {"outcomes": outcomes, "seconds": round(time.monotonic() - begin)}
         (out / "gpu-check.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        if step.needed and any(outcomes[name] != "ok" for name in step.commands):
+            print("\nthere is no GPU that tilewise can use: nothing else was run")
+            break
     return outcomes
 
 

@@ -254,3 +254,17 @@ def test_winograd_is_refused_where_it_does_not_apply(gpu, rng):
     many = rng.standard_normal((2, 48, 32, 32)).astype(np.float32)
     filters = rng.standard_normal((48, 48, 3, 3)).astype(np.float32)
     assert tilewise.explain(kernels.conv2d, many, filters, padding=1).algorithm == "winograd"
+
+
+def test_more_groups_than_a_grid_has(gpu, rng, planned_anew):
+    planned_anew(conv, "MOST_BLOCKS", 2)
+    case = Case(1, 12, 5, 5, 12, (3, 3), padding=1, groups=3)
+    assert conv.DIRECT_BELOW < 2 * 25 * 12 * 4 * 9
+    gpu.launched.clear()
+    forward(rng, case, np.float32, "NCHW")
+    backward(rng, case, np.float32, "NCHW")
+    assert {"direct", "weight_sums"} <= {name for name, _ in gpu.launched}
+    assert not any("implicit" in name for name, _ in gpu.launched)
+    x, weight = np.zeros((1, 12, 5, 5), np.float32), np.zeros((12, 4, 3, 3), np.float32)
+    with pytest.raises(ValueError, match="algorithm 'gemm' does not apply: too many groups or outputs for a grid"):
+        kernels.conv2d(x, weight, groups=3, algorithm="gemm")

@@ -118,6 +118,19 @@ def test_tf32_where_it_is_allowed(gpu, rng, one_multiprocessor, order, eager):
             assert error > tolerance(np.float32, depth), "it did not round: this was not TF32"
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_sums_of_tensor_cores_are_cut_off_but_close(gpu, rng, one_multiprocessor, dtype):
+    """They lose up to 6 units of the last place with every 4 (float16: 8) products; all of one sign here, the worst."""
+    depth, together = 512, 4 if dtype == np.float32 else 8
+    a, b = (_to_tf32(rng.random(s, np.float32)).astype(dtype) for s in ((16, depth), (depth, 16)))
+    with tilewise.using(tf32=True):
+        y = product(gpu, a, b, (True, False)).astype(np.float64)
+    exact = np.matmul(*wide(a, b))
+    stored = float(np.finfo(dtype).eps)  # the parts are added, and stored, to nearest
+    assert (y <= exact * (1 + stored)).all()
+    assert (y >= exact * (1 - stored - depth / together * (together + 2) * 2.0**-23)).all()
+
+
 def _to_tf32(x):
     words = x.view(np.uint32)
     return ((words + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
@@ -265,8 +278,21 @@ def test_more_matrices_than_a_grid_has(gpu, rng, monkeypatch):
     monkeypatch.setattr(gemm_plan, "MOST_MATRICES", 4)
     a, b = random(rng, np.float32, 3, 2, 5, 4), random(rng, np.float32, 3, 1, 4, 6)
     assert_close(kernels.matmul(a, b), np.matmul(*wide(a, b)), reduction=4)
+    one_axis = random(rng, np.float32, 9, 5, 4), random(rng, np.float32, 9, 4, 6)  # launches of 4, 4 and 1
+    assert_close(kernels.matmul(*one_axis), np.matmul(*wide(*one_axis)), reduction=4)
     axes = random(rng, np.float32, 2, 1, 2, 1, 2, 3), random(rng, np.float32, 1, 2, 1, 2, 3, 2)
     assert_close(kernels.matmul(*axes), np.matmul(*wide(*axes)), reduction=3)
+
+
+def test_sums_in_more_matrices_than_a_grid_has(gpu, rng):
+    from tilewise.kernels.cuda.gemm_sums import sum_rows
+    from tilewise.kernels.device_arrays import HostPlace
+
+    x = random(rng, np.float32, (1 << 16) + 1, 2, 33)[:, :, :1].copy()
+    place = HostPlace(gpu)
+    assert_close(place.copy_out(sum_rows(place.copy_in(x))), x.sum(axis=1, dtype=np.float64), reduction=2)
+    y = random(rng, np.float32, 3, 5, 40)  # two tiles of columns
+    assert_close(place.copy_out(sum_rows(place.copy_in(y))), y.sum(axis=1, dtype=np.float64), reduction=5)
 
 
 def test_strided_operands_and_out(gpu, rng):

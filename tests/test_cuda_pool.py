@@ -286,3 +286,12 @@ def test_the_same_signatures_as_the_reference(gpu):
     for name, function in vars(reference).items():
         if inspect.isfunction(function) and not name.startswith("_"):
             assert inspect.signature(getattr(ours, name)) == inspect.signature(function), name
+
+
+def test_unpooling_refuses_planes_whose_positions_32_bits_cannot_count(gpu, monkeypatch):
+    from tilewise.kernels.cuda import pool_unpool
+
+    x, indices = np.ones((1, 1, 2, 2), np.float32), np.zeros((1, 1, 2, 2), np.int64)
+    monkeypatch.setattr(pool_unpool, "_MOST_OWNERS", 3)
+    with pytest.raises(NotImplementedError, match="max_unpool2d: planes of more than 3 pooled elements"):
+        kernels.max_unpool2d(x, indices, 2)

@@ -50,6 +50,23 @@ def test_all_steps_run_and_what_fails_is_told(tmp_path):
     assert "==== goes on: ok\n1\n" in log, "the time that is left, but never less than a second"
 
 
+def test_without_a_gpu_nothing_else_is_run(tmp_path, capsys):
+    first, second = gpu_check.steps([], [])[0], gpu_check.Step({"next": ["-c", "pass"]}, 0.5)
+    for status, ran in ((3, False), (0, True)):
+        here = gpu_check.Step(
+            {name: ["-c", f"raise SystemExit({status})"] for name in first.commands}, 0.5, None, first.needed
+        )
+        assert ("next" in gpu_check.run_all([here, second], {}, tmp_path, seconds=20)) == ran
+        assert ("no GPU that tilewise can use" in capsys.readouterr().out) != ran
+
+
+def test_a_file_that_hangs_leaves_time_to_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check.os, "cpu_count", lambda: 2)  # one after the other
+    commands = {"hangs": ["-c", "import time; time.sleep(60)"], "other": ["-c", "pass"]}
+    step = gpu_check.Step(commands, 1.0, tmp_path / "tests.log")
+    assert gpu_check.run_all([step], {}, tmp_path, seconds=5) == {"hangs": "ended after 3 s", "other": "ok"}
+
+
 def test_steps_use_no_plugin_and_only_tests_of_gpu_kernels():
     tests = next(step for step in gpu_check.steps([], []) if step.log is not None).commands
     assert not any("benchmark-disable" in a or "xdist" in a for arguments in tests.values() for a in arguments)

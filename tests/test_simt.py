@@ -113,6 +113,24 @@ def test_mma_of_tf32(place, rng):
     assert np.abs(exact - (a.astype(np.float64) @ b + c)).max() > 1e-4, "not rounded"
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tensor_cores_cut_off_what_they_add(place, sign):
+    """Products below the last bit of the largest summand are lost, however many; where it is small they are not."""
+    a, b = np.full((16, 8), sign * 2.0**-12, SINGLE), np.full((8, 8), 2.0**-12, SINGLE)
+    a[1] *= 3  # 3 * 2**-24 each: a half of it is cut off
+    a[2] = 0
+    a[2, 0] = sign * 2.0**-11
+    x = np.stack([a[G, T], a[G + 8, T], a[G, T + 4], a[G + 8, T + 4], b[T, G], b[T + 4, G]], axis=1)
+    c = np.full((16, 8), sign, SINGLE)
+    c[3] = 0
+    d = run(place, mma_tf32_of_numbers, x, fragment_of_results(c), np.zeros((32, 4), SINGLE))[2]
+    expected = np.full((16, 8), sign, SINGLE)
+    expected[1] += sign * 8 * 2.0**-23
+    expected[2] += sign * 2.0**-23
+    expected[3] = sign * 8 * 2.0**-24
+    np.testing.assert_array_equal(d, fragment_of_results(expected))
+
+
 def words_of_tf32(x: ELEMENTS, words: INDICES):
     words[cuda.threadIdx.x] = np.int64(ptx.to_tf32(x[cuda.threadIdx.x]))
 

@@ -23,6 +23,7 @@ from tilewise.kernels.device_arrays import DeviceArray
 # Fewer FLOPs than this fill no tile, nor does a group with fewer weights: a thread for each result is enough.
 DIRECT_BELOW = 4_000
 _FEW_WEIGHTS = 32
+MOST_BLOCKS = (1 << 16) - 1  # of a grid's y (tiles of outputs) and z (groups)
 _MODULES = {"depthwise": conv_depthwise, "direct": conv_direct, "gemm": conv_product, "winograd": conv_winograd}
 
 
@@ -39,6 +40,8 @@ def choose_conv2d(shapes, dtype, options, packed=False):
     reason = conv_winograd.why_not(it, dtype)
     if reason:
         why_not["winograd"] = reason
+    if not _fits_a_grid(it):
+        why_not["gemm"] = "too many groups or outputs for a grid"
     if not conv_depthwise.applies(it, dtype):
         why_not["depthwise"] = "needs groups of one channel of x, and a kernel and a layout that there is a tile for"
     wanted = options["algorithm"]
@@ -58,12 +61,19 @@ def choose_conv2d(shapes, dtype, options, packed=False):
 def _choose(it, dtype) -> str:
     if conv_depthwise.applies(it, dtype):
         return "depthwise"
-    thin = it.outputs * it.channels * it.taps < _FEW_WEIGHTS
-    if thin or it.flops < DIRECT_BELOW:
+    if _is_little(it) or not _fits_a_grid(it):
         return "direct"
     if settings.active().tf32:  # tensor cores multiply faster than Winograd's transforms save
         return "gemm"
     return "winograd" if conv_winograd.why_not(it, dtype) is None and conv_winograd.pays(it) else "gemm"
+
+
+def _is_little(it) -> bool:
+    return it.outputs * it.channels * it.taps < _FEW_WEIGHTS or it.flops < DIRECT_BELOW
+
+
+def _fits_a_grid(it) -> bool:
+    return max(it.groups, it.outputs // conv_product.LOW.rows) <= MOST_BLOCKS
 
 
 def _correlate(it, x, weight, y, bias, extra, code, algorithm, turned=None):
@@ -102,7 +112,7 @@ def _weight_gradient(grad, x, weight, **window):
     it = conv_geometry.forward(x.shape, weight.shape, conv_geometry.pixels(grad.shape, window["layout"]), **window)
     if conv_depthwise_weight.applies(it):
         return conv_depthwise_weight.weight_gradient(it, grad, x, weight.shape)
-    if it.flops < DIRECT_BELOW or it.channels * it.taps * it.outputs < _FEW_WEIGHTS:
+    if _is_little(it) or not _fits_a_grid(it):
         return conv_sums.weight_gradient(it, grad, x, weight.shape)
     module = conv_tensor_weight if conv_tensor.applies(it, x) else conv_product_weight
     return module.weight_gradient(it, grad, x, weight.shape)

@@ -12,14 +12,16 @@ from tilewise.kernels.cuda.conv_sums import THREADS, WARPS, add_parts, join_lane
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, kernel
 from tilewise.kernels.cuda.memory import register_sums, shared_sums, widen, zero
 
-# Taps of square kernels -> rows of them that a block sums: all, but for 49 sums, which do not fit the registers
-ROWS = {3: 3, 5: 5, 7: 1}
+# (taps of square kernels, bytes of a sum) -> rows of them that a block sums: all, but for 49 sums, or 25 in float64,
+# which do not fit the registers everywhere
+ROWS = {(3, 4): 3, (3, 8): 3, (5, 4): 5, (5, 8): 1, (7, 4): 1, (7, 8): 1}
 
 
-def _make(taps: int, some: int, channels_last: bool):
+def _make(taps: int, size: int, some: int, channels_last: bool):
     area = some * taps
+    name = f"depthwise_weight_{taps}x{taps}_{'nhwc' if channels_last else 'nchw'}{'_double' if size == 8 else ''}"
 
-    @kernel(threads=THREADS, name=f"depthwise_weight_{taps}x{taps}_{'nhwc' if channels_last else 'nchw'}")
+    @kernel(threads=THREADS, name=name, dtypes=("float64",) if size == 8 else ("float16", "float32"))
     def depthwise_weight(
         grad: ELEMENTS, x: ELEMENTS, parts: SUMS, oh: INT64, ow: INT64, h: INT64, w: INT64,
         top: INT64, left: INT64, stride_h: INT64, stride_w: INT64, dilation_h: INT64, dilation_w: INT64,
@@ -61,11 +63,11 @@ def _make(taps: int, some: int, channels_last: bool):
     return depthwise_weight
 
 
-weight_kernels = {(taps, last): _make(taps, some, last) for taps, some in ROWS.items() for last in (False, True)}
+weight_kernels = {(*k, last): _make(*k, some, last) for k, some in ROWS.items() for last in (False, True)}
 
 
 def applies(it: Correlation) -> bool:
-    return it.channels == 1 and it.groups > 1 and it.rows.taps == it.columns.taps and it.rows.taps in ROWS
+    return it.channels == 1 and it.groups > 1 and it.rows.taps == it.columns.taps and (it.rows.taps, 4) in ROWS
 
 
 def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
@@ -74,9 +76,9 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     blocks = ceil_div(outputs, 32) if it.channels_last else outputs
     many, per_part = split(it.pixels, blocks)
     parts = new_parts(grad.place, many, outputs * it.taps, grad.dtype)
-    rows, columns = it.rows, it.columns
-    weight_kernels[rows.taps, it.channels_last](
-        grad.place, (blocks, many, rows.taps // ROWS[rows.taps]), grad, x, parts,
+    rows, columns, size = it.rows, it.columns, parts.dtype.itemsize
+    weight_kernels[rows.taps, size, it.channels_last](
+        grad.place, (blocks, many, rows.taps // ROWS[rows.taps, size]), grad, x, parts,
         rows.count, columns.count, rows.size, columns.size, rows.origin,
         columns.origin, rows.stride, columns.stride, rows.spacing, columns.spacing,
         *image_steps(it.shape_y, it.layout), *image_steps(it.shape_x, it.layout),

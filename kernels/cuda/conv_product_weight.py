@@ -72,15 +72,14 @@ def _make(tile: Tile, channels_last: bool):
         sources = cuda.local.array(own, types.int64)
         rows, places = cuda.local.array(own, types.int32), cuda.local.array(own, types.int32)
         for e in range(own):
-            column = first_column + mine + e * together
+            # what a thread finds beyond the last column meets only sums that belong to none
+            column = min(first_column + mine + e * together, columns - 1)
             if channels_last:
                 c, tap = column % channels, column // channels
             else:
                 c, tap = column // taps, column % taps
             rows[e], places[e] = top + tap // kw * dilation_h, left + tap % kw * dilation_w
             sources[e] = (group * channels + c) * xc
-            if column >= columns:
-                rows[e] = -(1 << 30)
         begin, end = part * per_part, min((part + 1) * per_part, pixels)
         k = begin + own_k
         j, i = k % ow, k // ow

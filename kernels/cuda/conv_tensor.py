@@ -259,7 +259,10 @@ convolutions = {tile: _make(tile) for width in (8, 4) for tile in (LARGE[width],
 
 
 def applies(it: Correlation, x) -> bool:
-    """Whether tensor cores may and can compute it."""
+    """Whether tensor cores may and can compute it; pixels of one image are counted in 32 bits."""
+    axes = it.rows, it.columns
+    if it.rows.count * it.columns.count >> 32 or any(max(a.size, a.count * a.stride) > -NOWHERE // 2 for a in axes):
+        return False
     rounded = x.dtype.name == "float32" and settings.active().tf32
     allowed = x.dtype.name == "float16" or rounded
     return allowed and x.place.engine.capability >= (8, 0) and it.channels >= _LEAST_CHANNELS

@@ -1,5 +1,6 @@
 """Matrix multiplication and the dense layer on the GPU: shapes and strides here; gemm_plan.py chooses the kernel."""
 
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -23,6 +24,8 @@ def _matmul(left: Matrices, right: Matrices) -> DeviceArray:
     lead = np.broadcast_shapes(left.lead, right.lead)
     shape = (*lead, left.rows, right.columns)
     result = array.place.empty(shape, _RESULT_DTYPE.get(array.dtype, array.dtype))
+    if result.size and not right.lead and left.column_stride == 1:  # matrices below each other are one
+        left, lead = replace(left, lead=(), rows=prod(left.lead) * left.rows, row_stride=left.columns), ()
     if result.size:
         multiply(left, right, lead, result)
     return result

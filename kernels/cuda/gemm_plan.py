@@ -112,12 +112,16 @@ def multiply(left: Matrices, right: Matrices, lead: tuple, result: DeviceArray, 
 
 
 def _multiply(left, right, axes, matrices, result, bias, code):
-    if len(axes) > 3 or matrices > MOST_MATRICES:  # one launch for each step of the outermost axis
+    if len(axes) > 3 or matrices > MOST_MATRICES:  # one launch for a few steps of the outermost axis
         size, left_stride, right_stride = axes[-1]
-        for i in range(size):
-            one = _slice(result, i, matrices // size * left.rows * right.columns)
+        inner = matrices // size
+        at_once = 1 if len(axes) > 3 else max(1, MOST_MATRICES // inner)
+        for i in range(0, size, at_once):
+            some = min(at_once, size - i)
             sides = _shifted(left, i * left_stride), _shifted(right, i * right_stride)
-            _multiply(*sides, axes[:-1], matrices // size, one, bias, code)
+            outer = [(some, left_stride, right_stride)] if some > 1 else []
+            part = _from(result, i * inner * left.rows * right.columns)
+            _multiply(*sides, axes[:-1] + outer, inner * some, part, bias, code)
         return
     fill = [(1, 0, 0)] * (3 - len(axes))
     # a batch along one axis is the outermost of the three
@@ -131,9 +135,10 @@ def _shifted(matrices: Matrices, elements: int) -> Matrices:
     return replace(matrices, array=moved)
 
 
-def _slice(result: DeviceArray, i: int, count: int) -> DeviceArray:
-    pointer = result.pointer + i * count * result.dtype.itemsize
-    return DeviceArray(result.place, pointer, (count,), result.dtype, result.owner)
+def _from(result: DeviceArray, element: int) -> DeviceArray:
+    """The result, from an element on."""
+    pointer = result.pointer + element * result.dtype.itemsize
+    return DeviceArray(result.place, pointer, (result.size - element,), result.dtype, result.owner)
 
 
 def choose(left: Matrices, right: Matrices, matrices: int, tf32: bool):

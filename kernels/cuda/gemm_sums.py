@@ -13,12 +13,12 @@ _ROWS = 512  # of a part: long enough to be worth a block, short enough to have 
 
 
 @kernel(threads=_COLUMNS * _WALKERS)
-def sum_part(x: ELEMENTS, partial: SUMS, rows: INT64, columns: INT64, batches: INT64, part: INT64):
-    """partial[p, z, j] = the sum of x[z, i, j] over the rows i of part p."""
+def sum_part(x: ELEMENTS, partial: SUMS, rows: INT64, columns: INT64, tiles: INT64, batches: INT64, part: INT64):
+    """partial[p, z, j] = the sum of x[z, i, j] over the rows i of part p; block (z and tile of columns, p)."""
     sums = shared_sums(x, 256)
     lane, walker = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
-    column = cuda.blockIdx.x * 32 + lane
-    z, p = cuda.blockIdx.y, cuda.blockIdx.z
+    z, p = cuda.blockIdx.x // tiles, cuda.blockIdx.y
+    column = cuda.blockIdx.x % tiles * 32 + lane
     total = zero(x)
     if column < columns:
         for i in range(p * part + walker, min(p * part + part, rows), 8):
@@ -38,13 +38,11 @@ def sum_rows(x: DeviceArray) -> DeviceArray:
     result = place.empty((batch, columns), x.dtype)
     if result.size == 0:
         return result
-    part = max(_ROWS, ceil_div(rows, 1 << 15))  # the grid's z is limited
+    part = max(_ROWS, ceil_div(rows, 1 << 15))  # the grid's y is limited
     parts = max(1, ceil_div(rows, part))
     partial = place.empty((parts, batch, columns), sum_dtype(x.dtype))
-    most = (1 << 16) - 1
-    if batch > most:
-        raise NotImplementedError(f"a sum over the middle axis of more than {most} matrices on the GPU")
-    sum_part(place, (ceil_div(columns, _COLUMNS), batch, parts), x, partial, rows, columns, batch, part)
+    tiles = ceil_div(columns, _COLUMNS)
+    sum_part(place, (tiles * batch, parts, 1), x, partial, rows, columns, tiles, batch, part)
     blocks = ceil_div(result.size, 256)
     add_parts(
         place, blocks, partial, result, None, result.size, columns, parts, 0, NONE, 0.0, dtype=x.dtype

@@ -14,6 +14,7 @@ from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, split
 
 _BITS = {size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)}
 _INDEX = np.dtype(np.int64)
+_MOST_OWNERS = (1 << 31) - 1  # owners are int32
 
 
 @kernel(threads=THREADS, dtypes=("int64",))
@@ -79,6 +80,8 @@ def max_unpool2d(x, indices, *, output_size, layout):
     place, y = x.place, x.place.empty(shape, x.dtype)
     pooled, channels = _sizes(x.shape, layout)
     pixels, _ = _sizes(shape, layout)
+    if pooled > _MOST_OWNERS:
+        raise NotImplementedError(f"max_unpool2d: planes of more than {_MOST_OWNERS} pooled elements on the GPU")
     if y.size:
         owners = place.empty(shape, np.int32)
         unpool_forget(place, blocks_of(y.size), owners, y.size, dtype=_INDEX)

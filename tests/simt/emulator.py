@@ -8,6 +8,7 @@ compiled for this processor, and run by the scheduler in runtime.cpp, in the sch
 import ctypes
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -34,6 +35,8 @@ LAUNCHED: set[tuple[str, str]] = set()
 UNSUPPORTED: set[str] = set()
 FENCE = 256  # bytes before and after each array
 _PATTERN = 0xFF
+_LARGE = 1 << 28  # bytes from which a memory is made of pages that are there only once they are touched
+_MOST_BLOCKS = (1 << 31) - 1, 65_535, 65_535  # of a grid's x, y, z (CUDA C++ Programming Guide)
 
 
 class EmulatedFault(RuntimeError):
@@ -196,14 +199,17 @@ class _Grid(ctypes.Structure):
 
 
 class Memory:
-    """Bytes between two fences, filled with a pattern that is NaN in every float."""
+    """Bytes between two fences, filled with a pattern that is NaN in every float; sparse ones with 0, untouched."""
 
-    def __init__(self, nbytes):
+    def __init__(self, nbytes, sparse=False):
         self.nbytes = nbytes
-        whole = np.full(nbytes + 2 * FENCE + 64, _PATTERN, np.uint8)
+        size = nbytes + 3 * FENCE
+        whole = np.full(size, _PATTERN, np.uint8) if not sparse else _untouched(size)
         skip = -(whole.ctypes.data + FENCE) % FENCE
         self.whole, self.first = whole, skip + FENCE
         self.pointer = whole.ctypes.data + self.first
+        if sparse:
+            whole[: self.first] = whole[self.first + nbytes :] = _PATTERN
 
     @property
     def bytes(self):
@@ -215,11 +221,21 @@ class Memory:
             raise EmulatedFault("a kernel wrote outside of an array")
 
 
+def _untouched(nbytes) -> np.ndarray:
+    """Zeros, whatever memory the machine has."""
+    if nbytes < _LARGE:
+        return np.zeros(nbytes, np.uint8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.11
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
+
+
 class Emulator:
     """An engine: see driver.Driver, whose interface it has.
 
     schedule: a key of SCHEDULES. eager_copies: whether cp.async copies at once, or when it is waited for.
     launched: (kernel's name, dtype's name) of everything that was launched.
+    last_blocks: where it is set, each launch runs so many blocks along x, y, z, its last ones, and memory is zeros that
+    take room only where they are touched: for arrays that are larger than the machine.
     """
 
     name = "emulated GPU"
@@ -230,11 +246,12 @@ class Emulator:
         self.most_shared = 227 << 10 if capability >= (9, 0) else 163 << 10
         self.schedule, self.eager_copies = schedule, eager_copies
         self.launched: set[tuple[str, str]] = set()
+        self.last_blocks: tuple[int, int, int] | None = None
         self._codes: dict = {}
         self._memories: list = []
 
     def allocate(self, nbytes):
-        memory = Memory(nbytes)
+        memory = Memory(nbytes, self.last_blocks is not None)
         self._memories.append(weakref.ref(memory))
         return memory
 
@@ -264,6 +281,8 @@ class Emulator:
 
     def run(self, code, grid, threads, shared, slots, itemsize=4):
         library = runtime()
+        if any(n > most for n, most in zip(grid, _MOST_BLOCKS, strict=True)):
+            raise EmulatedFault(f"a grid of {grid} blocks, at most {_MOST_BLOCKS}")
         if shared + code.shared_bytes > self.most_shared:
             raise EmulatedFault(f"{shared + code.shared_bytes} bytes of shared memory, at most {self.most_shared}")
         memories = [memory for reference in self._memories if (memory := reference()) is not None]
@@ -277,6 +296,7 @@ class Emulator:
         outcome = library.simt_launch(
             ctypes.c_void_p(code.entry), buffer, ctypes.byref(_Grid(*grid)), ctypes.byref(_Grid(threads, 1, 1)),
             ctypes.c_size_t(shared), SCHEDULES[self.schedule], int(self.eager_copies), min(itemsize, 4),
+            ctypes.byref(_Grid(*(self.last_blocks or _MOST_BLOCKS))),
         )  # fmt: skip
         if outcome != 0:
             raise EmulatedFault(library.simt_message().decode())

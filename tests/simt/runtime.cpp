@@ -297,7 +297,7 @@ static int run_one(std::vector<unsigned> &order, const Dim3 &block, int schedule
 }
 
 int simt_launch(void (*entry)(void *), void *arguments, const Dim3 *grid, const Dim3 *block, size_t shared_bytes,
-                int schedule, int eager_copies, unsigned granularity) {
+                int schedule, int eager_copies, unsigned granularity, const Dim3 *most) {
     entry_point = entry;
     entry_arguments = arguments;
     eager = eager_copies != 0;
@@ -315,12 +315,14 @@ int simt_launch(void (*entry)(void *), void *arguments, const Dim3 *grid, const 
     check_launch_begins(granularity);
     std::vector<unsigned> order(threads);
     unsigned seed = 12345;
-    const unsigned long blocks = 1ul * grid->x * grid->y * grid->z;
+    const Dim3 count{std::min(grid->x, most->x), std::min(grid->y, most->y), std::min(grid->z, most->z)};
+    const unsigned long blocks = 1ul * count.x * count.y * count.z;
     for (unsigned long k = 0; k < blocks; ++k) {
         // a grid's blocks run in any order
         const unsigned long b = schedule == REVERSE || schedule == WARPS_REVERSED ? blocks - 1 - k : k;
-        simt_ctaid = {static_cast<unsigned>(b % grid->x), static_cast<unsigned>(b / grid->x % grid->y),
-                      static_cast<unsigned>(b / grid->x / grid->y)};
+        simt_ctaid = {grid->x - count.x + static_cast<unsigned>(b % count.x),
+                      grid->y - count.y + static_cast<unsigned>(b / count.x % count.y),
+                      grid->z - count.z + static_cast<unsigned>(b / count.x / count.y)};
         const int outcome = run_one(order, *block, schedule, seed);
         if (outcome != FINISHED) return outcome;
     }

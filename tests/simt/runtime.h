@@ -29,10 +29,10 @@ enum Kind { ARRAY = 0, SHARED = 1, CONSTANT = 2 };
 void simt_no_ranges();
 void simt_range(unsigned char *begin, size_t bytes, int kind);
 
-// Runs every block of a grid, one after the other. `entry(arguments)` is one thread's work. granularity: bytes of shared
-// memory that are watched as one.
+// Runs the blocks of a grid, one after the other: the last `most` along each axis. `entry(arguments)` is one thread's
+// work. granularity: bytes of shared memory that are watched as one.
 int simt_launch(void (*entry)(void *), void *arguments, const Dim3 *grid, const Dim3 *block, size_t shared_bytes,
-                int schedule, int eager_copies, unsigned granularity);
+                int schedule, int eager_copies, unsigned granularity, const Dim3 *most);
 
 // Waits for all threads of the block that still run.
 void simt_barrier();
