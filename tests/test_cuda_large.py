@@ -152,7 +152,8 @@ def test_images(place, gpu, rng, monkeypatch, name, dtype, shapes, options):
     if options.get("algorithm") == "winograd":  # in two goes, the second for two images
         of_image = 36 * 4 * 32 * dtype.itemsize
         monkeypatch.setattr(conv_winograd, "_ROOM", (length(shapes[0]) - 2) * of_image)
-    if name in ("relu", "sigmoid_backward", "batch_norm", "matmul", "linear"):  # a block has more to do, or a launch more blocks
+    # A block of these has more to do, or a launch more blocks.
+    if name in ("relu", "sigmoid_backward", "batch_norm", "matmul", "linear"):
         monkeypatch.setattr(gpu, "last_blocks", (1, 1, 1))
     small = [random(rng, dtype, *(2 if n is N else n for n in shape)) for shape in shapes]
     operands = [
