@@ -66,8 +66,27 @@ def compare(case, dtype, layout, grad, x, weight):
 @pytest.mark.parametrize("case", COLUMNS, ids=str)
 def test_input_gradient_by_columns(rng, monkeypatch, case, layout, dtype):
     monkeypatch.setitem(conv_columns.FEW_CHANNELS, (layout, case.stride != 1), case.c)
+    monkeypatch.setattr(conv_columns, "JOINED_PIXELS", 0)
+    check_by_columns(rng, monkeypatch, case, layout, dtype, "plan")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("images", [1, 2, 100])  # whose columns are taken together
+@pytest.mark.parametrize("case", COLUMNS, ids=str)
+def test_input_gradient_by_columns_of_joined_images(rng, monkeypatch, case, images, dtype):
+    monkeypatch.setitem(conv_columns.FEW_CHANNELS, ("NCHW", case.stride != 1), case.c)
+    monkeypatch.setattr(conv_columns, "JOINED_PIXELS", 1 << 30)
+    monkeypatch.setattr(conv_columns, "JOINED_CHANNELS", 0)
+    grad = arrays(rng, case, dtype, "NCHW")[0]
+    columns = case.c * case.kernel[0] * case.kernel[1] * grad[0, 0].nbytes
+    monkeypatch.setattr(conv_columns, "JOINED_BYTES", images * columns)
+    check_by_columns(rng, monkeypatch, case, "NCHW", dtype, "product_by_blocks")
+
+
+def check_by_columns(rng, monkeypatch, case, layout, dtype, called):
+    """`called`: the name in conv_columns of what must have been called."""
     monkeypatch.setattr("tilewise.kernels.cpu.conv_transposed.DIRECT_BELOW", 0)
-    calls = watched(monkeypatch, conv_columns, "plan")
+    calls = watched(monkeypatch, conv_columns, called)
     grad, x, weight = arrays(rng, case, dtype, layout)
     compare(case, dtype, layout, grad, x, weight)
     assert calls
@@ -98,7 +117,15 @@ def test_weight_gradient_of_1x1(rng, monkeypatch, case, layout, dtype, pieces):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "case",
-    [COLUMNS[1], COLUMNS[9], POINTWISE[4], POINTWISE[7], Case(3, 20, 12, 13, 24, (3, 3), 1, 1), Case(3, 4, 9, 9, 5)],
+    [
+        COLUMNS[1],
+        COLUMNS[9],
+        POINTWISE[4],
+        POINTWISE[7],
+        Case(3, 20, 12, 13, 24, (3, 3), 1, 1),
+        Case(3, 4, 9, 9, 5),
+        Case(5, 40, 4, 4, 300, (3, 3), 2, 1),
+    ],
     ids=str,
 )
 def test_same_bits_alone_together_and_for_any_number_of_threads(rng, split_everything, case, layout):

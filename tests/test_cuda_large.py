@@ -131,11 +131,11 @@ def random(rng, dtype, *shape):
     return (0.1 + rng.random(shape)).astype(dtype)  # a variance must not be negative
 
 
-def each(result):
+def each(result) -> tuple[np.ndarray, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def reference(name, *operands, **options):
+def reference(name, *operands, **options) -> tuple[np.ndarray, ...]:
     options = {k: v for k, v in options.items() if k != "algorithm"}
     with tilewise.using(backend="reference"):
         return each(getattr(kernels, name)(*operands, **options))

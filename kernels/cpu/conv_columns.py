@@ -19,8 +19,10 @@ from math import prod
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.conv_pass import COST, image_size
+from tilewise.kernels.cpu.conv_pass import COST, NO_BIAS, image_size
+from tilewise.kernels.cpu.gemm_plan import product_by_blocks
 from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.plane_moves import exchange_images
 from tilewise.kernels.cpu.row_moves import add_row, clear_row, finish_row
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
@@ -42,6 +44,8 @@ PIXELS = 7 * 48
 CHUNKS = 8
 # The sums of a block of rows and channels; and its k: 448 * 336 * 4 = 602 KB.
 SUM_BYTES, MOST_K = 1 << 20, 448
+# Pixels of an image of grad up to which images are joined, channels from which on; bytes of their columns at a time.
+JOINED_PIXELS, JOINED_CHANNELS, JOINED_BYTES = 16, 16, 2 << 20
 
 
 def applies(weight, stride, groups, layout):
@@ -226,3 +230,64 @@ class Columns:
 
     def __call__(self, grad, weight, result, bias):
         self.kernel(grad.ravel(), weight.ravel(), result.reshape(-1), bias, *self.plan)
+
+
+@kernel()
+def add_columns_up(columns, n, channels, kh, kw, grid, size, stride, padding, dilation, bias, x):
+    """x[image, c, y, z] = bias[c] + the sum of columns[c, r, s, image, i, j] over the taps (r, s) and pixels (i, j)
+    with y = i * stride + r * dilation - padding, and z in the same way. x begins at the first of the n images.
+    """
+    pixels = grid[0] * grid[1]
+    for c in prange(channels):
+        for image in range(n):
+            start = (image * channels + c) * size[0] * size[1]
+            first = bias[c] if bias.size > 0 else x.dtype.type(0)
+            for i in range(start, start + size[0] * size[1]):
+                x[i] = first
+            for tap in range(kh * kw):
+                row = ((c * kh * kw + tap) * n + image) * pixels
+                top, left = tap // kw * dilation[0] - padding[0], tap % kw * dilation[1] - padding[1]
+                for i in range(grid[0]):
+                    y = i * stride[0] + top
+                    if 0 <= y < size[0]:
+                        for j in range(grid[1]):
+                            z = j * stride[1] + left
+                            if 0 <= z < size[1]:
+                                x[start + y * size[1] + z] += columns[row + i * grid[1] + j]
+
+
+class JoinedColumns:
+    """The same in NCHW for images so small that each would leave most of a panel of pixels empty: one product for many.
+
+    Four pixels take a panel of 48 lanes, 32 times four take three: for 512 kernels of 3x3 with stride 2 and images of
+    256x4x4, 32 of them take 2.1 ms instead of 7.0 on two threads of Zen 4, one takes 0.4 instead of 1.4. With 16 pixels
+    and 128 channels 8 images take 0.7 ms instead of 1.5, 32 as long as before; with 64 pixels all take longer.
+    """
+
+    def __init__(self, grad, weight, result, dtype, stride, padding, dilation):
+        self.n, self.pixels, (outputs, channels, *taps) = grad[0], prod(grad[2:]), weight
+        self.shape = outputs, channels * prod(taps)
+        self.some = max(1, min(self.n, JOINED_BYTES // (self.shape[1] * self.pixels * dtype.itemsize)))
+        starts = padding[0][0], padding[1][0]
+        self.geometry = (channels, *taps, grad[2:], result[2:], tuple(stride), starts, tuple(dilation))
+        work = 1.0 * self.some * self.pixels
+        self.join = exchange_images.sized(work * outputs)
+        self.add_up = add_columns_up.sized(work * self.shape[1])
+
+    @staticmethod
+    def applies(grad, weight, layout):
+        """Whether it is faster than `Columns`, where that applies."""
+        return layout == "NCHW" and prod(grad[2:]) <= JOINED_PIXELS and weight[1] >= JOINED_CHANNELS
+
+    def __call__(self, grad, weight, result, bias):
+        outputs, depth = self.shape
+        weight = weight.reshape(outputs, depth)
+        for first in range(0, self.n, self.some):
+            part = slice(first, min(self.n, first + self.some))
+            n = part.stop - first
+            joined = np.empty((outputs, n * self.pixels), grad.dtype)
+            self.join(grad[part].ravel(), n, outputs, self.pixels, joined.ravel())
+            columns = np.empty((depth, n * self.pixels), grad.dtype)
+            product = product_by_blocks(depth, n * self.pixels, outputs, False, True, grad.dtype.itemsize)
+            product(weight, joined, columns, NO_BIAS[grad.dtype], 0)
+            self.add_up(columns.ravel(), n, *self.geometry, bias, result[part].reshape(-1))

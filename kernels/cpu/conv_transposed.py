@@ -74,7 +74,11 @@ class TransposedConvolution:
                 self.whole = Depthwise(grad, weight, result, axes, (1, 1), layout, dtype)
                 return
             if algorithm != "direct" and conv_columns.applies(weight, stride, groups, layout):
-                self.whole = conv_columns.Columns(grad, weight, result, dtype, stride, padding, dilation, layout)
+                if conv_columns.JoinedColumns.applies(grad, weight, layout):
+                    geometry = stride, padding, dilation
+                    self.whole = conv_columns.JoinedColumns(grad, weight, result, dtype, *geometry)
+                else:
+                    self.whole = conv_columns.Columns(grad, weight, result, dtype, stride, padding, dilation, layout)
                 return
             unpadded = [tuple(int(offset[0]) for _, offset in axis if offset.size) for axis in axes] == [(0,), (0,)]
             if unpadded and _is_product(weight, size, image_size(grad, layout), groups, layout):

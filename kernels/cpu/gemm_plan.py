@@ -127,6 +127,12 @@ def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
     return run
 
 
+def product_by_blocks(m, n, depth, a_by_rows, b_by_rows, itemsize):
+    """As `plan`, but always copying blocks, so that a column's bits do not depend on how many others there are."""
+    work = _work(m, n, depth, itemsize)
+    return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, (_ONE_START, _ONE_START))
+
+
 def _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts=None):
     steps_a = (depth, 1) if a_by_rows else (1, m)
     steps_b = (n, 1) if b_by_rows else (1, depth)
