@@ -35,6 +35,7 @@ NOTE = (
 )
 # Of the largest result. Rounding grows with depth, and Winograd's is larger; a wrong layer is off by far more.
 TOLERANCE = 1e-3
+MOVED = 0.05  # of what a step moves the loss by: some ten times the rounding of the losses
 ENGINES = (engines.OURS, engines.TORCH, engines.TORCH_LAST, engines.ONNX)
 
 
@@ -111,7 +112,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     folder: dict[str, Any] = {"nargs": "?", "const": RESULTS, "metavar": "FOLDER"}
     parser.add_argument("--json", type=Path, **folder, help=f"write all times to a file there; default: {RESULTS}")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put the saved tables between its markers")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    # now, not after minutes of timing
+    if args.json and (args.only or args.json.is_file()):
+        parser.error("--json writes a file for all networks into a folder: not with --only, nor to a file")
+    if args.readme and not (args.readme.is_file() and BEGIN in args.readme.read_text(encoding="utf-8")):
+        parser.error(f"--readme: there is no file {args.readme} with the line {BEGIN}")
+    return args
 
 
 def _machine() -> dict:
@@ -215,12 +222,23 @@ def _torch_step(network, optimizer, x, labels) -> float:
 
 def agree(work: Work, calls: dict[str, Callable[[], Any]]):
     """AssertionError where results differ. Steps are made twice: the second loss is that after one update."""
-    for _ in range(1 + work.training):
-        results = {name: np.asarray(call()).copy() for name, call in calls.items()}
-        ours = results[engines.OURS]
-        for name, result in results.items():
-            worst = np.abs(result - ours).max() / np.abs(ours).max()
-            assert worst <= TOLERANCE, f"{work.network} {work.text}: {name} is off by {worst:.3g} of the largest result"
+    results, before = _agreeing(work, calls), {}
+    if work.training:
+        results, before = _agreeing(work, calls), results
+    for name, loss in before.items():
+        moved, moved_ours = results[name] - loss, results[engines.OURS] - before[engines.OURS]
+        assert abs(moved - moved_ours) <= MOVED * abs(moved_ours), (
+            f"{work.network} {work.text}: {name}'s step moves the loss by {moved:.3g}, ours by {moved_ours:.3g}"
+        )
+
+
+def _agreeing(work: Work, calls: dict[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
+    results = {name: np.asarray(call(), np.float64) for name, call in calls.items()}
+    ours = results[engines.OURS]
+    for name, result in results.items():
+        worst = np.abs(result - ours).max() / np.abs(ours).max()
+        assert worst <= TOLERANCE, f"{work.network} {work.text}: {name} is off by {worst:.3g} of the largest result"
+    return results
 
 
 def record(work: Work, threads: int, times: dict[str, Timing]) -> dict:

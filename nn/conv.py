@@ -17,8 +17,7 @@ Size = int | Sequence[int]  # one number for both, or a pair (height, width)
 PaddingLike = int | str | Sequence[int] | Sequence[Sequence[int]]
 
 
-# Weights up to this many elements are compared one by one (16 KB of float32: half a microsecond), of larger ones that
-# many are looked at.
+# Weights up to this many elements are compared one by one, of larger ones about that many are looked at.
 _COMPARED, _SAMPLED = 4096, 2048
 
 # PyTorch's name -> that of kernels.pad
@@ -31,9 +30,10 @@ class Conv2d(Affine):
     In evaluation mode the first call prepares the weights (`prepare_conv2d`), in a network together with the batch norm
     that follows, and later ones use that: a copy and a packed form, together two to five times the weights' memory.
     train() and load_state_dict() drop it, and it is made anew after an optimiser's step, and when a parameter or
-    statistic is another array or has changed in place. Changes in place are looked for in all of a small array, in 2048
-    elements spread over a large one: loading, scaling or zeroing a filter shows there, but single numbers changed by
-    hand in more than 4096 may not: call release() then, of the layer or of the network.
+    statistic is another array or has changed in place. Changes in place are looked for in all of a small array, in some
+    2048 elements spread over a large one, two of each filter at least: loading, scaling or zeroing a filter shows
+    there, but single numbers changed by hand in more than 4096 may not: call release() then, of the layer or of the
+    network.
 
     Args:
         in_channels, out_channels: C of x and of y; both divisible by groups.
@@ -185,11 +185,14 @@ class _Source:
 
 
 def _sample(array: np.ndarray) -> bytes:
-    """Every element of a small array, about _SAMPLED of a large one, at distances that spread over all its axes."""
+    """Every element of a small array, about _SAMPLED of a large one, and of each filter two at least."""
     if array.size <= _COMPARED:
         return array.tobytes()
-    step = array.size // _SAMPLED | 1  # odd, and no multiple of 3: sizes of axes seldom share a factor with it
-    step += 2 if step % 3 == 0 else 0
+    step, most = array.size // _SAMPLED, max(1, array.size // len(array) // 2)
+    while step % 2 == 0 or step % 3 == 0:  # the sizes of axes seldom share a factor with it
+        step += 1
+    while step > most or step % 2 == 0 or step % 3 == 0:
+        step -= 1
     return array.ravel("K")[::step].tobytes()
 
 

@@ -13,19 +13,21 @@ def observed(modules: Iterable[Module], methods: tuple[str, ...], seen: Callable
     modules = list(modules)
 
     def telling(module: Module, method: Callable[..., Any]):
-        def call(*arguments):
-            result = method(*arguments)
-            seen(module, arguments, result)
+        def call(*arguments, **options):
+            result = method(*arguments, **options)
+            seen(module, (*arguments, *options.values()), result)
             return result
 
         return call
 
+    places = [(module, name, vars(module).get(name)) for module in modules for name in methods]
     try:
-        for module in modules:
-            for name in methods:
-                vars(module)[name] = telling(module, getattr(module, name))
+        for module, name, _ in places:
+            vars(module)[name] = telling(module, getattr(module, name))
         yield
     finally:
-        for module in modules:
-            for name in methods:
+        for module, name, own in places:
+            if own is None:
                 vars(module).pop(name, None)
+            else:  # a method that the user gave this module
+                vars(module)[name] = own

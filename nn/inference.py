@@ -5,12 +5,15 @@
     dense - activation                          one product
 
 Dropout and Identity are left out; containers are opened, so that what meets across their borders is joined too. Modules
-of other classes, subclasses, and modules in training mode inside a network in evaluation mode are called as they are.
+of other classes, with a forward of their own, and modules in training mode inside a network in evaluation mode are
+called as they are.
 
 A program holds modules, not numbers: parameters, statistics and options are read at each call, and `Conv2d.prepared`
 compares what it was made of. Where a module was replaced or set to another mode, the network makes a new program.
 """
 
+import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,8 +45,11 @@ class Network(Module):
             program = self._program = Program(self)
         try:
             return program(x)
-        except (TypeError, ValueError):
-            return self._one_by_one(x)  # which tells the layer that refuses x
+        except (TypeError, ValueError) as error:
+            refusal = error
+        y = self._one_by_one(x)  # which tells the layer that refuses x, if one does
+        warnings.warn(f"evaluation went layer by layer, which is slower: {refusal}", RuntimeWarning, stacklevel=2)
+        return y
 
     def _one_by_one(self, x: np.ndarray) -> np.ndarray:
         """The definition: every module inside by its own forward."""
@@ -69,13 +75,15 @@ class Program:
     def __init__(self, network: Network):
         opened = Opened()
         self.steps = opened.sequence([network], root=network)
-        self.members = [(module, module._members()) for module in opened.networks]
-        self.states = [(module, _state(module)) for module in opened.leaves]
+        # weakly: the network holds this program, and should go when its last user lets it go
+        self.members = [(weakref.ref(module), module._members()) for module in opened.networks]
+        self.states = [(weakref.ref(module), _state(module)) for module in opened.leaves]
 
     def is_current(self) -> bool:
-        return all(network._members() == members for network, members in self.members) and all(
-            _state(module) == state for module, state in self.states
-        )
+        for found, members in self.members:
+            if (network := found()) is None or network._members() != members:
+                return False
+        return all((module := found()) is not None and _state(module) == state for found, state in self.states)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         for step in self.steps:
@@ -121,8 +129,9 @@ class Opened:
 
 def _is_plain(module: Module, kind: type) -> bool:
     """Whether a module does what its class says: in evaluation mode, with the class's own forward."""
-    own = vars(module)
-    return not module.training and "forward" not in own and type(module).forward is kind.forward  # pyright: ignore
+    if not isinstance(module, kind) or module.training or "forward" in vars(module):
+        return False
+    return type(module).forward is kind.forward  # pyright: ignore
 
 
 def _step(module: Module) -> "Call":
@@ -204,7 +213,7 @@ class Sum(Call):
     """A residual block up to its activation, which its last convolution takes in."""
 
     def __init__(self, network: Network, main: list[Any], shortcut: list[Any]):
-        super().__init__(network)
+        super().__init__(weakref.proxy(network))
         self.main, self.shortcut, self.last = main, shortcut, None
         if main and isinstance(main[-1], Convolution) and main[-1].activation is None:
             self.main, self.last = main[:-1], main[-1]
@@ -230,7 +239,7 @@ class Join(Call):
     """Branches on the same x, joined along an axis."""
 
     def __init__(self, network: Network, branches: list[list[Any]]):
-        super().__init__(network)
+        super().__init__(weakref.proxy(network))
         self.branches = branches
 
     def __call__(self, x: np.ndarray) -> np.ndarray:

@@ -194,6 +194,26 @@ class TestNetworks:
         with pytest.raises(AssertionError, match=r"torch is off by 0\.1"):
             models.agree(NETWORKS[-1], calls)
 
+    def test_a_step_that_does_not_learn_is_noticed(self):
+        """Its losses are nearly right, as a step moves them by little."""
+        calls = {name: iter((2, loss)).__next__ for name, loss in ((engines.OURS, 1.9999), (engines.TORCH, 2))}
+        with pytest.raises(AssertionError, match=r"torch's step moves the loss by 0, ours by -0\.0001"):
+            models.agree(NETWORKS[-1], calls)
+
+    def test_wrong_places_are_told_before_anything_is_timed(self, tmp_path, capsys):
+        page = tmp_path / "page.md"
+        page.write_text("no markers")
+        wrong = (
+            ["--json", "--only", "LSTM"],
+            ["--json", str(page)],
+            ["--readme", str(page)],
+            ["--readme", str(tmp_path)],
+        )
+        for options in wrong:
+            with pytest.raises(SystemExit):
+                models.main(options)
+            assert options[0] in capsys.readouterr().err
+
     def test_page_has_the_rows_of_the_most_threads(self, tmp_path):
         seconds = {engines.OURS: 0.002, engines.TORCH: 0.006, engines.TORCH_LAST: 0.004, engines.ONNX: 0.001}
         spread = dict.fromkeys(seconds, 0.01)

@@ -1,7 +1,9 @@
 """Evaluation mode: folded and fused it gives what the layers give one by one, and never a result of old parameters."""
 
 import copy
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +13,14 @@ from tolerances import assert_close
 import tilewise
 from tilewise import nn
 from tilewise.nn.models.blocks import NamedResidual
+
+
+class Doubled(nn.Module):
+    """x as float64, which a convolution of float32 cannot add."""
+
+    def forward(self, x):
+        return x.astype(np.float64)
+
 
 # network, shape of x, terms of the longest sum, times the layers that it goes through
 NETWORKS = {
@@ -278,6 +288,34 @@ class TestNeverStale:
         model[0].main[1].running_mean[...] = mean
         assert not np.array_equal(model(x), settled)  # the variance has moved
         assert_close(model(x), one_by_one(model, x), TERMS)
+
+    @pytest.mark.parametrize("shape", [(512, 128, 1, 1), (2048, 8, 1, 1), (1024, 4, 3, 3)], ids=str)
+    def test_any_filter_set_to_zero_is_noticed(self, rng, shape):
+        outputs, channels, size, _ = shape
+        layer = nn.Conv2d(channels, outputs, size, bias=False, rng=0).eval()
+        x = images(rng, 1, channels, size, size)
+        layer(x)
+        for i in (0, 1, outputs // 3, outputs // 2 + 1, outputs - 1, *rng.integers(0, outputs, 20)):
+            layer.weight.data[i] = 0
+            assert layer(x)[0, i] == 0
+
+    def test_no_longer_used_it_goes_at_once(self, rng):
+        model = nn.models.resnet18(3, width=8, rng=0).eval()
+        model(images(rng, 1, 3, 32, 32))
+        weight = weakref.ref(model.conv1.weight)
+        gc.disable()
+        try:
+            del model
+            assert weight() is None
+        finally:
+            gc.enable()
+
+    def test_what_only_layers_one_by_one_can_compute_is_told(self, rng):
+        model = nn.Residual(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, rng=0)), Doubled()).eval()
+        x = images(rng, 1, 6, 5, 5)
+        with pytest.warns(RuntimeWarning, match="layer by layer"):
+            y = model(x)
+        assert y.dtype == np.float64
 
     def test_a_forward_of_an_instance_is_called(self, rng):
         model, x = large(rng), images(rng, 1, 6, 5, 5)

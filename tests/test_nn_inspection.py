@@ -83,6 +83,20 @@ def test_the_model_is_left_as_it_was(rng):
     assert model.block.main[1].num_batches_tracked == 1
 
 
+def test_a_forward_that_a_module_was_given_is_kept():
+    class Named(nn.Module):
+        def __init__(self):
+            self.layer = nn.ReLU()
+
+        def forward(self, x):
+            return self.layer.forward(x=x)
+
+    model = nn.Sequential(nn.ReLU(), Named())
+    own = vars(model[0])["forward"] = np.zeros_like
+    assert [layer.output_shape for layer in nn.summary(model, (2, 3)).layers] == [(2, 3), (2, 3)]
+    assert vars(model[0])["forward"] is own
+
+
 def test_single_layers_shared_layers_and_other_dtypes():
     assert [layer.name for layer in nn.summary(nn.ReLU(), (2, 3)).layers] == ["(model)"]
     shared = nn.Linear(3, 3, bias=False, dtype=np.float64)
