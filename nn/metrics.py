@@ -98,7 +98,7 @@ class Measures:
         pairs = [(value * weight if self.loss.reduction == "mean" else value, weight)]
         if self.accuracy:
             hits = _hits(prediction, y, getattr(self.loss, "ignore_index", None))
-            pairs.append((np.count_nonzero(hits), hits.size))
+            pairs.append((int(np.count_nonzero(hits)), hits.size))
         pairs += [(self._value(name, prediction, y) * len(y), len(y)) for name in self.metrics]
         return np.array(pairs, np.float64).T
 

@@ -352,7 +352,7 @@ def _described(array: np.ndarray) -> str:
 def _content(array: np.ndarray) -> str:
     crc = 0
     for i in range(0, len(array), 1024):  # so that no whole array is copied to be contiguous
-        crc = zlib.crc32(np.ascontiguousarray(array[i : i + 1024]), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array[i : i + 1024]).data, crc)
     return f"{_described(array)} of crc32 {crc:08x}"
 
 

@@ -54,7 +54,7 @@ def fit(
     """Train by mini-batches: forward, loss, backward, one step of the optimiser, for every batch of every epoch.
 
     Args:
-        model, loss, optimizer: the loss's reduction is "mean" or "sum". The history has an epoch's mean as `evaluate`.
+        model, loss, optimizer: the loss's reduction is "mean" or "sum". Means as `evaluate` describes.
         x: (N, ...), of the parameters' dtype.
         y: (N, ...), as the loss wants it.
         epochs: how many times every sample is seen.
@@ -113,8 +113,9 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss over the samples (x, y), and the accuracy, in evaluation mode. Arguments and errors as `fit`.
 
-    With classes both are those over all targets at once, whatever batch_size, class weights and ignore_index are. Other
-    losses' means over batches are weighted by samples: exact but for those that are no mean, such as RMSELoss.
+    With classes both are those over all targets at once, whatever batch_size, class weights and ignore_index are; but a
+    batch in which no target counts has no mean loss, and raises ValueError. Other losses' means over batches are
+    weighted by samples: exact but for those that are no mean, such as RMSELoss.
 
     Other metrics: `top_k_accuracy(5)(predict(model, x), y)`.
     """
