@@ -29,6 +29,7 @@ class _BatchNorm(Module):
 
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     optional_buffers = ("num_batches_tracked",)
+    counters = ("frozen",)
 
     def __init__(
         self,

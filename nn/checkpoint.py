@@ -19,10 +19,15 @@ _STRUCTURE = "structure"  # the entry that holds all but the arrays, as JSON
 class Checkpoint:
     """A file from which `fit` goes on exactly: `fit(..., checkpoint=Checkpoint("run.npz", every=5))`.
 
-    It holds the parameters and buffers, the state of the optimiser, of schedules and of early stopping, of the
-    numpy.random.Generator, the seeds and calls of dropout, which samples are held out, and the history. A training that
-    was interrupted comes to the same bits as one that was not, on one machine. The weights alone:
-    `model.load_state_dict(Checkpoint("run.npz").load()["model"])`.
+    It holds the parameters and buffers and which of them are frozen, the state of the optimiser, of schedules and of
+    early stopping, of the numpy.random.Generator, the seeds and calls of dropout, which samples are held out, and the
+    history. A training that was interrupted comes to the same bits as one that was not, on one machine. What augment,
+    before_step, the loss or a metric remember from call to call is not in it: only functions of their arguments go on
+    exactly.
+
+    The last epoch's weights alone: `model.load_state_dict(Checkpoint("run.npz").load()["model"])`. Those of early
+    stopping's best epoch, which `fit` leaves in the model, are `load()["early_stopping"]["best_state"]`; {} where none
+    were kept.
 
     Args:
         path: ends in .npz. Each checkpoint takes the place of the one before when it is complete on disk.
@@ -71,7 +76,7 @@ class Checkpoint:
 
 
 def counters(model: Module) -> dict[str, int]:
-    """What modules count, by dotted name: dropout's seeds and calls."""
+    """What modules count, by dotted name: dropout's seeds and calls, whether batch norm is frozen."""
     found = {}
     for prefix, module in model.modules():
         found |= {f"{prefix}.{name}" if prefix else name: getattr(module, name) for name in module.counters}
@@ -87,6 +92,8 @@ def set_counters(model: Module, values: Mapping[str, int]):
 def _plain(value: Any, name: str, arrays: Arrays) -> Any:
     """`value` as JSON has it, with arrays by their names, which begin with `name`."""
     if isinstance(value, np.ndarray):
+        while name in arrays or name == _STRUCTURE:  # {"a": {"b": x}, "a.b": y}
+            name += "'"
         arrays[name] = value
         return {"array": name}
     if isinstance(value, np.generic):

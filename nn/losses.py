@@ -42,6 +42,10 @@ class Loss:
         A loss that knows nothing to look for lets everything pass.
         """
 
+    def samples(self, target: np.ndarray) -> float:
+        """How much the last forward's mean counts beside those of other batches."""
+        return len(target)
+
     def forward(self, prediction: np.ndarray, target: np.ndarray):
         losses, divisor, kept = self.losses(prediction, target)
         if divisor == 0 and self.reduction == "mean":
@@ -128,6 +132,9 @@ class _ClassLoss(Loss):
         self.weight = None if weight is None else np.asarray(weight)
         if self.weight is not None and (self.weight.ndim != 1 or self.weight.dtype.kind not in "iuf"):
             raise TypeError(f"{name}: weight must be an array (classes,) of numbers, got {weight!r}")
+
+    def samples(self, target):  # what the mean was divided by, so that a mean over batches is that over all targets
+        return len(target) if self._kept is None else self._kept[1]
 
     def _class_weights(self, classes: int, dtype: np.dtype) -> np.ndarray | None:
         if self.weight is None:

@@ -22,10 +22,16 @@ def accuracy(prediction: np.ndarray, y: np.ndarray, ignore_index: int | None = N
     Raises:
         ValueError: shapes that do not fit.
     """
+    hits = _hits(prediction, y, ignore_index)
+    return float(hits.mean()) if hits.size else 0.0
+
+
+def _hits(prediction: np.ndarray, y: np.ndarray, ignore_index: int | None) -> np.ndarray:
+    """Whether each target that counts is that of the largest prediction."""
     hits = _largest("accuracy", prediction, y, 1) == _classes(prediction, y)
     if ignore_index is not None and not (counted := _classes(prediction, y) != ignore_index).all():
         hits = hits[counted]
-    return float(hits.mean()) if hits.size else 0.0
+    return hits
 
 
 def top_k_accuracy(k: int) -> Metric:
@@ -60,9 +66,9 @@ def _classes(prediction: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class Measures:
-    """The loss and metrics under their names, each a mean over samples.
+    """The loss and metrics under their names, each a mean over what it counts: samples, or targets of classes.
 
-    Totals are arrays of one entry for each name, and the number of samples; those of several batches are added up.
+    Totals are arrays (2, names), sums and what they are divided by for the mean; those of several batches are added up.
     """
 
     def __init__(
@@ -76,19 +82,25 @@ class Measures:
                 raise TypeError(
                     f"{function}: the metric {name!r} must be callable with (prediction, y), got {metric!r}"
                 )
-        if loss.classifies if accuracy_too is None else accuracy_too:
-            hits = partial(accuracy, ignore_index=getattr(loss, "ignore_index", None))
-            self.metrics = {"accuracy": hits, **self.metrics}
+        self.accuracy = loss.classifies if accuracy_too is None else accuracy_too
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("loss", *self.metrics)
+        return ("loss", *(("accuracy",) if self.accuracy else ()), *self.metrics)
+
+    def nothing(self) -> np.ndarray:
+        """The totals of no batch."""
+        return np.zeros((2, len(self.names)))
 
     def totals(self, value: float, prediction: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Of one batch, whose loss is `value`."""
-        total = value * len(y) if self.loss.reduction == "mean" else value
-        of_metrics = [self._value(name, prediction, y) * len(y) for name in self.metrics]
-        return np.array([total, *of_metrics, len(y)], np.float64)
+        weight = self.loss.samples(y) if self.loss.reduction == "mean" else len(y)
+        pairs = [(value * weight if self.loss.reduction == "mean" else value, weight)]
+        if self.accuracy:
+            hits = _hits(prediction, y, getattr(self.loss, "ignore_index", None))
+            pairs.append((int(np.count_nonzero(hits)), hits.size))
+        pairs += [(self._value(name, prediction, y) * len(y), len(y)) for name in self.metrics]
+        return np.array(pairs, np.float64).T
 
     def _value(self, name: str, prediction: np.ndarray, y: np.ndarray) -> float:
         value = self.metrics[name](prediction, y)
@@ -97,4 +109,4 @@ class Measures:
         return float(value)
 
     def means(self, totals: np.ndarray) -> dict[str, float]:
-        return {name: float(total / totals[-1]) for name, total in zip(self.names, totals[:-1], strict=True)}
+        return {n: float(total / of) if of else 0.0 for n, total, of in zip(self.names, *totals, strict=True)}

@@ -68,7 +68,7 @@ class Module:
     training: bool = True
     buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained, such as running means
     optional_buffers: tuple[str, ...] = ()  # of them those that a state may lack, as PyTorch's older files do
-    counters: tuple[str, ...] = ()  # whole numbers that only a checkpoint of training holds, such as dropout's calls
+    counters: tuple[str, ...] = ()  # numbers and flags that only a checkpoint of training holds: dropout's calls
     transient: tuple[str, ...] = ("_kept",)  # attributes that copies and pickles go without
     _kept: tuple | None = None
 

@@ -41,8 +41,20 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def check(self):
+        """Whether `step` can be made: a learning rate that is a number, parameters that can be written to.
+
+        Raises:
+            ValueError: it cannot. Nothing is changed, so that no step is half made.
+        """
+        self.checked("lr", self.lr)
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is not None and not parameter.data.flags.writeable:
+                raise ValueError(f"{type(self).__name__}: parameter {i} {parameter.shape} is read-only")
+
     def step(self):
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient. Raises as `check`, before the first one."""
+        self.check()
         for parameter, state in zip(self.parameters, self.state, strict=True):
             if parameter.grad is not None:
                 parameter.version += 1
@@ -205,11 +217,12 @@ class Adam(Optimizer):
     def update(self, data, grad, state):
         if not state:
             state.update(step=0, mean=np.zeros_like(data), square=np.zeros_like(data))
-        state["step"] += 1
+        step = state["step"] + 1
         adam_step(
-            data, grad, state["mean"], state["square"], step=state["step"], lr=self.lr, betas=self.betas, eps=self.eps,
+            data, grad, state["mean"], state["square"], step=step, lr=self.lr, betas=self.betas, eps=self.eps,
             weight_decay=self.weight_decay, decoupled=self.decoupled,
         )  # fmt: skip
+        state["step"] = step  # only now: an update that is refused does not count
 
 
 class AdamW(Adam):

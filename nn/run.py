@@ -4,9 +4,11 @@ import math
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from .stopping import EarlyStopping
 
 @contextmanager
 def modes(model: Module, training: bool) -> Iterator[None]:
-    """The whole model in one mode; afterwards each module is in its own again."""
+    """The whole model in one mode; afterwards each module is in its own again, without what evaluation prepared."""
     before = [(module, module.training) for _, module in model.modules()]
     model.train(training)
     try:
@@ -34,11 +36,13 @@ def modes(model: Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+            if mode:
+                module.release()
 
 
 def measured(model: Module, measures: Measures, x: np.ndarray, y: np.ndarray, batch_size: int) -> dict[str, float]:
     """The measures over the samples, in evaluation mode."""
-    totals = np.zeros(len(measures.names) + 1)
+    totals = measures.nothing()
     with modes(model, False):
         for i in range(0, len(x), batch_size):
             prediction, target = model(x[i : i + batch_size]), y[i : i + batch_size]
@@ -130,8 +134,6 @@ class Run:
             self.held_out[split_indices("fit (validation)", len(self.x), shares, self.rng)[1]] = True
         if not self.batches:
             raise ValueError(f"fit: drop_last leaves no batch of {self.batch_size} out of {self.samples} samples")
-        if self.early_stopping is not None:
-            self.early_stopping.reset()
         self.traces, self.ctrl_c, self.parameters = _Traces(self.model), _CtrlC(), self.model.parameters()
 
     @property
@@ -150,8 +152,7 @@ class Run:
     # ---- the loop
 
     def train(self, epochs: int, checkpoint: Checkpoint | None, progress: bool):
-        if checkpoint is not None:
-            self._go_on(checkpoint, epochs)
+        self._begin(checkpoint, epochs)
         shown = Progress(epochs, self.batches, progress, len(self.history))
         with modes(self.model, True), self.ctrl_c, shown:
             while len(self.history) < epochs and not self.stopped:
@@ -162,14 +163,28 @@ class Run:
         if self.early_stopping is not None:
             self.early_stopping.restore(self.model)
 
+    def _begin(self, checkpoint: Checkpoint | None, epochs: int):
+        """Forget what early stopping saw in another training, unless this one cannot begin."""
+        stopping = self.early_stopping
+        seen = None if stopping is None else stopping.state_dict()
+        try:
+            if stopping is not None:
+                stopping.reset()
+            if checkpoint is not None:
+                self._go_on(checkpoint, epochs)
+        except BaseException:  # Ctrl-C too
+            if stopping is not None and seen is not None:
+                stopping.load_state_dict(seen)
+            raise
+
     def _epoch(self, shown: Progress):
         begin = time.perf_counter()
         rows = np.flatnonzero(~self.held_out)
         order = rows[self.rng.permutation(len(rows))] if self.shuffle else rows
-        totals = np.zeros(len(self.measures.names) + 1)
+        totals = self.measures.nothing()
         for i in range(self.batches):
             totals += self._batch(order[i * self.batch_size : (i + 1) * self.batch_size], i)
-            shown.batch(totals[0] / totals[-1])
+            shown.batch(totals[0, 0] / totals[1, 0])
         self.history.add(self.measures.means(totals))
         if self.validation is not None:
             self.history.add(measured(self.model, self.measures, *self._validation(), self.batch_size), "val_")
@@ -216,6 +231,7 @@ class Run:
             self.before_step()
         if not finite(*(parameter.grad for parameter in self.optimizer.parameters)):
             raise self._nonfinite("a gradient is not finite", nonfinite_gradient, x, y, number)
+        self.optimizer.check()
         return totals
 
     def _nonfinite(self, what: str, cause: Callable, x: np.ndarray, y: np.ndarray, number: int) -> NonFiniteError:
@@ -259,19 +275,19 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """What must be the same in a training that goes on, in the words that an error says it with."""
-        validation, names = self.validation, {id(p): name for name, p in self.model.named_parameters()}
+        names = {id(p): name for name, p in self.model.named_parameters()}
         described: dict[str, Any] = {
             "loss": type(self.loss).__name__,
             "optimizer": type(self.optimizer).__name__,
-            "x": _described(self.x),
-            "y": _described(self.y),
-            "validation": _described(validation[0]) if isinstance(validation, tuple) else validation,
+            **self._data,
             "augment": None if self.augment is None else _kind(self.augment),
+            "before_step": None if self.before_step is None else _identity(self.before_step),
             "early_stopping": None if self.early_stopping is None else self.early_stopping.monitor,
             "metrics": ", ".join(self.measures.names),
             "rng": type(self.rng.bit_generator).__name__,
         }
         described |= {name: getattr(self, name) for name in ("batch_size", "shuffle", "drop_last")}
+        described |= {f"loss's {name}": _option(self.loss, name) for name in _LOSS_OPTIONS if hasattr(self.loss, name)}
         described |= {f"after_epoch {i}": _kind(call) for i, call in enumerate(self.after_epoch)}
         for name, module in self.model.modules():
             described[f"layer {name}"] = type(module).__name__
@@ -279,10 +295,18 @@ class Run:
         trained = enumerate(self.optimizer.parameters)
         return described | {f"optimizer's parameter {i}": names.get(id(p), str(p.shape)) for i, p in trained}
 
+    @cached_property  # because it reads all of it
+    def _data(self) -> dict[str, Any]:
+        validation = self.validation
+        if isinstance(validation, tuple):
+            validation = " and ".join(map(_content, validation))
+        return {"x": _content(self.x), "y": _content(self.y), "validation": validation}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "settings": self.settings(),
             "model": self.model.state_dict(),
+            "requires_grad": {name: p.requires_grad for name, p in self.model.named_parameters()},
             "counters": counters(self.model),
             "optimizer": self.optimizer.state_dict(),
             "rng": self.rng.bit_generator.state,
@@ -295,6 +319,8 @@ class Run:
 
     def load_state_dict(self, state: Mapping[str, Any]):
         self.model.load_state_dict(state["model"])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = state["requires_grad"][name]
         set_counters(self.model, state["counters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
@@ -321,6 +347,27 @@ def _check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]):
 
 def _described(array: np.ndarray) -> str:
     return f"{array.dtype} {array.shape}"
+
+
+def _content(array: np.ndarray) -> str:
+    crc = 0
+    for i in range(0, len(array), 1024):  # so that no whole array is copied to be contiguous
+        crc = zlib.crc32(np.ascontiguousarray(array[i : i + 1024]).data, crc)
+    return f"{_described(array)} of crc32 {crc:08x}"
+
+
+# What changes a loss's value, of the losses here and of others with the same names.
+_LOSS_OPTIONS = ("reduction", "weight", "ignore_index", "label_smoothing", "pos_weight")
+
+
+def _option(loss: Loss, name: str) -> str:
+    value = getattr(loss, name)
+    return _content(np.atleast_1d(value)) if isinstance(value, np.ndarray) else str(value)
+
+
+def _identity(call: Any) -> str:
+    named = call if hasattr(call, "__qualname__") else type(call)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _kind(call: Any) -> str:

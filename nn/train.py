@@ -23,7 +23,7 @@ AfterEpoch = Callable[[History], object]
 
 
 class Evaluation(NamedTuple):
-    """loss: the mean over the samples. accuracy: the share of samples classified rightly, None where not asked for."""
+    """loss: the mean over the samples. accuracy: the share of targets hit, None where not asked for."""
 
     loss: float
     accuracy: float | None
@@ -54,7 +54,7 @@ def fit(
     """Train by mini-batches: forward, loss, backward, one step of the optimiser, for every batch of every epoch.
 
     Args:
-        model, loss, optimizer: the loss's reduction is "mean" or "sum".
+        model, loss, optimizer: the loss's reduction is "mean" or "sum". Means as `evaluate` describes.
         x: (N, ...), of the parameters' dtype.
         y: (N, ...), as the loss wants it.
         epochs: how many times every sample is seen.
@@ -84,12 +84,13 @@ def fit(
     Raises:
         TypeError: x or y is not an array, or x has another dtype than the parameters.
         ValueError: x and y of different or no length; epochs or batch_size below 1; a loss without reduction; classes
-            out of range (before the first step); a checkpoint that is damaged or of another model, optimiser, data or
-            batch size, which changes neither the model nor the file.
+            out of range (before the first step); a checkpoint that is damaged or of another model, loss, optimiser,
+            data (by their CRC-32), before_step or batch size, which changes neither the model nor the file.
         NonFiniteError: the loss or a gradient is NaN or infinite. It names the first layer that made it so.
 
-    Whatever is raised, Ctrl-C's KeyboardInterrupt too, the weights are those after the last whole step, and the last
-    checkpoint stays.
+    Whatever is raised before or after a step, Ctrl-C's KeyboardInterrupt too, the weights are those of the last whole
+    step: a learning rate that is no number and a read-only parameter are found before. An optimiser that fails amid its
+    updates leaves the earlier parameters changed. The last checkpoint stays.
     """
     integer("fit", "epochs", epochs)
     _check_data("fit", model, loss, x, y, batch_size)
@@ -111,6 +112,10 @@ def evaluate(
     model: Module, loss: Loss, x: np.ndarray, y: np.ndarray, *, batch_size: int = 256, accuracy: bool | None = None
 ) -> Evaluation:
     """The mean loss over the samples (x, y), and the accuracy, in evaluation mode. Arguments and errors as `fit`.
+
+    With classes both are those over all targets at once, whatever batch_size, class weights and ignore_index are; but a
+    batch in which no target counts has no mean loss, and raises ValueError. Other losses' means over batches are
+    weighted by samples: exact but for those that are no mean, such as RMSELoss.
 
     Other metrics: `top_k_accuracy(5)(predict(model, x), y)`.
     """

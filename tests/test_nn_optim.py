@@ -115,6 +115,52 @@ def test_learning_rate_may_be_changed_between_steps():
     assert parameter.grad is None
 
 
+def read_only(optimizer):
+    optimizer.parameters[1].data.flags.writeable = False
+
+
+def lr_nan(optimizer):
+    optimizer.lr = float("nan")
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(read_only, r"parameter 1 \(2,\) is read-only"), (lr_nan, "lr must be at least 0, got nan")],
+    ids=["read-only", "lr"],
+)
+def test_a_step_that_cannot_be_made_changes_nothing(name, spoil, message):
+    parameters = [nn.Parameter(np.ones(2)) for _ in range(2)]
+    optimizer = getattr(nn, name)(parameters)
+    for parameter in parameters:
+        parameter.grad = np.ones(2)
+    optimizer.step()
+    data, state = [p.data.copy() for p in parameters], optimizer.state_dict()
+    spoil(optimizer)
+    with pytest.raises(ValueError, match=f"^{name}: {message}"):
+        optimizer.step()
+    np.testing.assert_equal([p.data for p in parameters], data)
+    np.testing.assert_equal(optimizer.state_dict()["state"], state["state"])
+    assert [p.version for p in parameters] == [1, 1]
+
+
+def test_a_frozen_parameter_may_be_read_only():
+    trained, frozen = nn.Parameter(np.ones(2)), nn.Parameter(np.ones(2))
+    optimizer, trained.grad = nn.SGD([trained, frozen], 0.5), np.ones(2)
+    read_only(optimizer)
+    optimizer.step()
+    assert trained.data.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_an_update_that_is_refused_is_no_step_of_adam(name):
+    parameter = nn.Parameter(np.ones(2))
+    optimizer, parameter.grad = getattr(nn, name)([parameter]), np.ones(3)
+    with pytest.raises(ValueError, match="grad must have param's shape"):
+        optimizer.step()
+    assert optimizer.state[0]["step"] == 0
+
+
 ONE = nn.Parameter(np.zeros(2))
 WRONG = {
     "nothing": (lambda: nn.SGD([], 0.1), ValueError, "SGD: there are no parameters"),

@@ -239,6 +239,18 @@ def test_modes_are_as_they_were():
     assert [module.training for _, module in model.modules()] == modes
 
 
+def test_what_evaluation_prepared_is_let_go_with_it():
+    """It would be a second copy of the weights while training goes on."""
+    conv = nn.Conv2d(1, 3, 3, rng=0)
+    model = nn.Sequential(conv, nn.Flatten(), nn.Linear(12, 3, rng=0))
+    x = np.ones((4, 1, 4, 4), np.float32)
+    nn.predict(model, x)
+    nn.evaluate(model, nn.CrossEntropyLoss(), x, np.zeros(4, int))
+    assert (conv._prepared, model._program) == (None, None)
+    nn.predict(model.eval(), x)  # which stays in evaluation mode, and keeps it
+    assert None not in (conv._prepared, model._program)
+
+
 def test_only_the_unfrozen_head_is_trained():
     model = small_model()
     for parameter in model[:4].parameters():

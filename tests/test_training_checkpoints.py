@@ -1,10 +1,12 @@
 """Checkpoints: a training that was interrupted comes to the same bits, and nothing is lost when anything is wrong."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -65,11 +67,13 @@ class Training:
             "after_epoch": self.schedule,
             "early_stopping": self.stopping,
             "checkpoint": path,
+            "before_step": interrupt_in(10**6, 1),  # the same function in all, which a checkpoint wants
             "progress": False,
             **self.options,
             **options,
         }
-        return nn.fit(self.model, nn.CrossEntropyLoss(), self.optimizer, X, Y, **everything)
+        x, y, loss = (everything.pop(name, usual) for name, usual in (("x", X), ("y", Y), ("loss", None)))
+        return nn.fit(self.model, loss or nn.CrossEntropyLoss(), self.optimizer, x, y, **everything)
 
 
 def interrupt_in(epoch: int, batch: int):
@@ -203,7 +207,7 @@ class TestGoingOn:
                     os.kill(os.getpid(), signal.SIGINT)
             training = Training()
             try:
-                training.fit(sys.argv[1], before_step=press)
+                training.fit(sys.argv[1], before_step=press)  # __main__.press in both processes
             except KeyboardInterrupt:
                 sys.exit(9)
             np.savez(sys.argv[1] + ".weights.npz", **training.model.state_dict())
@@ -219,6 +223,29 @@ class TestGoingOn:
         with np.load(f"{path}.weights.npz") as weights:
             for name, value in whole.model.state_dict().items():
                 np.testing.assert_array_equal(weights[name], value, err_msg=name)
+
+    def test_what_was_unfrozen_stays_so(self, tmp_path):
+        """Parameters by name and a whole batch norm, frozen before and unfrozen in the callback of the first epoch."""
+
+        def training(path, **options):
+            made = Training(**options)
+            made.model.freeze("0", "1", "5.bias")
+
+            def thaw(history):
+                if len(history) == 1:
+                    made.model.unfreeze("1", "5.bias")
+
+            return made, lambda epochs: made.fit(path, epochs=epochs, after_epoch=[made.schedule, thaw])
+
+        whole, fit = training(None)
+        fit(4)
+        training(tmp_path / "run.npz")[1](2)
+        again, fit = training(tmp_path / "run.npz", seed=1)
+        fit(4)
+        assert_same_bits(again, whole)
+        trained = {name: p.requires_grad for name, p in again.model.named_parameters()}
+        assert [name for name, on in trained.items() if not on] == ["0.weight", "0.bias"]
+        assert again.model[1].frozen is False
 
 
 class TestInterruption:
@@ -299,6 +326,15 @@ def test_weights_of_a_checkpoint(tmp_path):
     np.testing.assert_array_equal(other.state_dict()["0.weight"], training.model.state_dict()["0.weight"])
 
 
+def test_the_best_epoch_s_weights_in_a_checkpoint(tmp_path):
+    training, other = Training("SGD", "ExponentialLR"), network(1)
+    training.schedule.gamma, training.stopping = 3.0, nn.EarlyStopping(patience=2)
+    training.fit(tmp_path / "run.npz", epochs=30)
+    assert training.stopping.stopped
+    other.load_state_dict(nn.Checkpoint(tmp_path / "run.npz").load()["early_stopping"]["best_state"])
+    np.testing.assert_equal(other.state_dict(), training.model.state_dict())
+
+
 def test_what_is_written_comes_back(tmp_path):
     checkpoint = nn.Checkpoint(tmp_path / "state.npz")
     state = {
@@ -313,6 +349,21 @@ def test_what_is_written_comes_back(tmp_path):
     assert loaded["numbers"] == state["numbers"]
     assert type(loaded["tuple"]) is tuple
     assert loaded["arrays"]["structure"].dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": {"b": np.zeros(2)}, "a.b": np.ones(2), "a.b'": np.full(2, 2.0)},
+        {"structure": np.arange(3)},
+        {"list": [np.zeros(1)], "list.0": np.ones(1), ".list.0": np.full(1, 2.0)},
+    ],
+    ids=lambda state: ", ".join(state),
+)
+def test_arrays_whose_dotted_names_are_equal(tmp_path, state):
+    checkpoint = nn.Checkpoint(tmp_path / "state.npz")
+    checkpoint.save(state)
+    np.testing.assert_equal(checkpoint.load(), state)
 
 
 class TestWrong:
@@ -387,7 +438,15 @@ class TestWrong:
             ({"batch_size": 10}, "batch_size is 8 there and 10 here"),
             ({"shuffle": False}, "shuffle is True there and False here"),
             ({"validation": 0.3}, "validation is 0.2 there and 0.3 here"),
-            ({"validation": (X, Y)}, r"validation is 0.2 there and float32 \(50, 2, 6, 6\) here"),
+            (
+                {"validation": (X, Y)},
+                r"validation is 0.2 there and float32 \(50, 2, 6, 6\) of crc32 \w{8} and int64 \(50,\) of crc32 \w{8}",
+            ),
+            (
+                {"before_step": None},
+                r"before_step is \w*\.?test_training_checkpoints\.interrupt_in.* there and None here",
+            ),
+            ({"before_step": partial(int, 3)}, r"before_step is .*<locals>\.press there and functools\.partial here"),
             ({"early_stopping": None}, "early_stopping is val_loss there and None here"),
             ({"augment": None}, "augment is Compose there and None here"),
             ({"after_epoch": ()}, "after_epoch 0 is StepLR there and missing here"),
@@ -399,12 +458,54 @@ class TestWrong:
     def test_another_training(self, path, options, message):
         self.refused(path, rf"fit: cannot go on from '.*run\.npz': {message}", Training(), **options)
 
+    @pytest.mark.parametrize("which", ["x", "y"])
+    def test_other_numbers_in_the_data(self, path, which):
+        """Of the same shape and dtype."""
+        data = {"x": X.copy(), "y": Y.copy()}
+        data[which][-1] = 1 - data[which][-1]
+        kind = re.escape(f"{data[which].dtype} {data[which].shape}") + r" of crc32 \w{8}"
+        self.refused(path, rf"run\.npz': {which} is {kind} there and {kind} here$", Training(**data))
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_other_numbers_in_the_validation_data(self, tmp_path, which):
+        path, pair = tmp_path / "run.npz", [X[::2], Y[::2]]
+        Training(validation=pair).fit(path, epochs=1)
+        Training(validation=[X[::2].copy(), Y[::2].copy()]).fit(path, epochs=2)  # however it lies in memory
+        pair[which] = 1 - pair[which]
+        self.refused(path, r"run\.npz': validation is float32 .* there and float32", Training(validation=tuple(pair)))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"reduction": "sum"}, "reduction is mean there and sum here"),
+            ({"ignore_index": 1}, "ignore_index is -100 there and 1 here"),
+            ({"label_smoothing": 0.1}, r"label_smoothing is 0\.0 there and 0\.1 here"),
+            ({"weight": [1.0, 2, 1]}, r"weight is None there and float64 \(3,\) of crc32 \w{8} here"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_another_loss(self, path, options, message):
+        loss = nn.CrossEntropyLoss(**options)
+        self.refused(path, rf"run\.npz': loss's {message}$", Training(loss=loss))
+
+    def test_early_stopping_keeps_what_it_saw(self, path, tmp_path):
+        training = Training()
+        training.fit(epochs=3)
+        seen = training.stopping.state_dict()
+        assert seen["best_state"]
+        path.write_bytes(path.read_bytes()[:-9])
+        missing = tmp_path / "nowhere" / "run.npz"
+        for file, error in ((path, ValueError), (missing, FileNotFoundError)):
+            with pytest.raises(error):
+                training.fit(file)
+            np.testing.assert_equal(training.stopping.state_dict(), seen)
+
     def test_another_optimizer(self, path):
         self.refused(path, "optimizer is Adam there and AdamW here", Training("AdamW"))
 
     def test_other_data(self, path):
         training, before = Training(), path.read_bytes()
-        with pytest.raises(ValueError, match=r"x is float32 \(50, 2, 6, 6\) there and float32 \(40, 2, 6, 6\) here"):
+        with pytest.raises(ValueError, match=r"x is float32 \(50, 2, 6, 6\) .* there and float32 \(40, 2, 6, 6\) "):
             nn.fit(
                 training.model, nn.CrossEntropyLoss(), training.optimizer, X[:40], Y[:40], epochs=6, batch_size=8,
                 validation=0.2, after_epoch=training.schedule, checkpoint=path, progress=False,

@@ -292,6 +292,31 @@ class TestNotFinite:
         assert len(nn.Checkpoint(tmp_path / "run.npz").load()["history"]["loss"]) == 1
 
 
+class TestStepsThatCannotBeMade:
+    @pytest.mark.parametrize("spoiled", ["lr", "parameter"])
+    def test_leave_everything_as_the_last_whole_step_did(self, spoiled):
+        """Batch norm's statistics and dropout's calls too."""
+        model = network()
+        optimizer, states = nn.Adam(model.parameters(), 0.1), []
+
+        def spoil():
+            states.append(model.state_dict())
+            if len(states) == 3 and spoiled == "lr":
+                optimizer.lr = math.nan
+            elif len(states) == 3:
+                model[3].weight.data.flags.writeable = False
+
+        message = "Adam: lr must be at least 0" if spoiled == "lr" else r"Adam: parameter 4 \(2, 6\) is read-only"
+        with pytest.raises(ValueError, match=message):
+            train(model, optimizer=optimizer, before_step=spoil)
+        parameters = dict(model.named_parameters())
+        for name, value in model.state_dict().items():
+            if name in parameters:
+                np.testing.assert_array_equal(value, states[2][name], err_msg=name)
+        assert (model[1].num_batches_tracked, model[2].calls) == (2, 2)
+        assert {state["step"] for state in optimizer.state} == {2}
+
+
 class TestWrongTargets:
     @pytest.mark.parametrize("where", ["training", "validation"])
     @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.NLLLoss])

@@ -143,6 +143,27 @@ class TestMetrics:
             "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "zeros", "top4", "val_zeros", "val_top4",
         ]  # fmt: skip
 
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("weight", [None, [0.5, 2.0, 1.0]], ids=["", "weight"])
+    def test_the_batch_size_does_not_matter(self, weight, reduction):
+        """Although the batches hold one and four targets that count, of other classes."""
+        model = nn.Linear(3, 3, init="zeros")
+        model.weight.data[:] = np.eye(3)
+        x = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 2, 2, 2, 2]]
+        y = np.array([0, -100, -100, -100, 0, 1, 0, 1])
+        options = {"ignore_index": -100, "reduction": reduction}
+        loss = nn.CrossEntropyLoss(weight, **options)
+        results = [nn.evaluate(model, loss, x, y, batch_size=size) for size in (8, 4)]
+        assert results[0].loss == pytest.approx(loss(model.eval()(x), y) / (1 if reduction == "mean" else 8))
+        assert results[1].loss == pytest.approx(results[0].loss, rel=1e-6)
+        assert [result.accuracy for result in results] == [0.2, 0.2]
+        history = train(model.train(), x, y, loss, shuffle=False, batch_size=4, epochs=1)
+        assert (history.loss, history.accuracy) == ([pytest.approx(results[0].loss, rel=1e-6)], [0.2])
+
+    def test_accuracy_where_no_target_counts(self):
+        loss = nn.CrossEntropyLoss(reduction="sum")
+        assert nn.evaluate(nn.Linear(1, 4, rng=0), loss, X, np.full(100, -100)) == (0.0, 0.0)
+
     @pytest.mark.parametrize("k", [1, 2, 4])
     def test_top_k(self, k):
         prediction, y = RNG.standard_normal((50, 5)).astype(np.float32), RNG.integers(0, 5, 50)
@@ -257,16 +278,16 @@ class TestTensorBoard:
         def training(**options):
             model, board = nn.Linear(1, 4, rng=0), nn.TensorBoard(tmp_path / "log")
             checkpoint = nn.Checkpoint(tmp_path / "run.npz", every=2)
-            calls = {"after_epoch": board, "checkpoint": checkpoint}
+            calls = {"after_epoch": board, "checkpoint": checkpoint, "before_step": press}
             return board, lambda: train(model, lr=1e-4, epochs=5, **calls | options)
 
         def press():
-            if len(steps) == 4 * 4 + 1:  # in the fifth epoch of four batches; the checkpoint before is of epoch 4
-                raise KeyboardInterrupt
             steps.append(None)
+            if len(steps) == 4 * 4 + 2:  # in the fifth epoch of four batches; the checkpoint before is of epoch 3
+                raise KeyboardInterrupt
 
         steps: list[None] = []
-        board, run = training(before_step=press, checkpoint=nn.Checkpoint(tmp_path / "run.npz", every=3))
+        board, run = training(checkpoint=nn.Checkpoint(tmp_path / "run.npz", every=3))
         with pytest.raises(KeyboardInterrupt):
             run()
         board.close()
