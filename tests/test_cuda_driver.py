@@ -181,6 +181,26 @@ print(again == file.read_text(), len(again) == len(first))
     assert run(code)[0] == ["[0, 1, 1, 3]", "True True"]
 
 
+def test_cache_tells_compilers_apart(run):
+    code = """
+real = ptx_cache.version
+form = activation.activate_all.form(np.dtype(np.float32))
+def key(number):
+    def version(package):
+        if package != "cuda-bindings":
+            return real(package)
+        if number is None:
+            raise ptx_cache.PackageNotFoundError(package)
+        return number
+    ptx_cache.version = version
+    ptx_cache._stamp.cache_clear()
+    return ptx_cache.key(form, (9, 0))
+keys = [key(number) for number in ("12.9.1", "13.0.3", "12.9.1", None)]
+print([keys.index(k) for k in keys])
+"""
+    assert run(code)[0] == ["[0, 1, 0, 3]"]
+
+
 ESTIMATE = """
 from tilewise.kernels import machine
 tilewise.using(backend="cpu").__enter__()

@@ -18,6 +18,7 @@ from tilewise.kernels.cuda import (
     conv_winograd,
 )
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, NONE
+from tilewise.kernels.cuda.launch import ceil_div
 from tilewise.kernels.device_arrays import DeviceArray
 
 # Fewer FLOPs than this fill no tile, nor does a group with fewer weights: a thread for each result is enough.
@@ -73,7 +74,7 @@ def _is_little(it) -> bool:
 
 
 def _fits_a_grid(it) -> bool:
-    return max(it.groups, it.outputs // conv_product.LOW.rows) <= MOST_BLOCKS
+    return max(it.groups, ceil_div(it.outputs, conv_product.LOW.rows)) <= MOST_BLOCKS
 
 
 def _correlate(it, x, weight, y, bias, extra, code, algorithm, turned=None):
