@@ -16,11 +16,16 @@ import numpy as np
 class DeviceArray:
     """shape, dtype and strides (bytes) of memory on a device; `owner` keeps it alive."""
 
-    __slots__ = ("dtype", "owner", "place", "pointer", "shape", "strides")
+    __slots__ = ("_strides", "dtype", "owner", "place", "pointer", "shape")
 
     def __init__(self, place, pointer: int, shape: tuple[int, ...], dtype: np.dtype, owner, strides=None):
+        """strides: None for row-major order, which then is not worked out: a call makes many of these."""
         self.place, self.pointer, self.shape, self.dtype, self.owner = place, pointer, shape, dtype, owner
-        self.strides = row_major(shape, dtype.itemsize) if strides is None else strides
+        self._strides = strides
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return row_major(self.shape, self.dtype.itemsize) if self._strides is None else self._strides
 
     @property
     def ndim(self) -> int:
@@ -37,9 +42,11 @@ class DeviceArray:
     @property
     def contiguous(self) -> bool:
         """Whether it lies in row-major order; axes of one element may have any stride."""
+        if self._strides is None:
+            return True
         expected = row_major(self.shape, self.dtype.itemsize)
         return self.size == 0 or all(
-            n == 1 or s == e for n, s, e in zip(self.shape, self.strides, expected, strict=True)
+            n == 1 or s == e for n, s, e in zip(self.shape, self._strides, expected, strict=True)
         )
 
     def reshape(self, *shape: int) -> "DeviceArray":

@@ -52,6 +52,8 @@ def _run(operation, plan, views: tuple, target: DeviceArray | None, out):
     unbatched = plan.problem.unbatched
     changed = operation.mutates if operation.mutates and operation.mutates_when(plan.problem) else ()
     operands = [None if v is None else copying.contiguous(v, operation.alignment) for v in views]
+    if target is None and not changed and not unbatched:  # most calls: nothing to put back, nothing to reshape
+        return _wrapped(plan.run(*operands))
     lifted = [o.reshape(1, *o.shape) if o is not None and i in unbatched else o for i, o in enumerate(operands)]
     result = plan.run(*lifted)
     for i in changed:
@@ -65,8 +67,14 @@ def _run(operation, plan, views: tuple, target: DeviceArray | None, out):
     if target is not None and results[0] is not None:  # a first result is never absent
         copying.copy_strided(results[0], target)
         return out
-    wrapped = tuple(None if r is None else r.place.wrap(r) for r in results)
-    return wrapped if isinstance(result, tuple) else wrapped[0]
+    return _wrapped(tuple(results) if isinstance(result, tuple) else results[0])
+
+
+def _wrapped(result):
+    """Device arrays, one or a tuple with absent ones, as their libraries' arrays."""
+    if isinstance(result, tuple):
+        return tuple(None if r is None else r.place.wrap(r) for r in result)
+    return result.place.wrap(result)
 
 
 def _check_out(operation, problem, views: tuple, target: DeviceArray):

@@ -268,3 +268,15 @@ def test_more_groups_than_a_grid_has(gpu, rng, planned_anew):
     x, weight = np.zeros((1, 12, 5, 5), np.float32), np.zeros((12, 4, 3, 3), np.float32)
     with pytest.raises(ValueError, match="algorithm 'gemm' does not apply: too many groups or outputs for a grid"):
         kernels.conv2d(x, weight, groups=3, algorithm="gemm")
+
+
+def test_one_output_more_than_the_tiles_of_a_grid(gpu, rng, planned_anew):
+    planned_anew(conv, "MOST_BLOCKS", 2)
+    case = Case(1, 8, 5, 5, 65, (3, 3), padding=1)  # three tiles of 32 outputs
+    forward(rng, case, np.float64, "NCHW")
+    assert "direct" in {name for name, _ in gpu.launched}
+    x, weight = np.zeros((1, 8, 5, 5)), np.zeros((65, 8, 3, 3))
+    with pytest.raises(ValueError, match="algorithm 'gemm' does not apply: too many groups or outputs for a grid"):
+        kernels.conv2d(x, weight, padding=1, algorithm="gemm")
+    y = kernels.conv2d(x, weight[:64], padding=1, algorithm="gemm")
+    assert y.shape == (1, 64, 5, 5)

@@ -130,6 +130,19 @@ def test_before_tensor_cores_float16_takes_the_plain_kernel(gpu, rng, monkeypatc
         backward(rng, case, np.float16, layout)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_channels_than_the_grid_that_turns_them(gpu, rng, planned_anew, layout):
+    planned_anew(conv_tensor, "MOST_CHANNELS", 31)
+    gpu.launched -= {(name, dtype) for name, dtype in gpu.launched if " tensor " in name or "turn" in name}
+    for case in (Case(1, 24, 4, 5, 8, (3, 3), 1, 1, 1, 2), Case(1, 8, 4, 5, 34, (3, 3), 1, 1, 1, 2)):
+        forward(rng, case, np.float16, layout)
+        backward(rng, case, np.float16, layout)
+    assert not any(" tensor " in name or "turn" in name for name, _ in gpu.launched)
+    planned_anew(conv_tensor, "MOST_CHANNELS", 32)
+    forward(rng, Case(1, 24, 4, 5, 8, (3, 3), 1, 1, 1, 2), np.float16, layout)
+    assert launched_tensor_kernels(gpu)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_inf_stay_in_their_windows(gpu, rng, value):
     case = Case(1, 8, 9, 10, 8, (3, 3), 1, 1)

@@ -140,6 +140,20 @@ print(place.copy_out(activation.relu(place.copy_in(x))).size, driver.engine(1).n
     assert {line for line in log if line.startswith("push")} == {"push 0x1001"}
 
 
+def test_prepared_weights_are_given_back_when_no_stream_reads_them(run):
+    code = """
+prepared = tilewise.prepare_conv2d(np.ones((1, 3, 1, 1), np.float32))
+for _ in range(2):
+    prepared(np.ones((1, 3, 2, 2), np.float32))
+del prepared
+gc.collect()
+"""
+    _, log = run(code)
+    assert log.count("plain allocate 12") == log.count("plain free") == 1
+    assert log.count("write 12") == 1
+    assert log.count("allocate 48 stream (nil)") == 2  # x of each call, from the pool
+
+
 def test_device_without_memory_pools(run):
     _, log = run("tilewise.relu(x)", FAKE_CUDA_POOLS="0")
     assert log.count("plain allocate 32") == log.count("plain free") == 2
@@ -179,6 +193,26 @@ again = ptx_cache.ptx(forms[0], (9, 0))
 print(again == file.read_text(), len(again) == len(first))
 """
     assert run(code)[0] == ["[0, 1, 1, 3]", "True True"]
+
+
+def test_cache_tells_compilers_apart(run):
+    code = """
+real = ptx_cache.version
+form = activation.activate_all.form(np.dtype(np.float32))
+def key(number):
+    def version(package):
+        if package != "cuda-bindings":
+            return real(package)
+        if number is None:
+            raise ptx_cache.PackageNotFoundError(package)
+        return number
+    ptx_cache.version = version
+    ptx_cache._stamp.cache_clear()
+    return ptx_cache.key(form, (9, 0))
+keys = [key(number) for number in ("12.9.1", "13.0.3", "12.9.1", None)]
+print([keys.index(k) for k in keys])
+"""
+    assert run(code)[0] == ["[0, 1, 0, 3]"]
 
 
 ESTIMATE = """

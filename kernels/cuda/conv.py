@@ -18,6 +18,7 @@ from tilewise.kernels.cuda import (
     conv_winograd,
 )
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, NONE
+from tilewise.kernels.cuda.launch import ceil_div
 from tilewise.kernels.device_arrays import DeviceArray
 
 # Fewer FLOPs than this fill no tile, nor does a group with fewer weights: a thread for each result is enough.
@@ -73,7 +74,7 @@ def _is_little(it) -> bool:
 
 
 def _fits_a_grid(it) -> bool:
-    return max(it.groups, it.outputs // conv_product.LOW.rows) <= MOST_BLOCKS
+    return max(it.groups, ceil_div(it.outputs, conv_product.LOW.rows)) <= MOST_BLOCKS
 
 
 def _correlate(it, x, weight, y, bias, extra, code, algorithm, turned=None):
@@ -125,7 +126,10 @@ def conv2d(x, weight, bias, add, *, stride, padding, dilation, groups, layout, a
 
 
 def bind_conv2d(shapes, dtype, arrays, packs, **options):
-    """conv2d with weight and bias, in `arrays`, given once: run(x, add=None). They are sent to a device once."""
+    """conv2d with weight and bias, in `arrays`, given once: run(x, add=None).
+
+    The first run on a device sends them there and waits; so call it once before a stream is captured into a graph.
+    """
 
     def on_device(name, place):
         array = arrays[name]
@@ -134,7 +138,7 @@ def bind_conv2d(shapes, dtype, arrays, packs, **options):
         key = ("cuda", id(place.engine), name)
         if key not in packs:
             array = array.astype(dtype)
-            memory = place.engine.allocate(array.nbytes)
+            memory = place.engine.allocate(array.nbytes, every_stream=True)
             place.engine.write(memory, array)
             place.engine.synchronize()  # whatever stream reads it
             packs[key] = DeviceArray(place, memory.pointer, array.shape, dtype, memory)

@@ -45,6 +45,7 @@ _THREADS = 256
 _SIDE = 32  # of a tile that is transposed
 NOWHERE = -(1 << 30)  # a row so far outside that no tap reaches the image
 _FLOATS = ("float16", "float32")
+MOST_CHANNELS = 65_535 * _SIDE  # that turn_channels_last has in its grid's y
 # One channel would be padded to eight; the product without tensor cores is as fast then.
 _LEAST_CHANNELS = 2
 
@@ -262,6 +263,9 @@ def applies(it: Correlation, x) -> bool:
     """Whether tensor cores may and can compute it; pixels of one image are counted in 32 bits."""
     axes = it.rows, it.columns
     if it.rows.count * it.columns.count >> 32 or any(max(a.size, a.count * a.stride) > -NOWHERE // 2 for a in axes):
+        return False
+    width = VECTOR_BYTES // x.dtype.itemsize
+    if it.groups * ceil_div(max(it.channels, it.outputs), width) * width > MOST_CHANNELS:
         return False
     rounded = x.dtype.name == "float32" and settings.active().tf32
     allowed = x.dtype.name == "float16" or rounded

@@ -52,18 +52,21 @@ def _checked(result, doing: str = "") -> Any:
 
 
 class Memory:
-    """Bytes on the device, given back when the last reference goes. In the order of the default stream."""
+    """Bytes on the device, given back when the last reference goes.
 
-    def __init__(self, driver: "Driver", nbytes: int):
-        self._driver, self.nbytes = driver, nbytes
+    pooled: in the order of the default stream, without waiting; else when the device has done what it was given.
+    """
+
+    def __init__(self, driver: "Driver", nbytes: int, pooled: bool):
+        self._driver, self.nbytes, self._pooled = driver, nbytes, pooled
         with driver.current():
-            result = driver.allocate_bytes(max(nbytes, 1))
+            result = driver.allocate_bytes(max(nbytes, 1), pooled)
         self.pointer = int(_checked(result, f"{nbytes} bytes on {driver.name}"))
 
     def __del__(self):
         if hasattr(self, "pointer"):
             with suppress(Exception):  # at the interpreter's end the driver may be gone, and the memory with it
-                self._driver.free(self.pointer)
+                self._driver.free(self.pointer, self._pooled)
 
 
 class _Function:
@@ -125,15 +128,17 @@ class Driver:
     def _is_current(self) -> bool:
         return int(_checked(cu.cuCtxGetCurrent())) == self._handle
 
-    def allocate(self, nbytes: int) -> Memory:
-        return Memory(self, nbytes)
+    def allocate(self, nbytes: int, every_stream: bool = False) -> Memory:
+        """every_stream: for kernels in any stream; giving it back waits for them, as cuMemFreeAsync would not."""
+        return Memory(self, nbytes, self._pools and not every_stream)
 
-    def allocate_bytes(self, nbytes: int):
-        return cu.cuMemAllocAsync(nbytes, 0) if self._pools else cu.cuMemAlloc(nbytes)
+    @staticmethod
+    def allocate_bytes(nbytes: int, pooled: bool):
+        return cu.cuMemAllocAsync(nbytes, 0) if pooled else cu.cuMemAlloc(nbytes)
 
-    def free(self, pointer: int):
+    def free(self, pointer: int, pooled: bool):
         with self.current():
-            _checked(cu.cuMemFreeAsync(pointer, 0) if self._pools else cu.cuMemFree(pointer))
+            _checked(cu.cuMemFreeAsync(pointer, 0) if pooled else cu.cuMemFree(pointer))
 
     def write(self, memory: Memory, array: np.ndarray):
         array = np.ascontiguousarray(array)

@@ -24,7 +24,7 @@ def _matmul(left: Matrices, right: Matrices) -> DeviceArray:
     lead = np.broadcast_shapes(left.lead, right.lead)
     shape = (*lead, left.rows, right.columns)
     result = array.place.empty(shape, _RESULT_DTYPE.get(array.dtype, array.dtype))
-    if result.size and not right.lead and left.column_stride == 1:  # matrices below each other are one
+    if left.lead and not right.lead and left.column_stride == 1 and result.size:  # matrices below each other are one
         left, lead = replace(left, lead=(), rows=prod(left.lead) * left.rows, row_stride=left.columns), ()
     if result.size:
         multiply(left, right, lead, result)

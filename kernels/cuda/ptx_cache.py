@@ -1,14 +1,15 @@
 """The PTX of kernels, kept on disk beside Numba's cache of the CPU kernels, so that a second process compiles nothing.
 
-A file's name is a hash of everything that its text depends on: the sources of this folder, the versions of numba-cuda
-and Numba, the kernel, its dtype and the compute capability. Where no folder can be written, every process compiles.
+A file's name is a hash of everything that its text depends on: the sources of this folder, the versions of numba-cuda,
+Numba and the CUDA compiler, the kernel, its dtype and the compute capability. Where no folder can be written, every
+process compiles.
 """
 
 import hashlib
 import os
 from contextlib import suppress
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from inspect import getclosurevars
 from pathlib import Path
 
@@ -25,7 +26,16 @@ def _folder() -> Path | None:
 
 @lru_cache(maxsize=1)
 def _stamp() -> str:
-    return "-".join([source_stamp("cuda"), version("numba-cuda"), version("numba")])
+    # cuda-bindings go with CUDA's version, and so with its compiler's: a newer one's PTX is not for an older driver
+    packages = "numba-cuda", "numba", "cuda-bindings"
+    return "-".join([source_stamp("cuda"), *(_version(package) for package in packages)])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the CUDA that is installed beside Python
+        return ""
 
 
 def key(form, capability: tuple[int, int]) -> str:

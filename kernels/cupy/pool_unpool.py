@@ -12,6 +12,8 @@ _backward = Kernel(
     "pool_unpool.cu", "unpool_backward<{T}>", "P P P q q q q", dtypes=[WORDS[size] for size in (2, 4, 8)]
 )
 
+_MOST_OWNERS = (1 << 31) - 1  # owners are int32
+
 
 def _sizes(shape, layout) -> tuple[int, int]:
     """(pixels of a plane, channels that lie side by side)."""
@@ -21,9 +23,11 @@ def _sizes(shape, layout) -> tuple[int, int]:
 def max_unpool2d(x, indices, *, output_size, layout):
     n, c = x.shape[0], x.shape[1 if layout == "NCHW" else 3]
     shape = (n, c, *output_size) if layout == "NCHW" else (n, *output_size, c)
-    place, y = x.place, x.place.empty(shape, x.dtype)
     pooled, channels = _sizes(x.shape, layout)
     pixels, _ = _sizes(shape, layout)
+    if pooled > _MOST_OWNERS:
+        raise NotImplementedError(f"max_unpool2d: planes of more than {_MOST_OWNERS} pooled elements on the GPU")
+    place, y = x.place, x.place.empty(shape, x.dtype)
     if y.size:
         owners = place.empty(shape, np.int32)
         _forget(place, blocks_of(y.size), owners, y.size)

@@ -250,7 +250,7 @@ class Emulator:
         self._codes: dict = {}
         self._memories: list = []
 
-    def allocate(self, nbytes):
+    def allocate(self, nbytes, every_stream=False):
         memory = Memory(nbytes, self.last_blocks is not None)
         self._memories.append(weakref.ref(memory))
         return memory
