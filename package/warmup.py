@@ -166,6 +166,8 @@ def _convolutions(a, layout: str) -> Calls:
         yield f"prepare_conv2d {algorithm}", lambda make=prepared: make()(x())
     if layout == "NCHW":  # joined to one long image
         yield "conv2d 1x1 of small images", lambda: t.conv2d(a(8, 512, 1, 3), a(512, 512, 1, 1))
+        small = a(8, 32, 2, 2), a(8, 32, 4, 4), a(32, 32, 3, 3)
+        yield "conv2d_backward of small images", lambda: t.conv2d_backward(*small, stride=2, padding=1)
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
     image = a(2, 3, 9, 9) if layout == "NCHW" else a(2, 9, 9, 3)
     yield "conv2d_backward of few channels", lambda: t.conv2d_backward(x(7), image, a(8, 3, 3, 3), **at)

@@ -201,6 +201,7 @@ class TestGoingOn:
             sys.path.insert(0, sys.argv[2])
             import numpy as np
             from test_training_checkpoints import Training
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
             calls = iter(range(100))
             def press():
                 if next(calls) == int(sys.argv[3]):
@@ -273,10 +274,14 @@ class TestInterruption:
                 signal.raise_signal(signal.SIGINT)
 
         monkeypatch.setattr(training.optimizer, "update", pressing)
-        handler = signal.getsignal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            training.fit(early_stopping=None, shuffle=False, augment=None)
-        assert signal.getsignal(signal.SIGINT) is handler
+        handler = signal.default_int_handler  # also where the tests run in the background, which ignores Ctrl-C
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                training.fit(early_stopping=None, shuffle=False, augment=None)
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert len(updated) == len(training.model.parameters())
         nn.fit(
             reference.model, nn.CrossEntropyLoss(), reference.optimizer, X[:8], Y[:8], epochs=1, batch_size=8,
