@@ -29,10 +29,7 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, float]]:
         losses[name], accuracies[name] = history.loss, history.val_accuracy
         print(f"{name}: training loss {history.loss[-1]:.3f}, test accuracy {history.val_accuracy[-1]:.2%}")
 
-    figure, (left, right) = common.panels(2)
-    common.curves(left, losses, "training loss")
-    common.curves(right, accuracies, "test accuracy")
-    figure.savefig(options.out)
+    common.draw_training(losses, accuracies, options.out)
     print(f"both histories are drawn in {options.out}")
     return results
 

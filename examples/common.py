@@ -101,6 +101,14 @@ def curves(axes: Any, lines: dict[str, list[float]], ylabel: str = "loss", xlabe
     axes.legend()
 
 
+def draw_training(losses: dict[str, list[float]], accuracies: dict[str, list[float]], out: Path):
+    """Write the picture of several trainings: their losses, and beside them their accuracies on test samples."""
+    figure, (left, right) = panels(2)
+    curves(left, losses, "training loss")
+    curves(right, accuracies, "test accuracy")
+    figure.savefig(out)
+
+
 def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
     """Images (N, H, W) side by side in rows of `columns`, with a dark line of one pixel around each."""
     rows = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=images.min()).reshape(

@@ -57,8 +57,10 @@ class Optimizer:
         self.check()
         for parameter, state in zip(self.parameters, self.state, strict=True):
             if parameter.grad is not None:
-                parameter.version += 1
-                self.update(parameter.data, parameter.grad, state)
+                try:
+                    self.update(parameter.data, parameter.grad, state)
+                finally:  # not before: who reads the numbers meanwhile would take them for the new ones
+                    parameter.version += 1
 
     def update(self, data: np.ndarray, grad: np.ndarray, state: dict[str, Any]):
         """Change `data` in place. `grad` must stay as it is; `state` is this parameter's own, empty at first."""

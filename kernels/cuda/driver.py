@@ -1,8 +1,7 @@
 """The GPU: loads kernels and starts them, by CUDA's driver API.
 
 A launch through Numba's dispatcher types and unpacks its arguments anew each time, tens of microseconds; here it is one
-call of cuLaunchKernel on a buffer of eight-byte slots. On a driver that does nothing (tests/fake_cuda) that is 6
-microseconds of a Zen 3 core, 2 of them in `start`. The context is the device's primary one, which CuPy, PyTorch and
+call of cuLaunchKernel on a buffer of eight-byte slots. The context is the device's primary one, which CuPy, PyTorch and
 Numba use as well, so their memory and streams are ours.
 """
 
