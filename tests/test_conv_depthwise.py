@@ -6,7 +6,7 @@ from conv_cases import FLOATS, LAYOUTS, Case, both, check, laid, nchw, reference
 
 import tilewise
 from tilewise import explain, kernels
-from tilewise.kernels.cpu import conv_depthwise_nchw
+from tilewise.kernels.cpu import conv_depthwise_nchw, conv_depthwise_same
 from tilewise.kernels.cpu.depthwise_vector import TILE
 
 
@@ -22,6 +22,11 @@ CASES = {
     "3x3": [depthwise(_CHANNELS[i % 13], _HEIGHTS[i % 9], w, n=1 + i % 2) for i, w in enumerate(_WIDTHS * 2)],
     "3x3 stride 2": [depthwise(_CHANNELS[-i % 13], 2 * _HEIGHTS[i % 9], 2 * w - i % 2, stride=2, n=1 + i % 2)
                      for i, w in enumerate(_WIDTHS)],
+    # 3x3 as large as x: one row, two; a tile and less; pixels far apart, whose channels are copied, and nearly so
+    "same": [
+        depthwise(6, 1, 4), depthwise(6, 2, 5), depthwise(6, 3, 3), depthwise(19, 5, 4, n=2),
+        depthwise(512, 5, 6, n=2), depthwise(528, 4, 5), depthwise(576, 9, 4), depthwise(1024, 3, 7),
+    ],
     "padding": [
         depthwise(5, 9, 17, padding=0),
         depthwise(5, 9, 17, padding=5),
@@ -161,6 +166,7 @@ def test_same_bits_for_any_number_of_threads(rng, split_everything, layout, dtyp
         depthwise(13, 27, 29, stride=2, n=7),
         depthwise(3, 50, 49, (5, 5), padding=2),
         depthwise(2, 60, 40, n=5),
+        depthwise(512, 14, 14, n=2),
     ):
         x, weight, bias = case.arrays(rng, dtype, layout)
         options = case.options | {"layout": layout}
@@ -176,7 +182,12 @@ def test_same_bits_for_any_number_of_threads(rng, split_everything, layout, dtyp
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_around_the_operands_is_read_or_written(rng, layout):
     """Operands and results inside memory that is full of NaN."""
-    for case in (depthwise(17, 6, 13), depthwise(5, 9, 17, stride=2), depthwise(3, 5, 5, (5, 5), padding=2)):
+    for case in (
+        depthwise(17, 6, 13),
+        depthwise(512, 4, 5),
+        depthwise(5, 9, 17, stride=2),
+        depthwise(3, 5, 5, (5, 5), padding=2),
+    ):
         x, weight, bias = case.arrays(rng, np.float32, layout)
         options = case.options | {"layout": layout}
         y = reference(kernels.conv2d, x, weight, bias, **options).astype(np.float32)
@@ -214,5 +225,9 @@ def test_the_cases_reach_every_path():
         strips = conv_depthwise_nchw.Strips(case.n * case.c, size, case.kernel[1], axes, stride, np.dtype("f4"))
         seen |= {("stride", stride[1]), ("square", strips.square, stride[0])}
         seen |= {("bands", strips.constants[1] > 1), ("rows", size[0] < TILE)}
+        if conv_depthwise_same.is_same(axes, stride, case.o // case.c, size) and size == (case.h, case.w):
+            cuts = conv_depthwise_same.channel_cuts(case.n, size, case.c, np.dtype("f4"))
+            seen.add(("same", cuts is not None))
     assert seen >= {("stride", 1), ("stride", 2), ("stride", 3), ("square", 3, 1), ("square", 3, 2), ("square", 0, 1)}
     assert seen >= {("bands", True), ("bands", False), ("rows", True), ("rows", False)}
+    assert seen >= {("same", True), ("same", False)}

@@ -23,6 +23,14 @@ import numpy as np
 
 from tilewise.kernels.cpu.conv_depthwise_nchw import Strips, ceil_ratio, convolve_nchw
 from tilewise.kernels.cpu.conv_depthwise_nhwc import BAND_BYTES, Regions, convolve_nhwc, row_bands
+from tilewise.kernels.cpu.conv_depthwise_same import (
+    channel_cuts,
+    convolve_same_nchw,
+    convolve_same_nhwc,
+    is_same,
+    planes_together,
+    tap_numbers,
+)
 
 # Estimated serial nanoseconds per FLOP.
 COST = 0.015
@@ -35,7 +43,7 @@ class Depthwise:
     of (numbers, offsets); see Strips. A convolution has one phase, its transpose as many as its stride.
     """
 
-    __slots__ = ("constants", "kernel", "no_extra")
+    __slots__ = ("constants", "kernel", "no_extra", "same", "same_constants")
 
     packing = None  # nothing to prepare: the weights are few and read as they lie, or packed in no time
 
@@ -43,6 +51,7 @@ class Depthwise:
         self.no_extra = np.empty(0, dtype)
         n, all_taps, phases = x[0], prod(weight[2:]), [len(axis) for axis in taps]
         work = 2 * prod(y) * all_taps / prod(phases) * COST
+        self.same = None  # the kernel for 3x3 and stride 1, which knows of no extra
         if layout == "NHWC":
             _, h, w, channels = x
             oh, ow = y[1:3]
@@ -51,6 +60,11 @@ class Depthwise:
             self.kernel = convolve_nhwc.sized(work)
             head = (n, channels, h, w, oh, ow, *phases, bands, *stride)
             self.constants = (*head, plan.regions, plan.table, all_taps, activation)
+            if (h, w) == (oh, ow) and is_same(taps, stride, weight[0] // channels, (h, w)):
+                self.same = convolve_same_nhwc.sized(work)
+                cuts = channel_cuts(n, (h, w), channels, dtype)
+                cuts = (bands, channels) if cuts is None else cuts
+                self.same_constants = (n, channels, h, w, tap_numbers(taps, weight[3]), *cuts, activation)
         else:
             _, channels, h, w = x
             oh, ow = y[2:4]
@@ -58,7 +72,14 @@ class Depthwise:
             self.kernel = convolve_nchw.sized(work)
             head = (n * channels, channels, weight[0] // channels, h, w, oh, ow, *phases, strips.constants)
             self.constants = (*head, strips.table, strips.starts, all_taps, strips.square, activation)
+            if (h, w) == (oh, ow) and is_same(taps, stride, weight[0] // channels, (h, w)):
+                self.same = convolve_same_nchw.sized(work)
+                group = planes_together((h, w), dtype)
+                self.same_constants = (n * channels, channels, h, w, tap_numbers(taps, weight[3]), group, activation)
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        if self.same is not None and (extra is None or extra.size == 0):
+            self.same(x.ravel(), weight.ravel(), y.ravel(), bias, *self.same_constants)
+            return
         extra = self.no_extra if extra is None else extra
         self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, *self.constants)
