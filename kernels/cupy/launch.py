@@ -138,3 +138,8 @@ class Form:
 def blocks_of(count: int) -> int:
     """Blocks for a thread each."""
     return ceil_div(count, THREADS)
+
+
+def engine_of(place):
+    """What compiles and starts kernels there."""
+    return driver.engine(place.ordinal)
