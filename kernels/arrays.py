@@ -38,9 +38,20 @@ def _torch_view(function: str, name: str, tensor) -> tuple[np.ndarray, Callable]
 
     if tensor.layout != torch.strided:
         raise TypeError(f"{function}: {name} must be dense, got a tensor of layout {tensor.layout}")
-    if tensor.dtype == torch.bfloat16:
-        raise NotImplementedError(f"{function}: {name} is bfloat16, which the CPU kernels do not have; use float32")
-    return tensor.numpy(), torch.from_numpy
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy(), _to_torch
+    dtype = bfloat16()
+    if dtype is None:
+        raise NotImplementedError(f"{function}: {name} is bfloat16, which needs the package ml_dtypes; use float32")
+    return tensor.view(torch.int16).numpy().view(dtype), _to_torch
+
+
+def _to_torch(array: np.ndarray):
+    import torch
+
+    if array.dtype.kind != "V":
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def canonical(array: np.ndarray) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from fake_arrays import FakePlace
 from test_cuda_activation import ELEMENTWISE
 from test_pool import DILATED, LAYOUTS, WINDOWS, laid, tied
 from tolerances import tolerance
 
 import tilewise
 from tilewise import kernels
+from tilewise.kernels import device_arrays
 from tilewise.kernels.arrays import bfloat16
 
 GPU_BACKENDS = ("cupy",)
@@ -145,6 +147,45 @@ def test_batch_norm(gpu, rng, shape, layout):
     plain = {"layout": layout, "activation": "relu", "eps": 1e-3}
     y = kernels.batch_norm(x, mean, var, weight, bias, **plain)
     assert_rounded(y, reference(kernels.batch_norm, x, mean, var, weight, bias, **plain), 3, 200)
+
+
+def test_tensors_in_tensors_out(gpu, rng, torch):
+    x = torch.from_numpy(rng.standard_normal((2, 8, 6, 6)).astype(np.float32)).bfloat16()
+    y, indices = kernels.max_pool2d(x, 2, return_indices=True)
+    assert (y.dtype, indices.dtype) == (torch.bfloat16, torch.int64)
+    expected = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
+    assert torch.equal(y, expected[0])
+    assert torch.equal(indices, expected[1])
+    turned = x.permute(0, 2, 3, 1)
+    assert torch.equal(kernels.relu(turned), torch.relu(turned))
+
+
+def test_arrays_on_a_gpu(gpu, rng, monkeypatch):
+    """As CuPy has them: its interface tells no more than that an element has two bytes."""
+    if gpu.schedule == "real":
+        pytest.skip("the arrays are the emulator's")
+    place = FakePlace(gpu, 0)
+    monkeypatch.setattr(device_arrays, "place_of", lambda library, ordinal: place)
+    x = normal(rng, 4, 6)
+    array = place.array(x)
+    assert array.__cuda_array_interface__["typestr"] == "<V2"
+    for given, host in ((array, x), (array.view(x.T, x), x.T), (array.view(x[:, 1::2], x), x[:, 1::2])):
+        y = kernels.softmax(given)
+        assert y.dtype == B
+        assert_rounded(y.get(), reference(kernels.softmax, host), 6)
+
+
+def test_tensors_on_a_gpu(torch, monkeypatch):
+    monkeypatch.setattr(device_arrays, "place_of", lambda library, ordinal: library)
+    x = torch.ones(4, 6, dtype=torch.bfloat16).T
+    view = device_arrays._torch_view("f", "x", x)
+    assert (view.dtype, view.shape, view.strides, view.pointer) == (B, (6, 4), (2, 12), x.data_ptr())
+    place = device_arrays.TorchPlace.__new__(device_arrays.TorchPlace)
+    place._torch, place.device = torch, torch.device("cpu")
+    assert place.empty((2, 3), B).owner.dtype == torch.bfloat16
+    monkeypatch.setattr(device_arrays, "bfloat16", lambda: None)
+    with pytest.raises(NotImplementedError, match="f: x is bfloat16, which needs the package ml_dtypes"):
+        device_arrays._torch_view("f", "x", x)
 
 
 def test_backends_without_it_say_so(rng):
