@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).with_name("gpu_choices.json")
 FORMAT = 1
@@ -91,7 +92,7 @@ def read(text: str) -> dict[str, Measurements]:
     except ValueError as error:
         raise ValueError(f"table of GPU backends: not JSON: {error}") from None
     _check(isinstance(whole, dict) and whole.get("format") == FORMAT, "format", str(FORMAT))
-    devices = whole.get("devices")
+    devices: Any = whole.get("devices")
     _check(isinstance(devices, dict), "devices", "an object")
     table = {}
     for name, about in devices.items():

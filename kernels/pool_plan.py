@@ -166,8 +166,9 @@ def _counts(shape, kernel_size, stride, padding, dilation, ceil_mode, layout) ->
     return rows, columns
 
 
-def _plane(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    return shape[2:] if layout == "NCHW" else shape[1:3]
+def _plane(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
+    height, width = shape[2:] if layout == "NCHW" else shape[1:3]
+    return height, width
 
 
 # ---- maxima
