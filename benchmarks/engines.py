@@ -5,7 +5,7 @@ as NumPy arrays in NCHW through `as_arrays`, to be compared before anything is t
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ OURS_PREPARED, OURS_LAST_PREPARED = "tilewise prepared", "tilewise NHWC prepared
 TORCH, TORCH_LAST = "torch", "torch channels_last"
 ONNX, NUMPY = "onnxruntime", "numpy"
 EPS = 1e-5
-_IMAGES = (Conv, Pool, BatchNorm)
+IMAGES = (Conv, Pool, BatchNorm)
 
 
 def build(case: Case, threads: int, dtype="float32") -> dict[str, Engine]:
@@ -68,8 +68,8 @@ def _into_own_array(call: Any) -> dict[str, Engine]:
 
 def _both_layouts(case: Case, args: tuple, options: dict) -> dict[str, partial]:
     calls = {OURS: _ours(case, args, options)}
-    if isinstance(case, _IMAGES):
-        calls[OURS_LAST] = _ours(case, channels_last(case, args), options | {"layout": "NHWC"}, out_of=case)
+    if isinstance(case, IMAGES):
+        calls[OURS_LAST] = _ours(case, channels_last(case, args), options_last(options))
     return calls
 
 
@@ -87,24 +87,29 @@ def _is_image(case: Case, result: int) -> bool:
     return result == 0
 
 
-def _last(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
+def _last(array):
+    if isinstance(array, np.ndarray):
+        return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
+    return array.permute(0, 2, 3, 1).contiguous()
 
 
-def channels_last(case: Case, args: tuple) -> tuple:
+def channels_last(case: Case, args: Sequence) -> tuple:
     """The image operands of a case in NHWC; weights keep their layout."""
     images = {Conv: 2 if case.is_backward else 1, Pool: 2, BatchNorm: 2 if case.is_backward else 1}[type(case)]
-    return tuple(
-        _last(a) if i < images and isinstance(a, np.ndarray) and a.ndim == 4 else a for i, a in enumerate(args)
-    )
+    return tuple(_last(a) if i < images and getattr(a, "ndim", 0) == 4 else a for i, a in enumerate(args))
 
 
-def _ours(case: Case, args: tuple, options: dict, out_of: Case | None = None) -> partial:
-    import tilewise
-
-    if out_of is not None and "input_shape" in options:
+def options_last(options: dict) -> dict:
+    """A call's options for its images in NHWC."""
+    if "input_shape" in options:
         n, c, h, w = options["input_shape"]
         options = options | {"input_shape": (n, h, w, c)}
+    return options | {"layout": "NHWC"}
+
+
+def _ours(case: Case, args: tuple, options: dict) -> partial:
+    import tilewise
+
     return partial(getattr(tilewise, case.op), *args, **options)
 
 
@@ -121,14 +126,17 @@ def _numpy(case: Case, args: tuple) -> Engine | None:
     return None
 
 
-def torch_calls(case: Case, args: tuple, options: dict, device: str = "cpu") -> dict[str, Engine]:
-    """PyTorch's call of a case, for images in both memory formats; none where it is not installed."""
+def torch_calls(case: Case, args: Sequence, options: dict) -> dict[str, Engine]:
+    """PyTorch's call of a case, for images in both memory formats; none where it is not installed.
+
+    args: of the case, arrays or tensors.
+    """
     try:
         import torch
     except ImportError:
         return {}
     torch.set_grad_enabled(False)
-    tensors = [torch.from_numpy(a.copy()).to(device) if isinstance(a, np.ndarray) else a for a in args]
+    tensors = torch_tensors(torch, args)
     make = {
         Matmul: _torch_products,
         Linear: _torch_products,
@@ -138,13 +146,23 @@ def torch_calls(case: Case, args: tuple, options: dict, device: str = "cpu") -> 
         Activation: _torch_activation,
     }[type(case)]
     engines = {TORCH: make(torch, case, tensors, options)}
-    if isinstance(case, _IMAGES):
+    if isinstance(case, IMAGES):
         last = [
             t.contiguous(memory_format=torch.channels_last) if isinstance(t, torch.Tensor) and t.ndim == 4 else t
             for t in tensors
         ]
         engines[TORCH_LAST] = make(torch, case, last, options, torch.channels_last)
     return engines
+
+
+def torch_tensors(torch, args: Sequence, device: str = "cpu", dtype: str = "") -> list:
+    """Copies of a case's arrays on a device; what is no array stays. dtype: what floats are rounded to."""
+
+    def tensor(array):
+        moved = torch.from_numpy(array.copy()).to(device)
+        return moved.to(getattr(torch, dtype)) if dtype and array.dtype.kind == "f" else moved
+
+    return [tensor(a) if isinstance(a, np.ndarray) else a for a in args]
 
 
 def _torch_products(torch, case: Case, tensors: list, options: dict) -> Engine:
@@ -186,6 +204,8 @@ def _torch_batch_norm(torch, case: Any, tensors: list, options: dict, layout=Non
     if not case.is_backward:
         return partial(torch.nn.functional.batch_norm, *tensors, training=case.training)
     grad, x, mean, invstd, weight = tensors
+    if x.is_cuda:  # there it has the statistics of halves in float32
+        mean, invstd = mean.float(), invstd.float()
     backward = torch.ops.aten.native_batch_norm_backward
     return lambda: backward(grad, x, weight, None, None, mean, invstd, True, EPS, [True] * 3)
 
@@ -196,7 +216,7 @@ def _torch_activation(torch, case: Case, tensors: list, options: dict) -> Engine
         return partial(getattr(torch.nn.functional if "relu" in name else torch, name), *tensors, *options.values())
     grad, y = tensors
     if name.endswith("softmax"):
-        return lambda: getattr(aten, f"_{name}_backward_data")(grad, y, -1, torch.float32)
+        return lambda: getattr(aten, f"_{name}_backward_data")(grad, y, -1, y.dtype)
     more = {"relu": (0,), "leaky_relu": (0.01, True)}.get(name, ())
     function = aten.threshold_backward if name == "relu" else getattr(aten, f"{name}_backward")
     return lambda: function(grad, y, *more)

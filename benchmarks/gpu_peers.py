@@ -1,8 +1,9 @@
-"""Every GPU kernel beside PyTorch (cuBLAS, cuDNN) on the same GPU: `make gpu-check` runs it after the tests.
+"""Every GPU kernel of both backends beside PyTorch (cuBLAS, cuDNN) on the same GPU: `make gpu-check` ends with it.
 
 Results are compared with PyTorch's before anything is timed, on the GPU. Times are of CUDA events around blocks of
 calls, back to back on tensors that lie on the GPU; the median of the blocks. TF32 off, which is the same precision, and
-on; images in both layouts. Prints a table and writes benchmarks/results/gpu/<device>.json, anew after every case.
+on; images in both layouts. Prints a table and writes benchmarks/results/gpu/<device>.json, anew after every case;
+benchmarks/gpu_choices.py makes the dispatcher's table of it.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -21,16 +22,18 @@ from typing import Any
 import numpy as np
 
 import tilewise
+from tilewise.kernels import machine
 
 from . import cases, engines, table
-from .layers import Case, Conv, Linear, Matmul
+from .layers import Arguments, Case, Conv, Linear, Matmul
 from .timing import SEED, check_error
 
 FAMILIES = ("gemm", "conv", "pool", "batchnorm", "activation")
-HEADER = ("op, layer, shape", "dtype", "ours", "rate", "torch", "ratio", "TF32", "ratio", "NHWC", "ratio")
-# name of a measurement -> that of PyTorch's which it is compared with
-OURS, OURS_TF32, OURS_LAST, TORCH_TF32 = "ours", "ours TF32", "ours NHWC", "torch TF32"
-PEERS = {OURS: engines.TORCH, OURS_TF32: TORCH_TF32, OURS_LAST: engines.TORCH_LAST}
+HEADER = ("op, layer, shape", "dtype", "", "cuda", "cupy", "torch", "rate", "cuda ratio", "cupy ratio")
+BACKENDS, TORCH = ("cuda", "cupy"), "torch"
+# Of a case: as it is, with images in NHWC, with factors rounded to TF32. "cupy NHWC", "torch TF32" are measurements.
+PLAIN, LAST, TF32 = VARIANTS = ("", "NHWC", "TF32")
+HALVES = ("float16", "bfloat16")
 BLOCKS = 5
 RESULTS = Path(__file__).parent / "results" / "gpu"
 # The goal of issue 4, which no network's layer has.
@@ -50,21 +53,23 @@ def main(argv: list[str] | None = None, device: str = "cuda") -> int:
     torch.set_grad_enabled(False)
     about = _machine(torch, device)
     print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
-    launches = launch_costs(torch, device, args.launches)
+    backends = usable_backends()
+    launches = launch_costs(torch, device, args.launches, backends)
     for name, seconds in launches.items():
         print(f"{name}: {seconds * 1e6:.2f} us", flush=True)
     records: list[dict] = []
     path = save(about, launches, records, args.results)
-    for record in _measured(torch, _chosen(args), args, device):
+    for record in _measured(torch, _chosen(args), args, device, backends):
         records.append(record)
         save(about, launches, records, args.results)
-    table.show([_row(r) for r in records], f"\nbeside PyTorch on {about['device']}; ratio: its time / ours", HEADER, 2)
+    rows = [row for r in records for row in _rows(r)]
+    table.show(rows, f"\nbeside PyTorch on {about['device']}; ratio: its time / ours; rate: of the faster", HEADER, 3)
     for line in _summary(records):
         print(line)
     print(f"written to {path}")
-    failed = [r for r in records if r.get("error")]
-    for record in failed:
-        print(f"FAILED {record['key']} {record['dtype']}: {record['error']}", file=sys.stderr)
+    failed = [(r, name, error) for r in records for name, error in r["errors"].items()]
+    for record, name, error in failed:
+        print(f"FAILED {record['key']} {record['dtype']} {name}: {error}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -72,7 +77,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tilewise.benchmarks.gpu_peers", description=__doc__)
     parser.add_argument("--only", default="", help="a regular expression that the case's name must contain")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=0.05, help="for each engine and case")
+    parser.add_argument("--seconds", type=float, default=0.03, help="for each engine and case")
     parser.add_argument("--budget", type=float, default=180, help="seconds after which no new case is begun")
     parser.add_argument("--launches", type=int, default=5000)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -80,22 +85,53 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _chosen(args) -> Iterator[tuple[Case, str]]:
-    """What matters most first, so that a budget that ends leaves out the least; products also in float16."""
+    """What matters most first, so that a budget that ends leaves out the least."""
     some = [LARGE, *(case for case in cases.ALL.values() if case.family in FAMILIES)]
     some = [c if isinstance(c, Matmul | Linear) else c.with_batch(args.batch) for c in some]
     some = [c for c in dict.fromkeys(some) if re.search(args.only, f"{c.key} {c.shape}")]
-    products = [c for c in some if isinstance(c, Matmul | Linear | Conv) and not c.is_backward]
-    for dtype in ("float32", "float16"):
-        yield from ((case, dtype) for case in products)
-    for case in sorted((c for c in some if c not in products), key=lambda case: case.is_backward):
-        yield case, "float32"
+    forward, backward = ([c for c in some if c.is_backward == which] for which in (False, True))
+    products = [c for c in forward if isinstance(c, Matmul | Linear | Conv)]
+    others = [c for c in forward if c not in products]
+    for group, dtypes in (
+        (products, ("float32",)), (others, ("float32",)), (products, HALVES), (backward, ("float32",)),
+        (others, HALVES), (backward, HALVES),
+    ):  # fmt: skip
+        yield from ((case, dtype) for case in group for dtype in dtypes)
 
 
 # ---- what a launch costs
 
 
-def launch_costs(torch, device: str, count: int) -> dict[str, float]:
+def usable_backends() -> list[str]:
+    missing = machine.unavailable_backends()
+    return [name for name in BACKENDS if name not in missing]
+
+
+def launch_costs(torch, device: str, count: int, backends: list[str]) -> dict[str, float]:
     """Seconds of the host for a launch: of an empty kernel alone, of a whole call, and of PyTorch's."""
+    x = torch.zeros(32, device=device)
+    calls: dict[str, Callable] = {"torch.relu of 32 numbers": partial(torch.relu, x)}
+    if "cuda" in backends:
+        calls["cuda: launch of an empty kernel with four arguments"] = _empty_launch(x, device)
+    costs = {name: _host_seconds(torch, call, count) for name, call in calls.items()}
+    for backend in backends:
+        with tilewise.using(backend=backend):
+            costs[f"{backend}: relu of 32 numbers"] = _host_seconds(torch, partial(tilewise.relu, x), count)
+    return costs
+
+
+def _host_seconds(torch, call: Callable, count: int) -> float:
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    seconds = (time.perf_counter() - start) / count
+    torch.cuda.synchronize()
+    return seconds
+
+
+def _empty_launch(x, device: str) -> Callable:
     from tilewise.kernels import device_arrays
     from tilewise.kernels.cuda import launch
 
@@ -106,23 +142,8 @@ def launch_costs(torch, device: str, count: int) -> dict[str, float]:
     nothing.__annotations__ = {"x": elements, "y": elements, "z": elements, "n": number}
     empty = launch.kernel(threads=32, name="nothing")(nothing)
     launch.KERNELS.remove(empty)  # it is not one of tilewise's
-    x = torch.zeros(32, device=device)
     view: Any = device_arrays.device_view("launch_costs", "x", x) if device == "cuda" else _host_view()
-    calls: dict[str, Callable] = {
-        "launch of an empty kernel with four arguments": partial(empty, view.place, 1, view, view, view, 32),
-        "tilewise.relu of 32 numbers": partial(tilewise.relu, x),
-        "torch.relu of 32 numbers": partial(torch.relu, x),
-    }
-    costs = {}
-    for name, call in calls.items():
-        call()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        costs[name] = (time.perf_counter() - start) / count
-        torch.cuda.synchronize()
-    return costs
+    return partial(empty, view.place, 1, view, view, view, 32)
 
 
 def _host_view():
@@ -134,50 +155,68 @@ def _host_view():
 # ---- cases
 
 
-def _measured(torch, chosen: Iterator[tuple[Case, str]], args, device: str) -> Iterator[dict]:
+def _measured(torch, chosen: Iterator[tuple[Case, str]], args, device: str, backends: list[str]) -> Iterator[dict]:
     end, left = time.monotonic() + args.budget, []
     for case, dtype in chosen:
         if time.monotonic() > end:
             left.append(f"{case.key} {dtype}")
             continue
         record = {"key": case.key, "op": case.op, "layer": case.layer, "family": case.family, "shape": case.shape}
-        record |= {"dtype": dtype, "flops": case.flops, "bytes": case.bytes(np.dtype(dtype).itemsize)}
-        record |= {"rate_unit": case.rate_unit}
+        record |= {"dtype": dtype, "flops": case.flops, "bytes": case.bytes(2 if dtype in HALVES else 4)}
+        record |= {"rate_unit": case.rate_unit, "images": isinstance(case, engines.IMAGES)}
         try:
-            yield record | {"seconds": measure(torch, case, dtype, args.seconds, device)}
-        except (NotImplementedError, ModuleNotFoundError) as error:
-            yield record | {"missing": str(error)}
-        except Exception as error:  # the others are to be measured all the same
-            yield record | {"error": f"{type(error).__name__}: {error}"}
+            yield record | measure(torch, case, dtype, args.seconds, device, backends)
+        except Exception as error:  # PyTorch's; the other cases are to be measured all the same
+            yield record | {"seconds": {}, "missing": {}, "errors": {TORCH: f"{type(error).__name__}: {error}"}}
     if left:
         print(f"not measured, no time left: {', '.join(left)}", file=sys.stderr)
 
 
-def measure(torch, case: Case, dtype: str, seconds: float, device: str = "cuda") -> dict[str, float]:
-    """Seconds a call of each engine, after the results were compared."""
-    args, options = case.arguments(np.random.default_rng(SEED), np.dtype(np.float32))
-    args = tuple(a.astype(dtype) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args)
-    peers = engines.torch_calls(case, args, options, device)
-    layouts = {OURS: (args, options)}
-    if isinstance(case, Conv):
-        layouts[OURS_LAST] = engines.channels_last(case, args), options | {"layout": "NHWC"}
+@lru_cache(maxsize=1)  # the other dtypes of the case come next
+def _single(case: Case) -> Arguments:
+    return case.arguments(np.random.default_rng(SEED), np.dtype(np.float32))
+
+
+def variants_of(case: Case, dtype: str) -> tuple[str, ...]:
+    tensor_cores = dtype == "float32" and case.family in ("gemm", "conv")
+    return (PLAIN, *((LAST,) if isinstance(case, engines.IMAGES) else ()), *((TF32,) if tensor_cores else ()))
+
+
+def measure(
+    torch, case: Case, dtype: str, seconds: float, device: str = "cuda", backends: list[str] | tuple = BACKENDS
+) -> dict:  # fmt: skip
+    """Seconds a call of each engine, after the results were compared; what is missing or wrong, by engine.
+
+    dispatched: the FLOPs and bytes that the dispatcher counts for the call.
+    """
+    args, options = _single(case)
+    tensors = engines.torch_tensors(torch, args, device, dtype)
+    peers = engines.torch_calls(case, tensors, options)
     _allow_tf32(torch, False)
-    expected, measured = peers[engines.TORCH](), {}
-    for name, (operands, chosen) in layouts.items():
-        tensors = [torch.from_numpy(a.copy()).to(device) if isinstance(a, np.ndarray) else a for a in operands]
-        call = partial(getattr(tilewise, case.op), *tensors, **chosen)
-        _compare(case, dtype, call(), expected, name == OURS_LAST)
-        measured[name] = time_call(torch, call, seconds)
-        if name == OURS and dtype == "float32" and case.family in ("gemm", "conv"):
-            with tilewise.using(tf32=True):
-                _compare(case, "float16", call(), expected)  # it has as many bits of a number
-                measured[OURS_TF32] = time_call(torch, call, seconds)
-    measured |= {name: time_call(torch, call, seconds) for name, call in peers.items()}
-    if OURS_TF32 in measured:
-        _allow_tf32(torch, True)
-        measured[TORCH_TF32] = time_call(torch, peers[engines.TORCH], seconds)
+    expected = peers[engines.TORCH]()
+    record: dict[str, dict] = {"seconds": {}, "missing": {}, "errors": {}, "dispatched": {}}
+    for variant in variants_of(case, dtype):
+        last = variant == LAST
+        operands = engines.channels_last(case, tensors) if last else tensors
+        call = partial(getattr(tilewise, case.op), *operands, **(engines.options_last(options) if last else options))
+        for backend in backends:
+            name = f"{backend} {variant}".strip()
+            try:
+                with tilewise.using(backend=backend, tf32=variant == TF32):
+                    work = tilewise.explain(call.func, *call.args, **call.keywords)
+                    # TF32 has as many bits of a number as float16
+                    _compare(case, "float16" if variant == TF32 else dtype, call(), expected, last)
+                    record["seconds"][name] = time_call(torch, call, seconds)
+                    record["dispatched"] = {"flops": work.flops, "bytes": work.bytes}
+            except NotImplementedError as error:
+                record["missing"][name] = str(error)
+            except Exception as error:  # the other engines are to be measured all the same
+                record["errors"][name] = f"{type(error).__name__}: {error}"
+        _allow_tf32(torch, variant == TF32)
+        peer = peers[engines.TORCH_LAST if last else engines.TORCH]
+        record["seconds"][f"{TORCH} {variant}".strip()] = time_call(torch, peer, seconds)
         _allow_tf32(torch, False)
-    return measured
+    return record
 
 
 def _allow_tf32(torch, allowed: bool):
@@ -218,41 +257,66 @@ def _block(torch, call: Callable, count: int) -> float:
 # ---- what is shown and kept
 
 
-def _row(record: dict) -> tuple[str, ...]:
-    name_and_dtype = f"{record['key']} {record['shape']}", record["dtype"]
-    if "seconds" not in record:
-        return (*name_and_dtype, "missing" if "missing" in record else "FAILED", *[""] * 7)
-    seconds = record["seconds"]
+def _rows(record: dict) -> Iterator[tuple[str, ...]]:
+    """One for each variant that an engine of ours was to run."""
+    for variant in VARIANTS:
+        names = {engine: f"{engine} {variant}".strip() for engine in (*BACKENDS, TORCH)}
+        ours = [names[b] for b in BACKENDS]
+        if any(name in record[part] for name in ours for part in ("seconds", "missing", "errors")):
+            seconds = {engine: record["seconds"].get(name) for engine, name in names.items()}
+            times = [_time(record, name) for name in names.values()]
+            ratios = [_ratio(seconds[TORCH], seconds[b]) for b in BACKENDS]
+            rate = _rate(record, [seconds[b] for b in BACKENDS if seconds[b]])
+            yield (f"{record['key']} {record['shape']}", record["dtype"], variant, *times, rate, *ratios)
+
+
+def _time(record: dict, name: str) -> str:
+    if name in record["seconds"]:
+        return table.duration(record["seconds"][name])
+    return "FAILED" if name in record["errors"] else "missing" if name in record["missing"] else ""
+
+
+def _ratio(theirs: float | None, ours: float | None) -> str:
+    return f"{theirs / ours:.2f}" if theirs and ours else ""
+
+
+def _rate(record: dict, ours: list[float]) -> str:
     work = record["flops"] if record["rate_unit"] == "GFLOP/s" else record["bytes"]
-    cells = [table.duration(seconds[OURS]), f"{work / seconds[OURS] / 1e9:.0f} {record['rate_unit']}"]
-    cells.append(table.duration(seconds[engines.TORCH]))
-    for name, peer in PEERS.items():
-        if name in (OURS_TF32, OURS_LAST):
-            cells.append(table.duration(seconds[name]) if name in seconds else "")
-        cells.append(f"{seconds[peer] / seconds[name]:.2f}" if name in seconds and peer in seconds else "")
-    return (*name_and_dtype, *cells)
+    return f"{work / min(ours) / 1e9:.0f} {record['rate_unit']}" if ours else ""
 
 
 def _summary(records: list[dict]) -> Iterator[str]:
     groups: dict[tuple, list[float]] = {}
     for r in records:
         direction = "backward" if r["op"].endswith("_backward") else "forward"
-        for name, peer in PEERS.items():
-            seconds = r.get("seconds", {})
-            if name in seconds and peer in seconds:
-                group = (r["family"], direction, r["dtype"], *name.split()[1:])
-                groups.setdefault(group, []).append(seconds[peer] / seconds[name])
+        for name, seconds in r["seconds"].items():
+            backend, *variant = name.split()
+            peer = r["seconds"].get(" ".join((TORCH, *variant)))
+            if backend in BACKENDS and peer:
+                group = (r["family"], direction, r["dtype"], *variant, backend)
+                groups.setdefault(group, []).append(peer / seconds)
     for group, ratios in groups.items():
         yield f"{' '.join(group)}: geometric mean {geometric_mean(ratios):.2f}, worst {min(ratios):.2f}"
 
 
+# What is told of the machine, and the distributions whose release it is.
+_PACKAGES = (
+    ("numpy", "numpy"), ("numba", "numba"), ("numba-cuda", "numba-cuda"),
+    ("cupy", "cupy-cuda13x", "cupy-cuda12x", "cupy"), ("torch", "torch"),
+)  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def _machine(torch, device: str) -> dict[str, str]:
     about = {"device": torch.cuda.get_device_name() if device == "cuda" else device}
-    for name in ("numpy", "numba", "numba-cuda", "torch"):
-        try:
-            about[name] = version(name)
-        except PackageNotFoundError:
-            about[name] = "unknown"
+    for name, *packages in _PACKAGES:
+        about[name] = next((found for found in map(_version, packages) if found), "unknown")
     return about | {"CUDA of torch": str(torch.version.cuda), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
 
 

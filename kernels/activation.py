@@ -1,8 +1,8 @@
 """Activation functions, and their gradients computed from the forward's output y.
 
 Each f_backward(grad, y) returns the gradient of the loss with respect to x, given grad, that with respect to y = f(x).
-All take float16, float32 or float64 arrays of any shape and strides and return an array of the same shape, dtype and
-kind.
+All take float16, float32 or float64 arrays (on a GPU also bfloat16) of any shape and strides and return an array of the
+same shape, dtype and kind.
 
 They raise TypeError for what is not an array or not of a supported dtype, or where dtypes differ, and ValueError where
 the shapes of grad and y differ. A NaN in x is a NaN in the result.

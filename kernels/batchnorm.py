@@ -31,7 +31,7 @@ def batch_norm(
 
     Args:
         x: (N, C, H, W), or (N, H, W, C) with layout="NHWC"; unbatched (C, H, W) or (H, W, C); or (N, C) in either
-            layout. float16, float32 or float64, any strides.
+            layout. float16, float32 or float64, on a GPU also bfloat16; any strides.
         running_mean, running_var: (C,), or both None in training. Changed in training, so they may not be read-only
             then.
         weight, bias: (C,) or None, which stand for 1 and 0.

@@ -9,7 +9,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-from tilewise.kernels import estimate
+from tilewise.kernels import estimate, gpu_choice
 from tilewise.kernels import machine as machine_module
 from tilewise.kernels import settings as settings_module
 
@@ -60,7 +60,8 @@ def implementation_module(backend: str, family: str) -> Any:
 def choose_backend(settings, on_device: bool = False) -> tuple[str, dict[str, str]]:
     """The backend under these settings for arrays on the host or on a GPU, and why not the others.
 
-    An explicit choice that cannot be met raises RuntimeError with the reason; only "auto" falls back.
+    Of a GPU's backends the first usable one; `choose_for` looks at the call. An explicit choice that cannot be met
+    raises RuntimeError with the reason; only "auto" falls back.
     """
     missing = machine_module.unavailable_backends()
     device_of = settings_module.DEVICE_OF
@@ -73,30 +74,63 @@ def choose_backend(settings, on_device: bool = False) -> tuple[str, dict[str, st
     if on_device and settings.device == "cpu":
         raise RuntimeError("device 'cpu' was asked for, but the arrays lie on the GPU; copy them to the host")
     if on_device or settings.device == "gpu":
-        usable = [name for name, device in device_of.items() if device == "gpu" and name not in missing]
+        usable = usable_gpu_backends()
         if not usable:
             raise RuntimeError(f"device 'gpu' is not available: {missing['cuda']}")
-        rejected = {name: missing[name] for name in missing if device_of[name] == "gpu"}
-        later = f"backend {usable[0]!r} comes first; ask for it with using(backend={{!r}})"
-        return usable[0], rejected | {name: later.format(name) for name in usable[1:]}
+        return usable[0], {name: missing[name] for name in missing if device_of[name] == "gpu"}
     return "cpu", missing | {"reference": "slower by construction; ask for it with using(backend='reference')"}
 
 
-def choose_for_host(settings, flops: int, moved: int, itemsize: int) -> tuple[str, dict[str, str]]:
-    """The backend for arrays on the host: left free, a GPU's where that is estimated to be worth the transfers."""
-    backend, rejected = choose_backend(settings)
-    if settings.backend is not None or settings.device != "auto":
+def usable_gpu_backends() -> list[str]:
+    missing = machine_module.unavailable_backends()
+    return [name for name in gpu_choice.DEFAULT if name not in missing]
+
+
+def _lacks(backend: str, call: gpu_choice.Call) -> str | None:
+    """Why a backend cannot compute a call; None where it can."""
+    module = implementation_module(backend, call.family)
+    if not hasattr(module, call.op):
+        return f"it does not have {call.op}"
+    if call.dtype == "bfloat16" and not getattr(module, "HAS_BFLOAT16", False):
+        return f"its {call.op} has no bfloat16"
+    return None
+
+
+def _choose_on_gpu(call: gpu_choice.Call, ordinal: int) -> tuple[str | None, dict[str, str]]:
+    names, _ = machine_module.cuda_devices()
+    device = names[ordinal] if ordinal < len(names) else None
+    return gpu_choice.choose(call, device, usable_gpu_backends(), lambda backend: _lacks(backend, call))
+
+
+def choose_for(settings, call: gpu_choice.Call, ordinal: int | None, itemsize: int) -> tuple[str, dict[str, str]]:
+    """The backend for a call, and why not the others. ordinal: the GPU that the arrays lie on; None for the host."""
+    if ordinal is None and settings.backend is None and settings.device == "auto":
+        return _choose_for_host(settings, call, itemsize)
+    backend, rejected = choose_backend(settings, ordinal is not None)
+    if settings.backend is not None or settings_module.DEVICE_OF[backend] != "gpu":
         return backend, rejected
-    rejected = {"cupy": "host arrays go there only where it is asked for with using(backend='cupy')"} | rejected
-    if "cuda" in rejected:
+    chosen, others = _choose_on_gpu(call, ordinal or 0)
+    return chosen or backend, rejected | others  # where none can, the first one says so
+
+
+def _choose_for_host(settings, call: gpu_choice.Call, itemsize: int) -> tuple[str, dict[str, str]]:
+    """For arrays on the host, left free: a GPU's backend where that is estimated to be worth the transfers."""
+    backend, rejected = choose_backend(settings)
+    usable = usable_gpu_backends()
+    if not usable:
         return backend, rejected
     rates = machine_module.gpu_rates()
-    if rates is None:
-        return backend, rejected | {"cuda": "the driver does not tell the GPU's rates"}
-    reason = estimate.why_not(flops, moved, itemsize, rates)
-    if reason is None:
-        return "cuda", rejected | {"cpu": "estimated to take more than twice as long as the GPU with the transfers"}
-    return backend, rejected | {"cuda": reason}
+    reason = (
+        "the driver does not tell the GPU's rates" if rates is None
+        else estimate.why_not(call.flops, call.bytes, itemsize, rates)
+    )  # fmt: skip
+    if reason is not None:
+        return backend, rejected | dict.fromkeys(usable, reason)
+    chosen, others = _choose_on_gpu(call, 0)
+    if chosen is None:
+        return backend, rejected | others
+    slower = {"cpu": "estimated to take more than twice as long as the GPU with the transfers"}
+    return chosen, rejected | others | slower
 
 
 class using:

@@ -14,10 +14,10 @@ from weakref import WeakSet
 import numpy as np
 
 from tilewise.kernels import arrays as arrays_module
-from tilewise.kernels import device_call
+from tilewise.kernels import device_call, gpu_choice
 from tilewise.kernels import settings as settings_module
 from tilewise.kernels.device_arrays import DeviceArray, is_on_device
-from tilewise.kernels.dispatch import Decision, Explained, choose_backend, choose_for_host, implementation_module
+from tilewise.kernels.dispatch import Decision, Explained, choose_for, implementation_module
 
 # bound once, for the hot path
 _current_settings = settings_module.current.get
@@ -188,14 +188,21 @@ class Operation:
             raise TypeError(f"{self.name}: {self.operands[0]} must be an array, got None")
         problem = self.check(*operands, *options)
         on_device = isinstance(operands[0], DeviceArray)
-        backend, rejected = (
-            choose_backend(settings, True) if on_device
-            else choose_for_host(settings, problem.flops, problem.bytes, operands[0].dtype.itemsize)
+        first = operands[0]
+        call = gpu_choice.Call(
+            self.name, self.family, first.dtype.name, problem.options.get("layout", ""), problem.flops, problem.bytes,
+            settings.tf32,
         )  # fmt: skip
+        ordinal = first.place.ordinal if on_device else None
+        backend, rejected = choose_for(settings, call, ordinal, first.dtype.itemsize)
         module = implementation_module(backend, self.family)
         function = getattr(module, self.name, None)
         if function is None:
             raise NotImplementedError(f"{self.name}: backend {backend!r} does not have it")
+        if arrays_module.is_bfloat16(operands[0].dtype) and not getattr(module, "HAS_BFLOAT16", False):
+            raise NotImplementedError(
+                f"{self.name}: {self.operands[0]} is bfloat16, which the backend {backend!r} does not have; use float32"
+            )
         shapes = _batched_shapes(operands, problem.unbatched)
         on_gpu = settings_module.DEVICE_OF[backend] == "gpu"
         half = operands[0].dtype == _HALF and not on_gpu  # GPUs load and store it themselves

@@ -2,7 +2,7 @@
 
 Images are (N, C, H, W), or (C, H, W) without a batch; with `layout="NHWC"` (N, H, W, C), or (H, W, C). A result is an
 image in the same layout, of x's kind (NumPy, PyTorch) and dtype. Averages and all gradients take float16, float32 and
-float64; maxima and unpooling also integers of 8 to 64 bits.
+float64, on a GPU bfloat16, too; maxima and unpooling also integers of 8 to 64 bits.
 """
 
 from tilewise.kernels import pool_checks as checks

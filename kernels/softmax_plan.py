@@ -1,4 +1,9 @@
-"""Who takes which part of an array in softmax on a GPU: groups of lanes, blocks, tiles of columns."""
+"""Softmax on a GPU: who takes which part of an array (groups of lanes, blocks, tiles of columns), and which of a
+backend's kernels (`SoftmaxKernels`) runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
 
 from tilewise.kernels.channel_plan import ceil_div
 
@@ -26,3 +31,47 @@ def plan_columns(n: int, inner: int) -> tuple[int, int]:
     while columns > 32 and ceil_div(n, THREADS // columns) > FEW_ROWS:
         columns //= 2
     return ceil_div(inner, columns), columns
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxKernels:
+    """How a backend starts its kernels, by whether rows are taken in vectors, and by whether they are the logarithm's.
+
+    short_rows[vector, log](place, blocks, *operands, rows, n, group), long_rows[log](place, blocks, *operands, n,
+    vectors), columns[log](place, blocks, *operands, n, inner, tiles, columns).
+    short: units of a row that a lane has in its registers.
+    """
+
+    short_rows: dict[tuple[bool, bool], Callable]
+    long_rows: dict[bool, Callable]
+    columns: dict[bool, Callable]
+    short: int
+
+    def run(self, operands: tuple, axis: int, log: bool):
+        """The operands' shapes are one."""
+        x, place = operands[0], operands[0].place
+        if x.size == 0:
+            return
+        n, inner = x.shape[axis], prod(x.shape[axis + 1 :])
+        rows = x.size // (n * inner)
+        if inner > 1:
+            tiles, columns = plan_columns(n, inner)
+            self.columns[log](place, rows * tiles, *operands, n, inner, tiles, columns)
+            return
+        vector, group = plan_rows(n, self.short, x.dtype)
+        if group:
+            self.short_rows[vector, log](place, ceil_div(rows * group, THREADS), *operands, rows, n, group)
+        else:
+            self.long_rows[log](place, rows, *operands, n, n * x.dtype.itemsize // 16 if vector else 0)
+
+
+def forward(kernels: SoftmaxKernels, log: bool, x, *, axis):
+    y = x.place.empty(x.shape, x.dtype)
+    kernels.run((x, y), axis, log)
+    return y
+
+
+def backward(kernels: SoftmaxKernels, log: bool, grad, y, *, axis):
+    result = y.place.empty(y.shape, y.dtype)
+    kernels.run((grad, y, result), axis, log)
+    return result

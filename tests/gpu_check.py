@@ -27,7 +27,8 @@ FILE_SHARE = 0.6  # of its step's time, for one of the commands side by side: on
 ABOUT = """
 import importlib.metadata as m, sys
 print("Python", sys.version.split()[0])
-for name in ("numpy", "numba", "numba-cuda", "cuda-bindings", "torch", "pytest", "cupy-cuda12x", "cupy-cuda13x"):
+for name in ("numpy", "numba", "numba-cuda", "cuda-bindings", "torch", "pytest", "cupy-cuda12x", "cupy-cuda13x",
+             "ml_dtypes"):
     try:
         print(name, m.version(name))
     except m.PackageNotFoundError:
@@ -36,7 +37,7 @@ import tilewise
 print("tilewise from", tilewise.__file__)
 devices = tilewise.devices()
 print(*devices, sep="\\n")
-sys.exit(0 if any(d.kind == "gpu" and d.backends["cuda"] is None for d in devices) else 3)
+sys.exit(0 if any(d.kind == "gpu" and None in d.backends.values() for d in devices) else 3)
 """
 
 

@@ -262,7 +262,8 @@ def _kept(name: str, dtype: str, architecture: Architecture) -> Report:
         return Report(**kept | {"faults": tuple(kept["faults"])})
     except (OSError, ValueError, TypeError):
         pass
-    report = inspect(kernel, np.dtype(dtype), architecture)
+    (form_dtype,) = [d for d in kernel.dtypes if d.name == dtype]
+    report = inspect(kernel, form_dtype, architecture)
     for old in CACHE.glob(f"{form_name}-*"):
         old.unlink(missing_ok=True)
     partial_file = file.with_suffix(f".{os.getpid()}")

@@ -159,8 +159,8 @@ def test_every_kernel_of_the_sources_is_declared():
 
 
 def test_constants_of_the_sources_are_those_of_python():
-    from tilewise.kernels import softmax_plan
-    from tilewise.kernels.cupy import activation_codes, activation_softmax, copying, launch
+    from tilewise.kernels import copying_plan, softmax_plan
+    from tilewise.kernels.cupy import activation_codes, activation_softmax, launch
 
     def constant(source, name):
         (value,) = re.findall(rf"constexpr int {name} = (\d+);", module.sources()[source])
@@ -169,7 +169,7 @@ def test_constants_of_the_sources_are_those_of_python():
     assert constant("element.cuh", "THREADS") == launch.THREADS == softmax_plan.THREADS
     assert constant("activation_softmax.cu", "SHORT") == softmax_plan.SHORT
     assert constant("activation_softmax_gradient.cu", "SHORT") == activation_softmax.GRADIENT_SHORT
-    assert constant("copying.cu", "AXES") == copying.MAX_AXES
+    assert constant("copying.cu", "AXES") == copying_plan.MAX_AXES
     (names,) = re.findall(r"enum Activation : int \{ (.*) \}", module.sources()["activation.cuh"])
     assert [getattr(activation_codes, name) for name in names.split(", ")] == list(range(7))
 
@@ -206,12 +206,13 @@ def test_nothing_of_the_backend_needs_numba(tmp_path):
             def start(self, form, grid, shared, stream, slots): started.append((form.expression, grid))
 
         driver.engine = lambda ordinal: Engine()
-        with tilewise.using(backend="cupy"):
-            y = tilewise.avg_pool2d(np.ones((1, 2, 6, 8), np.float32), 2)
-        print(y.shape, y.max(), started, "pool" in names)
+        for choice in ({"backend": "cupy"}, {"device": "gpu"}):
+            with tilewise.using(**choice):
+                y = tilewise.avg_pool2d(np.ones((1, 2, 6, 8), np.float32), 2)
+        print(y.shape, y.max(), set(started), "pool" in names)
     """
     printed = run_python(code, tmp_path)
-    assert printed == "(1, 2, 3, 4) 7.0 [('avg_pool_columns<float, 2, 0>', (1, 1, 1))] True"
+    assert printed == "(1, 2, 3, 4) 7.0 {('avg_pool_columns<float, 2, 0>', (1, 1, 1))} True"
 
 
 def test_parameters_are_packed_as_c_does():

@@ -7,10 +7,12 @@ import time
 import gpu_check
 import pytest
 from installation import ROOT, run_python
+from simt.installed import emulated_gpu
 
 import tilewise
-from tilewise.benchmarks import cases, gpu_peers
-from tilewise.benchmarks.layers import Activation, Conv, Matmul
+from tilewise.benchmarks import cases, gpu_choices, gpu_peers
+from tilewise.benchmarks.layers import Activation, BatchNorm, Conv, Matmul, Pool
+from tilewise.kernels import settings
 
 
 def test_checkout_is_importable_without_an_installation(tmp_path):
@@ -113,10 +115,15 @@ class Event:
 
 
 @pytest.fixture
-def on_the_host(gpu, torch, monkeypatch):
-    """PyTorch's CUDA is the host; tilewise's is the emulator."""
+def on_the_host(gpu, emulators, torch, monkeypatch):
+    """PyTorch's CUDA is the host; tilewise's are the emulators of both backends."""
     if gpu.schedule == "real":
         pytest.skip("only without a GPU")
+    with emulated_gpu(emulators("cupy")):
+        yield _on_the_host(torch, monkeypatch)
+
+
+def _on_the_host(torch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(
@@ -135,26 +142,49 @@ def timed(tmp_path, *arguments) -> tuple[int, dict]:
     return status, json.loads((tmp_path / "cpu.json").read_text())
 
 
-def test_timings_beside_pytorch(on_the_host, tmp_path, capsys):
+def test_timings_of_both_backends_beside_pytorch(on_the_host, tmp_path, capsys):
     status, written = timed(tmp_path, "--only", "relu|sigmoid")
     printed = capsys.readouterr().out
     assert status == 0
-    assert [(r["key"], r["dtype"]) for r in written["peers"]] == [("relu tiny", "float32"), ("sigmoid tiny", "float32")]
-    assert all(set(r["seconds"]) == {"ours", "torch"} for r in written["peers"])
+    assert [(r["key"], r["dtype"]) for r in written["peers"]] == [
+        (f"{name} tiny", dtype) for names, dtypes in ((("relu", "sigmoid"), ("float32",)),
+            (("relu", "sigmoid"), ("float16", "bfloat16"))) for name in names for dtype in dtypes
+    ]  # fmt: skip
+    for r in written["peers"]:
+        half = r["dtype"] == "bfloat16"
+        assert set(r["seconds"]) == ({"cupy", "torch"} if half else {"cuda", "cupy", "torch"})
+        assert set(r["missing"]) == ({"cuda"} if half else set())
+        assert r["dispatched"] == {"flops": 30, "bytes": 60 * (4 if r["dtype"] == "float32" else 2)}
+    assert "x is bfloat16" in written["peers"][3]["missing"]["cuda"]
     assert set(written["launches"]) == {
-        "launch of an empty kernel with four arguments", "tilewise.relu of 32 numbers", "torch.relu of 32 numbers"
+        "cuda: launch of an empty kernel with four arguments", "torch.relu of 32 numbers",
+        "cuda: relu of 32 numbers", "cupy: relu of 32 numbers",
     }  # fmt: skip
-    assert "activation forward float32: geometric mean" in printed
+    assert "activation forward float32 cuda: geometric mean" in printed
+    assert "activation forward bfloat16 cupy: geometric mean" in printed
+    made = gpu_choices.measurements(written)
+    assert {kind: set(row.seconds) for kind, row in made.rows.items()} == {
+        f"{name} {dtype} small": {"cuda", "cupy"} for name in ("relu", "sigmoid") for dtype in ("float32", "float16")
+    }
 
 
 def test_wrong_result_is_not_timed_and_fails(on_the_host, tmp_path, monkeypatch, capsys):
     relu = tilewise.relu
-    monkeypatch.setattr(tilewise, "relu", lambda x: relu(x) + float(x.numel() == 30))
+
+    def wrong_in_cupy(x):
+        off = x.numel() == 30 and settings.active().backend == "cupy"
+        return relu(x) + float(off)
+
+    monkeypatch.setattr(tilewise, "relu", wrong_in_cupy)
     status, written = timed(tmp_path, "--only", "relu|sigmoid")
+    first, second, *_ = written["peers"]
     assert status == 1
-    assert "AssertionError: relu tiny float32: off by" in written["peers"][0]["error"]
-    assert "seconds" in written["peers"][1], "the others are measured all the same"
-    assert "FAILED relu tiny" in capsys.readouterr().err
+    assert "AssertionError: relu tiny float32: off by" in first["errors"]["cupy"]
+    assert set(first["seconds"]) == {"cuda", "torch"}, "the other backend is measured all the same"
+    assert set(second["seconds"]) == {"cuda", "cupy", "torch"}
+    printed = capsys.readouterr()
+    assert "FAILED relu tiny float32 cupy: AssertionError" in printed.err
+    assert "FAILED" in printed.out, "in the table"
 
 
 def test_missing_kernel_is_named(on_the_host, tmp_path, monkeypatch):
@@ -163,7 +193,20 @@ def test_missing_kernel_is_named(on_the_host, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tilewise, "softmax", missing)
     status, written = timed(tmp_path, "--only", "softmax")
-    assert (status, written["peers"][0]["missing"]) == (0, "softmax: backend 'cuda' does not have it")
+    assert (status, written["peers"][0]["missing"]["cuda"]) == (0, "softmax: backend 'cuda' does not have it")
+
+
+def test_what_pytorch_cannot_do_is_an_error_and_the_rest_goes_on(on_the_host, tmp_path, monkeypatch):
+    def fails(case, *arguments):
+        if case.op == "relu":
+            raise RuntimeError("out of memory")
+        return torch_calls(case, *arguments)
+
+    torch_calls = gpu_peers.engines.torch_calls
+    monkeypatch.setattr(gpu_peers.engines, "torch_calls", fails)
+    status, written = timed(tmp_path, "--only", "relu|sigmoid")
+    assert (status, written["peers"][0]["errors"]) == (1, {"torch": "RuntimeError: out of memory"})
+    assert written["peers"][1]["seconds"]
 
 
 def test_budget_ends_with_names(on_the_host, tmp_path, capsys):
@@ -171,35 +214,46 @@ def test_budget_ends_with_names(on_the_host, tmp_path, capsys):
     assert "not measured, no time left: matmul square.8 float32" in capsys.readouterr().err
 
 
-def test_row_of_a_convolution():
+def test_rows_of_a_convolution():
     conv = Conv("conv2d", "c", 2, 4, 8, 4, 3)
     record = {
-        "key": conv.key,
-        "shape": conv.shape,
-        "dtype": "float32",
-        "rate_unit": "GFLOP/s",
-        "flops": 2e9,
-        "bytes": 1,
-    }
-    record["seconds"] = {
-        "ours": 1e-3, "torch": 2e-3, "ours TF32": 1e-3, "torch TF32": 5e-4, "ours NHWC": 2e-3,
-        "torch channels_last": 4e-3,
+        "key": conv.key, "shape": conv.shape, "dtype": "float32", "rate_unit": "GFLOP/s", "flops": 2e9, "bytes": 1,
+        "seconds": {
+            "cuda": 1e-3, "cupy": 5e-4, "torch": 2e-3, "cuda TF32": 1e-3, "torch TF32": 5e-4, "torch NHWC": 4e-3,
+        },
+        "missing": {"cupy TF32": "no", "cuda NHWC": "no"}, "errors": {"cupy NHWC": "wrong"},
     }  # fmt: skip
-    expected = ("float32", "1.00 ms", "2000 GFLOP/s", "2.00 ms", "2.00", "1.00 ms", "0.50", "2.00 ms", "2.00")
-    assert gpu_peers._row(record)[1:] == expected
+    assert [row[1:] for row in gpu_peers._rows(record)] == [
+        ("float32", "", "1.00 ms", "500 us", "2.00 ms", "4000 GFLOP/s", "2.00", "4.00"),
+        ("float32", "NHWC", "missing", "FAILED", "4.00 ms", "", "", ""),
+        ("float32", "TF32", "1.00 ms", "missing", "500 us", "2000 GFLOP/s", "0.50", ""),
+    ]
 
 
-def test_half_operands(on_the_host):
-    torch = on_the_host
-    case = Activation("relu", "tiny", 2, (3, 5))
-    assert set(gpu_peers.measure(torch, case, "float16", 0.001, "cpu")) == {"ours", "torch"}
+def names(backends, *variants):
+    return {f"{engine} {variant}".strip() for engine in (*backends, "torch") for variant in variants}
 
 
 def test_convolution_in_both_layouts_and_with_tf32(on_the_host):
-    torch = on_the_host
     case = Conv("conv2d", "tiny", 2, 4, 5, 8, 3, padding=1)
-    names = {"ours", "ours TF32", "ours NHWC", "torch", "torch TF32", "torch channels_last"}
-    assert set(gpu_peers.measure(torch, case, "float32", 0.001, "cpu")) == names
+    record = gpu_peers.measure(on_the_host, case, "float32", 0.001, "cpu", ["cuda"])
+    assert set(record["seconds"]) == names(["cuda"], "", "NHWC", "TF32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Pool("max_pool2d", "tiny", 2, 8, 6, 3, 2, 1), Pool("max_pool2d_backward", "tiny", 2, 8, 6, 3, 2, 1),
+        Pool("adaptive_avg_pool2d_backward", "tiny", 2, 8, 6), BatchNorm("batch_norm", "tiny", 2, 8, 6, True),
+    ],
+    ids=lambda case: case.op,
+)  # fmt: skip
+def test_images_in_both_layouts(on_the_host, case, dtype):
+    record = gpu_peers.measure(on_the_host, case, dtype, 0.001, "cpu")
+    backends = ["cupy"] if dtype == "bfloat16" else ["cuda", "cupy"]
+    assert record["errors"] == {}
+    assert set(record["seconds"]) == names(backends, "", "NHWC")
 
 
 def test_what_was_measured_is_written_as_it_goes(on_the_host, tmp_path, monkeypatch):

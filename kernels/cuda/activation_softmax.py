@@ -8,11 +8,13 @@ from a cache). Along another axis neighbouring lanes take neighbouring columns, 
 """
 
 import math
+from functools import partial
 
 from numba import cuda
 
-from tilewise.kernels.cuda.activation_softmax_gradient import backward
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, ceil_div, kernel
+from tilewise.kernels import softmax_plan
+from tilewise.kernels.cuda.activation_softmax_gradient import GRADIENT, by_logarithm
+from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.memory import (
     lanes,
@@ -26,7 +28,7 @@ from tilewise.kernels.cuda.memory import (
     zero,
 )  # fmt: skip
 from tilewise.kernels.cuda.reduction import block_max, block_sum, group_max, group_sum, maximum
-from tilewise.kernels.softmax_plan import SHORT, THREADS, plan_columns, plan_rows
+from tilewise.kernels.softmax_plan import SHORT, THREADS
 
 WARPS = THREADS // 32
 ROOM = SHORT * 16  # for as many units of float16
@@ -175,37 +177,6 @@ def softmax_columns(x: ELEMENTS, y: ELEMENTS, n: INT64, inner: INT64, tiles: INT
         y[first + k * inner] = narrow(shifted - shift if log else math.exp(shifted) * scale, y)
 
 
-def _forward(x, axis, log):
-    y = x.place.empty(x.shape, x.dtype)
-    n, inner = x.shape[axis], math.prod(x.shape[axis + 1 :])
-    if x.size == 0:
-        return y
-    rows = x.size // (n * inner)
-    if inner > 1:
-        tiles, columns = plan_columns(n, inner)
-        softmax_columns(x.place, rows * tiles, x, y, n, inner, tiles, columns, log)
-        return y
-    vector, group = plan_rows(n, SHORT, x.dtype)
-    if group:
-        blocks = ceil_div(rows * group, THREADS)
-        _short_rows[vector](x.place, blocks, x, y, rows, n, group, log)
-    else:
-        vectors = n * x.dtype.itemsize // 16 if vector else 0
-        softmax_long_rows(x.place, rows, x, y, n, vectors, log)
-    return y
-
-
-def softmax(x, *, axis):
-    return _forward(x, axis, 0)
-
-
-def log_softmax(x, *, axis):
-    return _forward(x, axis, 1)
-
-
-def softmax_backward(grad, y, *, axis):
-    return backward(grad, y, axis, 0)
-
-
-def log_softmax_backward(grad, y, *, axis):
-    return backward(grad, y, axis, 1)
+_KERNELS = by_logarithm(_short_rows, softmax_long_rows, softmax_columns, SHORT)
+softmax, log_softmax = (partial(softmax_plan.forward, _KERNELS, log) for log in (False, True))
+softmax_backward, log_softmax_backward = (partial(softmax_plan.backward, GRADIENT, log) for log in (False, True))

@@ -7,7 +7,7 @@ import math
 
 from numba import cuda
 
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, ceil_div, kernel
+from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.memory import (
     lanes,
@@ -21,7 +21,7 @@ from tilewise.kernels.cuda.memory import (
     zero,
 )  # fmt: skip
 from tilewise.kernels.cuda.reduction import block_sum, group_sum
-from tilewise.kernels.softmax_plan import THREADS, plan_columns, plan_rows
+from tilewise.kernels.softmax_plan import THREADS, SoftmaxKernels
 
 WARPS = THREADS // 32
 SHORT = 4  # units of a row that a lane has in its registers, of both operands
@@ -143,21 +143,17 @@ def softmax_backward_columns(
         result[at] = narrow(_slope(widen(grad[at]), widen(y[at]), total, log), y)
 
 
-def backward(grad, y, axis, log):
-    result = y.place.empty(y.shape, y.dtype)
-    n, inner = y.shape[axis], math.prod(y.shape[axis + 1 :])
-    if y.size == 0:
-        return result
-    rows = y.size // (n * inner)
-    if inner > 1:
-        tiles, columns = plan_columns(n, inner)
-        softmax_backward_columns(y.place, rows * tiles, grad, y, result, n, inner, tiles, columns, log)
-        return result
-    vector, group = plan_rows(n, SHORT, y.dtype)
-    if group:
-        blocks = ceil_div(rows * group, THREADS)
-        _short_rows[vector](y.place, blocks, grad, y, result, rows, n, group, log)
-    else:
-        vectors = n * y.dtype.itemsize // 16 if vector else 0
-        softmax_backward_long_rows(y.place, rows, grad, y, result, n, vectors, log)
-    return result
+def by_logarithm(short_rows: dict, long_rows, columns, short: int) -> SoftmaxKernels:
+    """Kernels whose last argument tells whether they are the logarithm's."""
+
+    def starting(run, log: bool):
+        return lambda *arguments: run(*arguments, log)
+
+    logs = (False, True)
+    return SoftmaxKernels(
+        {(vector, log): starting(run, log) for vector, run in short_rows.items() for log in logs},
+        {log: starting(long_rows, log) for log in logs}, {log: starting(columns, log) for log in logs}, short,
+    )  # fmt: skip
+
+
+GRADIENT = by_logarithm(_short_rows, softmax_backward_long_rows, softmax_backward_columns, SHORT)

@@ -6,14 +6,16 @@ Evaluation is one read and one write of x, training another read for the statist
 """
 
 import math
+from functools import partial
 
 from numba import cuda
 
-from tilewise.kernels.channel_plan import THREADS, Planes, planes_or_rows
-from tilewise.kernels.cuda.batchnorm_gradient import batch_norm_backward  # noqa: F401
-from tilewise.kernels.cuda.batchnorm_statistics import HAS_BIAS, HAS_WEIGHT, statistics
+from tilewise.kernels import batchnorm_plan
+from tilewise.kernels.channel_plan import THREADS, Planes
+from tilewise.kernels.cuda.batchnorm_gradient import run_gradient, run_gradient_finish, run_gradient_sums
+from tilewise.kernels.cuda.batchnorm_statistics import HAS_BIAS, HAS_WEIGHT, run_finish, run_sums
 from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, LEAKY_SLOPE, activate
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, kernel
+from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.memory import (
     at,
@@ -133,34 +135,15 @@ def batch_norm_evaluated(mean: ELEMENTS, var: ELEMENTS, copied: ELEMENTS, invstd
         invstd[channel] = narrow(type(eps)(1) / math.sqrt(widen(var[channel]) + eps), var)
 
 
-def _normalise(x, y, plan, table, mean, var, weight, bias, eps, activation):
+def _normalise(plan, grid, x, y, table, mean, var, weight, bias, eps, activation, numbers):
     has = HAS_WEIGHT * (weight is not None) + HAS_BIAS * (bias is not None) + TRAINED * (table is not None)
-    code = ACTIVATION_CODES[activation]
     operands = (x, y, table, mean, var, weight, bias, eps, LEAKY_SLOPE)
-    if isinstance(plan, Planes):
-        blocks, group, chunks = plan.groups()
-        vectors = plan.units if plan.width > 1 else 0
-        numbers = (plan.images * plan.channels, plan.channels, plan.plane, vectors, group, chunks)
-        batch_norm_planes(x.place, blocks, *operands, *numbers, has, code)
-    else:
-        numbers = (plan.pixels, plan.channels, plan.span, plan.rows)
-        _rows[plan.width > 1](x.place, (plan.parts(), plan.tiles, 1), *operands, *numbers, has, code)
+    run = batch_norm_planes if isinstance(plan, Planes) else _rows[plan.width > 1]
+    run(x.place, grid, *operands, *numbers, has, ACTIVATION_CODES[activation])
 
 
-def batch_norm(
-    x, running_mean, running_var, weight, bias, *, training, momentum, eps, layout, activation, return_stats
-):
-    y = x.place.empty(x.shape, x.dtype)
-    plan = planes_or_rows(x.shape, layout, x.dtype)
-    channels = plan.channels
-    table, mean, invstd = None, None, None
-    if training and channels:
-        mean, invstd, table = statistics(x, plan, weight, bias, running_mean, running_var, momentum, eps)
-    elif return_stats:
-        mean, invstd = x.place.empty((channels,), x.dtype), x.place.empty((channels,), x.dtype)
-        blocks = ceil_div(channels, THREADS)
-        if not training:
-            batch_norm_evaluated(x.place, blocks, running_mean, running_var, mean, invstd, eps, channels)
-    if x.size:
-        _normalise(x, y, plan, table, running_mean, running_var, weight, bias, eps, activation)
-    return (y, mean, invstd) if return_stats else y
+_KERNELS = batchnorm_plan.BatchNormKernels(
+    run_sums, run_finish, _normalise, batch_norm_evaluated, run_gradient_sums, run_gradient_finish, run_gradient
+)
+batch_norm = partial(batchnorm_plan.batch_norm, _KERNELS)
+batch_norm_backward = partial(batchnorm_plan.batch_norm_backward, _KERNELS)

@@ -8,20 +8,22 @@ Two reads of grad and x and one write; with frozen statistics grad_x needs no x.
 and combined in a fixed order, as in batchnorm_statistics.py.
 """
 
+from functools import partial
+
 import numpy as np
 from numba import cuda
 
-from tilewise.kernels.channel_plan import THREADS, Planes, planes_or_rows
+from tilewise.kernels.channel_plan import THREADS, Planes
 from tilewise.kernels.cuda.batchnorm_statistics import (
     HAS_WEIGHT,
     PLANE_UNITS,
     ROOM,
     add_rows,
     next_unit,
-    run_row_sums,
+    start_sums,
     unit_place,
 )  # fmt: skip
-from tilewise.kernels.cuda.launch import DOUBLES, ELEMENTS, INT32, INT64, SUMS, ceil_div, kernel, sum_dtype
+from tilewise.kernels.cuda.launch import DOUBLES, ELEMENTS, INT32, INT64, SUMS, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.memory import (
     at,
@@ -163,6 +165,7 @@ def _make_row_sums(vector: bool):
 
 _plane_sums = {vector: _make_plane_sums(vector) for vector in (False, True)}
 _row_sums = {vector: _make_row_sums(vector) for vector in (False, True)}
+run_gradient_sums = partial(start_sums, _plane_sums, _row_sums)
 
 
 @kernel(threads=THREADS)
@@ -266,30 +269,13 @@ def _make_rows(vector: bool):
 _rows = {vector: _make_rows(vector) for vector in (False, True)}
 
 
-def batch_norm_backward(grad, x, mean, invstd, weight, *, training, layout):
-    place = x.place
-    result = place.empty(x.shape, x.dtype)
-    plan = planes_or_rows(x.shape, layout, x.dtype)
-    channels = plan.channels
-    grad_weight, grad_bias = place.empty((channels,), x.dtype), place.empty((channels,), x.dtype)
-    table = place.empty((3, channels), sum_dtype(x.dtype))
-    parts = plan.parts() if x.size else 0
-    sums = place.empty((2, channels, max(parts, 1)), np.float64)
-    vector = plan.width > 1
-    if isinstance(plan, Planes):
-        numbers = (plan.images, channels, plan.units, parts)
-        _plane_sums[vector](place, channels * parts, grad, x, mean, sums, *numbers)
-    else:
-        run_row_sums(_row_sums, plan, parts, grad, x, mean, sums)
-    batch_norm_backward_finish(
-        place, ceil_div(channels, WARPS), invstd, sums, weight, grad_weight, grad_bias, table,
-        channels, parts, x.size // max(channels, 1), HAS_WEIGHT * (weight is not None),
-    )  # fmt: skip
-    if x.size and isinstance(plan, Planes):
-        blocks, group, chunks = plan.groups()
-        numbers = (plan.images * channels, channels, plan.plane, plan.units if vector else 0, group, chunks, training)
-        batch_norm_backward_planes(place, blocks, grad, x, result, mean, table, *numbers)
-    elif x.size:
-        numbers = (plan.pixels, channels, plan.span, plan.rows, training)
-        _rows[vector](place, (plan.parts(), plan.tiles, 1), grad, x, result, mean, table, *numbers)
-    return result, grad_weight, grad_bias
+def run_gradient_finish(
+    place, grid, invstd, sums, weight, grad_weight, grad_bias, table, channels, values, parts
+):  # fmt: skip
+    operands = (invstd, sums, weight, grad_weight, grad_bias, table)
+    batch_norm_backward_finish(place, grid, *operands, channels, parts, values, HAS_WEIGHT * (weight is not None))
+
+
+def run_gradient(plan, grid, training, grad, x, result, mean, table, numbers):
+    run = batch_norm_backward_planes if isinstance(plan, Planes) else _rows[plan.width > 1]
+    run(x.place, grid, grad, x, result, mean, table, *numbers, training)

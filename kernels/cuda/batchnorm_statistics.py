@@ -10,17 +10,18 @@ slow on many devices, has a fraction of the work. Parts are combined in a fixed 
 """
 
 import math
+from functools import partial
 
 import numpy as np
 from numba import cuda
 
-from tilewise.kernels.channel_plan import THREADS, Planes, Rows
-from tilewise.kernels.cuda.launch import DOUBLES, ELEMENTS, INT32, INT64, REAL, SUMS, ceil_div, kernel, sum_dtype
+from tilewise.kernels.batchnorm_plan import WARPS, sums_numbers
+from tilewise.kernels.channel_plan import THREADS, Planes
+from tilewise.kernels.cuda.launch import DOUBLES, ELEMENTS, INT32, INT64, REAL, SUMS, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.memory import at, lanes, load_vector, narrow, registers, shared, widen, zero  # fmt: skip
 from tilewise.kernels.cuda.reduction import block_sum, group_sum
 
-WARPS = THREADS // 32
 PLANE_UNITS = 4  # units of a plane that a thread loads at once
 ROW_UNITS = 8  # rows at once: a channel has one element of each, and a sum in float64 for all of them
 HAS_WEIGHT, HAS_BIAS, HAS_RUNNING = 1, 2, 4
@@ -196,8 +197,16 @@ def _make_row_sums(vector: bool):
     return sums_of_rows
 
 
+def start_sums(of_planes: dict, of_rows: dict, plan, parts: int, first, *others):
+    """Starts a kernel of sums; `first` tells its dtype."""
+    grid, numbers = sums_numbers(plan, parts)
+    run = (of_planes if isinstance(plan, Planes) else of_rows)[plan.width > 1]
+    run(first.place, grid, first, *others, *numbers)
+
+
 _plane_sums = {vector: _make_plane_sums(vector) for vector in (False, True)}
 _row_sums = {vector: _make_row_sums(vector) for vector in (False, True)}
+run_sums = partial(start_sums, _plane_sums, _row_sums)
 
 
 @kernel(threads=THREADS)
@@ -243,32 +252,10 @@ def batch_norm_finish(
         table[2 * channels + channel] = number((centre - average) * scale + offset)
 
 
-def statistics(x, plan, weight, bias, running_mean, running_var, momentum, eps):
-    """(mean, invstd, table) of x; the running statistics move."""
-    place, channels = x.place, plan.channels
-    parts = 0
-    if x.size:
-        parts = plan.parts()
-    sums = place.empty((2, channels, max(parts, 1)), np.float64)
-    if isinstance(plan, Planes):
-        values, apart = plan.images * plan.plane, plan.plane
-        run = _plane_sums[plan.width > 1]
-        run(place, channels * parts, x, sums, plan.images, channels, plan.units, parts)
-    else:
-        values, apart = plan.pixels, 1
-        run_row_sums(_row_sums, plan, parts, x, sums)
-    mean, invstd = place.empty((channels,), x.dtype), place.empty((channels,), x.dtype)
-    table = place.empty((3, channels), sum_dtype(x.dtype))
+def run_finish(
+    place, grid, x, sums, weight, bias, running_mean, running_var, mean, invstd, table, momentum, eps, channels, values,
+    apart, parts,
+):  # fmt: skip
     has = HAS_WEIGHT * (weight is not None) + HAS_BIAS * (bias is not None) + HAS_RUNNING * (running_mean is not None)
-    batch_norm_finish(
-        place, ceil_div(channels, WARPS), x, sums, weight, bias, running_mean, running_var, mean, invstd, table,
-        momentum, eps, channels, parts, values, apart, has,
-    )  # fmt: skip
-    return mean, invstd, table
-
-
-def run_row_sums(kernels, plan: Rows, parts: int, first, *others):
-    """Starts a kernel of sums over rows; `first` tells its dtype."""
-    numbers = (plan.pixels, plan.channels, plan.span, plan.rows, parts)
-    run = kernels[plan.width > 1]
-    run(first.place, (parts, plan.tiles, 1), first, *others, *numbers)
+    operands = (x, sums, weight, bias, running_mean, running_var, mean, invstd, table, momentum, eps)
+    batch_norm_finish(place, grid, *operands, channels, parts, values, apart, has)

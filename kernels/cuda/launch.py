@@ -182,3 +182,8 @@ def device(function) -> Any:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def engine_of(place):
+    """What compiles and starts kernels there."""
+    return place.engine

@@ -7,7 +7,7 @@ import math
 
 from numba import cuda
 
-from tilewise.kernels.cuda.activation import blocks_for, whole_vectors
+from tilewise.kernels.activation_plan import blocks_for, whole_vectors
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, device, kernel
 from tilewise.kernels.cuda.memory import lanes, load_vector, narrow, registers, store_vector, widen
 

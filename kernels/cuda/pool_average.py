@@ -6,8 +6,7 @@ threads of a block, share a plane; for NHWC the threads of a block share the pix
 
 from numba import cuda
 
-from tilewise.kernels.channel_plan import Rows, unit_width
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, kernel
+from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, kernel
 from tilewise.kernels.cuda.memory import (
     at,
     lanes,
@@ -145,25 +144,11 @@ def _make_rows(vector: bool):
     return average_of_rows
 
 
-_rows = {vector: _make_rows(vector) for vector in (False, True)}
+average_of_rows = {vector: _make_rows(vector) for vector in (False, True)}
 
 
 def run_average(pool: Pool, x, y, divisor, include_pad):
     """y: the sums of the windows over x, divided; divisor: 0 where it depends on the window."""
-    vector = pool.width > 1
-    side = pool.kernel[0] if vector and pool.kernel in ((2, 2), (3, 3)) else 0
     numbers = (*pool.shape, *pool.kernel, *pool.stride, *pool.low, *pool.high, include_pad)
-    _kernels[vector, side](x.place, blocks_of(pool.windows), x, y, divisor, pool.windows, *numbers)
-
-
-def run_global_average(x, y, layout):
-    if layout == "NCHW":
-        n, c, h, w = x.shape
-        vectors = h * w // unit_width(h * w, x.dtype) if unit_width(h * w, x.dtype) > 1 else 0
-        group = 32 if (vectors or h * w) <= 32 * 16 else THREADS
-        blocks = ceil_div(n * c * group, THREADS)
-        average_of_planes(x.place, blocks, x, y, n * c, h * w, vectors, group)
-    else:
-        n, h, w, c = x.shape
-        plan = Rows(h * w, c, unit_width(c, x.dtype))
-        _rows[plan.width > 1](x.place, (n, plan.tiles, 1), x, y, h * w, c, plan.span, plan.rows)
+    run = _kernels[pool.width > 1, pool.side]
+    run(x.place, blocks_of(pool.windows), x, y, divisor, pool.windows, *numbers)

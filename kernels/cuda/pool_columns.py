@@ -12,7 +12,7 @@ import math
 
 from numba import cuda
 
-from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, INT64, REAL, ceil_div, device, kernel
+from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, INT64, REAL, device, kernel
 from tilewise.kernels.cuda.memory import (  # fmt: skip
     at,
     lanes,
@@ -25,10 +25,9 @@ from tilewise.kernels.cuda.memory import (  # fmt: skip
 )
 from tilewise.kernels.cuda.pool_maximum import take
 from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, extent, split
-from tilewise.kernels.pool_plan import Pool
+from tilewise.kernels.pool_plan import SQUARES, Pool
 
 ROOM = 3 * 17  # lines of two vectors of float16 and one element
-WINDOWS = ((3, 1), (2, 0))  # (side, padding on the left)
 
 
 @device
@@ -131,35 +130,20 @@ def _make_average(side: int, left: int):
     return avg_pool_columns
 
 
-_maximum = {(*w, indexed): _make_maximum(*w, indexed) for w in WINDOWS for indexed in (False, True)}
-_average = {w: _make_average(*w) for w in WINDOWS}
+_maximum = {(*w, indexed): _make_maximum(*w, indexed) for w in SQUARES for indexed in (False, True)}
+_average = {w: _make_average(*w) for w in SQUARES}
 
 
-def _plan(pool: Pool, layout: str, x, *results):
-    """(side, left) of the kernel and its numbers; None where other kernels must do it."""
-    side, left = pool.kernel[0], pool.low[1]
-    known = (side, left) in WINDOWS and pool.is_square(side, 2) and x.dtype.kind == "f"
-    width = 16 // x.dtype.itemsize
-    if layout != "NCHW" or not known or pool.size[1] % width:
-        return None
-    whole = pool.out[1] % width == 0 and not any(r is not None and r.pointer % 16 for r in results)
-    across = ceil_div(pool.out[1], width)
-    groups = pool.images * pool.out[0] * across
-    return (side, left), (groups, across, *pool.size, *pool.out, pool.low[0], whole)
+def _numbers(groups, pool: Pool) -> tuple[int, ...]:
+    count, across, whole = groups
+    return (count, across, *pool.size, *pool.out, pool.low[0], whole)
 
 
-def maximum_columns(pool: Pool, layout: str, x, y, indices) -> bool:
-    """Runs the kernel if it is for such windows, and tells whether."""
-    plan = _plan(pool, layout, x, y, indices)
-    if plan:
-        windows, numbers = plan
-        _maximum[*windows, indices is not None](x.place, blocks_of(numbers[0]), x, y, indices, *numbers)
-    return plan is not None
+def maximum_columns(square, groups, pool: Pool, x, y, indices):
+    run = _maximum[*square, indices is not None]
+    run(x.place, blocks_of(groups[0]), x, y, indices, *_numbers(groups, pool))
 
 
-def average_columns(pool: Pool, layout: str, x, y, divisor, include_pad) -> bool:
-    plan = _plan(pool, layout, x, y)
-    if plan:
-        windows, numbers = plan
-        _average[windows](x.place, blocks_of(numbers[0]), x, y, divisor, *numbers, *pool.high, include_pad)
-    return plan is not None
+def average_columns(square, groups, pool: Pool, x, y, divisor, include_pad):
+    numbers = (*_numbers(groups, pool), *pool.high, include_pad)
+    _average[square](x.place, blocks_of(groups[0]), x, y, divisor, *numbers)

@@ -7,7 +7,7 @@ or 16 bytes of a row (NCHW), where from column to column the windows move on wit
 
 from numba import cuda
 
-from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, INT64, REAL, ceil_div, kernel
+from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT32, INT64, REAL, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.memory import (
     at,
@@ -196,33 +196,21 @@ def avg_pool_backward_columns(
         _store_row(result, raw, rest * width + w, w, width, count, whole)
 
 
-def _groups(pool: Pool, result):
-    """(groups of 16 bytes, of a row, whether rows are made of whole ones)."""
-    width = 16 // result.dtype.itemsize
-    across = ceil_div(pool.size[1], width)
-    whole = pool.size[1] % width == 0 and result.pointer % 16 == 0
-    return pool.images * pool.size[0] * across, across, whole
-
-
-def run_maximum_gradient(pool: Pool, layout, grad, indices, result):
+def run_maximum_gradient(pool: Pool, groups, grad, indices, result):
     windows = (*pool.stride, *pool.low, *pool.reach)
-    if layout == "NCHW":
-        groups, *rest = _groups(pool, result)
-        operands = (grad, indices, result, groups, *rest)
-        max_pool_backward_columns(grad.place, blocks_of(groups), *operands, *pool.shape[:4], *windows)
+    if groups:
+        operands = (grad, indices, result, *groups)
+        max_pool_backward_columns(grad.place, blocks_of(groups[0]), *operands, *pool.shape[:4], *windows)
     else:
         run = _maximum_units[pool.width > 1]
-        operands = (grad, indices, result, pool.pixels)
-        run(grad.place, blocks_of(pool.pixels), *operands, *pool.shape, *windows)
+        run(grad.place, blocks_of(pool.pixels), grad, indices, result, pool.pixels, *pool.shape, *windows)
 
 
-def run_average_gradient(pool: Pool, layout, grad, result, divisor, include_pad):
+def run_average_gradient(pool: Pool, groups, grad, result, divisor, include_pad):
     windows = (*pool.stride, *pool.low, *pool.kernel, *pool.high, include_pad)
-    if layout == "NCHW":
-        groups, *rest = _groups(pool, result)
-        operands = (grad, result, divisor, groups, *rest)
-        avg_pool_backward_columns(grad.place, blocks_of(groups), *operands, *pool.shape[:4], *windows)
+    if groups:
+        operands = (grad, result, divisor, *groups)
+        avg_pool_backward_columns(grad.place, blocks_of(groups[0]), *operands, *pool.shape[:4], *windows)
     else:
         run = _average_units[pool.width > 1]
-        operands = (grad, result, divisor, pool.pixels)
-        run(grad.place, blocks_of(pool.pixels), *operands, *pool.shape, *windows)
+        run(grad.place, blocks_of(pool.pixels), grad, result, divisor, pool.pixels, *pool.shape, *windows)

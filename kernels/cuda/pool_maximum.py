@@ -99,9 +99,7 @@ _kernels = {
 
 def run_maximum(pool: Pool, x, y, indices):
     """y, and where indices is not None they: the maxima of the windows over x."""
-    vector = pool.width > 1
-    side = pool.kernel[0] if pool.kernel in ((2, 2), (3, 3)) and pool.dilation == (1, 1) else 0
     wanted, floats = indices is not None, x.dtype.kind == "f"
-    run = _kernels[vector, wanted or not floats, side if vector and floats else 0]
+    run = _kernels[pool.width > 1, wanted or not floats, pool.side if floats else 0]
     numbers = (*pool.shape, *pool.kernel, *pool.stride, *pool.low, *pool.dilation, wanted)
     run(x.place, blocks_of(pool.windows), x, y, indices, pool.windows, *numbers)

@@ -5,16 +5,16 @@ its pixel's `owner` (the largest wins, whoever comes first), then every pixel fe
 moved as words of their size, whatever they mean.
 """
 
+from functools import partial
+
 import numpy as np
 from numba import cuda
 
+from tilewise.kernels import copying_plan, pool_plan
 from tilewise.kernels.cuda.launch import ELEMENTS, INDICES, INT64, WORDS, kernel
 from tilewise.kernels.cuda.memory import atomic_max, narrow, zero
-from tilewise.kernels.cuda.pool_windows import THREADS, blocks_of, split
-
-_BITS = {size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)}
-_INDEX = np.dtype(np.int64)
-_MOST_OWNERS = (1 << 31) - 1  # owners are int32
+from tilewise.kernels.cuda.pool_windows import THREADS, split
+from tilewise.kernels.pool_plan import UnpoolKernels
 
 
 @kernel(threads=THREADS, dtypes=("int64",))
@@ -37,7 +37,7 @@ def unpool_claim(indices: INDICES, owners: WORDS, count: INT64, pooled: INT64, p
             atomic_max(owners, (image * pixels + index) * channels + channel, position)
 
 
-@kernel(threads=THREADS, dtypes=_BITS.values())
+@kernel(threads=THREADS, dtypes=copying_plan.WORDS.values())
 def unpool_fetch(
     x: ELEMENTS, owners: WORDS, y: ELEMENTS, count: INT64, pooled: INT64, pixels: INT64, channels: INT64
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def unpool_fetch(
         y[i] = value
 
 
-@kernel(threads=THREADS, dtypes=[_BITS[size] for size in (2, 4, 8)])
+@kernel(threads=THREADS, dtypes=[copying_plan.WORDS[size] for size in (2, 4, 8)])
 def unpool_backward(
     grad: ELEMENTS, indices: INDICES, result: ELEMENTS, count: INT64, pooled: INT64, pixels: INT64, channels: INT64
 ):
@@ -69,34 +69,6 @@ def unpool_backward(
         result[i] = value
 
 
-def _sizes(shape, layout) -> tuple[int, int]:
-    """(pixels of a plane, channels that lie side by side)."""
-    return (shape[2] * shape[3], 1) if layout == "NCHW" else (shape[1] * shape[2], shape[3])
-
-
-def max_unpool2d(x, indices, *, output_size, layout):
-    n, c = x.shape[0], x.shape[1 if layout == "NCHW" else 3]
-    shape = (n, c, *output_size) if layout == "NCHW" else (n, *output_size, c)
-    pooled, channels = _sizes(x.shape, layout)
-    pixels, _ = _sizes(shape, layout)
-    if pooled > _MOST_OWNERS:
-        raise NotImplementedError(f"max_unpool2d: planes of more than {_MOST_OWNERS} pooled elements on the GPU")
-    place, y = x.place, x.place.empty(shape, x.dtype)
-    if y.size:
-        owners = place.empty(shape, np.int32)
-        unpool_forget(place, blocks_of(y.size), owners, y.size, dtype=_INDEX)
-        unpool_claim(place, blocks_of(x.size), indices, owners, x.size, pooled, pixels, channels)
-        bits = _BITS[x.dtype.itemsize]
-        unpool_fetch(place, blocks_of(y.size), x, owners, y, y.size, pooled, pixels, channels, dtype=bits)
-    return y
-
-
-def max_unpool2d_backward(grad, indices, *, layout):
-    result = grad.place.empty(indices.shape, grad.dtype)
-    pooled, channels = _sizes(indices.shape, layout)
-    pixels, _ = _sizes(grad.shape, layout)
-    if result.size:
-        numbers = (result.size, pooled, pixels, channels)
-        bits = _BITS[grad.dtype.itemsize]
-        unpool_backward(grad.place, blocks_of(result.size), grad, indices, result, *numbers, dtype=bits)
-    return result
+_KERNELS = UnpoolKernels(partial(unpool_forget, dtype=np.dtype(np.int64)), unpool_claim, unpool_fetch, unpool_backward)
+max_unpool2d = partial(pool_plan.max_unpool2d, _KERNELS)
+max_unpool2d_backward = partial(pool_plan.max_unpool2d_backward, _KERNELS)

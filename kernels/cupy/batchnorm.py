@@ -1,10 +1,16 @@
-"""Batch normalisation on the GPU; src/batchnorm.cu says how."""
+"""Batch normalisation on the GPU; src/batchnorm.cu says how, batchnorm_plan.py in which order the kernels run."""
 
-from tilewise.kernels.channel_plan import Planes, ceil_div, planes_or_rows
+from functools import partial
+
+from tilewise.kernels import batchnorm_plan
+from tilewise.kernels.channel_plan import Planes
 from tilewise.kernels.cupy.activation_codes import ACTIVATION_CODES, LEAKY_SLOPE
-from tilewise.kernels.cupy.batchnorm_gradient import batch_norm_backward  # noqa: F401
-from tilewise.kernels.cupy.batchnorm_statistics import statistics
-from tilewise.kernels.cupy.launch import THREADS, Kernel
+from tilewise.kernels.cupy.batchnorm_gradient import finish as gradient_finish
+from tilewise.kernels.cupy.batchnorm_gradient import run_gradient, run_gradient_sums
+from tilewise.kernels.cupy.batchnorm_statistics import finish, run_sums
+from tilewise.kernels.cupy.launch import Kernel
+
+HAS_BFLOAT16 = True  # operation.py asks
 
 _MOVES = ("LDG.128", "STG.128")
 _PARAMETERS = "P P P P P P P r r i"  # x, y, table, mean, var, weight, bias, eps, slope, the activation's code
@@ -20,31 +26,14 @@ _rows = {
 _evaluated = Kernel("batchnorm.cu", "batch_norm_evaluated<{T}>", "P P P P r q")
 
 
-def _normalise(plan, x, y, table, mean, var, weight, bias, eps, activation):
+def _normalise(plan, grid, x, y, table, mean, var, weight, bias, eps, activation, numbers):
     operands = (x, y, table, mean, var, weight, bias, eps, LEAKY_SLOPE, ACTIVATION_CODES[activation])
-    if isinstance(plan, Planes):
-        blocks, group, chunks = plan.groups()
-        vectors = plan.units if plan.width > 1 else 0
-        numbers = (plan.images * plan.channels, plan.channels, plan.plane, vectors, group, chunks)
-        _planes(x.place, blocks, *operands, *numbers)
-    else:
-        numbers = (plan.pixels, plan.channels, plan.span, plan.rows)
-        _rows[plan.width > 1](x.place, (plan.parts(), plan.tiles, 1), *operands, *numbers)
+    run = _planes if isinstance(plan, Planes) else _rows[plan.width > 1]
+    run(x.place, grid, *operands, *numbers)
 
 
-def batch_norm(
-    x, running_mean, running_var, weight, bias, *, training, momentum, eps, layout, activation, return_stats
-):
-    place, y = x.place, x.place.empty(x.shape, x.dtype)
-    plan = planes_or_rows(x.shape, layout, x.dtype)
-    channels = plan.channels
-    table, mean, invstd = None, None, None
-    if training and channels:
-        mean, invstd, table = statistics(x, plan, weight, bias, running_mean, running_var, momentum, eps)
-    elif return_stats:
-        mean, invstd = place.empty((channels,), x.dtype), place.empty((channels,), x.dtype)
-        if not training:
-            _evaluated(place, ceil_div(channels, THREADS), running_mean, running_var, mean, invstd, eps, channels)
-    if x.size:
-        _normalise(plan, x, y, table, running_mean, running_var, weight, bias, eps, activation)
-    return (y, mean, invstd) if return_stats else y
+_KERNELS = batchnorm_plan.BatchNormKernels(
+    run_sums, finish, _normalise, _evaluated, run_gradient_sums, gradient_finish, run_gradient
+)
+batch_norm = partial(batchnorm_plan.batch_norm, _KERNELS)
+batch_norm_backward = partial(batchnorm_plan.batch_norm_backward, _KERNELS)

@@ -1,11 +1,10 @@
 """The statistics of batch normalisation on the GPU; src/batchnorm_statistics.cu says how."""
 
-import numpy as np
+from functools import partial
 
-from tilewise.kernels.channel_plan import Planes, ceil_div
-from tilewise.kernels.cupy.launch import THREADS, Kernel, sum_dtype
-
-WARPS = THREADS // 32
+from tilewise.kernels.batchnorm_plan import sums_numbers
+from tilewise.kernels.channel_plan import Planes
+from tilewise.kernels.cupy.launch import Kernel
 
 
 def sums_of_channels(source: str, name: str, operands: str) -> dict[tuple[bool, bool], Kernel]:
@@ -23,31 +22,11 @@ def sums_of_channels(source: str, name: str, operands: str) -> dict[tuple[bool, 
     }  # fmt: skip
 
 
-def run_sums(kernels: dict[tuple[bool, bool], Kernel], plan, parts: int, first, *others):
+def start_sums(kernels: dict[tuple[bool, bool], Kernel], plan, parts: int, first, *others):
     """Starts a kernel of `sums_of_channels`; `first` tells its dtype."""
-    planes = isinstance(plan, Planes)
-    run = kernels[planes, plan.width > 1]
-    if planes:
-        run(first.place, plan.channels * parts, first, *others, plan.images, plan.channels, plan.units, parts)
-    else:
-        numbers = (plan.pixels, plan.channels, plan.span, plan.rows, parts)
-        run(first.place, (parts, plan.tiles, 1), first, *others, *numbers)
+    grid, numbers = sums_numbers(plan, parts)
+    kernels[isinstance(plan, Planes), plan.width > 1](first.place, grid, first, *others, *numbers)
 
 
-_sums = sums_of_channels("batchnorm_statistics.cu", "sums", "P P")
-_finish = Kernel("batchnorm_statistics.cu", "batch_norm_finish<{T}>", "P P P P P P P P P r r q q q i")
-
-
-def statistics(x, plan, weight, bias, running_mean, running_var, momentum, eps):
-    """(mean, invstd, table) of x; the running statistics move."""
-    place, channels = x.place, plan.channels
-    parts = plan.parts() if x.size else 0
-    sums = place.empty((2, channels, max(parts, 1)), np.float64)
-    if parts:
-        run_sums(_sums, plan, parts, x, sums)
-    values, apart = (plan.images * plan.plane, plan.plane) if isinstance(plan, Planes) else (plan.pixels, 1)
-    mean, invstd = place.empty((channels,), x.dtype), place.empty((channels,), x.dtype)
-    table = place.empty((3, channels), sum_dtype(x.dtype))
-    operands = (x, sums, weight, bias, running_mean, running_var, mean, invstd, table, momentum, eps)
-    _finish(place, ceil_div(channels, WARPS), *operands, channels, values, apart, parts)
-    return mean, invstd, table
+run_sums = partial(start_sums, sums_of_channels("batchnorm_statistics.cu", "sums", "P P"))
+finish = Kernel("batchnorm_statistics.cu", "batch_norm_finish<{T}>", "P P P P P P P P P r r q q q i")

@@ -18,16 +18,17 @@ from threading import local
 
 import numpy as np
 
+from tilewise.kernels.arrays import bfloat16
 from tilewise.kernels.channel_plan import THREADS, ceil_div
 from tilewise.kernels.cupy import driver, module
 
-FLOATS = ("float16", "float32", "float64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-_TYPES = {np.dtype(name): text for name, text in {
-    "float16": "tilewise::Half", "float32": "float", "float64": "double",
+_TYPES = {
+    "float16": "tilewise::Half", "bfloat16": "tilewise::Bfloat", "float32": "float", "float64": "double",
     "int8": "signed char", "uint8": "unsigned char", "int16": "short", "uint16": "unsigned short",
     "int32": "int", "uint32": "unsigned", "int64": "long long", "uint64": "unsigned long long",
-}.items()}  # fmt: skip
+}  # fmt: skip
 _WORD = 8  # bytes: every parameter begins at a multiple
 
 KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile and launch them all
@@ -35,7 +36,11 @@ KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile an
 
 def sum_dtype(dtype: np.dtype) -> np.dtype:
     """What floats are computed and summed in: element.cuh's Sum."""
-    return np.dtype(np.float32) if dtype == np.float16 else dtype
+    return np.dtype(np.float32) if dtype.itemsize == 2 and dtype.kind not in "iu" else dtype
+
+
+def _dtype(name: str) -> np.dtype | None:
+    return bfloat16() if name == "bfloat16" else np.dtype(name)
 
 
 class Kernel:
@@ -57,7 +62,7 @@ class Kernel:
     ):  # fmt: skip
         self.source, self.template, self.parameters = source, template, parameters.split()
         self.threads, self.blocks, self.least = threads, blocks, least
-        self.dtypes = tuple(np.dtype(d) for d in dtypes)
+        self._names = tuple(d if isinstance(d, str) else d.name for d in dtypes)
         self.name = f"cupy {template.replace('{', '').replace('}', '')}"
         self._promises = promises
         self._forms: dict[np.dtype, Form] = {}
@@ -73,11 +78,16 @@ class Kernel:
     def promises(self, dtype: np.dtype) -> tuple[str, ...]:
         return self._promises
 
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]:
+        """What it is for, without bfloat16 where NumPy has none."""
+        return tuple(dtype for dtype in map(_dtype, self._names) if dtype is not None)
+
     def form(self, dtype: np.dtype) -> "Form":
         found = self._forms.get(dtype)
         if found is None:
-            if dtype not in self.dtypes:
-                raise TypeError(f"kernel {self.name} is declared for {[d.name for d in self.dtypes]}, not for {dtype}")
+            if dtype.name not in self._names:
+                raise TypeError(f"kernel {self.name} is declared for {list(self._names)}, not for {dtype}")
             found = self._forms[dtype] = Form(self, dtype)
         return found
 
@@ -106,7 +116,7 @@ class Form:
 
     def __init__(self, kernel: Kernel, dtype: np.dtype):
         self.kernel, self.dtype = kernel, dtype
-        self.expression = kernel.template.format(T=_TYPES[dtype], N=16 // dtype.itemsize)
+        self.expression = kernel.template.format(T=_TYPES[dtype.name], N=16 // dtype.itemsize)
         real = "d" if sum_dtype(dtype) == np.float64 else "f"
         groups = [group.replace("r", real) for group in kernel.parameters]
         self.sizes = [calcsize(group + ("0q" if "q" in group else "")) for group in groups]
@@ -128,3 +138,8 @@ class Form:
 def blocks_of(count: int) -> int:
     """Blocks for a thread each."""
     return ceil_div(count, THREADS)
+
+
+def engine_of(place):
+    """What compiles and starts kernels there."""
+    return driver.engine(place.ordinal)

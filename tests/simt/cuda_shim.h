@@ -48,6 +48,11 @@ inline float __int_as_float(int bits) {
     memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline int __float_as_int(float value) {
+    int bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 inline double __longlong_as_double(long long bits) {
     double value;
     memcpy(&value, &bits, sizeof value);

@@ -21,6 +21,15 @@ __device__ __forceinline__ Half to_half(float value) {
     return result;
 }
 
+#if __CUDA_ARCH__ >= 800
+// The bits of the nearest bfloat16.
+__device__ __forceinline__ unsigned short nearest_bfloat(float value) {
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+#endif
+
 // 16 bytes at once; the address must be a multiple of 16.
 __device__ __forceinline__ uint4 load_16_bytes(const void *from) { return *static_cast<const uint4 *>(from); }
 // An instruction by its name: of `if (whole) *vector = bits; else ...` the compiler made stores of single elements.
