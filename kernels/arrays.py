@@ -1,6 +1,7 @@
 """What counts as an array, the way in (a NumPy view of the caller's memory) and the way back (the caller's kind)."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -76,8 +77,26 @@ def required(function: str, **operands):
 FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 
 
-def common_dtype(function: str, operands: dict[str, np.ndarray | None], allowed: tuple = FLOATS) -> np.dtype:
+@lru_cache(maxsize=1)
+def bfloat16() -> np.dtype | None:
+    """ml_dtypes' bfloat16, which CuPy has too; None where ml_dtypes is not installed. NumPy alone has none."""
+    try:
+        import ml_dtypes  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def is_bfloat16(dtype: np.dtype) -> bool:
+    return dtype.name == "bfloat16"
+
+
+def common_dtype(
+    function: str, operands: dict[str, np.ndarray | None], allowed: tuple = FLOATS, on_gpu: bool = True
+) -> np.dtype:
     """The one dtype of the operands that are there.
+
+    on_gpu: whether they may be bfloat16. operation.py refuses that where the backend turns out to lack it.
 
     Raises:
         TypeError: dtypes differ, or are not among `allowed`.
@@ -87,7 +106,7 @@ def common_dtype(function: str, operands: dict[str, np.ndarray | None], allowed:
     for name, other in present.items():
         if other != dtype:
             raise TypeError(f"{function}: {name} is {other} but {first} is {dtype}; the dtypes must match")
-    if dtype in allowed:
+    if dtype in allowed or (on_gpu and is_bfloat16(dtype)):
         return dtype
     names = ", ".join(str(d) for d in allowed)
     raise TypeError(f"{function}: {first} is {dtype}, which is not supported; use one of {names}")

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tilewise.kernels.arrays import bfloat16
+
 
 class DeviceArray:
     """shape, dtype and strides (bytes) of memory on a device; `owner` keeps it alive."""
@@ -232,6 +234,8 @@ def device_view(function: str, name: str, value) -> DeviceArray:
     else:
         raise TypeError(f"{function}: {name} is a {type(value).__name__}; use CuPy, Numba or PyTorch arrays on the GPU")
     dtype = np.dtype(described["typestr"])
+    if dtype.kind == "V":  # of bfloat16 the interface tells the size alone
+        dtype = np.dtype(value.dtype)
     return DeviceArray(
         place, described["data"][0] or 0, tuple(described["shape"]), dtype, value, described.get("strides")
     )
@@ -244,9 +248,9 @@ def _torch_view(function, name, tensor):
         raise TypeError(f"{function}: {name} requires grad, which these kernels do not record; pass {name}.detach()")
     if tensor.layout != torch.strided:
         raise TypeError(f"{function}: {name} must be dense, got a tensor of layout {tensor.layout}")
-    if tensor.dtype == torch.bfloat16:
-        raise NotImplementedError(f"{function}: {name} is bfloat16, which the GPU kernels do not have")
-    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    dtype = bfloat16() if tensor.dtype == torch.bfloat16 else np.dtype(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise NotImplementedError(f"{function}: {name} is bfloat16, which needs the package ml_dtypes")
     strides = tuple(s * dtype.itemsize for s in tensor.stride())
     place = place_of("torch", tensor.device.index)
     return DeviceArray(place, tensor.data_ptr(), tuple(tensor.shape), dtype, tensor, strides)

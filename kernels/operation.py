@@ -196,6 +196,10 @@ class Operation:
         function = getattr(module, self.name, None)
         if function is None:
             raise NotImplementedError(f"{self.name}: backend {backend!r} does not have it")
+        if arrays_module.is_bfloat16(operands[0].dtype) and not getattr(module, "HAS_BFLOAT16", False):
+            raise NotImplementedError(
+                f"{self.name}: {self.operands[0]} is bfloat16, which the backend {backend!r} does not have; use float32"
+            )
         shapes = _batched_shapes(operands, problem.unbatched)
         on_gpu = settings_module.DEVICE_OF[backend] == "gpu"
         half = operands[0].dtype == _HALF and not on_gpu  # GPUs load and store it themselves

@@ -192,7 +192,8 @@ def inspect(kernel, dtype: np.dtype, architecture: Architecture) -> Report:
     def number(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, said)))
 
-    registers, shared = number(r"Used (\d+) registers"), number(r"(\d+) bytes smem")
+    registers = number(r"Used (\d+) registers")
+    shared = number(r"(\d+) bytes smem") + getattr(kernel, "shared", 0)
     faults = []
     if stack := number(r"(\d+) bytes stack frame"):
         faults.append(f"a stack frame of {stack} bytes")
@@ -262,7 +263,8 @@ def _kept(name: str, dtype: str, architecture: Architecture) -> Report:
         return Report(**kept | {"faults": tuple(kept["faults"])})
     except (OSError, ValueError, TypeError):
         pass
-    report = inspect(kernel, np.dtype(dtype), architecture)
+    (form_dtype,) = [d for d in kernel.dtypes if d.name == dtype]
+    report = inspect(kernel, form_dtype, architecture)
     for old in CACHE.glob(f"{form_name}-*"):
         old.unlink(missing_ok=True)
     partial_file = file.with_suffix(f".{os.getpid()}")
@@ -328,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     header = ("kernel", "dtype", "threads", "shared", *args.arch, f"instructions of {args.arch[-1]}")
     title = (
         "registers (r) of a thread, blocks (b) that fit a multiprocessor, the share of its threads that this is\n"
-        "shared: bytes of static shared memory (dynamic one, known at the launch, can make it fewer blocks)"
+        "shared: bytes of shared memory (of numba.cuda's the static one: more, at the launch, can make it fewer blocks)"
     )
     table.show(list(rows(reports, architectures)), title, header, left=2)
     found = faults(reports)

@@ -10,6 +10,7 @@ from tilewise.kernels.cupy.activation_softmax import (  # noqa: F401
 )
 from tilewise.kernels.cupy.launch import THREADS, Kernel
 
+HAS_BFLOAT16 = True  # operation.py asks
 # Vectors a thread takes at most: enough bytes under way to hide the memory's latency, few enough blocks to start.
 _EACH = 4
 _MOVES = ("LDG.128", "STG.128")

@@ -6,6 +6,7 @@ from tilewise.kernels.cupy.batchnorm_gradient import batch_norm_backward  # noqa
 from tilewise.kernels.cupy.batchnorm_statistics import statistics
 from tilewise.kernels.cupy.launch import THREADS, Kernel
 
+HAS_BFLOAT16 = True  # operation.py asks
 _MOVES = ("LDG.128", "STG.128")
 _PARAMETERS = "P P P P P P P r r i"  # x, y, table, mean, var, weight, bias, eps, slope, the activation's code
 

@@ -18,7 +18,7 @@ _sum_part = Kernel(_SOURCE, "sum_part<{T}>", "P P q q q q q")
 def add_parts(partial: DeviceArray, result: DeviceArray, bias, code: int, count: int, n: int, dtype):
     """result[i] = activation(the sum over partial's first axis + bias), i < count; n: columns. dtype: the operands'."""
     place, blocks, parts = result.place, blocks_of(count), partial.shape[0]
-    if dtype.kind == "f":
+    if dtype.kind not in "iu":
         _add_parts(place, blocks, partial, result, bias, LEAKY_SLOPE, count, n, parts, code, dtype=dtype)
     else:
         _add_integer_parts(place, blocks, partial, result, count, parts, dtype=dtype)

@@ -41,18 +41,20 @@ def _matmul(tile: Tile, left: str, right: str, dtypes=SINGLE) -> Kernel:
 
 _ALONG = {True: "ALONG_K", False: "ALONG_ROWS"}
 _COPIED = {True: "ALONG_K", False: "COPIED"}
-# float16 has tensor cores, and float64 too many registers for large tiles
+# float16 has tensor cores wherever it comes in vectors, bfloat16 on all but the oldest devices; float64 has too many
+# registers for large tiles
+_IN_VECTORS = ("bfloat16", "float32", "float64")
 VECTORS = {
     TALL: _matmul(TALL, "VECTORS", "VECTORS"),
-    SMALL: _matmul(SMALL, "VECTORS", "VECTORS", FLOATS),
-    TINY: _matmul(TINY, "VECTORS", "VECTORS", FLOATS),
+    SMALL: _matmul(SMALL, "VECTORS", "VECTORS", _IN_VECTORS),
+    TINY: _matmul(TINY, "VECTORS", "VECTORS", _IN_VECTORS),
 }
 # Of the largest tile one for each (A, B) of whether k is contiguous, which saves registers; and the same where a matrix
 # whose rows lie side by side comes by cp.async
 BIG_VECTORS = {(p, q): _matmul(BIG, _ALONG[p], _ALONG[q]) for p in _ORDERS for q in _ORDERS}
 BIG_COPIES = {(p, q): _matmul(BIG, _COPIED[p], _COPIED[q]) for p in _ORDERS for q in _ORDERS if not (p and q)}
 SINGLY = {
-    SMALL: _matmul(SMALL, "SINGLY", "SINGLY", ("float16", "float32")),
+    SMALL: _matmul(SMALL, "SINGLY", "SINGLY", ("float16", "bfloat16", "float32")),
     TINY: _matmul(TINY, "SINGLY", "SINGLY", FLOATS),
 }
 WHOLE = Kernel(

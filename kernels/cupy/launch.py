@@ -18,16 +18,17 @@ from threading import local
 
 import numpy as np
 
+from tilewise.kernels.arrays import bfloat16
 from tilewise.kernels.channel_plan import THREADS, ceil_div
 from tilewise.kernels.cupy import driver, module
 
-FLOATS = ("float16", "float32", "float64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-_TYPES = {np.dtype(name): text for name, text in {
-    "float16": "tilewise::Half", "float32": "float", "float64": "double",
+_TYPES = {
+    "float16": "tilewise::Half", "bfloat16": "tilewise::Bfloat", "float32": "float", "float64": "double",
     "int8": "signed char", "uint8": "unsigned char", "int16": "short", "uint16": "unsigned short",
     "int32": "int", "uint32": "unsigned", "int64": "long long", "uint64": "unsigned long long",
-}.items()}  # fmt: skip
+}  # fmt: skip
 NAMES = f"{module.NAMESPACE}::"  # goes before names of the sources in a template's arguments
 _WORD = 8  # bytes: every parameter begins at a multiple
 
@@ -35,10 +36,14 @@ KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile an
 
 
 def sum_dtype(dtype: np.dtype) -> np.dtype:
-    """What is computed and summed in: element.cuh's Sum; of integers, product.cuh's S, which wraps alike."""
-    if dtype.kind == "f":
-        return np.dtype(np.float32) if dtype == np.float16 else dtype
-    return np.dtype(np.uint64) if dtype.itemsize == 8 else np.dtype(np.uint32)
+    """What is computed and summed in: element.cuh's Sum; of integers, matrix_result.cuh's WholeSum, which wraps alike."""
+    if dtype.kind in "iu":
+        return np.dtype(np.uint64) if dtype.itemsize == 8 else np.dtype(np.uint32)
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+
+
+def _dtype(name: str) -> np.dtype | None:
+    return bfloat16() if name == "bfloat16" else np.dtype(name)
 
 
 class Kernel:
@@ -51,6 +56,7 @@ class Kernel:
         number of the dtype that is summed in. "P 2q3i" is a pointer and a structure of five numbers.
     threads: of a block. blocks: how many of them shall fit a multiprocessor; blocks_on: on devices where it is another.
     dtypes: what it is for. least: the lowest compute capability.
+    shared: bytes of dynamic shared memory.
     promises: machine instructions that its code must have: tests/gpu_compile.py looks.
     """
 
@@ -58,10 +64,11 @@ class Kernel:
         self, source: str, template: str, parameters: str, *, threads: int = THREADS, blocks: int = 1,
         dtypes: Iterable[str | np.dtype] = FLOATS, least: tuple[int, int] = module.OLDEST,
         promises: tuple[str, ...] = (), blocks_on: dict[tuple[int, int], int] | None = None,
+        shared: int = 0,
     ):  # fmt: skip
         self.source, self.template, self.parameters = source, template, parameters.split()
-        self.threads, self.blocks, self.least = threads, blocks, least
-        self.dtypes = tuple(np.dtype(d) for d in dtypes)
+        self.threads, self.blocks, self.least, self.shared = threads, blocks, least, shared
+        self._names = tuple(d if isinstance(d, str) else d.name for d in dtypes)
         self.name = f"cupy {template.replace('{', '').replace('}', '').replace(NAMES, '')}"
         self._promises, self._blocks_on = promises, blocks_on or {}
         self._forms: dict[np.dtype, Form] = {}
@@ -77,11 +84,16 @@ class Kernel:
     def promises(self, dtype: np.dtype) -> tuple[str, ...]:
         return self._promises
 
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]:
+        """What it is for, without bfloat16 where NumPy has none."""
+        return tuple(dtype for dtype in map(_dtype, self._names) if dtype is not None)
+
     def form(self, dtype: np.dtype) -> "Form":
         found = self._forms.get(dtype)
         if found is None:
-            if dtype not in self.dtypes:
-                raise TypeError(f"kernel {self.name} is declared for {[d.name for d in self.dtypes]}, not for {dtype}")
+            if dtype.name not in self._names:
+                raise TypeError(f"kernel {self.name} is declared for {list(self._names)}, not for {dtype}")
             found = self._forms[dtype] = Form(self, dtype)
         return found
 
@@ -90,7 +102,7 @@ class Kernel:
         form = self.form(arguments[0].dtype if dtype is None else dtype)
         grid = (grid, 1, 1) if isinstance(grid, int) else grid
         if 0 not in grid:
-            driver.engine(place.ordinal).start(form, grid, 0, place.stream(), form.pack(arguments))
+            driver.engine(place.ordinal).start(form, grid, self.shared, place.stream(), form.pack(arguments))
 
 
 class Slots(bytearray):
@@ -110,7 +122,7 @@ class Form:
 
     def __init__(self, kernel: Kernel, dtype: np.dtype):
         self.kernel, self.dtype = kernel, dtype
-        self.expression = kernel.template.format(T=_TYPES[dtype], N=16 // dtype.itemsize)
+        self.expression = kernel.template.format(T=_TYPES[dtype.name], N=16 // dtype.itemsize)
         real = "d" if sum_dtype(dtype) == np.float64 else "f"
         groups = [group.replace("r", real) for group in kernel.parameters]
         self.sizes = [calcsize(group + ("0q" if "q" in group else "")) for group in groups]

@@ -16,6 +16,7 @@ from tilewise.kernels.cupy.pool_unpool import max_unpool2d, max_unpool2d_backwar
 from tilewise.kernels.pool_plan import out_shape, pool_of
 from tilewise.kernels.shapes import output_size as window_count
 
+HAS_BFLOAT16 = True  # operation.py asks
 _INDEX = np.dtype(np.int64)
 
 

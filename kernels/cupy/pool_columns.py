@@ -26,7 +26,7 @@ _average = {
 def _plan(pool: Pool, layout: str, x, *results):
     """(side, left) of the kernel, and its groups; None where other kernels must do it."""
     square = pool.kernel[0], pool.low[1]
-    known = square in SQUARES and pool.is_square(square[0], 2) and x.dtype.kind == "f"
+    known = square in SQUARES and pool.is_square(square[0], 2) and x.dtype.kind not in "iu"
     width = 16 // x.dtype.itemsize
     if layout != "NCHW" or not known or pool.size[1] % width:
         return None

@@ -22,7 +22,7 @@ _units = {
 
 def run_maximum(pool: Pool, x, y, indices):
     """y, and where indices is not None they: the maxima of the windows over x."""
-    vector, floats = pool.width > 1, x.dtype.kind == "f"
+    vector, floats = pool.width > 1, x.dtype.kind not in "iu"
     side = pool.kernel[0] if pool.kernel in ((2, 2), (3, 3)) and pool.dilation == (1, 1) else 0
     indexed = indices is not None or not floats
     run = _units[vector, side if vector and floats else 0, indexed, index_type(pool)]

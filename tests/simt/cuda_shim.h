@@ -32,6 +32,13 @@ unsigned short cuda_float_to_half(float value);
 void emu_cp_async_16(uint32_t target, uint64_t source, uint32_t source_bytes);
 void emu_cp_async_commit();
 void emu_cp_async_wait(int pending);
+void emu_ldmatrix_x4(uint32_t address);
+void emu_ldmatrix_x4_trans(uint32_t address);
+uint32_t emu_cvt_tf32(float value);
+#define MMA(name)                                                                                                     \
+    void emu_mma_##name(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0,       \
+                        float c1, float c2, float c3);
+MMA(f16) MMA(bf16) MMA(tf32)
 }
 #define threadIdx (cuda_thread_index())
 #define blockIdx (cuda_block_index())
@@ -52,6 +59,11 @@ inline float __int_as_float(int bits) {
     memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline int __float_as_int(float value) {
+    int bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 inline double __longlong_as_double(long long bits) {
     double value;
     memcpy(&value, &bits, sizeof value);
@@ -63,6 +75,9 @@ inline double __longlong_as_double(long long bits) {
 namespace tilewise {
 
 struct Half {
+    unsigned short bits;
+};
+struct Bfloat {
     unsigned short bits;
 };
 inline float to_float(Half h) { return cuda_half_to_float(h.bits); }
@@ -86,6 +101,29 @@ inline void copy_16_bytes(void *to, const void *from, bool there) {
 }
 inline void commit_copies() { emu_cp_async_commit(); }
 template <int PENDING> void wait_copies() { emu_cp_async_wait(PENDING); }
+inline void *dynamic_shared() { return simt_dynamic_shared(); }
+
+inline void load_matrices(unsigned (&words)[4], const void *row) {
+    emu_ldmatrix_x4(shared_address(row));
+    memcpy(words, emu_results(), sizeof words);
+}
+inline void load_matrices_transposed(unsigned (&words)[4], const void *row) {
+    emu_ldmatrix_x4_trans(shared_address(row));
+    memcpy(words, emu_results(), sizeof words);
+}
+inline unsigned to_tf32(float value) { return emu_cvt_tf32(value); }
+inline void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Half) {
+    emu_mma_f16(a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    memcpy(d, emu_results(), sizeof d);
+}
+inline void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Bfloat) {
+    emu_mma_bf16(a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    memcpy(d, emu_results(), sizeof d);
+}
+inline void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, float) {
+    emu_mma_tf32(a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    memcpy(d, emu_results(), sizeof d);
+}
 
 }   // namespace tilewise
 

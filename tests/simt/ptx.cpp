@@ -92,6 +92,17 @@ void mma(const Fragments &mine, Element element) {
     memcpy(results, sums, sizeof sums);
 }
 
+// A 16 x 16: word r + 2s of lane (g, t) holds row g + 8r, columns 8s + 2t and the next; B 16 x 8: word s holds rows
+// 8s + 2t and the next, column g.
+template <typename Widen> void mma_16_bits(const Fragments &mine, Widen widen) {
+    mma<16>(mine, [&](const unsigned char *all, unsigned row, unsigned column, unsigned k) {
+        const Fragments left = deposit<Fragments>(all, row % 8 * 4 + k % 8 / 2);
+        const Fragments right = deposit<Fragments>(all, column * 4 + k % 8 / 2);
+        const unsigned shift = 16 * (k % 2);
+        return double{widen(left.a[row / 8 + 2 * (k / 8)] >> shift)} * widen(right.b[k / 8] >> shift);
+    });
+}
+
 }   // namespace
 
 extern "C" {
@@ -187,18 +198,13 @@ void emu_ldmatrix_x4_trans(uint32_t address) { ldmatrix(address, 4, true); }
 void emu_ldmatrix_x2(uint32_t address) { ldmatrix(address, 2, false); }
 void emu_ldmatrix_x2_trans(uint32_t address) { ldmatrix(address, 2, true); }
 
-// A 16 x 16: word r + 2s of lane (g, t) holds row g + 8r, columns 8s + 2t and the next; B 16 x 8: word s holds rows
-// 8s + 2t and the next, column g.
 void emu_mma_f16(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
                  float c2, float c3) {
-    mma<16>({{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}},
-            [](const unsigned char *all, unsigned row, unsigned column, unsigned k) {
-                const Fragments left = deposit<Fragments>(all, row % 8 * 4 + k % 8 / 2);
-                const Fragments right = deposit<Fragments>(all, column * 4 + k % 8 / 2);
-                const unsigned shift = 16 * (k % 2);
-                return double{half_to_float(left.a[row / 8 + 2 * (k / 8)] >> shift)} *
-                       half_to_float(right.b[k / 8] >> shift);
-            });
+    mma_16_bits({{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}}, half_to_float);
+}
+void emu_mma_bf16(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
+                  float c2, float c3) {
+    mma_16_bits({{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}}, [](uint32_t word) { return bits<float>(word << 16); });
 }
 
 // A 16 x 8: word r + 2s of lane (g, t) holds row g + 8r, column t + 4s; B 8 x 8: word s holds row t + 4s, column g.

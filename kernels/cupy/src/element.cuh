@@ -8,14 +8,36 @@ namespace tilewise {
 // of more blocks.
 constexpr int THREADS = 256;
 
-// What is computed and summed in: float for float16.
+__device__ __forceinline__ float to_float(Bfloat value) {
+    return __int_as_float(static_cast<int>(static_cast<unsigned>(value.bits) << 16));
+}
+
+// The nearest one, of two the even one; NaN becomes the NaN that the instruction gives. Integer arithmetic before sm_80.
+__device__ __forceinline__ Bfloat to_bfloat(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return {nearest_bfloat(value)};
+#else
+    const unsigned bits = __float_as_int(value);
+    if (value != value) return {0x7fff};
+    return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+#endif
+}
+
+// What is computed and summed in: float for float16 and bfloat16.
 template <class T> struct SumType {
     using type = T;
 };
 template <> struct SumType<Half> {
     using type = float;
 };
+template <> struct SumType<Bfloat> {
+    using type = float;
+};
 template <class T> using Sum = typename SumType<T>::type;
+
+template <class T> __device__ __forceinline__ T from_float(float value);
+template <> __device__ __forceinline__ Half from_float<Half>(float value) { return to_half(value); }
+template <> __device__ __forceinline__ Bfloat from_float<Bfloat>(float value) { return to_bfloat(value); }
 
 template <class T> __device__ __forceinline__ Sum<T> widen(T value) {
     if constexpr (sizeof(T) != sizeof(Sum<T>))
@@ -26,7 +48,7 @@ template <class T> __device__ __forceinline__ Sum<T> widen(T value) {
 
 template <class T> __device__ __forceinline__ T narrow(Sum<T> value) {
     if constexpr (sizeof(T) != sizeof(Sum<T>))
-        return to_half(value);
+        return from_float<T>(value);
     else
         return value;
 }

@@ -40,7 +40,7 @@ template <class T> struct Cut {
 };
 
 // A block's part of a matrix. sums: where the sums go as they are, if it is not null, else finish's go to result.
-// vectors: whether four neighbours may be stored in 16-byte pieces.
+// vectors: whether as many neighbours as `put` gets may be stored in 16-byte pieces.
 template <class T, class S, class Last> struct MatrixResult {
     T *result;
     S *sums;
@@ -52,27 +52,28 @@ template <class T, class S, class Last> struct MatrixResult {
     __device__ __forceinline__ long long row(int i) const {
         return first_row + i < rows ? (first_row + i) * columns : -1;
     }
-    __device__ __forceinline__ void put(long long place, int offset, const S (&values)[BLOCK]) const {
+    template <int N> __device__ __forceinline__ void put(long long place, int offset, const S (&values)[N]) const {
         const long long column = first_column + offset;
         if (place < 0 || column >= columns) return;
         if (sums) {
-            write(sums + place + column, column, [&](int i) { return values[i]; });
+            write<N>(sums + place + column, column, [&](int i) { return values[i]; });
         } else {
-            T finished[BLOCK];
+            T finished[N];
 #pragma unroll
-            for (int i = 0; i < BLOCK; ++i)
+            for (int i = 0; i < N; ++i)
                 if (column + i < columns) finished[i] = finish(values[i], column + i);
-            write(result + place + column, column, [&](int i) { return finished[i]; });
+            write<N>(result + place + column, column, [&](int i) { return finished[i]; });
         }
     }
 
 private:
-    template <class E, class Get> __device__ __forceinline__ void write(E *to, long long column, Get get) const {
+    template <int N, class E, class Get>
+    __device__ __forceinline__ void write(E *to, long long column, Get get) const {
         constexpr int WIDTH = LANES<E>;
-        if constexpr (WIDTH <= BLOCK) {
+        if constexpr (WIDTH <= N) {
             if (vectors) {
 #pragma unroll
-                for (int i = 0; i < BLOCK; i += WIDTH) {
+                for (int i = 0; i < N; i += WIDTH) {
                     Pack<E, WIDTH> pack;
 #pragma unroll
                     for (int j = 0; j < WIDTH; ++j) pack.lane[j] = get(i + j);
@@ -82,7 +83,7 @@ private:
             }
         }
 #pragma unroll
-        for (int i = 0; i < BLOCK; ++i)
+        for (int i = 0; i < N; ++i)
             if (column + i < columns) to[i] = get(i);
     }
 };

@@ -34,8 +34,8 @@
 // belong to no element; every k >= end is 0. matrix_loader.cuh has those for plain matrices. An epilogue has
 //
 //     auto row(int i);                               anything, such as where the tile's row i lies in the result
-//     void put(place, int column, const S (&values)[BLOCK]);   BLOCK neighbouring columns of a row, the first of which is
-//                                                    the tile's `column`
+//     void put(place, int column, const S (&values)[N]);   N = BLOCK neighbouring columns of a row (tensor.cuh: as many as
+//                                                    make 16 bytes), the first of which is the tile's `column`
 //
 // What lies outside of the result is the epilogue's to leave out. matrix_result.cuh has that of plain matrices.
 #pragma once
