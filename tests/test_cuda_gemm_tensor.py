@@ -7,6 +7,8 @@ from tolerances import assert_close, tolerance
 
 import tilewise
 
+GPU_BACKENDS = ("cuda", "cupy")
+# around the tiles' edges, and the steps of the depth
 TENSOR = [(8, 8, 8), (128, 128, 32), (136, 120, 40), (120, 136, 200), (16, 264, 136)]
 
 
@@ -27,7 +29,7 @@ def test_tf32_where_it_is_allowed(gpu, rng, one_multiprocessor, order, eager):
         a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
         with tilewise.using(tf32=True):
             y = product(gpu, a, b, order)
-        rounded = [_to_tf32(x).astype(np.float64) for x in (a, b)]
+        rounded = [to_tf32(x).astype(np.float64) for x in (a, b)]
         assert_close(y, np.matmul(*rounded), reduction=depth)
         error = np.abs(y - np.matmul(*wide(a, b))).max()
         if depth > 8:
@@ -38,7 +40,7 @@ def test_tf32_where_it_is_allowed(gpu, rng, one_multiprocessor, order, eager):
 def test_sums_of_tensor_cores_are_cut_off_but_close(gpu, rng, one_multiprocessor, dtype):
     """They lose up to 6 units of the last place with every 4 (float16: 8) products; all of one sign here, the worst."""
     depth, together = 512, 4 if dtype == np.float32 else 8
-    a, b = (_to_tf32(rng.random(s, np.float32)).astype(dtype) for s in ((16, depth), (depth, 16)))
+    a, b = (to_tf32(rng.random(s, np.float32)).astype(dtype) for s in ((16, depth), (depth, 16)))
     with tilewise.using(tf32=True):
         y = product(gpu, a, b, (True, False)).astype(np.float64)
     exact = np.matmul(*wide(a, b))
@@ -47,6 +49,6 @@ def test_sums_of_tensor_cores_are_cut_off_but_close(gpu, rng, one_multiprocessor
     assert (y >= exact * (1 - stored - depth / together * (together + 2) * 2.0**-23)).all()
 
 
-def _to_tf32(x):
+def to_tf32(x):
     words = x.view(np.uint32)
     return ((words + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)

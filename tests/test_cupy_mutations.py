@@ -22,6 +22,15 @@ def bias_gradient(x):
     return kernels.linear_backward(x, x, x, needs=("bias",))[2]
 
 
+def product_by_tiles(x):
+    return kernels.matmul(x[:, :48], x[:48])
+
+
+def product_on_tensor_cores(x):
+    half = x.astype(np.float16)
+    return kernels.matmul(half, half.T)
+
+
 # A source that has barriers -> a call that meets all of them: (function, shape, options)
 CALLS = {
     "pool_average.cu": (kernels.adaptive_avg_pool2d, (2, 9, 9, 24), {"output_size": 1, "layout": "NHWC"}),
@@ -30,15 +39,12 @@ CALLS = {
     "activation_softmax_gradient.cu": (kernels.softmax_backward, (4, 50, 40), {"axis": 1}),
     "channel_sums.cuh": (kernels.batch_norm, (3, 9, 9, 24), {"training": True, "layout": "NHWC"}),
     "gemm_sums.cu": (bias_gradient, (20, 20), {}),
-    "product.cuh": (kernels.matmul, (128, 128), {}),
+    "product.cuh": (product_by_tiles, (128, 128), {}),
+    "tensor.cuh": (product_on_tensor_cores, (64, 200), {}),
 }
-OPERANDS = {
-    kernels.batch_norm: lambda x: (x, None, None),
-    kernels.softmax_backward: lambda x: (x, x),
-    kernels.matmul: lambda x: (x, x),
-}
+OPERANDS = {kernels.batch_norm: lambda x: (x, None, None), kernels.softmax_backward: lambda x: (x, x)}
 # What orders threads, or a thread and its copies: without any one of these a kernel is wrong.
-BARRIER = re.compile(r"(?:__syncthreads|wait_copies<\d+>|commit_copies)\(\);")
+BARRIER = re.compile(r"(?:__syncthreads|wait_copies<[^>]*>|commit_copies)\(\);")
 BARRIERS = [(name, i) for name, text in module.sources().items() for i in range(len(BARRIER.findall(text)))]
 
 

@@ -9,17 +9,17 @@ from tilewise.kernels.cupy.activation_codes import ACTIVATION_CODES, LEAKY_SLOPE
 from tilewise.kernels.cupy.copying import contiguous
 from tilewise.kernels.cupy.gemm_few import multiply_few
 from tilewise.kernels.cupy.gemm_sums import add_parts, sum_rows
-from tilewise.kernels.cupy.gemm_tile import BIG, BIG_COPIES, BIG_VECTORS, SINGLY, SMALL, TALL, TINY, VECTORS, WHOLE
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, LARGE, LITTLE, MATMULS, MEDIUM
+from tilewise.kernels.cupy.gemm_tile import BIG, BIG_COPIES, BIG_VECTORS, SINGLY, SMALL, TALL, TINY, VECTORS, WHOLE
 from tilewise.kernels.cupy.launch import sum_dtype
 from tilewise.kernels.gemm_matrices import Matrices, Products
 from tilewise.kernels.gemm_plan import Launch, choose_tile, few_vectors, launches, split
 
 HAS_BFLOAT16 = True  # operation.py asks
 BLOCK = 4  # product.cuh's
-# Where three products of TF32 on tensor cores have more FLOPs than one of float32 without them, by NVIDIA's data sheets:
-# A100 156 / 3 against 19.5, H100 494 / 3 against 67, B200 1100 / 3 against 80. Not on 8.6, 8.9 and 12.0. Nobody has
-# measured it here.
+# Where three products of TF32 on tensor cores are to be faster than one of float32 without them, from NVIDIA's nominal
+# rates: a third of the TF32 rate is at least twice the float32 rate there; on 8.6, 8.9 and 12.0 it is less than the
+# float32 rate. Predicted, not measured.
 SPLIT_ON = ((8, 0), (9, 0), (10, 0))
 SPLIT_DEPTH = 64
 

@@ -36,7 +36,7 @@ KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile an
 
 
 def sum_dtype(dtype: np.dtype) -> np.dtype:
-    """What is computed and summed in: element.cuh's Sum; of integers, matrix_result.cuh's WholeSum, which wraps alike."""
+    """What is computed and summed in: element.cuh's Sum, and of integers matrix_result.cuh's WholeSum."""
     if dtype.kind in "iu":
         return np.dtype(np.uint64) if dtype.itemsize == 8 else np.dtype(np.uint32)
     return np.dtype(np.float32) if dtype.itemsize == 2 else dtype

@@ -127,7 +127,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[
         : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
-#if __CUDA_ARCH__ >= 800
+// From compute capability 8.0 on.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Bfloat) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -140,7 +140,6 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-#endif
 
 }   // namespace tilewise
 #endif
