@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -53,6 +54,27 @@ def _columns(b) -> Matrices:
     return Matrices(b, shape[:-2], shape[-2], shape[-1], shape[-1], 1)
 
 
+def operands_of(name: str, shapes: list, dtype) -> tuple[Matrices, Matrices, int]:
+    """(left, right, number of matrices) of a call of matmul or linear, without arrays."""
+    a, b = (SimpleNamespace(shape=tuple(s), ndim=len(s), dtype=dtype) for s in shapes[:2])
+    if name == "linear":
+        return *_layer(a, b), 1
+    left, right = _below_each_other(_rows(a), _columns(b))
+    return left, right, prod(np.broadcast_shapes(left.lead, right.lead))
+
+
+def _layer(x, weight) -> tuple[Matrices, Matrices]:
+    rows, features, outputs = prod(x.shape[:-1]), weight.shape[1], weight.shape[0]
+    return Matrices(x, (), rows, features, features, 1), Matrices(weight, (), features, outputs, 1, features)
+
+
+def _below_each_other(left: Matrices, right: Matrices) -> tuple[Matrices, Matrices]:
+    """A batch of left matrices, by rows, with one right matrix is one product."""
+    if left.lead and not right.lead and left.column_stride == 1:
+        left = replace(left, lead=(), rows=prod(left.lead) * left.rows, row_stride=left.columns)
+    return left, right
+
+
 def _result_shape(a: tuple, b: tuple) -> tuple:
     lead = np.broadcast_shapes(a[:-2], b[:-2])
     return (*lead, *a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
@@ -81,10 +103,9 @@ class Products:
         lead = np.broadcast_shapes(left.lead, right.lead)
         shape = (*lead, left.rows, right.columns)
         result = array.place.empty(shape, _RESULT_DTYPE.get(array.dtype, array.dtype))
-        if left.lead and not right.lead and left.column_stride == 1 and result.size:
-            # matrices below each other are one
-            left, lead = replace(left, lead=(), rows=prod(left.lead) * left.rows, row_stride=left.columns), ()
         if result.size:
+            left, right = _below_each_other(left, right)
+            lead = np.broadcast_shapes(left.lead, right.lead)
             self.multiply(left, right, lead, result)
         return result
 
@@ -113,9 +134,7 @@ class Products:
         return array.reshape(*shape)
 
     def linear(self, x, weight, bias, *, activation):
-        rows, features = prod(x.shape[:-1]), weight.shape[1]
-        left = Matrices(x, (), rows, features, features, 1)
-        right = Matrices(weight, (), features, weight.shape[0], 1, features)
+        left, right = _layer(x, weight)
         result = x.place.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
         if result.size:
             self.multiply(left, right, (), result, bias, self.codes[activation])

@@ -221,6 +221,7 @@ def jobs(kernels: Iterable, architectures: Iterable[Architecture]) -> Iterator[t
         wanted = [
             a for a in architectures
             if a.capability >= kernel.least
+            and (getattr(kernel, "target", None) or a.name) == a.name
             and (backend_of(kernel) == "cupy" or (a.capability in TARGETS and not a.feature))
         ]  # fmt: skip
         for dtype in kernel.dtypes if wanted else ():

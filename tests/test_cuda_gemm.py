@@ -75,7 +75,7 @@ def test_strided_tiles(gpu, rng, dtype, order):
 @pytest.fixture
 def without_splitting(monkeypatch):
     """float32 by one product each, where CUDA C++ would take three of TF32."""
-    monkeypatch.setattr(import_module("tilewise.kernels.cupy.gemm"), "SPLIT_ON", ())
+    monkeypatch.setattr(import_module("tilewise.kernels.cupy.gemm_plan"), "SPLIT_ON", ())
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)

@@ -12,9 +12,15 @@ GPU_BACKENDS = ("cuda", "cupy")
 TENSOR = [(8, 8, 8), (128, 128, 32), (136, 120, 40), (120, 136, 200), (16, 264, 136)]
 
 
+@pytest.fixture
+def ampere(gpu, monkeypatch):
+    """A device before Hopper's tensor cores, which test_cupy_gemm.py takes."""
+    monkeypatch.setattr(gpu, "capability", (8, 0))
+
+
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_float16_on_tensor_cores(gpu, rng, one_multiprocessor, order, eager):
+def test_float16_on_tensor_cores(gpu, ampere, rng, one_multiprocessor, order, eager):
     gpu.eager_copies = eager
     for m, n, depth in TENSOR:
         a, b = random(rng, np.float16, m, depth), random(rng, np.float16, depth, n)
@@ -37,7 +43,7 @@ def test_tf32_where_it_is_allowed(gpu, rng, one_multiprocessor, order, eager):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_sums_of_tensor_cores_are_cut_off_but_close(gpu, rng, one_multiprocessor, dtype):
+def test_sums_of_tensor_cores_are_cut_off_but_close(gpu, ampere, rng, one_multiprocessor, dtype):
     """They lose up to 6 units of the last place with every 4 (float16: 8) products; all of one sign here, the worst."""
     depth, together = 512, 4 if dtype == np.float32 else 8
     a, b = (to_tf32(rng.random(s, np.float32)).astype(dtype) for s in ((16, depth), (depth, 16)))

@@ -6,8 +6,9 @@ import pytest
 from test_cuda_gemm import ORDERS, launched, product, random, reference, wide
 from tolerances import assert_close, tolerance
 
+import tilewise
 from tilewise import kernels
-from tilewise.kernels.cupy import gemm
+from tilewise.kernels.cupy import gemm_plan
 
 GPU_BACKENDS = ("cupy",)
 B = np.dtype(ml_dtypes.bfloat16)
@@ -21,7 +22,7 @@ def is_split(gpu, order):
 
 def without_tensor_cores(gpu, monkeypatch, *operands):
     with monkeypatch.context() as plain:
-        plain.setattr(gemm, "SPLIT_ON", ())
+        plain.setattr(gemm_plan, "SPLIT_ON", ())
         return product(gpu, *operands)
 
 
@@ -51,7 +52,7 @@ def test_three_products_are_as_good_as_float32(gpu, rng, one_multiprocessor, mon
         "positive": lambda *s: rng.random(s),
         "wide": lambda *s: rng.standard_normal(s) * np.exp(4 * rng.standard_normal(s)),
     }[kind]
-    for depth in (64, 480):  # parts of the depth are added in another kernel
+    for depth in (64, 480):
         a, b = draw(72, depth).astype(np.float32), draw(depth, 72).astype(np.float32)
         exact = np.matmul(*wide(a, b))
         size = np.matmul(*(np.abs(x) for x in wide(a, b)))
@@ -87,7 +88,7 @@ def test_three_products_of_numbers_at_the_limits(gpu, rng, one_multiprocessor, m
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_bfloat16(gpu, rng, one_multiprocessor, monkeypatch, order):
     """On tensor cores; before them, and where rows are not whole vectors, on the plain kernels."""
-    for capability, sizes in (((9, 0), [(8, 8, 8), (136, 120, 72), (5, 7, 3)]), ((7, 5), [(40, 72, 48), (24, 8, 16)])):
+    for capability, sizes in (((8, 0), [(8, 8, 8), (136, 120, 72), (5, 7, 3)]), ((7, 5), [(40, 72, 48), (24, 8, 16)])):
         monkeypatch.setattr(gpu, "capability", capability)
         for m, n, depth in sizes:
             a, b = random(rng, np.float32, m, depth).astype(B), random(rng, np.float32, depth, n).astype(B)
@@ -107,7 +108,68 @@ def test_bfloat16_layer(gpu, rng):
             assert_rounded(actual, gradient, features)
 
 
-# ------------------------------------------------------------------------------------------------- the oldest devices
+# --------------------------------------------------------------------------------------- Hopper, and the oldest devices
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_wgmma(gpu, rng, one_multiprocessor, order):
+    """Of 128 and 256 columns, beyond both; steps of the depth to go around the stages once, and part of one."""
+    names = ", ".join(str(by_k).lower() for by_k in order)
+    for m, n, depth, columns, dtype in (
+        (136, 72, 264, 128, np.float16),
+        (72, 264, 336, 256, np.float16),
+        (72, 72, 72, 128, B),
+    ):
+        for eager in (True, False):
+            gpu.eager_copies = eager
+            a, b = random(rng, np.float32, m, depth).astype(dtype), random(rng, np.float32, depth, n).astype(dtype)
+            y, exact = product(gpu, a, b, order), np.matmul(*wide(a, b))
+            if dtype is B:
+                assert_rounded(y, exact, depth)
+            else:
+                assert_close(y, exact, reduction=depth)
+            assert launched(gpu, {"cupy": f"cupy matmul_wgmma<T, {columns}, {names}>"}, dtype)
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "shuffled", "warps reversed"])
+def test_wgmma_in_every_schedule(gpu, rng, one_multiprocessor, schedule):
+    a, b = random(rng, np.float16, 72, 400), random(rng, np.float16, 400, 72)
+    gpu.schedule = "forward"
+    expected = product(gpu, a, b, (True, False))
+    gpu.schedule = schedule
+    np.testing.assert_array_equal(product(gpu, a, b, (True, False)), expected)
+
+
+def test_wgmma_with_what_follows(gpu, rng, one_multiprocessor):
+    """A batch, broadcast; parts of the depth; bias and activation; a row that is not whole vectors of the result."""
+    a, b = random(rng, np.float16, 2, 72, 64), random(rng, np.float16, 64, 72)
+    assert_close(kernels.matmul(a.swapaxes(1, 2), a), np.matmul(*wide(a.swapaxes(1, 2), a)), reduction=72)
+    assert_close(kernels.matmul(a, b), np.matmul(*wide(a, b)), reduction=64)
+    x, weight, bias = random(rng, np.float16, 72, 560), random(rng, np.float16, 77, 560), random(rng, np.float16, 77)
+    y = kernels.linear(x, weight, bias, activation="relu")
+    expected = reference("linear", *wide(x, weight, bias), activation="relu")
+    assert_close(y, expected, reduction=560)
+    assert any("wgmma" in name for name, _ in gpu.launched)
+
+
+def test_explain(gpu, monkeypatch, one_multiprocessor):
+    def explained(function, *shapes, dtype=np.float32, **options):
+        return tilewise.explain(function, *(np.empty(s, dtype) for s in shapes), **options)
+
+    square = (256, 256), (256, 256)
+    decision = explained(kernels.matmul, *square, dtype=np.float16)
+    assert (decision.algorithm, decision.rejected.get("wgmma")) == ("wgmma", None)
+    assert decision.note == "tiles of 128 x 256: cupy matmul_wgmma<T, 256, true, false>"
+    decision = explained(kernels.matmul, *square)
+    assert decision.algorithm == "mma in 3xTF32"
+    assert decision.rejected["mma in TF32"] == "using(tf32=True) would allow it"
+    assert explained(kernels.linear, (1, 512), (300, 512)).algorithm == "few vectors"
+    assert explained(kernels.matmul, (3, 64, 64), (3, 64, 64), dtype=np.float64).algorithm == "tiles"
+    monkeypatch.setattr(gpu, "capability", (8, 6))
+    decision = explained(kernels.linear, *square, activation="relu")
+    assert decision.algorithm == "tiles"
+    assert decision.rejected["mma in 3xTF32"] == "predicted to be slower than float32 on this device"
+    assert explained(kernels.matmul, *square, dtype=np.float16).rejected["wgmma"] == "needs compute capability 9.0"
 
 
 def test_float16_before_asynchronous_copies(gpu, rng, one_multiprocessor, monkeypatch):

@@ -26,7 +26,8 @@ def product_by_tiles(x):
     return kernels.matmul(x[:, :48], x[:48])
 
 
-def product_on_tensor_cores(x):
+def product_of_half(x):
+    """By mma where there are few rows, else by wgmma."""
     half = x.astype(np.float16)
     return kernels.matmul(half, half.T)
 
@@ -40,11 +41,16 @@ CALLS = {
     "channel_sums.cuh": (kernels.batch_norm, (3, 9, 9, 24), {"training": True, "layout": "NHWC"}),
     "gemm_sums.cu": (bias_gradient, (20, 20), {}),
     "product.cuh": (product_by_tiles, (128, 128), {}),
-    "tensor.cuh": (product_on_tensor_cores, (64, 200), {}),
+    "tensor.cuh": (product_of_half, (64, 200), {}),
+    "gemm_wgmma.cu": (product_of_half, (72, 400), {}),
+    "wgmma_product.cuh": (product_of_half, (72, 400), {}),
 }
 OPERANDS = {kernels.batch_norm: lambda x: (x, None, None), kernels.softmax_backward: lambda x: (x, x)}
 # What orders threads, or a thread and its copies: without any one of these a kernel is wrong.
-BARRIER = re.compile(r"(?:__syncthreads|wait_copies<[^>]*>|commit_copies)\(\);")
+BARRIER = re.compile(
+    r"(?:__syncthreads|(?:wait|commit)_(?:copies|products)(?:<[^>]*>)?|show_to_products)\(\);"
+    r"|(?:arrive|wait_phase)\(stages[^;]*\);|meet<\w+>\(1\);"
+)
 BARRIERS = [(name, i) for name, text in module.sources().items() for i in range(len(BARRIER.findall(text)))]
 
 

@@ -99,7 +99,7 @@ class Driver:
             raise DriverError(f"kernel {kernel.name} needs compute capability {kernel.least}, {self.name} has less")
         with self._lock:
             if form not in self._functions:
-                code = module.code(kernel.source, form.expression, self.target)
+                code = module.code(kernel.source, form.expression, kernel.target or self.target)
                 loaded = self._cupy.cuda.function.Module()
                 with self.current(), _while_capturing():
                     loaded.load(code.binary)

@@ -56,7 +56,7 @@ class Kernel:
         number of the dtype that is summed in. "P 2q3i" is a pointer and a structure of five numbers.
     threads: of a block. blocks: how many of them shall fit a multiprocessor; blocks_on: on devices where it is another.
     dtypes: what it is for. least: the lowest compute capability.
-    shared: bytes of dynamic shared memory.
+    shared: bytes of dynamic shared memory. target: the only architecture that it is compiled for, "sm_90a".
     promises: machine instructions that its code must have: tests/gpu_compile.py looks.
     """
 
@@ -64,10 +64,11 @@ class Kernel:
         self, source: str, template: str, parameters: str, *, threads: int = THREADS, blocks: int = 1,
         dtypes: Iterable[str | np.dtype] = FLOATS, least: tuple[int, int] = module.OLDEST,
         promises: tuple[str, ...] = (), blocks_on: dict[tuple[int, int], int] | None = None,
-        shared: int = 0,
+        shared: int = 0, target: str | None = None,
     ):  # fmt: skip
         self.source, self.template, self.parameters = source, template, parameters.split()
-        self.threads, self.blocks, self.least, self.shared = threads, blocks, least, shared
+        self.threads, self.blocks, self.least = threads, blocks, least
+        self.shared, self.target = shared, target
         self._names = tuple(d if isinstance(d, str) else d.name for d in dtypes)
         self.name = f"cupy {template.replace('{', '').replace('}', '').replace(NAMES, '')}"
         self._promises, self._blocks_on = promises, blocks_on or {}

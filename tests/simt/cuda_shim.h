@@ -127,6 +127,8 @@ inline void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
 
 }   // namespace tilewise
 
+#include "wgmma_shim.h"
+
 // ---- from the buffer of a launch (launch.py's Slots) to a call of the kernel
 
 template <class... A> struct CudaKernel {

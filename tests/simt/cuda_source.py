@@ -110,7 +110,7 @@ def _unit(source: str, expressions: list[str]) -> str:
 
 def _compiled(source: str, expressions: list[str], folder: Path) -> Path:
     unit = _unit(source, expressions)
-    files = [FOLDER / "cuda_shim.h", FOLDER / "runtime.h", *sorted(folder.iterdir())]
+    files = [*sorted(FOLDER.glob("*.h")), *sorted(folder.iterdir())]
     parts = (unit, _FLAGS, [file.read_text(encoding="utf-8") for file in files])
     library = CACHE / f"{Path(source).stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
     if not library.exists():

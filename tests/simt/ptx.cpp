@@ -11,6 +11,26 @@
 #include <limits>
 #include <vector>
 
+// The sum of numbers as a tensor core adds them: aligned to the largest exponent, cut off there behind 24 bits, added
+// exactly, and the sum cut off to float32. Toward zero, both times: sums come out too small, and grow off in one direction.
+//
+// M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330,
+// 2021. Without extra bits, as on the V100; later devices keep one or more, so that their sums are closer than these.
+extern "C" float cut_off_sum(const double *terms, unsigned count) {
+    double plain = 0, largest = std::numeric_limits<float>::min();
+    for (unsigned i = 0; i < count; ++i) {
+        plain += terms[i];
+        largest = std::max(largest, std::fabs(terms[i]));
+    }
+    if (!std::isfinite(plain)) return static_cast<float>(plain);
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
+    int64_t units = 0;
+    for (unsigned i = 0; i < count; ++i) units += static_cast<int64_t>(terms[i] / unit);
+    const double sum = static_cast<double>(units) * unit;
+    const float nearest = static_cast<float>(sum);
+    return std::isfinite(nearest) && std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 namespace {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -42,26 +62,6 @@ float half_to_float(uint32_t half) {
 float tf32(uint32_t word) { return bits<float>(word & 0xffffe000u); }
 
 uint32_t results[8];
-
-// The sum of numbers as a tensor core adds them: aligned to the largest exponent, cut off there behind 24 bits, added
-// exactly, and the sum cut off to float32. Toward zero, both times: sums come out too small, and grow off in one direction.
-//
-// M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330,
-// 2021. Without extra bits, as on the V100; later devices keep one or more, so that their sums are closer than these.
-float cut_off_sum(const double *terms, unsigned count) {
-    double plain = 0, largest = std::numeric_limits<float>::min();
-    for (unsigned i = 0; i < count; ++i) {
-        plain += terms[i];
-        largest = std::max(largest, std::fabs(terms[i]));
-    }
-    if (!std::isfinite(plain)) return static_cast<float>(plain);
-    const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
-    int64_t units = 0;
-    for (unsigned i = 0; i < count; ++i) units += static_cast<int64_t>(terms[i] / unit);
-    const double sum = static_cast<double>(units) * unit;
-    const float nearest = static_cast<float>(sum);
-    return std::isfinite(nearest) && std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
-}
 
 // ---- mma: D = A B + C for a warp. With g = lane / 4 and t = lane % 4, C and D hold rows g and g + 8, columns 2t and
 // 2t + 1 (16 x 8); A and B as commented below.
@@ -146,6 +146,7 @@ static void copy_bytes(const Copy &copy) {
 
 static void finish(const Copy &copy) {
     check_copy_ends(copy.target, copy.bytes);
+    simt_copies_arrived();
     if (!simt_eager_copies()) copy_bytes(copy);
 }
 
