@@ -192,7 +192,8 @@ def inspect(kernel, dtype: np.dtype, architecture: Architecture) -> Report:
     def number(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, said)))
 
-    registers, shared = number(r"Used (\d+) registers"), number(r"(\d+) bytes smem")
+    registers = number(r"Used (\d+) registers")
+    shared = number(r"(\d+) bytes smem") + getattr(kernel, "shared", 0)
     faults = []
     if stack := number(r"(\d+) bytes stack frame"):
         faults.append(f"a stack frame of {stack} bytes")
@@ -220,6 +221,7 @@ def jobs(kernels: Iterable, architectures: Iterable[Architecture]) -> Iterator[t
         wanted = [
             a for a in architectures
             if a.capability >= kernel.least
+            and (getattr(kernel, "target", None) or a.name) == a.name
             and (backend_of(kernel) == "cupy" or (a.capability in TARGETS and not a.feature))
         ]  # fmt: skip
         for dtype in kernel.dtypes if wanted else ():
@@ -329,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     header = ("kernel", "dtype", "threads", "shared", *args.arch, f"instructions of {args.arch[-1]}")
     title = (
         "registers (r) of a thread, blocks (b) that fit a multiprocessor, the share of its threads that this is\n"
-        "shared: bytes of static shared memory (dynamic one, known at the launch, can make it fewer blocks)"
+        "shared: bytes of shared memory (of numba.cuda's the static one: more, at the launch, can make it fewer blocks)"
     )
     table.show(list(rows(reports, architectures)), title, header, left=2)
     found = faults(reports)

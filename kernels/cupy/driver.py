@@ -17,6 +17,8 @@ from tilewise.kernels import machine
 from tilewise.kernels.cupy import module
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_FOR_ALL = 48 << 10  # bytes that a kernel may have without being allowed more
 
 
 class DriverError(RuntimeError):
@@ -97,11 +99,14 @@ class Driver:
             raise DriverError(f"kernel {kernel.name} needs compute capability {kernel.least}, {self.name} has less")
         with self._lock:
             if form not in self._functions:
-                code = module.code(kernel.source, form.expression, self.target)
+                code = module.code(kernel.source, form.expression, kernel.target or self.target)
                 loaded = self._cupy.cuda.function.Module()
                 with self.current(), _while_capturing():
                     loaded.load(code.binary)
-                    self._functions[form] = loaded.get_function(code.entry)
+                    function = loaded.get_function(code.entry)
+                    if kernel.shared > _SHARED_FOR_ALL:
+                        self._cupy.cuda.driver.funcSetAttribute(function.ptr, _DYNAMIC_SHARED, kernel.shared)
+                    self._functions[form] = function
             return self._functions[form]
 
     def start(self, form, grid: tuple[int, int, int], shared: int, stream: int, slots):

@@ -29,14 +29,17 @@ _TYPES = {
     "int8": "signed char", "uint8": "unsigned char", "int16": "short", "uint16": "unsigned short",
     "int32": "int", "uint32": "unsigned", "int64": "long long", "uint64": "unsigned long long",
 }  # fmt: skip
+NAMES = f"{module.NAMESPACE}::"  # goes before names of the sources in a template's arguments
 _WORD = 8  # bytes: every parameter begins at a multiple
 
 KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile and launch them all
 
 
 def sum_dtype(dtype: np.dtype) -> np.dtype:
-    """What floats are computed and summed in: element.cuh's Sum."""
-    return np.dtype(np.float32) if dtype.itemsize == 2 and dtype.kind not in "iu" else dtype
+    """What is computed and summed in: element.cuh's Sum, and of integers matrix_result.cuh's WholeSum."""
+    if dtype.kind in "iu":
+        return np.dtype(np.uint64) if dtype.itemsize == 8 else np.dtype(np.uint32)
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
 def _dtype(name: str) -> np.dtype | None:
@@ -47,24 +50,28 @@ class Kernel:
     """A kernel for the GPU. Called with a place, the grid and the arguments, it starts.
 
     source: the file in src/ that has it.
-    template: its name with the template's arguments; {T} and {N} stand for the dtype's type and for its lanes.
+    template: its name with the template's arguments; {T} and {N} stand for the dtype's type and for its lanes;
+        other names of the sources follow NAMES.
     parameters: a group for each, of the letters of Python's struct: P a pointer, q and i numbers of 64 and 32 bits, r a
         number of the dtype that is summed in. "P 2q3i" is a pointer and a structure of five numbers.
-    threads: of a block. blocks: how many of them shall fit a multiprocessor.
+    threads: of a block. blocks: how many of them shall fit a multiprocessor; blocks_on: on devices where it is another.
     dtypes: what it is for. least: the lowest compute capability.
+    shared: bytes of dynamic shared memory. target: the only architecture that it is compiled for, "sm_90a".
     promises: machine instructions that its code must have: tests/gpu_compile.py looks.
     """
 
     def __init__(
         self, source: str, template: str, parameters: str, *, threads: int = THREADS, blocks: int = 1,
         dtypes: Iterable[str | np.dtype] = FLOATS, least: tuple[int, int] = module.OLDEST,
-        promises: tuple[str, ...] = (),
+        promises: tuple[str, ...] = (), blocks_on: dict[tuple[int, int], int] | None = None,
+        shared: int = 0, target: str | None = None,
     ):  # fmt: skip
         self.source, self.template, self.parameters = source, template, parameters.split()
         self.threads, self.blocks, self.least = threads, blocks, least
+        self.shared, self.target = shared, target
         self._names = tuple(d if isinstance(d, str) else d.name for d in dtypes)
-        self.name = f"cupy {template.replace('{', '').replace('}', '')}"
-        self._promises = promises
+        self.name = f"cupy {template.replace('{', '').replace('}', '').replace(NAMES, '')}"
+        self._promises, self._blocks_on = promises, blocks_on or {}
         self._forms: dict[np.dtype, Form] = {}
         KERNELS.append(self)
 
@@ -73,7 +80,7 @@ class Kernel:
 
     def bounds(self, capability: tuple[int, int]) -> tuple[int, int]:
         """(threads, the blocks that shall fit a multiprocessor)."""
-        return self.threads, self.blocks
+        return self.threads, self._blocks_on.get(capability, self.blocks)
 
     def promises(self, dtype: np.dtype) -> tuple[str, ...]:
         return self._promises
@@ -96,7 +103,7 @@ class Kernel:
         form = self.form(arguments[0].dtype if dtype is None else dtype)
         grid = (grid, 1, 1) if isinstance(grid, int) else grid
         if 0 not in grid:
-            driver.engine(place.ordinal).start(form, grid, 0, place.stream(), form.pack(arguments))
+            driver.engine(place.ordinal).start(form, grid, self.shared, place.stream(), form.pack(arguments))
 
 
 class Slots(bytearray):

@@ -207,6 +207,12 @@ void emu_check_store(unsigned char *address, uint64_t bytes, uint64_t alignment)
     });
 }
 
+void check_not_copying(const unsigned char *address, size_t bytes) {
+    each_piece(shared_range(address, bytes), address, bytes, [&](Piece &piece) {
+        if (piece.copying) simt_fault("a product reads shared memory that a cp.async is still filling");
+    });
+}
+
 // From here to its wait, a copy owns its target: it must not begin while others may still read or write there.
 void check_copy_begins(unsigned char *target, size_t bytes) {
     const Range &range = shared_range(target, bytes);

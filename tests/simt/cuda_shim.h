@@ -28,6 +28,17 @@ void cuda_shuffle_xor(unsigned mask, void *value, size_t bytes, int lanes);
 int cuda_atomic_max(int *place, int value);
 float cuda_half_to_float(unsigned short bits);
 unsigned short cuda_float_to_half(float value);
+// ptx.cpp
+void emu_cp_async_16(uint32_t target, uint64_t source, uint32_t source_bytes);
+void emu_cp_async_commit();
+void emu_cp_async_wait(int pending);
+void emu_ldmatrix_x4(uint32_t address);
+void emu_ldmatrix_x4_trans(uint32_t address);
+uint32_t emu_cvt_tf32(float value);
+#define MMA(name)                                                                                                     \
+    void emu_mma_##name(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0,       \
+                        float c1, float c2, float c3);
+MMA(f16) MMA(bf16) MMA(tf32)
 }
 #define threadIdx (cuda_thread_index())
 #define blockIdx (cuda_block_index())
@@ -66,6 +77,9 @@ namespace tilewise {
 struct Half {
     unsigned short bits;
 };
+struct Bfloat {
+    unsigned short bits;
+};
 inline float to_float(Half h) { return cuda_half_to_float(h.bits); }
 inline Half to_half(float value) { return {cuda_float_to_half(value)}; }
 
@@ -79,8 +93,41 @@ inline void store_16_bytes(void *to, uint4 bits) {
     emu_check_store(static_cast<unsigned char *>(to), 16, 16);
     memcpy(to, &bits, 16);
 }
+inline void store_16_bytes_shared(void *to, uint4 bits) { store_16_bytes(to, bits); }
+
+inline unsigned shared_address(const void *pointer) { return static_cast<unsigned>(reinterpret_cast<uintptr_t>(pointer)); }
+inline void copy_16_bytes(void *to, const void *from, bool there) {
+    emu_cp_async_16(shared_address(to), reinterpret_cast<uintptr_t>(from), there ? 16 : 0);
+}
+inline void commit_copies() { emu_cp_async_commit(); }
+template <int PENDING> void wait_copies() { emu_cp_async_wait(PENDING); }
+inline void *dynamic_shared() { return simt_dynamic_shared(); }
+
+inline void load_matrices(unsigned (&words)[4], const void *row) {
+    emu_ldmatrix_x4(shared_address(row));
+    memcpy(words, emu_results(), sizeof words);
+}
+inline void load_matrices_transposed(unsigned (&words)[4], const void *row) {
+    emu_ldmatrix_x4_trans(shared_address(row));
+    memcpy(words, emu_results(), sizeof words);
+}
+inline unsigned to_tf32(float value) { return emu_cvt_tf32(value); }
+inline void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Half) {
+    emu_mma_f16(a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    memcpy(d, emu_results(), sizeof d);
+}
+inline void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Bfloat) {
+    emu_mma_bf16(a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    memcpy(d, emu_results(), sizeof d);
+}
+inline void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, float) {
+    emu_mma_tf32(a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    memcpy(d, emu_results(), sizeof d);
+}
 
 }   // namespace tilewise
+
+#include "wgmma_shim.h"
 
 // ---- from the buffer of a launch (launch.py's Slots) to a call of the kernel
 

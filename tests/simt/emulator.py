@@ -63,7 +63,7 @@ def why_not() -> str | None:
 @lru_cache(maxsize=1)
 def runtime() -> ctypes.CDLL:
     """The scheduler, compiled once for each version of its source."""
-    sources = [FOLDER / name for name in ("runtime.cpp", "checks.cpp", "ptx.cpp", "cuda_calls.cpp")]
+    sources = [FOLDER / name for name in ("runtime.cpp", "checks.cpp", "ptx.cpp", "pipeline.cpp", "cuda_calls.cpp")]
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, FOLDER / "runtime.h"])).hexdigest()[:16]
     library = CACHE / f"simt-{stamp}.so"
     if not library.exists():

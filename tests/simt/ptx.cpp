@@ -11,6 +11,26 @@
 #include <limits>
 #include <vector>
 
+// The sum of numbers as a tensor core adds them: aligned to the largest exponent, cut off there behind 24 bits, added
+// exactly, and the sum cut off to float32. Toward zero, both times: sums come out too small, and grow off in one direction.
+//
+// M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330,
+// 2021. Without extra bits, as on the V100; later devices keep one or more, so that their sums are closer than these.
+extern "C" float cut_off_sum(const double *terms, unsigned count) {
+    double plain = 0, largest = std::numeric_limits<float>::min();
+    for (unsigned i = 0; i < count; ++i) {
+        plain += terms[i];
+        largest = std::max(largest, std::fabs(terms[i]));
+    }
+    if (!std::isfinite(plain)) return static_cast<float>(plain);
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
+    int64_t units = 0;
+    for (unsigned i = 0; i < count; ++i) units += static_cast<int64_t>(terms[i] / unit);
+    const double sum = static_cast<double>(units) * unit;
+    const float nearest = static_cast<float>(sum);
+    return std::isfinite(nearest) && std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 namespace {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -43,26 +63,6 @@ float tf32(uint32_t word) { return bits<float>(word & 0xffffe000u); }
 
 uint32_t results[8];
 
-// The sum of numbers as a tensor core adds them: aligned to the largest exponent, cut off there behind 24 bits, added
-// exactly, and the sum cut off to float32. Toward zero, both times: sums come out too small, and grow off in one direction.
-//
-// M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330,
-// 2021. Without extra bits, as on the V100; later devices keep one or more, so that their sums are closer than these.
-float cut_off_sum(const double *terms, unsigned count) {
-    double plain = 0, largest = std::numeric_limits<float>::min();
-    for (unsigned i = 0; i < count; ++i) {
-        plain += terms[i];
-        largest = std::max(largest, std::fabs(terms[i]));
-    }
-    if (!std::isfinite(plain)) return static_cast<float>(plain);
-    const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
-    int64_t units = 0;
-    for (unsigned i = 0; i < count; ++i) units += static_cast<int64_t>(terms[i] / unit);
-    const double sum = static_cast<double>(units) * unit;
-    const float nearest = static_cast<float>(sum);
-    return std::isfinite(nearest) && std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
-}
-
 // ---- mma: D = A B + C for a warp. With g = lane / 4 and t = lane % 4, C and D hold rows g and g + 8, columns 2t and
 // 2t + 1 (16 x 8); A and B as commented below.
 
@@ -90,6 +90,17 @@ void mma(const Fragments &mine, Element element) {
         sums[e] = sum;
     }
     memcpy(results, sums, sizeof sums);
+}
+
+// A 16 x 16: word r + 2s of lane (g, t) holds row g + 8r, columns 8s + 2t and the next; B 16 x 8: word s holds rows
+// 8s + 2t and the next, column g.
+template <typename Widen> void mma_16_bits(const Fragments &mine, Widen widen) {
+    mma<16>(mine, [&](const unsigned char *all, unsigned row, unsigned column, unsigned k) {
+        const Fragments left = deposit<Fragments>(all, row % 8 * 4 + k % 8 / 2);
+        const Fragments right = deposit<Fragments>(all, column * 4 + k % 8 / 2);
+        const unsigned shift = 16 * (k % 2);
+        return double{widen(left.a[row / 8 + 2 * (k / 8)] >> shift)} * widen(right.b[k / 8] >> shift);
+    });
 }
 
 }   // namespace
@@ -135,6 +146,7 @@ static void copy_bytes(const Copy &copy) {
 
 static void finish(const Copy &copy) {
     check_copy_ends(copy.target, copy.bytes);
+    simt_copies_arrived();
     if (!simt_eager_copies()) copy_bytes(copy);
 }
 
@@ -187,18 +199,13 @@ void emu_ldmatrix_x4_trans(uint32_t address) { ldmatrix(address, 4, true); }
 void emu_ldmatrix_x2(uint32_t address) { ldmatrix(address, 2, false); }
 void emu_ldmatrix_x2_trans(uint32_t address) { ldmatrix(address, 2, true); }
 
-// A 16 x 16: word r + 2s of lane (g, t) holds row g + 8r, columns 8s + 2t and the next; B 16 x 8: word s holds rows
-// 8s + 2t and the next, column g.
 void emu_mma_f16(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
                  float c2, float c3) {
-    mma<16>({{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}},
-            [](const unsigned char *all, unsigned row, unsigned column, unsigned k) {
-                const Fragments left = deposit<Fragments>(all, row % 8 * 4 + k % 8 / 2);
-                const Fragments right = deposit<Fragments>(all, column * 4 + k % 8 / 2);
-                const unsigned shift = 16 * (k % 2);
-                return double{half_to_float(left.a[row / 8 + 2 * (k / 8)] >> shift)} *
-                       half_to_float(right.b[k / 8] >> shift);
-            });
+    mma_16_bits({{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}}, half_to_float);
+}
+void emu_mma_bf16(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
+                  float c2, float c3) {
+    mma_16_bits({{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}}, [](uint32_t word) { return bits<float>(word << 16); });
 }
 
 // A 16 x 8: word r + 2s of lane (g, t) holds row g + 8r, column t + 4s; B 8 x 8: word s holds row t + 4s, column g.

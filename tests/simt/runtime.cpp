@@ -47,7 +47,7 @@ constexpr uint64_t MARK = 0x7469'6c65'7769'7365;
 constexpr size_t DEPOSIT_BYTES = 128;
 constexpr unsigned WARP = 32;
 
-enum State : uint8_t { RUNNABLE, AT_BARRIER, IN_WARP, DONE };
+enum State : uint8_t { RUNNABLE, AT_BARRIER, IN_WARP, DONE };   // IN_WARP: waits for other threads otherwise
 
 struct Fibre {
     void *stack_pointer;
@@ -188,7 +188,7 @@ int run_block(std::vector<unsigned> &order, int schedule, unsigned &seed) {
         } else if (!moved && live > 0) {
             snprintf(message, sizeof message,
                      "block (%u, %u, %u) is stuck: of %u running threads %u wait at a barrier, the others in a warp "
-                     "operation for lanes that never come",
+                     "operation, or at a barrier in shared memory, for threads that never come",
                      simt_ctaid.x, simt_ctaid.y, simt_ctaid.z, live, waiting);
             return DEADLOCK;
         }
@@ -196,6 +196,11 @@ int run_block(std::vector<unsigned> &order, int schedule, unsigned &seed) {
     if (simt_copies_pending() > 0) {
         snprintf(message, sizeof message, "block (%u, %u, %u) ended with %d cp.async that nobody waited for",
                  simt_ctaid.x, simt_ctaid.y, simt_ctaid.z, simt_copies_pending());
+        return DIVERGED;
+    }
+    if (simt_products_pending() > 0) {
+        snprintf(message, sizeof message, "block (%u, %u, %u) ended with products that nobody waited for", simt_ctaid.x,
+                 simt_ctaid.y, simt_ctaid.z);
         return DIVERGED;
     }
     return FINISHED;
@@ -274,6 +279,14 @@ const unsigned char *simt_warp_exchange(unsigned mask, const void *deposit, size
     }
 }
 
+void simt_wait_until(bool (*ready)(const void *, int), const void *object, int number) {
+    while (!ready(object, number)) {
+        fibres[current].state = IN_WARP;
+        give_up_processor();
+    }
+    ++exchanges_done;
+}
+
 unsigned simt_participants() { return participants; }
 
 void simt_stack(const unsigned char **begin, size_t *bytes) {
@@ -287,6 +300,7 @@ static int run_one(std::vector<unsigned> &order, const Dim3 &block, int schedule
     memset(dynamic_shared, 0xFF, dynamic_bytes);
     check_block_begins(threads);
     simt_copies_begin(threads);
+    simt_pipeline_begins(threads);
     for (unsigned i = 0; i < threads; ++i) {
         const bool backward = schedule == REVERSE || schedule == WARPS_REVERSED;
         order[i] = backward ? threads - 1 - i : i;
@@ -311,7 +325,7 @@ int simt_launch(void (*entry)(void *), void *arguments, const Dim3 *grid, const 
     fibres.resize(threads);
     free(dynamic_shared);
     dynamic_bytes = shared_bytes;
-    dynamic_shared = static_cast<unsigned char *>(aligned_alloc(128, (shared_bytes / 128 + 1) * 128));
+    dynamic_shared = static_cast<unsigned char *>(aligned_alloc(1024, (shared_bytes / 1024 + 1) * 1024));
     check_launch_begins(granularity);
     std::vector<unsigned> order(threads);
     unsigned seed = 12345;

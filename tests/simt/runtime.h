@@ -43,6 +43,8 @@ int simt_barrier_reduce(int value, int operation, void *where);
 // Waits for the lanes of `mask` that still run; returns what each lane deposited: lane l at 128 * l. operation: a name,
 // the same string for all.
 const unsigned char *simt_warp_exchange(unsigned mask, const void *deposit, size_t bytes, const char *operation);
+// Lets other threads run until ready(object, number).
+void simt_wait_until(bool (*ready)(const void *, int), const void *object, int number);
 unsigned simt_participants();   // the lanes that took part in the exchange that has just returned
 
 unsigned simt_thread();        // the thread's number in its block
@@ -69,6 +71,11 @@ extern const char *const SYNCWARP;   // the one warp operation that orders acces
 // The copies that a thread has begun with cp.async (ptx.cpp): dropped when a block begins, checked when it ends.
 void simt_copies_begin(unsigned threads);
 int simt_copies_pending();
+void simt_pipeline_begins(unsigned threads);   // pipeline.cpp: the same of its barriers and products
+int simt_products_pending();
+void simt_copies_arrived();                    // the thread's
+void check_not_copying(const unsigned char *address, size_t bytes);
+float cut_off_sum(const double *terms, unsigned count);   // as tensor cores add
 const char *simt_message();
 uint32_t *emu_results();   // of an instruction with several, eight words
 }

@@ -8,11 +8,6 @@ namespace tilewise {
 // of more blocks.
 constexpr int THREADS = 256;
 
-// bfloat16: the upper half of a float.
-struct Bfloat {
-    unsigned short bits;
-};
-
 __device__ __forceinline__ float to_float(Bfloat value) {
     return __int_as_float(static_cast<int>(static_cast<unsigned>(value.bits) << 16));
 }
@@ -87,6 +82,14 @@ template <int N, class T> __device__ __forceinline__ void store(T *to, const Pac
         memcpy(&bits, &pack, 16);
         store_16_bytes(to, bits);
     }
+}
+
+// 16 bytes to shared memory.
+template <int N, class T> __device__ __forceinline__ void store_shared(T *to, const Pack<T, N> &pack) {
+    static_assert(N * sizeof(T) == 16, "16 bytes");
+    uint4 bits;
+    memcpy(&bits, &pack, 16);
+    store_16_bytes_shared(to, bits);
 }
 
 // Quotients of numbers that are not negative.

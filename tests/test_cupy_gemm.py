@@ -1,0 +1,179 @@
+"""Products that CUDA C++ alone has: bfloat16, and float32 by three products of TF32."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from test_cuda_gemm import ORDERS, launched, product, random, reference, wide
+from tolerances import assert_close, tolerance
+
+import tilewise
+from tilewise import kernels
+from tilewise.kernels.cupy import gemm_plan
+
+GPU_BACKENDS = ("cupy",)
+B = np.dtype(ml_dtypes.bfloat16)
+SPLIT = [(128, 128, 64), (136, 120, 72), (120, 260, 136)]
+
+
+def is_split(gpu, order):
+    names = ", ".join(str(by_k).lower() for by_k in order)
+    return launched(gpu, {"cupy": f"cupy matmul_tensor<SplitMath, Medium, {names}>"}, np.float32)
+
+
+def without_tensor_cores(gpu, monkeypatch, *operands):
+    with monkeypatch.context() as plain:
+        plain.setattr(gemm_plan, "SPLIT_ON", ())
+        return product(gpu, *operands)
+
+
+def assert_rounded(actual, expected, depth):
+    """The bfloat16 nearest to what float32 gives."""
+    assert actual.dtype == B
+    error, size = np.abs(actual.astype(np.float64) - expected), np.abs(expected)
+    assert (error <= 2.0**-8 * size + 2 * tolerance(np.float32, depth) * size.max()).all()
+
+
+# ------------------------------------------------------------------------------------------- three products of TF32
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_float32_by_three_products(gpu, rng, one_multiprocessor, order):
+    for m, n, depth in SPLIT:
+        a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
+        assert_close(product(gpu, a, b, order), np.matmul(*wide(a, b)), reduction=depth)
+        assert is_split(gpu, order)
+
+
+@pytest.mark.parametrize("kind", ["normal", "positive", "wide"])
+def test_three_products_are_as_good_as_float32(gpu, rng, one_multiprocessor, monkeypatch, kind):
+    """At most twice the error of FFMA, although what tensor cores add is cut off: at worst what has one sign."""
+    draw = {
+        "normal": lambda *s: rng.standard_normal(s),
+        "positive": lambda *s: rng.random(s),
+        "wide": lambda *s: rng.standard_normal(s) * np.exp(4 * rng.standard_normal(s)),
+    }[kind]
+    for depth in (64, 480):
+        a, b = draw(72, depth).astype(np.float32), draw(depth, 72).astype(np.float32)
+        exact = np.matmul(*wide(a, b))
+        size = np.matmul(*(np.abs(x) for x in wide(a, b)))
+        ours = np.abs(product(gpu, a, b, (True, False)) - exact) / size
+        assert is_split(gpu, (True, False))
+        plain = np.abs(without_tensor_cores(gpu, monkeypatch, a, b, (True, False)) - exact) / size
+        assert not is_split(gpu, (True, False))
+        assert ours.max() <= 2 * plain.max()
+        assert np.sqrt((ours**2).mean()) <= 2 * np.sqrt((plain**2).mean())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+def test_three_products_of_numbers_at_the_limits(gpu, rng, one_multiprocessor, monkeypatch):
+    largest = float(np.finfo(np.float32).max)
+    a, b = rng.uniform(0.5, 1, (72, 64)).astype(np.float32), rng.uniform(0.5, 1, (64, 72)).astype(np.float32)
+    a[0, 1], a[1, 2], a[2, 3], a[3, 4] = np.inf, -np.inf, np.nan, largest
+    b[5, 0], b[6, 1], b[7, 2] = np.inf, np.nan, -largest
+    a[4, 5], b[1, 4] = 0, 0  # times Infinity
+    a[5, 5], b[1, 5] = np.inf, -np.inf
+    a[6] *= np.float32(1e-33)  # below 2**-113 there are fewer digits
+    y = product(gpu, a, b, (True, False))
+    assert is_split(gpu, (True, False))
+    plain = without_tensor_cores(gpu, monkeypatch, a, b, (True, False))
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(plain))
+    finite = np.isfinite(plain)
+    np.testing.assert_array_equal(y[~finite], plain[~finite])
+    np.testing.assert_allclose(y[finite], plain[finite], rtol=1e-5, atol=1e-45)
+
+
+# ---------------------------------------------------------------------------------------------------------- bfloat16
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_bfloat16(gpu, rng, one_multiprocessor, monkeypatch, order):
+    """On tensor cores; before them, and where rows are not whole vectors, on the plain kernels."""
+    for capability, sizes in (((8, 0), [(8, 8, 8), (136, 120, 72), (5, 7, 3)]), ((7, 5), [(40, 72, 48), (24, 8, 16)])):
+        monkeypatch.setattr(gpu, "capability", capability)
+        for m, n, depth in sizes:
+            a, b = random(rng, np.float32, m, depth).astype(B), random(rng, np.float32, depth, n).astype(B)
+            assert_rounded(product(gpu, a, b, order), np.matmul(*wide(a, b)), depth)
+
+
+def test_bfloat16_layer(gpu, rng):
+    for rows, features, outputs in ((2, 24, 40), (33, 1600, 8), (65, 21, 9)):
+        x, weight, bias = (
+            random(rng, np.float32, *s).astype(B) for s in ((rows, features), (outputs, features), (outputs,))
+        )
+        expected = reference("linear", *wide(x, weight, bias), activation="relu")
+        assert_rounded(kernels.linear(x, weight, bias, activation="relu"), expected, features)
+        grad = random(rng, np.float32, rows, outputs).astype(B)
+        ours, theirs = kernels.linear_backward(grad, x, weight), reference("linear_backward", *wide(grad, x, weight))
+        for actual, gradient in zip(ours, theirs, strict=True):
+            assert_rounded(actual, gradient, features)
+
+
+# --------------------------------------------------------------------------------------- Hopper, and the oldest devices
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_wgmma(gpu, rng, one_multiprocessor, order):
+    """Of 128 and 256 columns, beyond both; steps of the depth to go around the stages once, and part of one."""
+    names = ", ".join(str(by_k).lower() for by_k in order)
+    for m, n, depth, columns, dtype in (
+        (136, 72, 264, 128, np.float16),
+        (72, 264, 336, 256, np.float16),
+        (72, 72, 72, 128, B),
+    ):
+        for eager in (True, False):
+            gpu.eager_copies = eager
+            a, b = random(rng, np.float32, m, depth).astype(dtype), random(rng, np.float32, depth, n).astype(dtype)
+            y, exact = product(gpu, a, b, order), np.matmul(*wide(a, b))
+            if dtype is B:
+                assert_rounded(y, exact, depth)
+            else:
+                assert_close(y, exact, reduction=depth)
+            assert launched(gpu, {"cupy": f"cupy matmul_wgmma<T, {columns}, {names}>"}, dtype)
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "shuffled", "warps reversed"])
+def test_wgmma_in_every_schedule(gpu, rng, one_multiprocessor, schedule):
+    a, b = random(rng, np.float16, 72, 400), random(rng, np.float16, 400, 72)
+    gpu.schedule = "forward"
+    expected = product(gpu, a, b, (True, False))
+    gpu.schedule = schedule
+    np.testing.assert_array_equal(product(gpu, a, b, (True, False)), expected)
+
+
+def test_wgmma_with_what_follows(gpu, rng, one_multiprocessor):
+    """A batch, broadcast; parts of the depth; bias and activation; a row that is not whole vectors of the result."""
+    a, b = random(rng, np.float16, 2, 72, 64), random(rng, np.float16, 64, 72)
+    assert_close(kernels.matmul(a.swapaxes(1, 2), a), np.matmul(*wide(a.swapaxes(1, 2), a)), reduction=72)
+    assert_close(kernels.matmul(a, b), np.matmul(*wide(a, b)), reduction=64)
+    x, weight, bias = random(rng, np.float16, 72, 560), random(rng, np.float16, 77, 560), random(rng, np.float16, 77)
+    y = kernels.linear(x, weight, bias, activation="relu")
+    expected = reference("linear", *wide(x, weight, bias), activation="relu")
+    assert_close(y, expected, reduction=560)
+    assert any("wgmma" in name for name, _ in gpu.launched)
+
+
+def test_explain(gpu, monkeypatch, one_multiprocessor):
+    def explained(function, *shapes, dtype=np.float32, **options):
+        return tilewise.explain(function, *(np.empty(s, dtype) for s in shapes), **options)
+
+    square = (256, 256), (256, 256)
+    decision = explained(kernels.matmul, *square, dtype=np.float16)
+    assert (decision.algorithm, decision.rejected.get("wgmma")) == ("wgmma", None)
+    assert decision.note == "tiles of 128 x 256: cupy matmul_wgmma<T, 256, true, false>"
+    decision = explained(kernels.matmul, *square)
+    assert decision.algorithm == "mma in 3xTF32"
+    assert decision.rejected["mma in TF32"] == "using(tf32=True) would allow it"
+    assert explained(kernels.linear, (1, 512), (300, 512)).algorithm == "few vectors"
+    assert explained(kernels.matmul, (3, 64, 64), (3, 64, 64), dtype=np.float64).algorithm == "tiles"
+    monkeypatch.setattr(gpu, "capability", (8, 6))
+    decision = explained(kernels.linear, *square, activation="relu")
+    assert decision.algorithm == "tiles"
+    assert decision.rejected["mma in 3xTF32"] == "predicted to be slower than float32 on this device"
+    assert explained(kernels.matmul, *square, dtype=np.float16).rejected["wgmma"] == "needs compute capability 9.0"
+
+
+def test_float16_before_asynchronous_copies(gpu, rng, one_multiprocessor, monkeypatch):
+    monkeypatch.setattr(gpu, "capability", (7, 5))
+    a, b = random(rng, np.float16, 136, 72), random(rng, np.float16, 72, 136)
+    assert_close(product(gpu, a, b, (True, False)), np.matmul(*wide(a, b)), reduction=72)
+    assert launched(gpu, {"cupy": "cupy matmul_tensor<HalfMath, Little, true, false>"}, np.float16)
