@@ -126,6 +126,12 @@ def gpu(emulators, request):
 
 
 @pytest.fixture
+def one_multiprocessor(gpu, monkeypatch):
+    """A device that any tile occupies: the largest one is taken of which the product fills more than half."""
+    monkeypatch.setattr(gpu, "multiprocessors", 1)
+
+
+@pytest.fixture
 def planned_anew(monkeypatch):
     """planned_anew(module, name, value): a constant with another value, in plans made since; for this test only."""
     from tilewise.kernels import operation

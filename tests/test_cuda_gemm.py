@@ -1,12 +1,15 @@
-"""matmul and linear in numba.cuda, executed on the CPU, against the reference: every tile, order and dtype."""
+"""matmul and linear of the GPU backends, executed on the CPU, against the reference: every tile, order and dtype."""
+
+from importlib import import_module
 
 import numpy as np
 import pytest
-from tolerances import assert_close, tolerance
+from tolerances import assert_close
 
 import tilewise
 from tilewise import kernels
 
+GPU_BACKENDS = ("cuda", "cupy")
 FLOATS = [np.float16, np.float32, np.float64]
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 ORDERS = [(True, True), (True, False), (False, True), (False, False)]
@@ -18,7 +21,6 @@ VECTORS = [
     (128, 64, 16), (132, 56, 20), (260, 40, 32),  # 128 x 64
     (128, 128, 16), (124, 132, 12), (132, 124, 36), (256, 72, 4),  # 128 x 128
 ]  # fmt: skip
-TENSOR = [(8, 8, 8), (128, 128, 32), (136, 120, 40), (120, 136, 200), (16, 264, 136)]
 
 
 def reference(name, *operands, **options):
@@ -36,8 +38,8 @@ def random(rng, dtype, *shape):
 
 def product(gpu, a, b, k_contiguous):
     """a @ b by the GPU's plan, with either operand stored by rows or by columns."""
-    from tilewise.kernels.cuda.gemm_plan import Matrices, multiply
     from tilewise.kernels.device_arrays import HostPlace
+    from tilewise.kernels.gemm_matrices import Matrices
 
     place, (m, depth), n = HostPlace(gpu), a.shape, b.shape[1]
     left = Matrices(place.copy_in(np.ascontiguousarray(a)), (), m, depth, depth, 1)
@@ -47,14 +49,16 @@ def product(gpu, a, b, k_contiguous):
     if k_contiguous[1]:
         right = Matrices(place.copy_in(np.ascontiguousarray(b.T)), (), n, depth, depth, 1).transposed()
     result = place.empty((m, n), a.dtype)
-    multiply(left, right, (), result)
+    import_module(f"tilewise.kernels.{gpu.backend}.gemm").multiply(left, right, (), result)
     return place.copy_out(result)
 
 
-@pytest.fixture
-def one_multiprocessor(gpu, monkeypatch):
-    """A device that any tile occupies: the largest one is taken of which the product fills more than half."""
-    monkeypatch.setattr(gpu, "multiprocessors", 1)
+def launched(gpu, name, dtype):
+    """Whether a kernel was launched since it was asked last. name: numba.cuda's and CUDA C++'s."""
+    form = name[gpu.backend], np.dtype(dtype).name
+    was = form in gpu.launched
+    gpu.launched.discard(form)
+    return was
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -80,72 +84,36 @@ def test_vector_tiles(gpu, rng, one_multiprocessor, dtype, order):
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_asynchronous_copies_change_no_bit(gpu, rng, one_multiprocessor, monkeypatch, order, eager):
     gpu.eager_copies = eager
-    k_or_row = " ".join("k" if by_k else "row" for by_k in order)
-    asynchronous, plain = f"matmul 128x128x16 copies {k_or_row}", f"matmul 128x128x16 vectors {k_or_row}"
+    by_numba = " ".join("k" if by_k else "row" for by_k in order)
+    copied, kept = (", ".join("ALONG_K" if by_k else way for by_k in order) for way in ("COPIED", "ALONG_ROWS"))
+    asynchronous = {"cuda": f"matmul 128x128x16 copies {by_numba}", "cupy": f"cupy matmul<T, Big, {copied}>"}
+    plain = {"cuda": f"matmul 128x128x16 vectors {by_numba}", "cupy": f"cupy matmul<T, Big, {kept}>"}
     for m, n, depth in ((124, 132, 12), (132, 124, 36), (128, 128, 64)):
         a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
-        gpu.launched -= {(asynchronous, "float32"), (plain, "float32")}
+        for kernel in (asynchronous, plain):
+            launched(gpu, kernel, np.float32)
         y = product(gpu, a, b, order)
-        assert ((asynchronous, "float32") in gpu.launched) == (order != (True, True))
+        assert launched(gpu, plain if order == (True, True) else asynchronous, np.float32)
         assert_close(y, np.matmul(*wide(a, b)), reduction=depth)
         with monkeypatch.context() as older:
             older.setattr(gpu, "capability", (7, 5))
             np.testing.assert_array_equal(product(gpu, a, b, order), y)
-        assert (plain, "float32") in gpu.launched
-
-
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_float16_on_tensor_cores(gpu, rng, one_multiprocessor, order, eager):
-    gpu.eager_copies = eager
-    for m, n, depth in TENSOR:
-        a, b = random(rng, np.float16, m, depth), random(rng, np.float16, depth, n)
-        assert_close(product(gpu, a, b, order), np.matmul(*wide(a, b)), reduction=depth)
-
-
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_tf32_where_it_is_allowed(gpu, rng, one_multiprocessor, order, eager):
-    gpu.eager_copies = eager
-    for m, n, depth in TENSOR:
-        a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
-        with tilewise.using(tf32=True):
-            y = product(gpu, a, b, order)
-        rounded = [_to_tf32(x).astype(np.float64) for x in (a, b)]
-        assert_close(y, np.matmul(*rounded), reduction=depth)
-        error = np.abs(y - np.matmul(*wide(a, b))).max()
-        if depth > 8:
-            assert error > tolerance(np.float32, depth), "it did not round: this was not TF32"
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_sums_of_tensor_cores_are_cut_off_but_close(gpu, rng, one_multiprocessor, dtype):
-    """They lose up to 6 units of the last place with every 4 (float16: 8) products; all of one sign here, the worst."""
-    depth, together = 512, 4 if dtype == np.float32 else 8
-    a, b = (_to_tf32(rng.random(s, np.float32)).astype(dtype) for s in ((16, depth), (depth, 16)))
-    with tilewise.using(tf32=True):
-        y = product(gpu, a, b, (True, False)).astype(np.float64)
-    exact = np.matmul(*wide(a, b))
-    stored = float(np.finfo(dtype).eps)  # the parts are added, and stored, to nearest
-    assert (y <= exact * (1 + stored)).all()
-    assert (y >= exact * (1 - stored - depth / together * (together + 2) * 2.0**-23)).all()
-
-
-def _to_tf32(x):
-    words = x.view(np.uint32)
-    return ((words + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+        assert launched(gpu, plain, np.float32)
 
 
 def test_before_tensor_cores_float16_takes_the_plain_kernels(gpu, rng, one_multiprocessor, monkeypatch):
     monkeypatch.setattr(gpu, "capability", (7, 5))
-    for m, n, depth, name in (
-        (40, 72, 48, "64x64x16 vectors"), (24, 40, 16, "32x32x32 vectors"), (41, 40, 19, "64x64x16 strided"),
-    ):  # fmt: skip
-        gpu.launched.discard((f"matmul {name}", "float16"))
+    for m, n, depth, name, tile in (
+        (40, 72, 48, "64x64x16 vectors", "Small, VECTORS, VECTORS"),
+        (24, 40, 16, "32x32x32 vectors", "Tiny, VECTORS, VECTORS"),
+        (41, 40, 19, "64x64x16 strided", "Small, SINGLY, SINGLY"),
+    ):
+        kernel = {"cuda": f"matmul {name}", "cupy": f"cupy matmul<T, {tile}>"}
+        launched(gpu, kernel, np.float16)
         a, b = random(rng, np.float16, m, depth), random(rng, np.float16, depth, n)
         for order in ORDERS:
             assert_close(product(gpu, a, b, order), np.matmul(*wide(a, b)), reduction=depth)
-        assert (f"matmul {name}", "float16") in gpu.launched
+        assert launched(gpu, kernel, np.float16)
 
 
 @pytest.mark.parametrize("schedule", ["forward", "reverse", "shuffled", "warp by warp", "warps reversed"])
@@ -196,7 +164,7 @@ def test_deep_products_are_split(gpu, rng, dtype):
             expected = reference("linear", *wide(a, weight, bias), activation=activation)
             size = np.abs(np.matmul(*wide(a, b))).max()
             assert_close(actual, expected, reduction=depth, scale=size)
-    assert ("add_parts", np.dtype(dtype).name) in gpu.launched
+    assert launched(gpu, {"cuda": "add_parts", "cupy": "cupy add_parts<T>"}, dtype)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
@@ -206,7 +174,7 @@ def test_few_vectors(gpu, rng, dtype, order):
         a, b = random(rng, dtype, big, depth), random(rng, dtype, depth, few)
         assert_close(product(gpu, a, b, order), np.matmul(*wide(a, b)), reduction=depth)
         assert_close(product(gpu, b.T, a.T, order), np.matmul(*wide(b.T, a.T)), reduction=depth)
-    assert ("multiply_few", np.dtype(dtype).name) in gpu.launched
+    assert launched(gpu, {"cuda": "multiply_few", "cupy": "cupy multiply_few<T>"}, dtype)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "sigmoid", "tanh"])
@@ -273,7 +241,7 @@ def test_nan_and_inf_reach_their_row_and_column_only(gpu, rng, dtype):
 
 
 def test_more_matrices_than_a_grid_has(gpu, rng, monkeypatch):
-    from tilewise.kernels.cuda import gemm_plan
+    from tilewise.kernels import gemm_plan
 
     monkeypatch.setattr(gemm_plan, "MOST_MATRICES", 4)
     a, b = random(rng, np.float32, 3, 2, 5, 4), random(rng, np.float32, 3, 1, 4, 6)
@@ -284,15 +252,17 @@ def test_more_matrices_than_a_grid_has(gpu, rng, monkeypatch):
     assert_close(kernels.matmul(*axes), np.matmul(*wide(*axes)), reduction=3)
 
 
-def test_sums_in_more_matrices_than_a_grid_has(gpu, rng):
-    from tilewise.kernels.cuda.gemm_sums import sum_rows
+def test_sums_in_more_matrices_than_a_grid_has(gpu, rng, monkeypatch):
     from tilewise.kernels.device_arrays import HostPlace
 
-    x = random(rng, np.float32, (1 << 16) + 1, 2, 33)[:, :, :1].copy()
-    place = HostPlace(gpu)
-    assert_close(place.copy_out(sum_rows(place.copy_in(x))), x.sum(axis=1, dtype=np.float64), reduction=2)
+    place, sum_rows = HostPlace(gpu), import_module(f"tilewise.kernels.{gpu.backend}.gemm").sum_rows
     y = random(rng, np.float32, 3, 5, 40)  # two tiles of columns
     assert_close(place.copy_out(sum_rows(place.copy_in(y))), y.sum(axis=1, dtype=np.float64), reduction=5)
+    if hasattr(gpu, "last_blocks"):
+        monkeypatch.setattr(gpu, "last_blocks", (2, 1, 1))
+    x = random(rng, np.float32, (1 << 16) + 1, 2, 33)[:, :, :1].copy()
+    sums = place.copy_out(sum_rows(place.copy_in(x)))
+    assert_close(sums[-2:], x[-2:].sum(axis=1, dtype=np.float64), reduction=2)
 
 
 def test_strided_operands_and_out(gpu, rng):

@@ -1,6 +1,6 @@
 """Products of a matrix with few vectors on the GPU, such as a dense layer for one image: bound by memory.
 
-    C[i, j] = activation(sum over k of big[i, k] * few[j, k] + bias)        j < FEW
+    C[i, j] = activation(sum over k of big[i, k] * few[j, k] + bias)        j < gemm_plan's FEW
 
 A warp takes a row of `big`, whose k are contiguous, 512 bytes at a time; its lanes' sums are added by shuffles.
 """
@@ -11,7 +11,6 @@ from tilewise.kernels.cuda.epilogue import activate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, kernel
 from tilewise.kernels.cuda.memory import lanes, load_vector, narrow, register_sums, registers, widen, zero
 
-FEW = 4  # vectors; with more of them, a tile's products hide behind its loads too
 ROWS = 8  # of a block: one for each warp
 _ALL = 0xFFFFFFFF
 

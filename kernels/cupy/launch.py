@@ -28,24 +28,28 @@ _TYPES = {np.dtype(name): text for name, text in {
     "int8": "signed char", "uint8": "unsigned char", "int16": "short", "uint16": "unsigned short",
     "int32": "int", "uint32": "unsigned", "int64": "long long", "uint64": "unsigned long long",
 }.items()}  # fmt: skip
+NAMES = f"{module.NAMESPACE}::"  # goes before names of the sources in a template's arguments
 _WORD = 8  # bytes: every parameter begins at a multiple
 
 KERNELS: list["Kernel"] = []  # every kernel that was made: the tests compile and launch them all
 
 
 def sum_dtype(dtype: np.dtype) -> np.dtype:
-    """What floats are computed and summed in: element.cuh's Sum."""
-    return np.dtype(np.float32) if dtype == np.float16 else dtype
+    """What is computed and summed in: element.cuh's Sum; of integers, product.cuh's S, which wraps alike."""
+    if dtype.kind == "f":
+        return np.dtype(np.float32) if dtype == np.float16 else dtype
+    return np.dtype(np.uint64) if dtype.itemsize == 8 else np.dtype(np.uint32)
 
 
 class Kernel:
     """A kernel for the GPU. Called with a place, the grid and the arguments, it starts.
 
     source: the file in src/ that has it.
-    template: its name with the template's arguments; {T} and {N} stand for the dtype's type and for its lanes.
+    template: its name with the template's arguments; {T} and {N} stand for the dtype's type and for its lanes;
+        other names of the sources follow NAMES.
     parameters: a group for each, of the letters of Python's struct: P a pointer, q and i numbers of 64 and 32 bits, r a
         number of the dtype that is summed in. "P 2q3i" is a pointer and a structure of five numbers.
-    threads: of a block. blocks: how many of them shall fit a multiprocessor.
+    threads: of a block. blocks: how many of them shall fit a multiprocessor; blocks_on: on devices where it is another.
     dtypes: what it is for. least: the lowest compute capability.
     promises: machine instructions that its code must have: tests/gpu_compile.py looks.
     """
@@ -53,13 +57,13 @@ class Kernel:
     def __init__(
         self, source: str, template: str, parameters: str, *, threads: int = THREADS, blocks: int = 1,
         dtypes: Iterable[str | np.dtype] = FLOATS, least: tuple[int, int] = module.OLDEST,
-        promises: tuple[str, ...] = (),
+        promises: tuple[str, ...] = (), blocks_on: dict[tuple[int, int], int] | None = None,
     ):  # fmt: skip
         self.source, self.template, self.parameters = source, template, parameters.split()
         self.threads, self.blocks, self.least = threads, blocks, least
         self.dtypes = tuple(np.dtype(d) for d in dtypes)
-        self.name = f"cupy {template.replace('{', '').replace('}', '')}"
-        self._promises = promises
+        self.name = f"cupy {template.replace('{', '').replace('}', '').replace(NAMES, '')}"
+        self._promises, self._blocks_on = promises, blocks_on or {}
         self._forms: dict[np.dtype, Form] = {}
         KERNELS.append(self)
 
@@ -68,7 +72,7 @@ class Kernel:
 
     def bounds(self, capability: tuple[int, int]) -> tuple[int, int]:
         """(threads, the blocks that shall fit a multiprocessor)."""
-        return self.threads, self.blocks
+        return self.threads, self._blocks_on.get(capability, self.blocks)
 
     def promises(self, dtype: np.dtype) -> tuple[str, ...]:
         return self._promises

@@ -28,6 +28,10 @@ void cuda_shuffle_xor(unsigned mask, void *value, size_t bytes, int lanes);
 int cuda_atomic_max(int *place, int value);
 float cuda_half_to_float(unsigned short bits);
 unsigned short cuda_float_to_half(float value);
+// ptx.cpp
+void emu_cp_async_16(uint32_t target, uint64_t source, uint32_t source_bytes);
+void emu_cp_async_commit();
+void emu_cp_async_wait(int pending);
 }
 #define threadIdx (cuda_thread_index())
 #define blockIdx (cuda_block_index())
@@ -74,6 +78,14 @@ inline void store_16_bytes(void *to, uint4 bits) {
     emu_check_store(static_cast<unsigned char *>(to), 16, 16);
     memcpy(to, &bits, 16);
 }
+inline void store_16_bytes_shared(void *to, uint4 bits) { store_16_bytes(to, bits); }
+
+inline unsigned shared_address(const void *pointer) { return static_cast<unsigned>(reinterpret_cast<uintptr_t>(pointer)); }
+inline void copy_16_bytes(void *to, const void *from, bool there) {
+    emu_cp_async_16(shared_address(to), reinterpret_cast<uintptr_t>(from), there ? 16 : 0);
+}
+inline void commit_copies() { emu_cp_async_commit(); }
+template <int PENDING> void wait_copies() { emu_cp_async_wait(PENDING); }
 
 }   // namespace tilewise
 

@@ -128,14 +128,14 @@ def _compiled(source: str, expressions: list[str], folder: Path) -> Path:
 
 
 @lru_cache(maxsize=64)
-def library_of(source: str, folder: Path = KERNELS) -> Library:
-    return Library(source, [form.expression for form in _forms(source)], folder)
+def library_of(source: str) -> Library:
+    return Library(source, [form.expression for form in _forms(source)])
 
 
 class CudaSourceEmulator(Emulator):
     """An engine for kernels/cupy: see tilewise.kernels.cupy.driver.Driver, whose interface it has.
 
-    folder: where the sources lie.
+    folder: where the sources lie. Of changed ones only what is launched is compiled.
     """
 
     backend = "cupy"
@@ -145,7 +145,9 @@ class CudaSourceEmulator(Emulator):
         self.folder = folder
 
     def compile(self, form):
-        library = library_of(form.kernel.source, self.folder)
+        changed = self.folder != KERNELS
+        source, folder = form.kernel.source, self.folder
+        library = Library(source, [form.expression], folder) if changed else library_of(source)
         assert library.sizes(form.expression) == form.sizes, (
             f"{form.kernel.name}: launch.py packs parameters of {form.sizes} bytes, "
             f"the source has {library.sizes(form.expression)}"

@@ -62,6 +62,14 @@ template <int N, class T> __device__ __forceinline__ void store(T *to, const Pac
     }
 }
 
+// 16 bytes to shared memory.
+template <int N, class T> __device__ __forceinline__ void store_shared(T *to, const Pack<T, N> &pack) {
+    static_assert(N * sizeof(T) == 16, "16 bytes");
+    uint4 bits;
+    memcpy(&bits, &pack, 16);
+    store_16_bytes_shared(to, bits);
+}
+
 // Quotients of numbers that are not negative.
 __device__ __forceinline__ int divide(int a, int b) { return static_cast<unsigned>(a) / static_cast<unsigned>(b); }
 __device__ __forceinline__ long long divide(long long a, long long b) {

@@ -30,6 +30,29 @@ __device__ __forceinline__ void store_16_bytes(void *to, uint4 bits) {
                  : "l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
 }
+__device__ __forceinline__ void store_16_bytes_shared(void *to, uint4 bits) { *static_cast<uint4 *>(to) = bits; }
+
+// ---- asynchronous copies (compute capability 8.0)
+
+// The address in shared memory, as its instructions take it.
+__device__ __forceinline__ unsigned shared_address(const void *pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Begins to copy 16 bytes from global to shared memory, or zeros where there is nothing to copy. Both addresses must be
+// multiples of 16. They are there for the thread itself after wait_copies, for others after a barrier as well.
+__device__ __forceinline__ void copy_16_bytes(void *to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+// The copies begun since the last one are a group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most PENDING of the thread's groups are under way.
+template <int PENDING> __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
+}
 
 }   // namespace tilewise
 #endif
