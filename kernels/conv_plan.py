@@ -19,6 +19,7 @@ DIRECT_BELOW = 4_000
 _FEW_WEIGHTS = 32
 MOST_BLOCKS = (1 << 16) - 1  # of a grid's y (tiles of outputs) and z (groups)
 _LEAST_TILE = 32  # outputs of the lowest tile of a product
+ENOUGH_TILES = 128  # blocks of a product from which on larger tiles are taken
 # Depthwise convolution in NCHW: (taps, stride) -> results of a thread: more of them share more rows of x, as long as
 # all numbers stay in registers.
 DEPTHWISE_PLANES = {(3, 1): 4, (3, 2): 4, (5, 1): 4, (5, 2): 2}
@@ -40,6 +41,15 @@ def split(pixels: int, blocks: int, least: int = _LEAST_PIXELS) -> tuple[int, in
 def is_little(it: Correlation) -> bool:
     """Whether it is too little for a tile of a product."""
     return it.outputs * it.channels * it.taps < _FEW_WEIGHTS or it.flops < DIRECT_BELOW
+
+
+def choose_tile(it: Correlation, large, middle, low):
+    """Of tiles of 128 x 128, 64 x 64 and 32 outputs x 128 pixels: the large one where it is filled, and makes enough
+    blocks."""
+    if it.outputs <= _LEAST_TILE:
+        return low
+    blocks = ceil_div(it.outputs, 128) * ceil_div(it.pixels, 128) * it.groups
+    return large if it.outputs > 64 and blocks >= ENOUGH_TILES else middle
 
 
 def fits_a_grid(it: Correlation) -> bool:
@@ -83,7 +93,8 @@ class Convolution:
     y = activation(the correlation + bias + extra); bias and extra may be None. kept: a list in which it may leave what
     it made of x for the next correlation of the same x. why_not_winograd(it, dtype), winograd_pays(it): as their names
     say. weight_gradient(it, grad, x, shape): of the forward correlation. bias_gradient(grad, layout).
-    codes: of activations.
+    codes: of activations. describe(it, dtype, algorithm): what the algorithm's name does not tell.
+    prefers_direct(it, dtype): whether its direct sum is faster than a product. engine_of(place).
     """
 
     backend: str
@@ -93,6 +104,9 @@ class Convolution:
     codes: dict
     why_not_winograd: Callable
     winograd_pays: Callable
+    describe: Callable = lambda it, dtype, algorithm: ""
+    prefers_direct: Callable = lambda it, dtype: False
+    engine_of: Callable = lambda place: place.engine
 
     def choose_conv2d(self, shapes, dtype, options, packed=False):
         """(algorithm, why not the others); raises ValueError where the one asked for does not apply."""
@@ -114,10 +128,13 @@ class Convolution:
         reasons = _SLOWER | ({"winograd": "tensor cores are faster"} if settings.active().tf32 else {})
         return best, {name: reason for name, reason in reasons.items() if name != best} | why_not
 
+    def describe_conv2d(self, shapes, dtype, options) -> str:
+        return self.describe(_forward_of(shapes, options), dtype, options["algorithm"])
+
     def _choose(self, it: Correlation, dtype) -> str:
         if is_depthwise(it, dtype):
             return "depthwise"
-        if is_little(it) or not fits_a_grid(it):
+        if is_little(it) or not fits_a_grid(it) or self.prefers_direct(it, dtype):
             return "direct"
         if settings.active().tf32:  # tensor cores multiply faster than Winograd's transforms save
             return "gemm"
@@ -179,9 +196,6 @@ class Convolution:
             return self.conv2d(x, on_device("weight", x.place), on_device("bias", x.place), add, **options)
 
         return run
-
-    def engine_of(self, place):
-        return place.engine
 
     def conv2d_backward(self, grad, x, weight, *, stride, padding, dilation, groups, layout, needs):
         window = _window(stride, padding, dilation, groups, layout)
