@@ -1,4 +1,4 @@
-"""Convolution in numba.cuda, executed on the CPU, against the reference in float64."""
+"""Convolution of the GPU backends, executed on the CPU, against the reference in float64."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ from conv_cases import DEPTHWISE, LAYOUTS, OPTIONS, SMALL, Case, check, referenc
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels.cuda import conv, conv_product, conv_winograd
+from tilewise.kernels import conv_plan
 
+GPU_BACKENDS = ("cuda", "cupy")
 DTYPES = [np.float16, np.float32, np.float64]
 # what the CPU's tests have, without the large ones: each thread is executed
 CASES = {"options": OPTIONS, "depthwise": DEPTHWISE, "small": SMALL}
@@ -112,7 +113,7 @@ def test_tiles_of_the_implicit_product(gpu, rng, monkeypatch, layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_large_tiles(gpu, rng, monkeypatch, layout, dtype):
     monkeypatch.setattr(gpu, "capability", (7, 5))
-    monkeypatch.setattr(conv_product, "_ENOUGH_BLOCKS", 1)
+    monkeypatch.setattr(conv_plan, "ENOUGH_TILES", 1)
     for number, case in enumerate(TILES[-4:]):
         forward(rng, case, dtype, layout, number, "gemm")
 
@@ -193,88 +194,30 @@ def test_choices(gpu, rng):
         kernels.conv2d(x, full, algorithm="depthwise")
 
 
-WINOGRAD_GROWTH = 16.0  # of the error, against a direct sum
-SHORT_WINOGRAD = [
-    Case(1, 1, 3, 3, 1, (3, 3)),
-    Case(2, 7, 2, 3, 8, (3, 3), 1, 1),
-    Case(1, 17, 6, 9, 33, (3, 3)),
-    Case(2, 8, 9, 8, 5, (3, 3), 1, ((0, 2), (3, 1))),
-    Case(1, 12, 7, 5, 10, (3, 3), 1, 1, 1, 2),
-    Case(3, 16, 13, 14, 66, (3, 3), 1, "same"),
-]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("room", [1 << 28, 1])
-def test_winograd(gpu, rng, monkeypatch, room, layout):
-    monkeypatch.setattr(conv_winograd, "_ROOM", room)
-    for number, case in enumerate(SHORT_WINOGRAD):
-        forward(rng, case, np.float32, layout, number, "winograd", WINOGRAD_GROWTH)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_winograd_backward(gpu, rng, monkeypatch, layout):
-    monkeypatch.setattr(conv_winograd, "_LEAST_CHANNELS", 0)
-    monkeypatch.setattr(conv_winograd, "_LEAST_TILES", 1)
-    taken = []
-    monkeypatch.setitem(conv._MODULES, "winograd", _Counting(taken))
-    for case in SHORT_WINOGRAD:
-        backward(rng, case, np.float32, layout, WINOGRAD_GROWTH)
-    assert len(taken) >= 5
-
-
-class _Counting:
-    """conv_winograd, with a record of the calls."""
-
-    def __init__(self, taken):
-        self.taken = taken
-
-    def correlate(self, *arguments):
-        self.taken.append(arguments)
-        conv_winograd.correlate(*arguments)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_winograd_keeps_nan_and_inf_in_their_windows(gpu, rng, layout, value):
-    case = Case(2, 5, 9, 10, 6, (3, 3), 1, 1)
-    x, weight, bias, add = operands(rng, case, np.float32, layout)
-    x.flat[137], x.flat[401] = value, -value
-    options = {"padding": 1, "layout": layout, "activation": "relu"}
-    y = kernels.conv2d(x, weight, bias, add=add, algorithm="winograd", **options)
-    expected = reference(kernels.conv2d, x, weight, bias, add=add.astype(np.float64), **options)
-    check(y, expected, case.taps, layout, np.float32, WINOGRAD_GROWTH)
-
-
-def test_winograd_is_refused_where_it_does_not_apply(gpu, rng):
-    x, weight = rng.standard_normal((1, 8, 9, 9)), rng.standard_normal((8, 8, 3, 3))
-    for dtype, options in ((np.float64, {}), (np.float32, {"stride": 2}), (np.float32, {"dilation": 2})):
-        with pytest.raises(ValueError, match="winograd"):
-            kernels.conv2d(x.astype(dtype), weight.astype(dtype), algorithm="winograd", **options)
-    many = rng.standard_normal((2, 48, 32, 32)).astype(np.float32)
-    filters = rng.standard_normal((48, 48, 3, 3)).astype(np.float32)
-    assert tilewise.explain(kernels.conv2d, many, filters, padding=1).algorithm == "winograd"
+def launched(gpu) -> set[str]:
+    """The kernels' names, without the arguments of their templates."""
+    return {name.removeprefix("cupy ").partition("<")[0] for name, _ in gpu.launched}
 
 
 def test_more_groups_than_a_grid_has(gpu, rng, planned_anew):
-    planned_anew(conv, "MOST_BLOCKS", 2)
+    planned_anew(conv_plan, "MOST_BLOCKS", 2)
     case = Case(1, 12, 5, 5, 12, (3, 3), padding=1, groups=3)
-    assert conv.DIRECT_BELOW < 2 * 25 * 12 * 4 * 9
+    assert conv_plan.DIRECT_BELOW < 2 * 25 * 12 * 4 * 9
     gpu.launched.clear()
     forward(rng, case, np.float32, "NCHW")
     backward(rng, case, np.float32, "NCHW")
-    assert {"direct", "weight_sums"} <= {name for name, _ in gpu.launched}
-    assert not any("implicit" in name for name, _ in gpu.launched)
+    assert {"direct", "weight_sums"} <= launched(gpu)
+    assert not any("implicit" in name for name in launched(gpu))
     x, weight = np.zeros((1, 12, 5, 5), np.float32), np.zeros((12, 4, 3, 3), np.float32)
     with pytest.raises(ValueError, match="algorithm 'gemm' does not apply: too many groups or outputs for a grid"):
         kernels.conv2d(x, weight, groups=3, algorithm="gemm")
 
 
 def test_one_output_more_than_the_tiles_of_a_grid(gpu, rng, planned_anew):
-    planned_anew(conv, "MOST_BLOCKS", 2)
+    planned_anew(conv_plan, "MOST_BLOCKS", 2)
     case = Case(1, 8, 5, 5, 65, (3, 3), padding=1)  # three tiles of 32 outputs
     forward(rng, case, np.float64, "NCHW")
-    assert "direct" in {name for name, _ in gpu.launched}
+    assert "direct" in launched(gpu)
     x, weight = np.zeros((1, 8, 5, 5)), np.zeros((65, 8, 3, 3))
     with pytest.raises(ValueError, match="algorithm 'gemm' does not apply: too many groups or outputs for a grid"):
         kernels.conv2d(x, weight, padding=1, algorithm="gemm")

@@ -279,7 +279,8 @@ def test_one_plane(place, gpu, rng, name, others, options):
 
 
 def test_images_whose_pixels_32_bits_cannot_count_leave_tensor_cores(gpu):
-    from tilewise.kernels.cuda import conv_geometry, conv_tensor
+    from tilewise.kernels import conv_geometry
+    from tilewise.kernels.cuda import conv_tensor
 
     x = HostPlace(gpu).empty((1,), HALF)
     answers = []

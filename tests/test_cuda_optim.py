@@ -1,11 +1,14 @@
-"""Optimisers' updates in numba.cuda, executed on the CPU."""
+"""Optimisers' updates of the GPU backends, executed on the CPU."""
+
+from importlib import import_module
 
 import numpy as np
 import pytest
 from test_optim import DTYPES, STEPS, arrays, check_step
 
-from tilewise.kernels.cuda import optim
 from tilewise.kernels.device_arrays import DeviceArray, host_place
+
+GPU_BACKENDS = ("cuda", "cupy")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -18,7 +21,8 @@ def test_steps(gpu, rng, case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_arrays_that_begin_anywhere_give_the_same_bits(gpu, rng, dtype):
-    place, results = host_place(), []
+    optim = import_module(f"tilewise.kernels.{gpu.backend}.optim")
+    place, results = host_place(gpu.backend), []
     given = arrays(rng, dtype, ("mean", "square"), 65)
     numbers = {"first": 0.9, "second": 0.99, "eps": 1e-8, "weight_decay": 0.1, "rate": 0.1, "scale": 1.5, "kept": 1.0}
     for skipped in (0, 1):

@@ -1,6 +1,7 @@
-"""Padding in numba.cuda, executed on the CPU, against the reference."""
+"""Padding of the GPU backends, executed on the CPU, against the reference."""
 
 import inspect
+from importlib import import_module
 from itertools import product
 
 import numpy as np
@@ -13,6 +14,7 @@ import tilewise
 from tilewise import kernels
 from tilewise.kernels.padding import MODES
 
+GPU_BACKENDS = ("cuda", "cupy")
 DTYPES = [np.float16, np.float32, np.float64]
 # rows shorter and longer than 16 bytes, planes that end within a vector, several blocks, no leading axis
 SHAPES = [(2, 3, 5, 6), (1, 5, 5), (7, 5), (2, 1, 2, 33, 35), (3, 5, 8)]
@@ -85,9 +87,9 @@ def test_gradient_is_the_numerical_one(gpu, rng, mode):
 
 
 def test_the_same_signatures_as_the_reference(gpu):
-    from tilewise.kernels.cuda import padding as cuda
     from tilewise.kernels.reference import padding as reference
 
+    own = import_module(f"tilewise.kernels.{gpu.backend}.padding")
     for name, function in vars(reference).items():
         if inspect.isfunction(function) and not name.startswith("_"):
-            assert inspect.signature(getattr(cuda, name)) == inspect.signature(function), name
+            assert inspect.signature(getattr(own, name)) == inspect.signature(function), name

@@ -32,6 +32,16 @@ def product_of_half(x):
     return kernels.matmul(half, half.T)
 
 
+def weight_gradient(x):
+    """Of a depthwise convolution: a block has several taps, one after the other."""
+    return kernels.conv2d_backward(x, x, x[0, :, None, :3, :3], padding=1, groups=len(x[0]), needs=("weight",))[1]
+
+
+def many_taps(x):
+    """More taps of few channels than the weights that a block keeps at a time."""
+    return kernels.conv2d(x, np.ones((16, 4, 9, 9), np.float32), padding=4, algorithm="direct")
+
+
 # A source that has barriers -> a call that meets all of them: (function, shape, options)
 CALLS = {
     "pool_average.cu": (kernels.adaptive_avg_pool2d, (2, 9, 9, 24), {"output_size": 1, "layout": "NHWC"}),
@@ -39,6 +49,8 @@ CALLS = {
     "activation_softmax.cu": (kernels.softmax, (4, 50, 40), {"axis": 1}),
     "activation_softmax_gradient.cu": (kernels.softmax_backward, (4, 50, 40), {"axis": 1}),
     "channel_sums.cuh": (kernels.batch_norm, (3, 9, 9, 24), {"training": True, "layout": "NHWC"}),
+    "conv_depthwise_weight.cu": (weight_gradient, (1, 2, 9, 20), {}),
+    "conv_direct.cu": (many_taps, (1, 4, 9, 20), {}),
     "gemm_sums.cu": (bias_gradient, (20, 20), {}),
     "product.cuh": (product_by_tiles, (128, 128), {}),
     "tensor.cuh": (product_of_half, (64, 200), {}),

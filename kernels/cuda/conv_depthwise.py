@@ -9,8 +9,9 @@ comes from L1 after the first.
 
 from numba import cuda
 
+from tilewise.kernels.conv_geometry import Correlation, weight_view
+from tilewise.kernels.conv_plan import DEPTHWISE_COLUMNS, DEPTHWISE_PLANES
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
-from tilewise.kernels.cuda.conv_geometry import Correlation, weight_view
 from tilewise.kernels.cuda.conv_product import pick
 from tilewise.kernels.cuda.copying import contiguous
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, kernel
@@ -28,10 +29,8 @@ from tilewise.kernels.cuda.memory import (
 )
 
 _THREADS = 128
-_COLUMNS = 4
+_COLUMNS = DEPTHWISE_COLUMNS
 _TOTALS = 8 * _COLUMNS  # at most 8 numbers in 16 bytes
-# (taps, stride) -> results of a thread: more of them share more rows of x, as long as all numbers stay in registers
-PLANES = {(3, 1): 4, (3, 2): 4, (5, 1): 4, (5, 2): 2}
 
 
 def _make_planes(taps: int, stride: int, results: int):
@@ -80,7 +79,7 @@ def _make_planes(taps: int, stride: int, results: int):
     return planes
 
 
-planes_kernels = {plane: _make_planes(*plane, results) for plane, results in PLANES.items()}
+planes_kernels = {plane: _make_planes(*plane, results) for plane, results in DEPTHWISE_PLANES.items()}
 
 
 @kernel(threads=_THREADS)
@@ -133,18 +132,6 @@ def depthwise_channels(
             store_vector(y, place, results)
 
 
-def applies(it: Correlation, dtype) -> bool:
-    """Whether `correlate` can compute it."""
-    if it.channels != 1 or it.groups == 1:
-        return False
-    if it.channels_last:
-        return it.outputs == 1 and it.groups * dtype.itemsize % VECTOR_BYTES == 0
-    rows, columns = it.rows, it.columns
-    plain = rows.step == columns.step == 1 and rows.spacing == columns.spacing == 1
-    square = rows.taps == columns.taps and rows.stride == columns.stride
-    return plain and square and (rows.taps, rows.stride) in planes_kernels
-
-
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int):
     """y = activation(the depthwise correlation + bias + extra); bias and extra may be None."""
     epilogue = epilogue_arguments(bias, extra, code)
@@ -160,7 +147,7 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int):
         )  # fmt: skip
         return
     outputs = it.groups * it.outputs
-    results = PLANES[rows.taps, rows.stride]
+    results = DEPTHWISE_PLANES[rows.taps, rows.stride]
     work = it.images * outputs * ceil_div(rows.count, results) * columns.count
     planes_kernels[rows.taps, rows.stride](
         x.place, ceil_div(work, _THREADS), x, weight, y, *epilogue, rows.size, columns.size, rows.count, columns.count,

@@ -7,14 +7,11 @@ and its warps take turns at the pixels.
 
 from numba import cuda
 
-from tilewise.kernels.cuda.conv_geometry import Correlation, image_steps
-from tilewise.kernels.cuda.conv_sums import THREADS, WARPS, add_parts, join_lanes, new_parts, split
+from tilewise.kernels.conv_geometry import Correlation, image_steps
+from tilewise.kernels.conv_plan import DEPTHWISE_ROWS, split
+from tilewise.kernels.cuda.conv_sums import THREADS, WARPS, add_parts, join_lanes, new_parts
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, kernel
 from tilewise.kernels.cuda.memory import register_sums, shared_sums, widen, zero
-
-# (taps of square kernels, bytes of a sum) -> rows of them that a block sums: all, but for 49 sums, or 25 in float64,
-# which do not fit the registers everywhere
-ROWS = {(3, 4): 3, (3, 8): 3, (5, 4): 5, (5, 8): 1, (7, 4): 1, (7, 8): 1}
 
 
 def _make(taps: int, size: int, some: int, channels_last: bool):
@@ -63,11 +60,7 @@ def _make(taps: int, size: int, some: int, channels_last: bool):
     return depthwise_weight
 
 
-weight_kernels = {(*k, last): _make(*k, some, last) for k, some in ROWS.items() for last in (False, True)}
-
-
-def applies(it: Correlation) -> bool:
-    return it.channels == 1 and it.groups > 1 and it.rows.taps == it.columns.taps and (it.rows.taps, 4) in ROWS
+weight_kernels = {(*k, last): _make(*k, some, last) for k, some in DEPTHWISE_ROWS.items() for last in (False, True)}
 
 
 def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
@@ -78,7 +71,7 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     parts = new_parts(grad.place, many, outputs * it.taps, grad.dtype)
     rows, columns, size = it.rows, it.columns, parts.dtype.itemsize
     weight_kernels[rows.taps, size, it.channels_last](
-        grad.place, (blocks, many, rows.taps // ROWS[rows.taps, size]), grad, x, parts,
+        grad.place, (blocks, many, rows.taps // DEPTHWISE_ROWS[rows.taps, size]), grad, x, parts,
         rows.count, columns.count, rows.size, columns.size, rows.origin,
         columns.origin, rows.stride, columns.stride, rows.spacing, columns.spacing,
         *image_steps(it.shape_y, it.layout), *image_steps(it.shape_x, it.layout),

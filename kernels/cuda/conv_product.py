@@ -18,8 +18,9 @@ from numba import cuda
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
+from tilewise.kernels import conv_plan
+from tilewise.kernels.conv_geometry import Correlation
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
-from tilewise.kernels.cuda.conv_geometry import Correlation
 from tilewise.kernels.cuda.epilogue import NONE
 from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INT32, INT64, REAL, SUMS, ceil_div, device, kernel, sum_dtype
 from tilewise.kernels.cuda.memory import (
@@ -46,7 +47,6 @@ LARGE = Tile((4, 2), (8, 8), _DEPTH, blocks=2)
 MIDDLE = Tile((2, 1), (8, 8), _DEPTH, blocks=4)
 LOW = Tile((2, 2), (4, 8), _DEPTH, blocks=2)
 _NO_DOUBLES = ("float16", "float32")
-_ENOUGH_BLOCKS = 128
 _PROMISED = ("FFMA", "LDS.128", "LDG.128")
 
 
@@ -282,11 +282,7 @@ def tiles_for(dtype) -> tuple[Tile, ...]:
 
 
 def choose_tile(it: Correlation, dtype) -> Tile:
-    """The large tile where it is filled, and makes enough blocks."""
-    if it.outputs <= LOW.rows or dtype.itemsize == 8:
-        return LOW
-    blocks = ceil_div(it.outputs, LARGE.rows) * ceil_div(it.pixels, LARGE.columns) * it.groups
-    return LARGE if it.outputs > LARGE.rows // 2 and blocks >= _ENOUGH_BLOCKS else MIDDLE
+    return LOW if dtype.itemsize == 8 else conv_plan.choose_tile(it, LARGE, MIDDLE, LOW)
 
 
 def packed_weights(it: Correlation, weight, block_outputs: int):

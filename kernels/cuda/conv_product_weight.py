@@ -12,8 +12,9 @@ memory is shared out along the lanes of a warp:
 from numba import cuda
 from numba.cuda import types
 
-from tilewise.kernels.cuda.conv_geometry import Correlation, image_steps
-from tilewise.kernels.cuda.conv_sums import add_parts, new_parts, split
+from tilewise.kernels.conv_geometry import Correlation, image_steps
+from tilewise.kernels.conv_plan import split
+from tilewise.kernels.cuda.conv_sums import add_parts, new_parts
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, kernel
 from tilewise.kernels.cuda.memory import at, register_sums, shared_sums, widen, zero
 from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_multiply

@@ -8,15 +8,14 @@ Inside a block each thread sums every THREADS-th pixel; lanes are joined by shuf
 
 from numba import cuda
 
-from tilewise.kernels.cuda.conv_geometry import Correlation, image_steps, pixels
+from tilewise.kernels.conv_geometry import Correlation, image_steps, pixels
+from tilewise.kernels.conv_plan import split
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, device, kernel, sum_dtype
 from tilewise.kernels.cuda.memory import narrow, shared_sums, widen, zero
 
 THREADS = 128
 WARPS = THREADS // 32
 _ALL = 0xFFFFFFFF
-# Blocks that keep a large GPU busy, and pixels below which another part costs more than it brings.
-_ENOUGH_BLOCKS, _LEAST_PIXELS = 1024, 1024
 
 
 @device
@@ -111,13 +110,6 @@ def weight_sums(
         for warp in range(1, WARPS):
             total += warps[warp]
         parts[part * count + element] = total
-
-
-def split(pixels: int, blocks: int, least: int = _LEAST_PIXELS) -> tuple[int, int]:
-    """(parts, pixels of each) for sums over so many pixels, where one part takes `blocks` blocks."""
-    parts = max(1, min(ceil_div(pixels, least), ceil_div(_ENOUGH_BLOCKS, max(blocks, 1)), 1 << 15))
-    per_part = ceil_div(max(pixels, 1), parts)
-    return ceil_div(max(pixels, 1), per_part), per_part
 
 
 def new_parts(place, many: int, count: int, dtype):

@@ -13,8 +13,8 @@ from numba import cuda
 from numba.cuda.types import int32, uint32
 
 from tilewise.kernels import settings
+from tilewise.kernels.conv_geometry import Correlation, pixels
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
-from tilewise.kernels.cuda.conv_geometry import Correlation, pixels
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
 from tilewise.kernels.cuda.memory import (
     VECTOR_BYTES,

@@ -10,8 +10,9 @@ thread copies one vector of a tap for two pixels of each step, and moves on from
 from numba import cuda
 from numba.cuda.types import int32, int64
 
-from tilewise.kernels.cuda.conv_geometry import Correlation
-from tilewise.kernels.cuda.conv_sums import add_parts, new_parts, split
+from tilewise.kernels.conv_geometry import Correlation
+from tilewise.kernels.conv_plan import split
+from tilewise.kernels.cuda.conv_sums import add_parts, new_parts
 from tilewise.kernels.cuda.conv_tensor import NOWHERE, in_vectors, locate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, SUMS, ceil_div, device, kernel
 from tilewise.kernels.cuda.memory import VECTOR_BYTES, at, dynamic_shared, load_vector, register_sums, store_vector

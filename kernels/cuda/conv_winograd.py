@@ -21,9 +21,9 @@ from dataclasses import replace
 import numpy as np
 from numba import cuda
 
+from tilewise.kernels.conv_geometry import Axis, Correlation
 from tilewise.kernels.cuda import conv_product
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
-from tilewise.kernels.cuda.conv_geometry import Axis, Correlation
 from tilewise.kernels.cuda.conv_product import pick
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
 from tilewise.kernels.cuda.memory import register_sums, zero

@@ -4,10 +4,11 @@ Every array is read once and, but for the gradient, written once.
 """
 
 import math
+from functools import partial
 
 from numba import cuda
 
-from tilewise.kernels.activation_plan import blocks_for, whole_vectors
+from tilewise.kernels import optim_plan
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, device, kernel
 from tilewise.kernels.cuda.memory import lanes, load_vector, narrow, registers, store_vector, widen
 
@@ -153,29 +154,11 @@ def adam_update(
         param[i], mean[i], square[i] = narrow(p, param), narrow(m, mean), narrow(s, square)
 
 
-def _run(update, arrays: tuple, *numbers):
-    param = arrays[0]
-    if not param.size:
-        return
-    vectors = whole_vectors(param.size, *(a for a in arrays if a is not None))
-    blocks = blocks_for(vectors or param.size, param.place.engine)
-    update(param.place, blocks, *arrays, param.size, vectors, *numbers)
+def _engine_of(place):
+    return place.engine
 
 
-def sgd_step(param, grad, velocity, *, nesterov, lr, momentum, weight_decay):
-    flags = velocity is not None, nesterov
-    _run(sgd_update, (param, grad, velocity), *flags, lr, momentum, weight_decay)
-
-
-def adagrad_step(param, grad, square, *, lr, eps, weight_decay):
-    _run(scaled_update, (param, grad, square, None), 0, lr, 1.0, 1.0, eps, 0.0, weight_decay)
-
-
-def rmsprop_step(param, grad, square, velocity, *, lr, alpha, eps, momentum, weight_decay):
-    numbers = velocity is not None, lr, alpha, 1 - alpha, eps, momentum, weight_decay
-    _run(scaled_update, (param, grad, square, velocity), *numbers)
-
-
-def adam_step(param, grad, mean, square, *, first, second, eps, weight_decay, rate, scale, kept):
-    numbers = first, 1 - first, second, 1 - second, eps, weight_decay, rate, scale, kept
-    _run(adam_update, (param, grad, mean, square), *numbers)
+sgd_step = partial(optim_plan.sgd_step, sgd_update, _engine_of)
+adagrad_step = partial(optim_plan.adagrad_step, scaled_update, _engine_of)
+rmsprop_step = partial(optim_plan.rmsprop_step, scaled_update, _engine_of)
+adam_step = partial(optim_plan.adam_step, adam_update, _engine_of)

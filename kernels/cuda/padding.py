@@ -1,19 +1,14 @@
-"""Padding on the GPU, and its gradient as a gather: a thread for 16 bytes of the result's memory.
+"""Padding on the GPU, and its gradient as a gather; padding_plan.py tells how threads share the result."""
 
-A row of the result need not be made of whole vectors: a thread goes on into the next row, and only the stores are of 16
-bytes, the loads are one element each of neighbouring addresses.
-"""
-
-from math import prod
+from functools import partial
 
 from numba import cuda
 
-from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
+from tilewise.kernels import padding_plan
+from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, device, kernel
 from tilewise.kernels.cuda.memory import lanes, narrow, registers, store_vector, widen, zero
 from tilewise.kernels.cuda.pool_windows import THREADS, put, split
-
-CONSTANT, REFLECT, REPLICATE, CIRCULAR = range(4)
-_CODES = {"constant": CONSTANT, "reflect": REFLECT, "replicate": REPLICATE, "circular": CIRCULAR}
+from tilewise.kernels.padding_plan import CIRCULAR, CONSTANT, REFLECT, REPLICATE
 
 
 @device
@@ -123,25 +118,4 @@ def pad_backward_all(
                     result[begin + k] = raw[k]
 
 
-def _blocks(result) -> int:
-    return ceil_div(result.nbytes, 16 * THREADS)
-
-
-def pad(x, *, padding, mode, value):
-    (top, bottom), (left, right) = padding
-    height, width = x.shape[-2:]
-    size = (height + top + bottom, width + left + right)
-    y = x.place.empty((*x.shape[:-2], *size), x.dtype)
-    if y.size:
-        numbers = (y.size, height, width, *size, top, left, _CODES[mode], y.pointer % 16 == 0)
-        pad_all(x.place, _blocks(y), x, y, value, *numbers)
-    return y
-
-
-def pad_backward(grad, *, input_shape, padding, mode):
-    result = grad.place.empty(input_shape, grad.dtype)
-    (top, bottom), (left, right) = padding
-    if prod(input_shape):
-        numbers = (*input_shape[-2:], top, bottom, left, right, _CODES[mode], result.pointer % 16 == 0)
-        pad_backward_all(grad.place, _blocks(result), grad, result, result.size, *numbers)
-    return result
+pad, pad_backward = partial(padding_plan.pad, pad_all), partial(padding_plan.pad_backward, pad_backward_all)

@@ -154,8 +154,8 @@ template <class T, class S, class Epilogue>
 __device__ __forceinline__ void store_tile(const S (&sums)[T::DOWN][T::ACROSS], TileRoom<S, T> &room,
                                            Epilogue &epilogue) {
     constexpr int PITCH = T::COLUMNS + PAD, LINE = T::COLUMNS / BLOCK;
-    static_assert(T::WARP_ROWS * PITCH * sizeof(S) <= sizeof room.left, "the sums of warps side by side have no room");
-    S *const laid = room.left[0];
+    static_assert(T::WARP_ROWS * PITCH * sizeof(S) <= sizeof room, "the sums of warps side by side have no room");
+    S *const laid = reinterpret_cast<S *>(&room);
     const int thread = threadIdx.x, row = T::first_row(thread), column = T::first_column(thread);
 #pragma unroll 1
     for (int strip = 0; strip < T::WARPS_DOWN; ++strip) {

@@ -1,0 +1,235 @@
+"""Convolution on a GPU, for any backend: the choice of algorithm, and every gradient as one of three kinds of pass.
+
+- Forward, and the gradient with respect to x: correlations (conv_geometry.py).
+- Gradients with respect to the weights and the bias: sums over pixels in fixed parts.
+
+A backend gives its kernels; `Convolution` makes conv2d and its relatives of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tilewise.kernels import conv_geometry, settings
+from tilewise.kernels.channel_plan import ceil_div
+from tilewise.kernels.conv_geometry import Correlation
+from tilewise.kernels.device_arrays import DeviceArray
+
+# Fewer FLOPs than this fill no tile, nor does a group with fewer weights: a thread for each result is enough.
+DIRECT_BELOW = 4_000
+_FEW_WEIGHTS = 32
+MOST_BLOCKS = (1 << 16) - 1  # of a grid's y (tiles of outputs) and z (groups)
+_LEAST_TILE = 32  # outputs of the lowest tile of a product
+ENOUGH_TILES = 128  # blocks of a product from which on larger tiles are taken
+# Depthwise convolution in NCHW: (taps, stride) -> results of a thread: more of them share more rows of x, as long as
+# all numbers stay in registers.
+DEPTHWISE_PLANES = {(3, 1): 4, (3, 2): 4, (5, 1): 4, (5, 2): 2}
+DEPTHWISE_COLUMNS = 4  # in NHWC: results of a thread
+# The weight's gradient: (taps of square kernels, bytes of a sum) -> rows of them that a block sums: all, but for 49
+# sums, or 25 in float64, which do not fit the registers everywhere.
+DEPTHWISE_ROWS = {(3, 4): 3, (3, 8): 3, (5, 4): 5, (5, 8): 1, (7, 4): 1, (7, 8): 1}
+# Blocks that keep a large GPU busy, and pixels below which another part of a sum costs more than it brings.
+_ENOUGH_BLOCKS, _LEAST_PIXELS, _MOST_PARTS = 1024, 1024, 1 << 15
+
+
+def split(pixels: int, blocks: int, least: int = _LEAST_PIXELS) -> tuple[int, int]:
+    """(parts, pixels of each) for sums over so many pixels, where one part takes `blocks` blocks."""
+    parts = max(1, min(ceil_div(pixels, least), ceil_div(_ENOUGH_BLOCKS, max(blocks, 1)), _MOST_PARTS))
+    per_part = ceil_div(max(pixels, 1), parts)
+    return ceil_div(max(pixels, 1), per_part), per_part
+
+
+def is_little(it: Correlation) -> bool:
+    """Whether it is too little for a tile of a product."""
+    return it.outputs * it.channels * it.taps < _FEW_WEIGHTS or it.flops < DIRECT_BELOW
+
+
+def choose_tile(it: Correlation, large, middle, low):
+    """Of tiles of 128 x 128, 64 x 64 and 32 outputs x 128 pixels: the large one where it is filled, and makes enough
+    blocks."""
+    if it.outputs <= _LEAST_TILE:
+        return low
+    blocks = ceil_div(it.outputs, 128) * ceil_div(it.pixels, 128) * it.groups
+    return large if it.outputs > 64 and blocks >= ENOUGH_TILES else middle
+
+
+def fits_a_grid(it: Correlation) -> bool:
+    return max(it.groups, ceil_div(it.outputs, _LEAST_TILE)) <= MOST_BLOCKS
+
+
+def is_depthwise(it: Correlation, dtype) -> bool:
+    """Whether there is a kernel for this depthwise correlation."""
+    if it.channels != 1 or it.groups == 1:
+        return False
+    if it.channels_last:
+        return it.outputs == 1 and it.groups * dtype.itemsize % 16 == 0
+    rows, columns = it.rows, it.columns
+    plain = rows.step == columns.step == 1 and rows.spacing == columns.spacing == 1
+    square = rows.taps == columns.taps and rows.stride == columns.stride
+    return plain and square and (rows.taps, rows.stride) in DEPTHWISE_PLANES
+
+
+def is_depthwise_weight(it: Correlation) -> bool:
+    """Whether there is a kernel for the weight's gradient of this depthwise forward correlation."""
+    return (
+        it.channels == 1 and it.groups > 1 and it.rows.taps == it.columns.taps and (it.rows.taps, 4) in DEPTHWISE_ROWS
+    )
+
+
+def _window(stride, padding, dilation, groups, layout) -> dict:
+    return {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout}
+
+
+_SLOWER = {
+    "depthwise": "slower where it does not apply", "gemm": "a group is too thin for a tile, or the work too little",
+    "direct": "no operand is used twice from registers", "winograd": "too few channels or tiles",
+}  # fmt: skip
+
+
+@dataclass
+class Convolution:
+    """conv2d and its relatives of a backend.
+
+    backend: its name. algorithms: name -> correlate(it, x, weight, y, bias, extra, code, kept), which computes
+    y = activation(the correlation + bias + extra); bias and extra may be None. kept: a list in which it may leave what
+    it made of x for the next correlation of the same x. why_not_winograd(it, dtype), winograd_pays(it): as their names
+    say. weight_gradient(it, grad, x, shape): of the forward correlation. bias_gradient(grad, layout).
+    codes: of activations. describe(it, dtype, algorithm): what the algorithm's name does not tell.
+    prefers_direct(it, dtype): whether its direct sum is faster than a product. engine_of(place).
+    """
+
+    backend: str
+    algorithms: dict[str, Callable]
+    weight_gradient: Callable
+    bias_gradient: Callable
+    codes: dict
+    why_not_winograd: Callable
+    winograd_pays: Callable
+    describe: Callable = lambda it, dtype, algorithm: ""
+    prefers_direct: Callable = lambda it, dtype: False
+    engine_of: Callable = lambda place: place.engine
+
+    def choose_conv2d(self, shapes, dtype, options, packed=False):
+        """(algorithm, why not the others); raises ValueError where the one asked for does not apply."""
+        it = _forward_of(shapes, options)
+        why_not = {}
+        reason = self.why_not_winograd(it, dtype)
+        if reason:
+            why_not["winograd"] = reason
+        if not fits_a_grid(it):
+            why_not["gemm"] = "too many groups or outputs for a grid"
+        if not is_depthwise(it, dtype):
+            why_not["depthwise"] = "needs groups of one channel, and a kernel and a layout that there is a tile for"
+        wanted = options["algorithm"]
+        if wanted != "auto":
+            if wanted in why_not:
+                raise ValueError(f"conv2d: algorithm {wanted!r} does not apply: {why_not[wanted]}")
+            return wanted, why_not
+        best = self._choose(it, dtype)
+        reasons = _SLOWER | ({"winograd": "tensor cores are faster"} if settings.active().tf32 else {})
+        return best, {name: reason for name, reason in reasons.items() if name != best} | why_not
+
+    def describe_conv2d(self, shapes, dtype, options) -> str:
+        return self.describe(_forward_of(shapes, options), dtype, options["algorithm"])
+
+    def _choose(self, it: Correlation, dtype) -> str:
+        if is_depthwise(it, dtype):
+            return "depthwise"
+        if is_little(it) or not fits_a_grid(it) or self.prefers_direct(it, dtype):
+            return "direct"
+        if settings.active().tf32:  # tensor cores multiply faster than Winograd's transforms save
+            return "gemm"
+        return "winograd" if self.why_not_winograd(it, dtype) is None and self.winograd_pays(it) else "gemm"
+
+    def _correlate(self, it, x, weight, y, bias, extra, code, algorithm, kept):
+        name = self._choose(it, x.dtype) if algorithm == "auto" else algorithm
+        self.algorithms[name](it, x, weight, y, bias, extra, code, kept)
+
+    def _forward(self, x, weight, size, bias, extra, code, algorithm, **window):
+        """activation(the convolution of x + bias + extra), of that many rows and columns."""
+        it = conv_geometry.forward(x.shape, weight.shape, size, **window)
+        y = x.place.empty(it.shape_y, x.dtype)
+        if y.size:
+            self._correlate(it, x, weight, y, bias, extra, code, algorithm, [])
+        return y
+
+    def _transposed(self, grad, weight, shape, bias, **window):
+        """conv2d's gradient with respect to an x of that shape, plus bias."""
+        result = grad.place.empty(shape, grad.dtype)
+        kept = []
+        if result.size:
+            for it in conv_geometry.transposed(grad.shape, weight.shape, shape, **window):
+                self._correlate(it, grad, weight, result, bias, None, self.codes[None], "auto", kept)
+        return result
+
+    def _gradient(self, grad, x, weight, **window):
+        """conv2d's gradient with respect to the weight."""
+        it = conv_geometry.forward(x.shape, weight.shape, conv_geometry.pixels(grad.shape, window["layout"]), **window)
+        return self.weight_gradient(it, grad, x, weight.shape)
+
+    def conv2d(self, x, weight, bias, add, *, stride, padding, dilation, groups, layout, activation, algorithm):
+        window = _window(stride, padding, dilation, groups, layout)
+        size = conv_geometry.output_size(x.shape, weight.shape, **window)
+        return self._forward(x, weight, size, bias, add, self.codes[activation], algorithm, **window)
+
+    def bind_conv2d(self, shapes, dtype, arrays, packs, **options):
+        """conv2d with weight and bias, in `arrays`, given once: run(x, add=None).
+
+        The first run on a device sends them there and waits; so call it once before a stream is captured into a graph.
+        """
+
+        def on_device(name, place):
+            array = arrays[name]
+            if array is None:
+                return None
+            engine = self.engine_of(place)
+            key = (self.backend, id(engine), name)
+            if key not in packs:
+                array = array.astype(dtype)
+                memory = engine.allocate(array.nbytes, every_stream=True)
+                engine.write(memory, array)
+                engine.synchronize()  # whatever stream reads it
+                packs[key] = DeviceArray(place, memory.pointer, array.shape, dtype, memory)
+            kept = packs[key]
+            return DeviceArray(place, kept.pointer, kept.shape, kept.dtype, kept.owner)
+
+        def run(x, add=None):
+            return self.conv2d(x, on_device("weight", x.place), on_device("bias", x.place), add, **options)
+
+        return run
+
+    def conv2d_backward(self, grad, x, weight, *, stride, padding, dilation, groups, layout, needs):
+        window = _window(stride, padding, dilation, groups, layout)
+        return (
+            self._transposed(grad, weight, x.shape, None, **window) if "x" in needs else None,
+            self._gradient(grad, x, weight, **window) if "weight" in needs else None,
+            self.bias_gradient(grad, layout) if "bias" in needs else None,
+        )
+
+    def conv_transpose2d(self, x, weight, bias, *, stride, padding, output_padding, groups, dilation, layout):
+        size = [
+            (n - 1) * s - sum(pads) + d * (k - 1) + extra + 1
+            for n, s, pads, d, k, extra in zip(
+                conv_geometry.pixels(x.shape, layout), stride, padding, dilation, weight.shape[2:], output_padding,
+                strict=True,
+            )
+        ]  # fmt: skip
+        shape = conv_geometry.image_shape(x.shape[0], weight.shape[1] * groups, size, layout)
+        return self._transposed(x, weight, shape, bias, **_window(stride, padding, dilation, groups, layout))
+
+    def conv_transpose2d_backward(
+        self, grad, x, weight, *, stride, padding, output_padding, groups, dilation, layout, needs
+    ):
+        del output_padding  # in grad's shape already; the pixels it added are beyond the last window
+        window, size = _window(stride, padding, dilation, groups, layout), conv_geometry.pixels(x.shape, layout)
+        return (
+            self._forward(grad, weight, size, None, None, self.codes[None], "auto", **window) if "x" in needs else None,
+            self._gradient(x, grad, weight, **window) if "weight" in needs else None,
+            self.bias_gradient(grad, layout) if "bias" in needs else None,
+        )
+
+
+def _forward_of(shapes, options: dict) -> Correlation:
+    """The correlation of a call of conv2d."""
+    x, weight, *_ = shapes
+    window = {name: options[name] for name in ("stride", "padding", "dilation", "groups", "layout")}
+    return conv_geometry.forward(x, weight, conv_geometry.output_size(x, weight, **window), **window)

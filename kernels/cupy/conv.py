@@ -1,0 +1,45 @@
+"""Convolution on the GPU; conv_plan.py chooses the algorithm."""
+
+from tilewise.kernels.conv_plan import Convolution, fits_a_grid, is_depthwise_weight, is_little
+from tilewise.kernels.cupy import (
+    conv_depthwise,
+    conv_depthwise_weight,
+    conv_direct,
+    conv_product,
+    conv_product_weight,
+    conv_sums,
+    driver,
+)
+from tilewise.kernels.cupy.activation_codes import ACTIVATION_CODES
+
+
+def _why_not_winograd(it, dtype) -> str:
+    return "backend 'cupy' does not have it"
+
+
+def _weight_gradient(it, grad, x, shape):
+    if is_depthwise_weight(it):
+        return conv_depthwise_weight.weight_gradient(it, grad, x, shape)
+    module = conv_sums if is_little(it) or not fits_a_grid(it) else conv_product_weight
+    return module.weight_gradient(it, grad, x, shape)
+
+
+def _describe(it, dtype, algorithm: str) -> str:
+    if algorithm == "gemm":
+        tile = conv_product.tile_for(it, dtype)
+        return f"tiles of {tile.rows} x {tile.columns} {'pixels x outputs' if it.channels_last else 'outputs x pixels'}"
+    return "tiles of few channels" if algorithm == "direct" and conv_direct.is_few(it, dtype) else ""
+
+
+_CONVOLUTION = Convolution(
+    "cupy",
+    {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": conv_product.correlate},
+    _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES,
+    why_not_winograd=_why_not_winograd, winograd_pays=lambda it: False, describe=_describe,
+    prefers_direct=conv_direct.is_few, engine_of=lambda place: driver.engine(place.ordinal),
+)  # fmt: skip
+
+choose_conv2d, describe_conv2d = _CONVOLUTION.choose_conv2d, _CONVOLUTION.describe_conv2d
+bind_conv2d, conv2d, conv2d_backward = _CONVOLUTION.bind_conv2d, _CONVOLUTION.conv2d, _CONVOLUTION.conv2d_backward
+conv_transpose2d = _CONVOLUTION.conv_transpose2d
+conv_transpose2d_backward = _CONVOLUTION.conv_transpose2d_backward

@@ -1,0 +1,49 @@
+"""Convolution without tiles on the GPU; src/conv_direct.cu says how."""
+
+from tilewise.kernels.channel_plan import ceil_div
+from tilewise.kernels.conv_geometry import Correlation
+from tilewise.kernels.conv_plan import MOST_BLOCKS
+from tilewise.kernels.cupy.activation_codes import LEAKY_SLOPE
+from tilewise.kernels.cupy.launch import Kernel, blocks_of
+
+# x, weight, y, Epilogue, both axes, steps of x and y, Filters
+CORRELATION = "P P P PPir 10q 10q 4q 4q 7q"
+FEW_CHANNELS = 4  # up to here a product finds no vectors of channels, and a tap is few steps of its sum
+_THREADS, _PIXELS = 128, 4
+
+_direct = Kernel("conv_direct.cu", "direct<{T}>", f"{CORRELATION} q i")
+_few = Kernel(
+    "conv_direct.cu", "direct_few<{T}>", f"{CORRELATION} q i", threads=_THREADS, blocks=2, promises=("LDS.128",)
+)
+
+
+def operands(it: Correlation, x, weight, y, bias, extra, code: int) -> tuple:
+    """What CORRELATION stands for."""
+    return (
+        x, weight, y, bias, extra, code, LEAKY_SLOPE, *it.rows.numbers, *it.columns.numbers, *it.steps,
+        it.groups, it.outputs, it.channels, it.group_step, it.output_step, it.channel_step, it.width,
+    )  # fmt: skip
+
+
+def outputs_of_few(dtype) -> int:
+    """Outputs that a thread of direct_few sums."""
+    return 8 if dtype.itemsize == 8 else 16
+
+
+def is_few(it: Correlation, dtype) -> bool:
+    """Whether direct_few is for it: few channels, and enough outputs for a thread."""
+    outputs = outputs_of_few(dtype)
+    return (
+        it.channels <= FEW_CHANNELS and 2 * it.outputs >= outputs and it.taps > 0
+        and max(it.groups, ceil_div(it.outputs, outputs)) <= MOST_BLOCKS
+    )  # fmt: skip
+
+
+def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept=None):
+    """y = activation(the correlation + bias + extra); bias and extra may be None."""
+    given = operands(it, x, weight, y, bias, extra, code)
+    if is_few(it, x.dtype):
+        grid = ceil_div(it.pixels, _THREADS * _PIXELS), ceil_div(it.outputs, outputs_of_few(x.dtype)), it.groups
+        _few(x.place, grid, *given, it.pixels, it.channels_last)
+    else:
+        _direct(x.place, blocks_of(it.size), *given, it.size, it.channels_last)

@@ -1,0 +1,36 @@
+"""The weight gradient as an implicit matrix product on the GPU; src/conv_product_weight.cu says how."""
+
+from math import prod
+
+from tilewise.kernels.channel_plan import ceil_div
+from tilewise.kernels.conv_geometry import Correlation
+from tilewise.kernels.conv_plan import split
+from tilewise.kernels.cupy.conv_sums import WEIGHT, add_parts, new_parts, operands
+from tilewise.kernels.cupy.gemm_tile import SMALL, TINY, Tile
+from tilewise.kernels.cupy.launch import NAMES, Kernel
+
+_LEAST_PIXELS = 512
+
+
+def _make(tile: Tile, last: bool) -> Kernel:
+    return Kernel(
+        "conv_product_weight.cu", f"implicit_weight<{{T}}, {NAMES}{tile.name}, {str(last).lower()}>", f"{WEIGHT} q q",
+        threads=tile.threads, blocks=2, dtypes=("float64",) if tile is TINY else ("float16", "float32"),
+        promises=("LDS.128",),
+    )  # fmt: skip
+
+
+_kernels = {(tile, last): _make(tile, last) for tile in (SMALL, TINY) for last in (False, True)}
+
+
+def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
+    """conv2d's gradient with respect to a weight of that shape; `it`: its forward correlation."""
+    columns = it.channels * it.taps
+    tile = TINY if grad.dtype.itemsize == 8 else SMALL
+    tiles = ceil_div(it.outputs, tile.rows) * ceil_div(columns, tile.columns)
+    many, per_part = split(it.pixels, tiles * it.groups, _LEAST_PIXELS)
+    parts = new_parts(grad.place, many, prod(shape), grad.dtype)
+    grid = tiles, it.groups, many
+    _kernels[tile, it.channels_last](grad.place, grid, *operands(it, grad, x, parts), it.pixels, per_part)
+    result = grad.place.empty(shape, grad.dtype)
+    return add_parts(parts, result, it.taps, it.channels) if it.channels_last else add_parts(parts, result)

@@ -1,0 +1,58 @@
+"""The gradients of bias and weight, as sums over pixels, on the GPU; src/conv_sums.cu says how."""
+
+from math import prod
+
+from tilewise.kernels.conv_geometry import Correlation, pixels
+from tilewise.kernels.conv_plan import split
+from tilewise.kernels.cupy.gemm_sums import sum_rows
+from tilewise.kernels.cupy.launch import Kernel, blocks_of, sum_dtype
+
+_SOURCE = "conv_sums.cu"
+# grad, x, parts, both axes, steps of x and grad, Filters
+WEIGHT = "P P P 10q 10q 4q 4q 7q"
+
+_sum_parts = Kernel(_SOURCE, "sum_parts<{T}>", "P P q q q q")
+_sum_channel = Kernel(_SOURCE, "sum_channel<{T}>", "P P q q q q")
+_weight_sums = Kernel(_SOURCE, "weight_sums<{T}>", f"{WEIGHT} q q q")
+
+
+def operands(it: Correlation, grad, x, parts) -> tuple:
+    """What WEIGHT stands for; `it`: the forward correlation."""
+    return (
+        grad, x, parts, *it.rows.numbers, *it.columns.numbers, *it.steps,
+        it.groups, it.outputs, it.channels, it.group_step, it.output_step, it.channel_step, it.width,
+    )  # fmt: skip
+
+
+def new_parts(place, many: int, count: int, dtype):
+    return place.empty((many, count), sum_dtype(dtype))
+
+
+def add_parts(parts, result, taps: int = 1, channels: int = 1):
+    """The second stage; taps and channels, where the parts have them in the other order than the result."""
+    many, count = parts.shape
+    _sum_parts(result.place, blocks_of(count), parts, result, count, many, taps, channels, dtype=result.dtype)
+    return result
+
+
+def bias_gradient(grad, layout: str):
+    """grad summed over images and pixels."""
+    height, width = pixels(grad.shape, layout)
+    images, area = grad.shape[0], height * width
+    if layout == "NHWC":
+        channels = grad.shape[3]
+        return sum_rows(grad.reshape(1, images * area, channels)).reshape(channels)
+    channels = grad.shape[1]
+    many, per_part = split(images * area, channels)
+    parts = new_parts(grad.place, many, channels, grad.dtype)
+    _sum_channel(grad.place, (channels, many, 1), grad, parts, images, channels, area, per_part)
+    return add_parts(parts, grad.place.empty((channels,), grad.dtype))
+
+
+def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
+    """conv2d's gradient with respect to a weight of that shape; `it`: its forward correlation."""
+    count = prod(shape)
+    many, per_part = split(it.pixels, count)
+    parts = new_parts(grad.place, many, count, grad.dtype)
+    _weight_sums(grad.place, (count, many, 1), *operands(it, grad, x, parts), count, it.pixels, per_part)
+    return add_parts(parts, grad.place.empty(shape, grad.dtype))

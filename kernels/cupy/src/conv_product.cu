@@ -1,0 +1,171 @@
+// Convolution as an implicit matrix product (product.cuh): outputs x pixels in NCHW, pixels x outputs in NHWC, summed over
+// taps and channels; nothing is unfolded.
+//
+//     y[o, pixel] = sum over k = (tap, c) of  packed[k, o] * x[c, the tap's place of the pixel]
+//
+// The weights are packed first: (group, k, outputs padded to whole vectors). Of x, each thread loads neighbouring k of one
+// pixel, and zeros outside of the image:
+//
+//     any channels    one by one; a thread counts channel, column, row of the tap on. Lanes run along pixels.
+//     whole           a thread's k lie within one tap, whose place is found once a step.
+//                     NCHW: lanes run along pixels. NHWC: neighbouring channels come 16 bytes at a time.
+#include "conv.cuh"
+#include "matrix_loader.cuh"
+
+namespace tilewise {
+
+// Few outputs: 32 of them by 128 pixels, in either order.
+using Flat = Tile<1, 4, 8, 4, 16, 3>;
+using Upright = Tile<4, 1, 8, 4, 16, 3>;
+
+template <class T, class Tile, int SIZE, bool LAST, bool WHOLE> struct PixelLoader {
+    static constexpr bool COPIES = false, VECTORS = LAST && WHOLE;
+    static constexpr int COUNT = Tile::STEP * SIZE / Tile::THREADS, SHARERS = Tile::STEP / COUNT;
+    static constexpr int PITCH = SIZE + PAD, N = VECTORS ? LANES<T> : 1;
+    static_assert(COUNT * SHARERS == Tile::STEP && COUNT % N == 0, "a thread has neighbouring k of one pixel");
+
+    T kept[COUNT];
+    const T *image;
+    const Axis &rows, &columns;
+    const Steps &from;
+    long long first_row, first_column, channels, t = 0, u = 0, c;
+    int place;
+
+    // image: the first channel of the group in the first image.
+    __device__ __forceinline__ PixelLoader(const T *first, const Axis &rows_, const Axis &columns_, const Steps &from_,
+                                           long long channels_, long long first_pixel, long long pixels)
+        : rows(rows_), columns(columns_), from(from_), channels(channels_) {
+        const int thread = threadIdx.x;
+        const int own = VECTORS ? thread / SHARERS : thread % SIZE;
+        const int own_k = (VECTORS ? thread % SHARERS : thread / SIZE) * COUNT;
+        // what a thread finds beyond the last pixel meets only sums that belong to none
+        const long long number = first_pixel + own < pixels ? first_pixel + own : pixels - 1;
+        const Pixel pixel(number, rows.count, columns.count);
+        image = first + pixel.image * from.image;
+        first_row = rows.origin + pixel.row * rows.stride;
+        first_column = columns.origin + pixel.column * columns.stride;
+        place = own_k * PITCH + own;
+        c = own_k;
+    }
+
+    // The steps come in their order.
+    template <class S> __device__ __forceinline__ void fetch(S *, long long, long long) {
+        settle();
+        if constexpr (WHOLE) {
+            const T *const source = find();
+#pragma unroll
+            for (int k = 0; k < COUNT; k += N) {
+                const Pack<T, N> pack = source ? load<N>(source + k * (LAST ? 1 : from.channel)) : Pack<T, N>{};
+#pragma unroll
+                for (int i = 0; i < N; ++i) kept[k + i] = pack.lane[i];
+            }
+            c += Tile::STEP;
+        } else {
+#pragma unroll
+            for (int k = 0; k < COUNT; ++k) {
+                const T *const source = find();
+                kept[k] = source ? *source : T{};
+                ++c;
+                if (c == channels) next_tap();
+            }
+            c += Tile::STEP - COUNT;
+        }
+    }
+
+    template <class S> __device__ __forceinline__ void keep(S *tile) {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) tile[place + k * PITCH] = widen(kept[k]);
+    }
+
+private:
+    __device__ __forceinline__ void next_tap() {
+        c -= channels;
+        if (++u == columns.taps) {
+            u = 0;
+            ++t;
+        }
+    }
+    __device__ __forceinline__ void settle() {
+        while (c >= channels) next_tap();
+    }
+    // Where channel c of the tap is; null outside of the image, and after the last tap.
+    __device__ __forceinline__ const T *find() const {
+        const long long row = first_row + t * rows.spacing, column = first_column + u * columns.spacing;
+        if (t >= rows.taps || !within(row, rows.size) || !within(column, columns.size)) return nullptr;
+        return image + row * from.row + column * from.column + c * from.channel;
+    }
+};
+
+// Where the sums go. places: of the tile's pixels in y, -1 beyond the last; channel: the tile's first output.
+template <class T, bool LAST> struct ImageResult {
+    T *y;
+    const Epilogue<T> &finish;
+    const long long *places;
+    long long first_output, outputs, channel, channel_step;
+
+    // NHWC: the pixel's place; NCHW: the output.
+    __device__ __forceinline__ long long row(int i) const {
+        return LAST ? places[i] : first_output + i < outputs ? i : -1;
+    }
+    __device__ __forceinline__ void put(long long row, int column, const Sum<T> (&values)[BLOCK]) const {
+        constexpr int WIDTH = LANES<T>;
+        if (row < 0) return;
+        const long long o = channel + (LAST ? column : row);
+        if constexpr (WIDTH <= BLOCK) {
+            const long long place = LAST ? row + o : places[column] + o * channel_step;
+            const bool whole = LAST ? first_output + column + BLOCK <= outputs
+                                    : places[column + BLOCK - 1] == places[column] + BLOCK - 1 && places[column] >= 0;
+            if (whole && place % WIDTH == 0) {
+#pragma unroll
+                for (int i = 0; i < BLOCK; i += WIDTH) {
+                    Pack<T, WIDTH> pack;
+#pragma unroll
+                    for (int j = 0; j < WIDTH; ++j)
+                        pack.lane[j] = finish(values[i + j], LAST ? o + i + j : o, place + i + j);
+                    store(y + place + i, pack);
+                }
+                return;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < BLOCK; ++i) {
+            const bool there = LAST ? first_output + column + i < outputs : places[column + i] >= 0;
+            const long long own = LAST ? o + i : o, place = LAST ? row + own : places[column + i] + own * channel_step;
+            if (there) y[place] = finish(values[i], own, place);
+        }
+    }
+};
+
+// Block (tile of pixels, tile of outputs, group). padded_outputs: of packed.
+template <class T, class Tile, bool LAST, bool WHOLE>
+__global__ void __launch_bounds__(Tile::THREADS, RESIDENT_BLOCKS<Tile, false>)
+implicit(const T *__restrict__ x, const T *__restrict__ packed, T *y, const Epilogue<T> finish, const Axis rows,
+         const Axis columns, const Steps from, const Steps to, const Filters filters, long long pixels,
+         long long padded_outputs) {
+    using S = Sum<T>;
+    constexpr int OUTPUTS = LAST ? Tile::COLUMNS : Tile::ROWS, PIXELS = LAST ? Tile::ROWS : Tile::COLUMNS;
+    __shared__ TileRoom<S, Tile> room;
+    __shared__ long long places[PIXELS];
+    const long long first_pixel = static_cast<long long>(blockIdx.x) * PIXELS, group = blockIdx.z;
+    const long long first_output = static_cast<long long>(blockIdx.y) * OUTPUTS;
+    const long long depth = rows.taps * columns.taps * filters.channels;
+    for (int p = threadIdx.x; p < PIXELS; p += Tile::THREADS)
+        places[p] = first_pixel + p < pixels
+                        ? place_of(Pixel(first_pixel + p, rows.count, columns.count), rows, columns, to)
+                        : -1;
+    S sums[Tile::DOWN][Tile::ACROSS];
+    constexpr int N = OUTPUTS * Tile::STEP >= Tile::THREADS * LANES<T> ? LANES<T> : 1;   // one by one, if too few to share
+    MatrixLoader<S, T, Tile, OUTPUTS, N, BY_ROW> weights(
+        {packed + group * depth * padded_outputs, padded_outputs, 1, padded_outputs}, first_output);
+    PixelLoader<T, Tile, PIXELS, LAST, WHOLE> values(x + group * filters.channels * from.channel, rows, columns, from,
+                                                     filters.channels, first_pixel, pixels);
+    if constexpr (LAST)
+        multiply_tile<Tile>(sums, room, values, weights, 0, depth);
+    else
+        multiply_tile<Tile>(sums, room, weights, values, 0, depth);
+    const ImageResult<T, LAST> result{y,       finish,  places, first_output, filters.outputs,
+                                      group * filters.outputs + first_output, to.channel};
+    store_tile<Tile>(sums, room, result);
+}
+
+}   // namespace tilewise

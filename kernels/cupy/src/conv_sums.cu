@@ -1,0 +1,74 @@
+// Sums over the pixels of all images: the gradients of bias and weight, in two stages that always add alike.
+//
+//     1. a block sums one part of the pixels, whose number follows from the shapes alone: parts[part, element]
+//     2. the parts are added in their order
+#include "conv.cuh"
+#include "reduction.cuh"
+
+namespace tilewise {
+
+// result[o, c, t] = parts[0, o, t, c] + ... + parts[many - 1, o, t, c]; `count` elements of a part.
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1)
+sum_parts(const Sum<T> *__restrict__ parts, T *__restrict__ result, long long count, long long many, long long taps,
+          long long channels) {
+    const long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    if (i >= count) return;
+    Sum<T> total = 0;
+    for (long long part = 0; part < many; ++part) total += parts[part * count + i];
+    long long o = i;
+    const long long c = take_axis(o, channels), t = take_axis(o, taps);
+    result[(o * channels + c) * taps + t] = narrow<T>(total);
+}
+
+// The pixels of a part.
+struct Part {
+    long long at, end;
+    __device__ __forceinline__ Part(long long pixels, long long per_part) {
+        const long long begin = blockIdx.y * per_part;
+        at = begin + threadIdx.x;
+        end = begin + per_part < pixels ? begin + per_part : pixels;
+    }
+};
+
+// parts[part, c] = the sum of grad[n, c, p] over the part's pixels of all images; block (c, part).
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1)
+sum_channel(const T *__restrict__ grad, Sum<T> *__restrict__ parts, long long images, long long channels, long long area,
+            long long per_part) {
+    __shared__ Sum<T> scratch[WARPS];
+    const long long c = blockIdx.x;
+    Sum<T> total = 0;
+    for (Part part(images * area, per_part); part.at < part.end; part.at += THREADS) {
+        const long long n = divide(part.at, area);
+        total += widen(grad[(n * channels + c) * area + part.at - n * area]);
+    }
+    total = block_sum(total, scratch);
+    if (threadIdx.x == 0) parts[blockIdx.y * channels + c] = total;
+}
+
+// parts[part, e] for element e = (o, c, p, q) of the weight; block (e, part). The definition, for any options.
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1)
+weight_sums(const T *__restrict__ grad, const T *__restrict__ x, Sum<T> *__restrict__ parts, const Axis rows,
+            const Axis columns, const Steps from, const Steps to, const Filters filters, long long count,
+            long long pixels, long long per_part) {
+    __shared__ Sum<T> scratch[WARPS];
+    long long o = blockIdx.x;
+    const long long u = take_axis(o, columns.taps), t = take_axis(o, rows.taps), c = take_axis(o, filters.channels);
+    const long long first_row = rows.origin + t * rows.spacing, first_column = columns.origin + u * columns.spacing;
+    const T *const plane = x + (divide(o, filters.outputs) * filters.channels + c) * from.channel;
+    const T *const own = grad + o * to.channel;
+    Sum<T> total = 0;
+    for (Part part(pixels, per_part); part.at < part.end; part.at += THREADS) {
+        const Pixel pixel(part.at, rows.count, columns.count);
+        const long long row = first_row + pixel.row * rows.stride, column = first_column + pixel.column * columns.stride;
+        if (!within(row, rows.size) || !within(column, columns.size)) continue;
+        total += widen(plane[pixel.image * from.image + row * from.row + column * from.column]) *
+                 widen(own[pixel.image * to.image + pixel.row * to.row + pixel.column * to.column]);
+    }
+    total = block_sum(total, scratch);
+    if (threadIdx.x == 0) parts[blockIdx.y * count + blockIdx.x] = total;
+}
+
+}   // namespace tilewise

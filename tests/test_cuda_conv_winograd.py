@@ -1,0 +1,66 @@
+"""Winograd's convolution in numba.cuda, executed on the CPU, against the reference in float64."""
+
+import numpy as np
+import pytest
+from conv_cases import LAYOUTS, Case, check, reference
+from test_cuda_conv import backward, forward, operands
+
+import tilewise
+from tilewise import kernels
+from tilewise.kernels.cuda import conv, conv_winograd
+
+WINOGRAD_GROWTH = 16.0  # of the error, against a direct sum
+SHORT_WINOGRAD = [
+    Case(1, 1, 3, 3, 1, (3, 3)),
+    Case(2, 7, 2, 3, 8, (3, 3), 1, 1),
+    Case(1, 17, 6, 9, 33, (3, 3)),
+    Case(2, 8, 9, 8, 5, (3, 3), 1, ((0, 2), (3, 1))),
+    Case(1, 12, 7, 5, 10, (3, 3), 1, 1, 1, 2),
+    Case(3, 16, 13, 14, 66, (3, 3), 1, "same"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("room", [1 << 28, 1])
+def test_winograd(gpu, rng, monkeypatch, room, layout):
+    monkeypatch.setattr(conv_winograd, "_ROOM", room)
+    for number, case in enumerate(SHORT_WINOGRAD):
+        forward(rng, case, np.float32, layout, number, "winograd", WINOGRAD_GROWTH)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_winograd_backward(gpu, rng, monkeypatch, layout):
+    monkeypatch.setattr(conv_winograd, "_LEAST_CHANNELS", 0)
+    monkeypatch.setattr(conv_winograd, "_LEAST_TILES", 1)
+    taken = []
+
+    def counting(*arguments):
+        taken.append(arguments)
+        conv_winograd.correlate(*arguments[:-1])
+
+    monkeypatch.setitem(conv._CONVOLUTION.algorithms, "winograd", counting)
+    for case in SHORT_WINOGRAD:
+        backward(rng, case, np.float32, layout, WINOGRAD_GROWTH)
+    assert len(taken) >= 5
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_winograd_keeps_nan_and_inf_in_their_windows(gpu, rng, layout, value):
+    case = Case(2, 5, 9, 10, 6, (3, 3), 1, 1)
+    x, weight, bias, add = operands(rng, case, np.float32, layout)
+    x.flat[137], x.flat[401] = value, -value
+    options = {"padding": 1, "layout": layout, "activation": "relu"}
+    y = kernels.conv2d(x, weight, bias, add=add, algorithm="winograd", **options)
+    expected = reference(kernels.conv2d, x, weight, bias, add=add.astype(np.float64), **options)
+    check(y, expected, case.taps, layout, np.float32, WINOGRAD_GROWTH)
+
+
+def test_winograd_is_refused_where_it_does_not_apply(gpu, rng):
+    x, weight = rng.standard_normal((1, 8, 9, 9)), rng.standard_normal((8, 8, 3, 3))
+    for dtype, options in ((np.float64, {}), (np.float32, {"stride": 2}), (np.float32, {"dilation": 2})):
+        with pytest.raises(ValueError, match="winograd"):
+            kernels.conv2d(x.astype(dtype), weight.astype(dtype), algorithm="winograd", **options)
+    many = rng.standard_normal((2, 48, 32, 32)).astype(np.float32)
+    filters = rng.standard_normal((48, 48, 3, 3)).astype(np.float32)
+    assert tilewise.explain(kernels.conv2d, many, filters, padding=1).algorithm == "winograd"
