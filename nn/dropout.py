@@ -41,11 +41,13 @@ class Dropout(Module):
         choice = {"p": self.p, "seed": self.seed, "call": self.calls}
         y = dropout(x, **choice)
         self.calls += 1
-        self.keep(choice)
+        self.keep(x.shape, choice)
         return y
 
     def backward(self, grad: np.ndarray) -> np.ndarray:
-        (choice,) = self.kept()
+        shape, choice = self.kept()
+        if grad.shape != shape:
+            raise ValueError(f"Dropout.backward: grad must have shape {shape}, got {grad.shape}")
         return dropout_backward(grad, **choice)
 
     def describe(self) -> str:
