@@ -9,7 +9,7 @@ with the stride in the 3x3 layers, as torchvision has it), Szegedy et al. 2015 (
 
 import os
 
-from .layers import Activation, BatchNorm, Case, Conv, Linear, Matmul, Pool
+from .layers import Activation, BatchNorm, Case, Conv, Dropout, Linear, Matmul, Pool
 
 _MATMUL: tuple[Case, ...] = (
     # batch, m, k, n
@@ -109,6 +109,11 @@ _ACTIVATION: tuple[Case, ...] = (
     Activation("log_softmax", "resnet50.classes", 256, (1000,)),
 )
 
+_DROPOUT: tuple[Case, ...] = (
+    Dropout("dropout", "vgg16.fc6", 64, (4096,)),
+    Dropout("dropout", "vgg16.pool5", 64, (512, 7, 7)),
+)
+
 
 def _with_backward(cases: tuple[Case, ...]) -> tuple[Case, ...]:
     """Each layer forward and backward; batch norm's backward is measured for training only."""
@@ -124,6 +129,7 @@ ALL: dict[str, Case] = {
         *_with_backward(_POOL),
         *_with_backward(_BATCHNORM),
         *_with_backward(_ACTIVATION),
+        *_with_backward(_DROPOUT),
     )
 }
 
@@ -161,6 +167,8 @@ QUICK: dict[str, Case] = {
         "relu_backward resnet50.relu1",
         "sigmoid lenet5.act1",
         "softmax resnet50.classes",
+        "dropout vgg16.fc6",
+        "dropout_backward vgg16.fc6",
     )
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .layers import Activation, BatchNorm, Case, Conv, Linear, Matmul, Pool
+from .layers import Activation, BatchNorm, Case, Conv, Dropout, Linear, Matmul, Pool
 from .timing import SEED
 
 Engine = Callable[[], Any]
@@ -144,6 +144,7 @@ def torch_calls(case: Case, args: Sequence, options: dict) -> dict[str, Engine]:
         Pool: _torch_pool,
         BatchNorm: _torch_batch_norm,
         Activation: _torch_activation,
+        Dropout: _torch_dropout,
     }[type(case)]
     engines = {TORCH: make(torch, case, tensors, options)}
     if isinstance(case, IMAGES):
@@ -220,6 +221,15 @@ def _torch_activation(torch, case: Case, tensors: list, options: dict) -> Engine
     more = {"relu": (0,), "leaky_relu": (0.01, True)}.get(name, ())
     function = aten.threshold_backward if name == "relu" else getattr(aten, f"{name}_backward")
     return lambda: function(grad, y, *more)
+
+
+def _torch_dropout(torch, case: Case, tensors: list, options: dict) -> Engine:
+    """Backward multiplies by the mask that PyTorch keeps, where ours draws it again."""
+    if not case.is_backward:
+        return partial(torch.nn.functional.dropout, *tensors, p=options["p"])
+    (grad,) = tensors
+    mask, scale = torch.rand(grad.shape, device=grad.device) >= options["p"], 1 / (1 - options["p"])
+    return lambda: torch.ops.aten.native_dropout_backward(grad, mask, scale)
 
 
 def _onnx_session(case: Case, args: tuple, options: dict, threads: int) -> Engine | None:

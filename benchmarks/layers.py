@@ -23,6 +23,7 @@ class Case:
 
     family: ClassVar[str]  # the file name of the op family
     rate_unit: ClassVar[str]  # "GFLOP/s" where arithmetic is the limit, "GB/s" where memory is
+    draws: ClassVar[bool] = False  # random numbers, which are others in each engine: results cannot be compared
 
     @property
     def key(self) -> str:
@@ -325,3 +326,24 @@ class Activation(Case):
     def arguments(self, rng, dtype):
         arrays = _normal(rng, dtype, *[(self.batch, *self.features)] * (1 + self.is_backward))
         return arrays, ({"axis": -1} if "softmax" in self.op else {})
+
+
+@dataclass(frozen=True)
+class Dropout(Case):
+    """Half of the elements, chosen anew from the same seed."""
+
+    features: Shape
+
+    family = "dropout_mask"
+    rate_unit = "GB/s"
+    draws = True
+
+    @property
+    def shape(self):
+        return "x".join(map(str, (self.batch, *self.features)))
+
+    def bytes(self, itemsize):
+        return 2 * self.batch * prod(self.features) * itemsize
+
+    def arguments(self, rng, dtype):
+        return _normal(rng, dtype, (self.batch, *self.features)), {"p": 0.5, "seed": 1}

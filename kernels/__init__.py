@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from tilewise.kernels.batchnorm import *
     from tilewise.kernels.conv import *
     from tilewise.kernels.dispatch import *
+    from tilewise.kernels.dropout_mask import *
     from tilewise.kernels.gemm import *
     from tilewise.kernels.optim import *
     from tilewise.kernels.padding import *
@@ -56,6 +57,7 @@ _EXPORTS = {
         "step",
         "sign",
     ),
+    "dropout_mask": ("dropout", "dropout_backward"),
     "optim": ("sgd_step", "adagrad_step", "rmsprop_step", "adam_step"),
     "dispatch": ("using", "explain", "devices"),
 }

@@ -11,8 +11,8 @@ _ROUNDS = 64  # blocks of a multiprocessor at most: about eight rounds of what i
 
 
 def whole_vectors(count: int, *arrays) -> int:
-    """How many vectors of 16 bytes the arrays have together; none where one does not begin at a multiple of 16."""
-    if any(a.pointer % 16 for a in arrays):
+    """How many vectors of 16 bytes the arrays (or None) have; none where one does not begin at a multiple of 16."""
+    if any(a is not None and a.pointer % 16 for a in arrays):
         return 0
     return count * arrays[0].dtype.itemsize // 16
 

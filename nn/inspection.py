@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .hooks import observed
-from .linear import Affine
 from .module import Module, Parameter
 
-Output = tuple[tuple[int, ...], int]  # shape and bytes
+Output = tuple[tuple[int, ...], int, int]  # shape, bytes, FLOPs
 HEADINGS = ("layer", "kind", "output", "parameters", "MFLOP", "output MB")
 
 
@@ -91,8 +89,9 @@ class Summary:
 def summary(model: Module, input_shape: Sequence[int], *, dtype: DTypeLike | None = None) -> Summary:
     """The layers of a model in the order of its names, with what one forward of x = zeros(input_shape) gives and costs.
 
-    The forward is made in evaluation mode; the model is left as it was. FLOPs are those of dense and convolution
-    layers, 2 * weight.size * outputs / out_features and the bias's additions: a multiply-add counts two.
+    The forward is made in evaluation mode; the model is left as it was. FLOPs are those of dense, convolution and
+    recurrent layers: of each output (recurrent: gate) 2 for every weight that it is a sum of, as a multiply-add counts
+    two, and the bias's addition.
 
     Args:
         input_shape: x's, with the batch: (1, 3, 224, 224).
@@ -186,7 +185,7 @@ def _recording(modules: list[Module]) -> Iterator[dict[Module, list[Output]]]:
 
     def record(module: Module, arguments: tuple, result: Any):
         y = result[0] if isinstance(result, tuple) else result
-        outputs.setdefault(module, []).append((y.shape, y.nbytes))
+        outputs.setdefault(module, []).append((y.shape, y.nbytes, module._flops(arguments[0], y)))
 
     try:
         for module in modules:
@@ -207,15 +206,11 @@ def _own_parameters(module: Module) -> list[Parameter]:
 
 def _layer(name: str, module: Module, outputs: list[Output]) -> LayerSummary:
     """A layer that forward did not reach has output shape () and costs nothing."""
-    elements = sum(prod(shape) for shape, _ in outputs)
-    flops = 0
-    if isinstance(module, Affine):
-        flops = 2 * module.weight.size * elements // module.weight.shape[0] + elements * (module.bias is not None)
     return LayerSummary(
         name,
         type(module).__name__,
         outputs[-1][0] if outputs else (),
         sum(parameter.size for parameter in _own_parameters(module)),
-        flops,
-        sum(size for _, size in outputs),
+        sum(flops for _, _, flops in outputs),
+        sum(size for _, size, _ in outputs),
     )

@@ -23,6 +23,9 @@ class Affine(Module):
         """(grad_x, grad_weight, grad_bias), None where not among `needs`."""
         raise NotImplementedError
 
+    def _flops(self, x: np.ndarray, y: np.ndarray) -> int:
+        return 2 * self.weight.size * y.size // self.weight.shape[0] + y.size * (self.bias is not None)
+
     def backward(self, grad: np.ndarray) -> np.ndarray:
         return self._backward(grad, ("x",))
 

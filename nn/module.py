@@ -1,6 +1,7 @@
 """Parameter and Module: what every layer is made of."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -55,6 +56,21 @@ class Unmatched(NamedTuple):
     unexpected_keys: list[str]
 
 
+def _located(backward: Callable) -> Callable:
+    """A method that goes back, whose errors tell which layer refused which gradient: what __call__ is to forward."""
+
+    @functools.wraps(backward)
+    def call(self, *arguments, **options):
+        try:
+            return backward(self, *arguments, **options)
+        except (TypeError, ValueError) as error:
+            (grad, *_) = *arguments, *options.values(), None
+            self._locate(error, f"going back with grad of shape {np.shape(grad)}")
+            raise
+
+    return call
+
+
 class Module:
     """A layer, or a network of layers: `forward(x)`, then `backward(grad)`.
 
@@ -72,6 +88,11 @@ class Module:
     transient: tuple[str, ...] = ("_kept",)  # attributes that copies and pickles go without
     _kept: tuple | None = None
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        for name in {"backward", "backward_parameters"} & vars(cls).keys():
+            setattr(cls, name, _located(vars(cls)[name]))
+
     def forward(self, x: np.ndarray) -> np.ndarray:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
@@ -86,6 +107,10 @@ class Module:
         """
         raise NotImplementedError(f"{type(self).__name__} does not define backward")
 
+    def _flops(self, x: np.ndarray, y: np.ndarray) -> int:
+        """What `summary` counts for a forward from x to y of this module alone, without those inside."""
+        return 0
+
     def backward_parameters(self, grad: np.ndarray):
         """Backward for a network's first layer: adds to the parameters' gradients only, which saves work."""
         self.backward(grad)
@@ -94,17 +119,19 @@ class Module:
         try:
             return self.forward(x)
         except (TypeError, ValueError) as error:
-            self._locate(error, np.shape(x))
+            self._locate(error, f"called with x of shape {np.shape(x)}")
             raise
 
-    def _locate(self, error: Exception, shape: tuple[int, ...]):
-        """Note on an error which layer refused which x. Every module on the way out replaces the note by its own, so
+    def _locate(self, error: Exception, call: str):
+        """Note on an error which layer refused which call. Every module on the way out replaces the note by its own, so
         that in the end the layer has the name that the outermost one knows it by."""
-        refused, shape, old = getattr(error, "refused", (self, shape, None))
-        name = next((name for name, module in self.modules() if module is refused), "")
-        note = f"in layer {name} ({type(refused).__name__}), called with x of shape {shape}" if name else None
+        refused, call, old = getattr(error, "refused", (self, call, None))
+        names = {module: name for name, module in self.modules()}
+        refused = refused if refused in names else self  # a block may compute by modules that it makes for the purpose
+        name = names[refused]
+        note = f"in layer {name} ({type(refused).__name__}), {call}" if name else None
         error.__notes__ = [n for n in (*getattr(error, "__notes__", ()), note) if n not in (old, None)]
-        error.refused = refused, shape, note  # pyright: ignore[reportAttributeAccessIssue]
+        error.refused = refused, call, note  # pyright: ignore[reportAttributeAccessIssue]
 
     def keep(self, *values):
         """Called by forward: what backward will need. Does nothing in evaluation mode."""

@@ -146,6 +146,13 @@ class _Recurrent(Module):
     def _outside(self, states: _States):
         return states[0] if len(states) == 1 else states
 
+    def _flops(self, x: np.ndarray, y: np.ndarray) -> int:
+        """Of the gates, whose two biases are added to one beforehand."""
+        rows = self.gates * self.hidden_size
+        inputs = [self.input_size, *[self.hidden_size] * (self.num_layers - 1)]
+        each = sum(2 * (features + self.hidden_size) + self.bias for features in inputs)
+        return x.shape[0] * x.shape[1] * rows * each
+
     def backward(self, grad: np.ndarray, grad_state=None) -> Any:
         """Add to the parameters' gradients, and go back from the last forward.
 

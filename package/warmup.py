@@ -230,6 +230,12 @@ def _elementwise(dtype: str) -> Calls:
         yield f"{name}_backward of columns", partial(getattr(t, f"{name}_backward"), a(2, 9, 4), a(2, 9, 4), axis=1)
 
 
+def _dropouts(dtype: str) -> Calls:
+    a, t = _operands(dtype), tilewise
+    yield "dropout", lambda: t.dropout(a(4, 9), seed=1)
+    yield "dropout_backward", lambda: t.dropout_backward(a(4, 9), seed=1)
+
+
 def _optimizers(dtype: str) -> Calls:
     t = tilewise
     param, grad, square, velocity = (np.ones(40, dtype) for _ in range(4))
@@ -246,5 +252,6 @@ FAMILIES: dict[str, Callable[[str], Calls]] = {
     "batchnorm": partial(_in_both_layouts, _batch_norms),
     "activation": _elementwise,
     "padding": _pads,
+    "dropout_mask": _dropouts,
     "optim": _optimizers,
 }

@@ -37,6 +37,7 @@ from tilewise.benchmarks.cases import ALL, QUICK
         ("relu resnet50.relu1", 0, 1, 4 * 2 * 6_422_528),
         ("relu_backward resnet50.relu1", 0, 1, 4 * 3 * 6_422_528),
         ("softmax resnet50.classes", 0, 1000, 4 * 2 * 256_000),
+        ("dropout_backward vgg16.fc6", 0, 1, 4 * 2 * 262_144),
     ],
 )
 def test_formulas(key, flops, reduction, bytes_float32):
@@ -69,7 +70,7 @@ def test_every_network_and_every_kind_of_operation_is_there():
         "mobilenet",
     }
     families = {case.family for case in ALL.values()}
-    assert families == {"gemm", "conv", "pool", "batchnorm", "activation"}
+    assert families == {"gemm", "conv", "pool", "batchnorm", "activation", "dropout_mask"}
     assert {case.family for case in QUICK.values()} == families
     assert {case.family for case in QUICK.values() if case.is_backward} == families
 
@@ -77,8 +78,10 @@ def test_every_network_and_every_kind_of_operation_is_there():
 @pytest.mark.parametrize("name", cases.SUITES)
 def test_the_asv_classes_measure_every_case_once(name, tmp_path):
     code = """
-        from tilewise.benchmarks import bench_activation, bench_batchnorm, bench_conv, bench_gemm, bench_pool, suite
-        for module in bench_activation, bench_batchnorm, bench_conv, bench_gemm, bench_pool:
+        from importlib import import_module
+        from tilewise.benchmarks import suite
+        for family in "activation", "batchnorm", "conv", "dropout_mask", "gemm", "pool":
+            module = import_module(f"tilewise.benchmarks.bench_{family}")
             for name, found in vars(module).items():
                 if not name.startswith("_") and isinstance(found, type) and issubclass(found, suite._Suite):
                     print(*found.params[0], sep="\\n")

@@ -1,4 +1,4 @@
-"""Activations, softmax and padding inside @njit: the bits of the Python call, over layouts, dtypes and options."""
+"""Activations, softmax, padding and dropout inside @njit: the bits of the Python call, over layouts and dtypes."""
 
 import numpy as np
 import pytest
@@ -91,6 +91,20 @@ def test_padding(rng, padding, shape):
 
 
 @njit
+def dropouts(x, p, seed, call):
+    return t.dropout(x, p, seed=seed, call=call), t.dropout_backward(x, p, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dropout(rng, dtype):
+    x = rng.standard_normal((3, 4, 13)).astype(dtype)
+    for p, seed in ((0.3, 5), (0.0, 2**40), (1.0, 7), (1 / 3, 2**64 - 1)):
+        dropped, gradient = dropouts(variants(x)[2], p, np.uint64(seed), 9)
+        np.testing.assert_array_equal(dropped, t.dropout(x, p, seed=seed, call=9))
+        np.testing.assert_array_equal(gradient, t.dropout_backward(x, p, seed=seed))
+
+
+@njit
 def reflected(x, padding):
     return t.pad(x, padding, "reflect")
 
@@ -103,6 +117,11 @@ def test_wrong_values_raise_what_the_python_call_raises(rng):
     for wrong in (lambda: gradients(x, x[1:]), lambda: t.relu_backward(x, x[1:])):
         with pytest.raises(ValueError, match=r"relu_backward: .* the same shape, got \(4, 5\) and \(3, 5\)"):
             wrong()
+    for wrong in (lambda: dropouts(x, 1.5, 0, 0), lambda: t.dropout(x, 1.5, seed=0)):
+        with pytest.raises(ValueError, match=r"dropout: p must be from 0 to 1, got 1\.5"):
+            wrong()
+    with pytest.raises(ValueError, match="dropout: seed and call must be at least 0, got -1 and 2"):
+        dropouts(x, 0.5, -1, 2)
     for wrong in (lambda: reflected(x, 4), lambda: t.pad(x, 4, "reflect")):
         with pytest.raises(ValueError, match="pad: reflect padding of 4 needs a larger"):
             wrong()
@@ -117,6 +136,8 @@ def test_wrong_values_raise_what_the_python_call_raises(rng):
         (lambda x: t.leaky_relu(x, "a"), "leaky_relu: negative_slope must be a number"),
         (lambda x: t.relu_backward(x, x[0]), "the same shape, got 2 and 1 dimensions"),
         (lambda x: t.relu_backward(x, np.ones((2, 2))), "y is float64 but grad is float32"),
+        (lambda x: t.dropout(x), "dropout: seed must be an int, got None"),
+        (lambda x: t.dropout(x, seed=1, out=x), "dropout: out is not supported inside @njit"),
         (lambda x: t.pad(x[0], 1), "at least 2 dimensions"),
         (lambda x: t.pad(x, 1.5), "padding must be an int, a pair"),
         (lambda x: t.pad(x, 1, "mirror"), "mode must be one of 'constant', 'reflect'"),

@@ -48,7 +48,7 @@ NETWORKS = {
         1280 * 53,
     ),
 }
-PARAMETERS = {  # as torchvision's documentation has them; GoogLeNet's without the auxiliary heads
+PARAMETERS = {  # as torchvision has them
     "vgg11()": 132_863_336,
     "vgg11(batch_norm=True)": 132_868_840,
     "vgg16()": 138_357_544,
@@ -56,6 +56,7 @@ PARAMETERS = {  # as torchvision's documentation has them; GoogLeNet's without t
     "resnet18()": 11_689_512,
     "resnet50()": 25_557_032,
     "googlenet()": 6_624_904,
+    "googlenet(aux_logits=True)": 13_004_888,
     "mobilenet_v2()": 3_504_872,
 }
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -74,6 +75,11 @@ KEYS = {
         *("conv1.conv.weight", *(f"conv3.bn.{name}" for name in NORM), "inception3a.branch1.conv.weight"),
         *("inception3a.branch2.0.conv.weight", "inception4e.branch3.1.bn.bias", "inception5b.branch4.1.conv.weight"),
         "fc.weight",
+    ],
+    "googlenet(aux_logits=True)": [
+        *("inception5b.branch4.1.conv.weight", "aux1.conv.conv.weight", *(f"aux1.conv.bn.{name}" for name in NORM)),
+        *("aux1.fc1.weight", "aux1.fc1.bias", "aux1.fc2.weight", "aux1.fc2.bias", "aux2.conv.conv.weight"),
+        *("aux2.fc2.bias", "fc.weight"),
     ],
     "mobilenet_v2()": [
         *("features.0.0.weight", "features.0.1.running_mean", "features.1.conv.0.0.weight", "features.1.conv.1.weight"),
@@ -131,6 +137,79 @@ def compare_training(torch, rng, model, other, x, terms):
     state = model.state_dict()
     for name, expected in other.state_dict().items():
         assert_close(state[name], expected.numpy(), terms)
+
+
+def googlenets(torch, rng):
+    return networks(
+        torch, rng,
+        "googlenet(5, width=16, dropout=0, aux_logits=True, dropout_aux=0)", "GoogLeNet(5, False, 4, True)",
+    )  # fmt: skip
+
+
+class TestAuxiliaryHeads:
+    def test_training_equals_pytorchs(self, torch, rng):
+        model, other = googlenets(torch, rng)
+        x = rng.standard_normal((3, 3, 64, 64))
+        x_torch = torch.tensor(x, requires_grad=True)
+        cotangents = rng.standard_normal((3, 3, 5))
+        with tilewise.using(backend="reference"):
+            outputs = model(x)
+            grad_x = model.backward(tuple(cotangents))
+        assert outputs._fields == ("logits", "aux_logits2", "aux_logits1")
+        theirs = other(x_torch)
+        for ours, expected in zip(outputs, theirs, strict=True):
+            assert_close(ours, expected.detach().numpy(), 432 * 22)
+        torch.autograd.backward(theirs, [torch.tensor(c) for c in cotangents])
+        assert_close(grad_x, x_torch.grad.numpy(), 10**6)
+        for (name, parameter), expected in zip(model.named_parameters(), other.parameters(), strict=True):
+            assert parameter.grad is not None, name
+            assert_close(parameter.grad, expected.grad.numpy(), 10**6, scale=float(expected.grad.abs().max()))
+
+    def test_evaluation_leaves_them_out(self, torch, rng):
+        model, other = googlenets(torch, rng)
+        x = rng.standard_normal((2, 3, 32, 32))
+        for head in (model.aux1, model.aux2):
+            head.forward = None  # would raise if it were called
+        with torch.no_grad():
+            expected = other.eval()(torch.tensor(x)).numpy()
+        with tilewise.using(backend="reference"):
+            assert_close(model.eval()(x), expected, 432 * 22)
+        plain = nn.models.googlenet(5, width=16, dtype=np.float64, init="zeros")
+        unmatched = plain.load_state_dict(model.state_dict(), strict=False)
+        assert unmatched.missing_keys == []
+        assert {name.split(".")[0] for name in unmatched.unexpected_keys} == {"aux1", "aux2"}
+
+    @pytest.mark.parametrize("learning", [("aux1.*",), ("aux2.fc2.*", "fc.*"), ("inception4d.*",), ("*",)])
+    def test_frozen_layers_get_nothing_and_the_others_all(self, rng, learning):
+        model = nn.models.googlenet(5, width=16, dropout=0, aux_logits=True, dropout_aux=0, rng=0)
+        x, cotangents = rng.standard_normal((2, 3, 32, 32)).astype(np.float32), np.ones((3, 2, 5), np.float32)
+        with tilewise.using(backend="reference"):
+            model(x)
+            model.backward(tuple(cotangents))
+            whole = {name: parameter.grad for name, parameter in model.named_parameters()}
+            for parameter in model.parameters():
+                parameter.grad = None
+            model.freeze("*")
+            model.unfreeze(*learning)
+            for _, module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.frozen = False
+            model(x)
+            model.backward_parameters(tuple(cotangents))
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            if parameter.requires_grad:
+                assert_close(parameter.grad, whole[name], 10**4, scale=float(np.abs(whole[name]).max()) + 1e-6)
+
+    def test_a_head_without_gradient_is_left_out(self, rng):
+        model = nn.models.googlenet(5, width=16, aux_logits=True, rng=0)
+        model(rng.standard_normal((2, 3, 32, 32)).astype(np.float32))
+        ones = np.ones((2, 5), np.float32)
+        model.backward((ones, None, ones))
+        assert model.aux2.fc2.weight.grad is None
+        assert model.aux1.fc2.weight.grad is not None
+        with pytest.raises(TypeError, match=r"GoogLeNet\.backward: grad must be the gradients of logits"):
+            model.backward(ones)
 
 
 def convert(model):

@@ -200,6 +200,34 @@ class TestErrorsNameTheLayer:
             "in layer b.0 (Conv2d), called with x of shape (1, 3, 4, 4)"
         ]
 
+    def test_going_back(self, rng):
+        """The gradient's shape is checked by the layer that it does not fit, wherever it lies."""
+        x = rng.standard_normal((2, 3, 8, 8)).astype(np.float32)
+        block = nn.Residual(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)), None, nn.ReLU())
+        model = nn.Sequential(nn.Sequential(block, nn.Dropout(0.5, rng=0)), nn.Concat({"a": nn.MaxPool2d(2)}))
+        for layer, of, shape in (
+            ("1.a (MaxPool2d)", lambda: model, (2, 3, 5, 4)),
+            ("1 (Dropout)", lambda: model[0], (2, 3, 1, 1)),
+            ("0.activation (ReLU)", lambda: model[0][:1], (2, 3, 8, 1)),
+            ("main.1 (BatchNorm2d)", lambda: nn.Residual(block.main), (2, 3, 1, 8)),
+            ("0 (Conv2d)", lambda: block.main[:1], (2, 2, 8, 8)),
+        ):
+            for method in ("backward", "backward_parameters"):
+                model(x)
+                with pytest.raises(ValueError, match="shape") as raised:
+                    getattr(of(), method)(np.ones(shape, np.float32))
+                (note,) = raised.value.__notes__
+                assert note == f"in layer {layer}, going back with grad of shape {shape}"
+
+    def test_going_back_with_a_wrong_dtype(self, rng):
+        model = nn.models.resnet18(4, width=2, rng=0)
+        model(np.ones((2, 3, 32, 32), np.float32))
+        model.layer1[0].relu.backward = lambda grad: grad.astype(np.float64)
+        with pytest.raises(TypeError, match="float64") as raised:
+            model.backward(np.ones((2, 4), np.float32))
+        (note,) = raised.value.__notes__
+        assert note == "in layer layer1.0.bn2 (BatchNorm2d), going back with grad of shape (2, 2, 8, 8)"
+
     def test_other_notes_stay_and_a_single_layer_has_no_place(self):
         class Strict(nn.Module):
             def forward(self, x):

@@ -226,6 +226,17 @@ def test_a_network_names_and_sums_up_its_recurrent_layers(reference):
     assert shapes["2"] == (N, 2)
 
 
+@pytest.mark.parametrize(("kind", "gates"), [("RNN", 1), ("LSTM", 4)])
+@pytest.mark.parametrize("returns", ["all", "sequence", "last"])
+def test_summary_counts_the_products_of_all_steps(kind, gates, returns):
+    """Every gate of every step: 2 for each weight, and the two biases, added together, once."""
+    layer = getattr(nn, kind)(5, 3, 2, batch_first=True, returns=returns)
+    (found,) = nn.summary(layer, (4, 7, 5)).layers
+    assert found.flops == 4 * 7 * gates * 3 * ((2 * (5 + 3) + 1) + (2 * (3 + 3) + 1))
+    (found,) = nn.summary(getattr(nn, kind)(5, 3, bias=False, returns=returns), (7, 4, 5)).layers
+    assert found.flops == 4 * 7 * gates * 3 * 2 * (5 + 3)
+
+
 def learn(model: nn.Module, loss: nn.Loss, x: np.ndarray, y: np.ndarray, epochs: int, lr: float = 0.02) -> float:
     with tilewise.using(backend="reference"):
         descent = nn.Adam(model.parameters(), lr)

@@ -150,8 +150,20 @@ class Inception(nn.Module):
         return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)
 
 
+class InceptionAux(nn.Module):
+    def __init__(self, in_channels, classes, part):
+        super().__init__()
+        self.conv = BasicConv2d(in_channels, 128 // part, kernel_size=1)
+        self.fc1 = nn.Linear(2048 // part, 1024 // part)
+        self.fc2 = nn.Linear(1024 // part, classes)
+
+    def forward(self, x):
+        x = torch.flatten(self.conv(nn.functional.adaptive_avg_pool2d(x, (4, 4))), 1)
+        return self.fc2(nn.functional.relu(self.fc1(x)))
+
+
 class GoogLeNet(nn.Module):
-    def __init__(self, classes, transform_input, part=1):
+    def __init__(self, classes, transform_input, part=1, aux_logits=False):
         super().__init__()
         self.transform_input = transform_input
         self.conv1 = BasicConv2d(3, 64 // part, kernel_size=7, stride=2, padding=3)
@@ -170,6 +182,10 @@ class GoogLeNet(nn.Module):
         self.maxpool4 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
         self.inception5a = Inception(*(n // part for n in (832, 256, 160, 320, 32, 128, 128)))
         self.inception5b = Inception(*(n // part for n in (832, 384, 192, 384, 48, 128, 128)))
+        self.aux_logits = aux_logits
+        if aux_logits:
+            self.aux1 = InceptionAux(512 // part, classes, part)
+            self.aux2 = InceptionAux(528 // part, classes, part)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(1024 // part, classes)
 
@@ -181,9 +197,11 @@ class GoogLeNet(nn.Module):
             x = torch.cat((red, green, blue), 1)
         x = self.maxpool2(self.conv3(self.conv2(self.maxpool1(self.conv1(x)))))
         x = self.maxpool3(self.inception3b(self.inception3a(x)))
-        x = self.inception4e(self.inception4d(self.inception4c(self.inception4b(self.inception4a(x)))))
-        x = self.inception5b(self.inception5a(self.maxpool4(x)))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        x = a = self.inception4a(x)
+        x = d = self.inception4d(self.inception4c(self.inception4b(x)))
+        x = self.inception5b(self.inception5a(self.maxpool4(self.inception4e(x))))
+        x = self.fc(torch.flatten(self.avgpool(x), 1))
+        return (x, self.aux2(d), self.aux1(a)) if self.aux_logits and self.training else x
 
 
 def _make_divisible(v, divisor=8):
