@@ -194,6 +194,10 @@ class Operation:
         )  # fmt: skip
         module = implementation_module(backend, self.family)
         function = getattr(module, self.name, None)
+        if function is None and settings.backend is None and settings.device == "auto" and not on_device:
+            rejected = rejected | {backend: f"does not have {self.name}"}
+            backend, module = "cpu", implementation_module("cpu", self.family)
+            function = getattr(module, self.name, None)
         if function is None:
             raise NotImplementedError(f"{self.name}: backend {backend!r} does not have it")
         shapes = _batched_shapes(operands, problem.unbatched)
