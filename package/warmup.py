@@ -23,8 +23,8 @@ from tilewise.kernels import operation
 from tilewise.kernels.cpu import jit, threads
 
 DTYPES = ("float32", "float64")
-EPILOGUES = ("relu", "leaky_relu", "sigmoid", "tanh")
-ACTIVATIONS = (*EPILOGUES, "softmax", "log_softmax")
+EPILOGUES = ("relu", "relu6", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh", "softmax", "log_softmax")
 # The estimated work below which a call stays serial, to force one form; None: as the work is.
 FORMS: dict[str, float | None] = {"serial": float("inf"), "parallel": 0, "as needed": None}
 Calls = Iterator[tuple[str, Callable[[], object]]]

@@ -209,7 +209,7 @@ def test_few_vectors(gpu, rng, dtype, order):
     assert ("multiply_few", np.dtype(dtype).name) in gpu.launched
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_linear(gpu, rng, dtype, activation):
     for rows, features, outputs in ((1, 1, 1), (2, 17, 33), (33, 40, 72), (65, 24, 8)):
