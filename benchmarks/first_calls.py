@@ -38,6 +38,7 @@ def _calls(form: str) -> Iterator[tuple[str, str, Callable[[], tuple[tuple, dict
         yield from _convolutions(form, layout)
     yield from _pools(form)
     yield from _elementwise(form)
+    yield from _recurrent(form)
 
 
 def _normal(*shape: int) -> np.ndarray:
@@ -107,3 +108,9 @@ def _elementwise(form: str):
     yield "softmax", "softmax", lambda: ((_normal(batch * size, channels),), {"axis": -1})
     yield "pad", "pad", lambda: ((_normal(*shape), 1), {})
     yield "adam_step", "adam_step", lambda: (tuple(np.ones(shape, np.float32) for _ in range(4)), {"step": 1})
+
+
+def _recurrent(form: str):
+    steps, n, features, size = (8, 8, 32, 32) if form == SERIAL else (16, 32, 64, 128)
+    weights = (4 * size, features), (4 * size, size)
+    yield "lstm", "lstm", lambda: ((_normal(steps, n, features), *(_normal(*shape) for shape in weights)), {})

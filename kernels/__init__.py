@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from tilewise.kernels.optim import *
     from tilewise.kernels.padding import *
     from tilewise.kernels.pool import *
+    from tilewise.kernels.recurrent import *
 
 # module -> the public functions it defines; one line for each op family
 _EXPORTS = {
@@ -41,6 +42,7 @@ _EXPORTS = {
     ),
     "batchnorm": ("batch_norm", "batch_norm_backward"),
     "padding": ("pad", "pad_backward"),
+    "recurrent": ("lstm", "lstm_backward", "rnn", "rnn_backward"),
     "activation": (
         "relu",
         "relu_backward",

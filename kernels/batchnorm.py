@@ -6,7 +6,7 @@ from tilewise.kernels import shapes
 from tilewise.kernels.arrays import common_dtype
 from tilewise.kernels.operation import Operation, Problem
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
 
 
 def batch_norm(
@@ -39,7 +39,7 @@ def batch_norm(
         momentum: the weight of x's statistics in the running ones.
         eps: added to the variance; positive in training.
         layout: "NCHW" or "NHWC".
-        activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh", applied in the same pass.
+        activation: None, "relu", "relu6", "leaky_relu" (slope 0.01), "sigmoid" or "tanh", applied in the same pass.
         return_stats: also return what `batch_norm_backward` needs.
 
     Returns:

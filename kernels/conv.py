@@ -40,7 +40,7 @@ def conv2d(
             (before).
         groups: output channel o sees the C/groups input channels of its own group; groups = C is depthwise.
         layout: "NCHW", or "NHWC" for x and y (N, H, W, C).
-        activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh", applied in the same pass.
+        activation: None, "relu", "relu6", "leaky_relu" (slope 0.01), "sigmoid" or "tanh", applied in the same pass.
         algorithm: "auto", or the one to use: "direct", "gemm", "winograd" (F(4x4, 3x3)) or "depthwise". The reference
             backend has one way and takes any of them.
         add: an array of exactly the result's shape and dtype, any strides, added before the activation in the same

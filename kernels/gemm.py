@@ -58,7 +58,7 @@ def linear(x, weight, bias=None, *, activation=None, out=None):
         x: (..., in_features), float16, float32 or float64, any strides.
         weight: (out_features, in_features).
         bias: (out_features,), or None for none.
-        activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh", applied in the same pass.
+        activation: None, "relu", "relu6", "leaky_relu" (slope 0.01), "sigmoid" or "tanh", applied in the same pass.
         out: an array of exactly the result's shape and dtype that overlaps no operand; it is filled and returned.
 
     Returns:

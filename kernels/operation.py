@@ -197,6 +197,10 @@ class Operation:
         backend, rejected = choose_for(settings, call, ordinal, first.dtype.itemsize)
         module = implementation_module(backend, self.family)
         function = getattr(module, self.name, None)
+        if function is None and settings.backend is None and settings.device == "auto" and not on_device:
+            rejected = rejected | {backend: f"does not have {self.name}"}
+            backend, module = "cpu", implementation_module("cpu", self.family)
+            function = getattr(module, self.name, None)
         if function is None:
             raise NotImplementedError(f"{self.name}: backend {backend!r} does not have it")
         if arrays_module.is_bfloat16(operands[0].dtype) and not getattr(module, "HAS_BFLOAT16", False):

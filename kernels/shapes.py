@@ -114,7 +114,14 @@ def layout_shape(n: int, c: int, h: int, w: int, layout: str) -> tuple[int, int,
     return (n, c, h, w) if layout == "NCHW" else (n, h, w, c)
 
 
-EPILOGUES = (None, "relu", "leaky_relu", "sigmoid", "tanh")  # what an op can apply to its result in the same pass
+EPILOGUES = (
+    None,
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "sigmoid",
+    "tanh",
+)  # what an op can apply to its result in the same pass
 
 
 def activation(function: str, value):

@@ -27,7 +27,7 @@ from .dropout import Dropout
 from .linear import Linear
 from .module import Module
 
-_ACTIVATIONS = {ReLU: "relu", ReLU6: "relu", LeakyReLU: "leaky_relu", Sigmoid: "sigmoid", Tanh: "tanh"}
+_ACTIVATIONS = {ReLU: "relu", ReLU6: "relu6", LeakyReLU: "leaky_relu", Sigmoid: "sigmoid", Tanh: "tanh"}
 _SLOPE = 0.01  # of the kernels' leaky_relu
 
 
@@ -161,10 +161,9 @@ class Call:
 
 
 class _Activated(Call):
-    """A step whose kernel applies an activation. ReLU6's minimum comes after it, in the same memory."""
+    """A step whose kernel applies an activation."""
 
     activation: str | None = None
-    clipped = False
 
     def joined(self, step: Any) -> bool:
         if self.activation is not None:
@@ -173,11 +172,8 @@ class _Activated(Call):
         name = _ACTIVATIONS.get(kind)
         if name is None or not _is_plain(step.module, kind) or getattr(step.module, "negative_slope", _SLOPE) != _SLOPE:
             return False
-        self.activation, self.clipped = name, kind is ReLU6
+        self.activation = name
         return True
-
-    def finished(self, y: np.ndarray) -> np.ndarray:
-        return np.minimum(y, 6, out=y) if self.clipped else y
 
 
 class Convolution(_Activated):
@@ -198,7 +194,7 @@ class Convolution(_Activated):
         if self.norm is not None and x.ndim != 4:
             raise ValueError("a batch norm wants images with a batch axis")
         prepared = self.module.prepared(self.norm, self.activation)
-        return self.finished(prepared(self.module.padded(x), add=add))
+        return prepared(self.module.padded(x), add=add)
 
 
 class Dense(_Activated):
@@ -206,7 +202,7 @@ class Dense(_Activated):
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         weight, bias = self.module.weight.data, self.module.bias
-        return self.finished(linear(x, weight, None if bias is None else bias.data, activation=self.activation))
+        return linear(x, weight, None if bias is None else bias.data, activation=self.activation)
 
 
 class Sum(Call):

@@ -1,8 +1,6 @@
 """Recurrent layers: RNN (Elman 1990) and LSTM (Hochreiter and Schmidhuber 1997), of one or more layers.
 
-The inputs of all steps and gates go through one product, x W_ih^T + b_ih + b_hh; then each step adds h W_hh^T, all
-gates in one product. Backward goes back through time step by step, and the gradients of the weights are one product
-over all steps again.
+A layer's whole sequence is one call of its kernel, forward and backward (kernels/recurrent.py).
 """
 
 from math import sqrt
@@ -11,17 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..kernels import (
-    linear,
-    linear_backward,
-    matmul,
-    relu,
-    relu_backward,
-    sigmoid,
-    sigmoid_backward,
-    tanh,
-    tanh_backward,
-)
+from ..kernels import lstm, lstm_backward, rnn, rnn_backward
 from ..kernels.shapes import integer
 from .dropout import Dropout
 from .init import Rng, generator, layer_dtype, uniform
@@ -71,17 +59,13 @@ class _Recurrent(Module):
         for layer in range(self.num_layers - 1 if dropout else 0):
             setattr(self, f"dropout_l{layer}", Dropout(dropout, rng=rng))
 
-    def _run(self, inputs: np.ndarray, weight: np.ndarray, start: _States) -> tuple[_States, Any]:
-        """All steps of a layer: (states (T + 1, N, H) from the start on, what _run_back needs besides).
-
-        inputs: (T, N, gates * H), each step's part of its input; may be overwritten.
-        """
+    def _run(self, x: np.ndarray, weights: tuple, bias: np.ndarray | None, start: _States) -> tuple:
+        """All steps of a layer: (h (T + 1, N, H) from the start on, the final states, what else _run_back needs)."""
         raise NotImplementedError
 
-    def _run_back(
-        self, grad: np.ndarray, final: _States, weight: np.ndarray, states: _States, extra: Any
-    ) -> tuple[np.ndarray, _States]:
-        """(the gradient of inputs, that of the start), from those of all hidden states and of the final states."""
+    def _run_back(self, grad, final: _States, weights: tuple, x, hidden, extra: tuple, *, needs: tuple) -> tuple:
+        """(the gradients of x, weight_ih, weight_hh and bias, those of the start), from those of the output and of the
+        final states."""
         raise NotImplementedError
 
     def _parameter(self, kind: str, layer: int) -> Parameter:
@@ -99,15 +83,13 @@ class _Recurrent(Module):
         final = tuple(np.empty_like(s) for s in start)
         kept = []
         for layer in range(self.num_layers):
-            bias = (
-                self._parameter("bias_ih", layer).data + self._parameter("bias_hh", layer).data if self.bias else None
+            hidden, last, extra = self._run(
+                sequence, self._weights(layer), self._biases(layer), tuple(s[layer] for s in start)
             )
-            inputs = linear(sequence, self._parameter("weight_ih", layer).data, bias)
-            states, extra = self._run(inputs, self._parameter("weight_hh", layer).data, tuple(s[layer] for s in start))
-            kept.append((sequence, states, extra))
-            for last, values in zip(final, states, strict=True):
-                last[layer] = values[-1]
-            sequence = states[0][1:]
+            kept.append((sequence, hidden, extra))
+            for values, value in zip(final, last, strict=True):
+                values[layer] = value
+            sequence = hidden[1:]
             if (dropout := self._dropout(layer)) is not None:
                 sequence = dropout(sequence)
         self.keep(kept)
@@ -115,6 +97,15 @@ class _Recurrent(Module):
             return sequence[-1]
         output = sequence.swapaxes(0, 1) if self.batch_first else sequence
         return output if self.returns == "sequence" else (output, self._outside(final))
+
+    def _weights(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._parameter("weight_ih", layer).data, self._parameter("weight_hh", layer).data
+
+    def _biases(self, layer: int) -> np.ndarray | None:
+        """Their sum, which is all that the kernels know of them."""
+        if not self.bias:
+            return None
+        return self._parameter("bias_ih", layer).data + self._parameter("bias_hh", layer).data
 
     def _checked(self, x: np.ndarray, state) -> tuple[np.ndarray, _States]:
         """(x as (T, N, input_size), the initial states)"""
@@ -171,7 +162,7 @@ class _Recurrent(Module):
 
     def _back(self, grad: np.ndarray, grad_state, needs_x: bool) -> tuple[Any, _States]:
         (kept,) = self.kept()
-        hidden = kept[-1][1][0][1:]
+        hidden = kept[-1][1][1:]
         grad = self._time_major(grad, hidden)
         shape = (self.num_layers, *hidden.shape[1:])
         if grad_state is None:
@@ -180,14 +171,15 @@ class _Recurrent(Module):
             final = self._inside("grad_state", grad_state, shape, hidden.dtype)
         start = tuple(np.empty_like(f) for f in final)
         for layer in reversed(range(self.num_layers)):
-            sequence, states, extra = kept[layer]
-            weight = self._parameter("weight_hh", layer).data
             if (dropout := self._dropout(layer)) is not None:
                 grad = dropout.backward(grad)
-            inputs, begun = self._run_back(grad, tuple(f[layer] for f in final), weight, states, extra)
+            needs = self._needs(layer, needs_x or layer > 0)
+            grad, *gradients, begun = self._run_back(
+                grad, tuple(f[layer] for f in final), self._weights(layer), *kept[layer], needs=needs
+            )
+            self._accumulate(layer, *gradients)
             for values, value in zip(start, begun, strict=True):
                 values[layer] = value
-            grad = self._accumulate(layer, inputs, sequence, states[0][:-1], needs_x or layer > 0)
         return (grad.swapaxes(0, 1) if needs_x and self.batch_first else grad), start
 
     def _time_major(self, grad: np.ndarray, hidden: np.ndarray) -> np.ndarray:
@@ -203,21 +195,20 @@ class _Recurrent(Module):
         full[-1] = grad
         return full
 
-    def _accumulate(self, layer: int, inputs: np.ndarray, x: np.ndarray, before: np.ndarray, needs_x: bool) -> Any:
-        """The parameters' gradients from that of `inputs`; returns that of x, the layer's input sequence."""
-        weight, recurrent = self._parameter("weight_ih", layer), self._parameter("weight_hh", layer)
-        biases = [self._parameter(kind, layer) for kind in ("bias_ih", "bias_hh")] if self.bias else []
-        wanted = {"x": needs_x, "weight": weight.requires_grad, "bias": any(b.requires_grad for b in biases)}
-        needs = tuple(name for name, needed in wanted.items() if needed)
-        if recurrent.requires_grad:
-            recurrent.accumulate(linear_backward(inputs, before, recurrent.data, needs=("weight",))[1])
-        if not needs:
-            return None
-        grad_x, grad_weight, grad_bias = linear_backward(inputs, x, weight.data, needs=needs)
-        weight.accumulate(grad_weight)
-        for bias in biases:  # each its own copy: a gradient may be changed in place
-            bias.accumulate(None if grad_bias is None else grad_bias.copy())
-        return grad_x
+    def _needs(self, layer: int, needs_x: bool) -> tuple[str, ...]:
+        """The gradients that somebody wants of this layer, as the kernels name them."""
+        biases = ("bias_ih", "bias_hh") if self.bias else ()
+        needs = [kind for kind in ("weight_ih", "weight_hh") if self._parameter(kind, layer).requires_grad]
+        needs += ["bias"] if any(self._parameter(kind, layer).requires_grad for kind in biases) else []
+        return (*(("x",) if needs_x else ()), *needs)
+
+    def _accumulate(self, layer: int, grad_ih, grad_hh, grad_bias):
+        self._parameter("weight_ih", layer).accumulate(grad_ih)
+        self._parameter("weight_hh", layer).accumulate(grad_hh)
+        for kind in (
+            ("bias_ih", "bias_hh") if self.bias else ()
+        ):  # each its own copy: a gradient may be changed in place
+            self._parameter(kind, layer).accumulate(None if grad_bias is None else grad_bias.copy())
 
     def describe(self) -> str:
         options = {"num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "returns": "all"}
@@ -264,22 +255,14 @@ class RNN(_Recurrent):
         self.nonlinearity = nonlinearity
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, returns, rng, dtype)
 
-    def _run(self, inputs, weight, start):
-        activation = tanh if self.nonlinearity == "tanh" else relu
-        hidden = np.empty((len(inputs) + 1, *start[0].shape), inputs.dtype)
-        hidden[0] = start[0]
-        for t, x in enumerate(inputs):
-            hidden[t + 1] = activation(x + linear(hidden[t], weight))
-        return (hidden,), None
+    def _run(self, x, weights, bias, start):
+        hidden = rnn(x, *weights, bias, *start, nonlinearity=self.nonlinearity)
+        return hidden, (hidden[-1],), ()
 
-    def _run_back(self, grad, final, weight, states, extra):
-        derivative = tanh_backward if self.nonlinearity == "tanh" else relu_backward
-        (hidden,), (later,) = states, final
-        inputs = np.empty(grad.shape, hidden.dtype)
-        for t in reversed(range(len(grad))):
-            inputs[t] = derivative(grad[t] + later, hidden[t + 1])
-            later = matmul(inputs[t], weight)
-        return inputs, (later,)
+    def _run_back(self, grad, final, weights, x, hidden, extra, *, needs):
+        options = {"nonlinearity": self.nonlinearity, "needs": needs}
+        *gradients, begun = rnn_backward(grad, *final, x, *weights, hidden, **options)
+        return *gradients, (begun,)
 
 
 class LSTM(_Recurrent):
@@ -308,36 +291,13 @@ class LSTM(_Recurrent):
     ):
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, returns, rng, dtype)
 
-    def _run(self, inputs, weight, start):
-        hidden, cells = (np.empty((len(inputs) + 1, *s.shape), inputs.dtype) for s in start)
-        hidden[0], cells[0] = start
-        gates = inputs.reshape(*inputs.shape[:2], 4, self.hidden_size)  # a view
-        for t, (x, gate) in enumerate(zip(inputs, gates, strict=True)):
-            x += linear(hidden[t], weight)
-            candidate = tanh(gate[:, 2])
-            x[...] = sigmoid(x)
-            gate[:, 2] = candidate
-            np.multiply(gate[:, 1], cells[t], out=cells[t + 1])
-            cells[t + 1] += gate[:, 0] * candidate
-            np.multiply(gate[:, 3], tanh(cells[t + 1]), out=hidden[t + 1])
-        return (hidden, cells), gates
+    def _run(self, x, weights, bias, start):
+        if not self.training:
+            hidden, cells = lstm(x, *weights, bias, *start)
+            return hidden, (hidden[-1], cells), ()
+        hidden, cells, gates = lstm(x, *weights, bias, *start, return_gates=True)
+        return hidden, (hidden[-1], cells[-1]), (cells, gates)
 
-    def _run_back(self, grad, final, weight, states, extra):
-        """Whatever needs no later step is computed for all steps at once: d gate / d cell, but for o d gate / d h."""
-        (_, cells), (later, later_cell) = states, final
-        enter, forget, candidate, leave = (extra[:, :, i] for i in range(4))
-        squashed = tanh(cells[1:])
-        through = tanh_backward(leave, squashed)  # d cell / d h
-        slopes = np.empty_like(extra)
-        slopes[:, :, 0] = sigmoid_backward(candidate, enter)
-        slopes[:, :, 1] = sigmoid_backward(cells[:-1], forget)
-        slopes[:, :, 2] = tanh_backward(enter, candidate)
-        slopes[:, :, 3] = sigmoid_backward(squashed, leave)
-        inputs = slopes.reshape(*slopes.shape[:2], -1)  # a view, in which the slopes become the gradients
-        for t in reversed(range(len(grad))):
-            d_hidden = grad[t] + later
-            d_cell = d_hidden * through[t] + later_cell
-            slopes[t, :, :3] *= d_cell[:, None]
-            slopes[t, :, 3] *= d_hidden
-            later, later_cell = matmul(inputs[t], weight), d_cell * forget[t]
-        return inputs, (later, later_cell)
+    def _run_back(self, grad, final, weights, x, hidden, extra, *, needs):
+        *gradients, h, c = lstm_backward(grad, *final, x, *weights, hidden, *extra, needs=needs)
+        return *gradients, (h, c)

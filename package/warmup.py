@@ -23,8 +23,8 @@ from tilewise.kernels import operation
 from tilewise.kernels.cpu import jit, threads
 
 DTYPES = ("float32", "float64")
-EPILOGUES = ("relu", "leaky_relu", "sigmoid", "tanh")
-ACTIVATIONS = (*EPILOGUES, "softmax", "log_softmax")
+EPILOGUES = ("relu", "relu6", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh", "softmax", "log_softmax")
 # The estimated work below which a call stays serial, to force one form; None: as the work is.
 FORMS: dict[str, float | None] = {"serial": float("inf"), "parallel": 0, "as needed": None}
 Calls = Iterator[tuple[str, Callable[[], object]]]
@@ -53,7 +53,8 @@ class Outcome:
 def jobs(dtypes: tuple[str, ...], for_bench: bool = False) -> list[Job]:
     """All jobs, or those for what `python -m tilewise bench` runs; the longest first."""
     if for_bench:
-        return [Job(family, "as needed", dtypes) for family in FAMILIES if family != "padding"]
+        timed = {case.family for case in cases.QUICK.values()}
+        return [Job(family, "as needed", dtypes) for family in FAMILIES if family in timed]
     return [Job(family, form, dtypes) for family in FAMILIES for form in ("parallel", "serial")]
 
 
@@ -245,6 +246,21 @@ def _optimizers(dtype: str) -> Calls:
     yield "adam_step", partial(t.adam_step, param, grad, velocity, square, step=1)
 
 
+def _recurrent(dtype: str) -> Calls:
+    """A row, and enough of them that a step multiplies its own input."""
+    a, t, size = _operands(dtype), tilewise, 5
+    for n in (1, 8):
+        x, grad, weights = a(3, n, 4), a(3, n, size), (a(4 * size, 4), a(4 * size, size))
+        for nonlinearity in ("tanh", "relu"):
+            options, few = {"nonlinearity": nonlinearity}, tuple(weight[:size] for weight in weights)
+            hidden = a(4, n, size)
+            yield f"rnn {nonlinearity}", partial(t.rnn, x, *few, **options)
+            yield f"rnn_backward {nonlinearity}", partial(t.rnn_backward, grad, None, x, *few, hidden, **options)
+        kept = a(4, n, size), a(4, n, size), a(3, n, 4 * size)
+        yield "lstm", partial(t.lstm, x, *weights)
+        yield "lstm_backward", partial(t.lstm_backward, grad, None, None, x, *weights, *kept)
+
+
 FAMILIES: dict[str, Callable[[str], Calls]] = {
     "conv": partial(_in_both_layouts, _convolutions),
     "gemm": _gemm,
@@ -254,4 +270,5 @@ FAMILIES: dict[str, Callable[[str], Calls]] = {
     "padding": _pads,
     "dropout_mask": _dropouts,
     "optim": _optimizers,
+    "recurrent": _recurrent,
 }

@@ -13,7 +13,7 @@ import tilewise
 from tilewise import kernels
 
 LAYOUTS = ("NCHW", "NHWC")
-ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
 
 
 def laid(x, layout):
@@ -38,7 +38,7 @@ def statistics(rng, channels, dtype):
 
 def torch_activation(torch, name):
     functional = torch.nn.functional
-    special = {None: lambda y: y, "leaky_relu": functional.leaky_relu}
+    special = {None: lambda y: y, "relu6": functional.relu6, "leaky_relu": functional.leaky_relu}
     return special.get(name) or getattr(torch, name)
 
 
@@ -140,7 +140,7 @@ def test_cpu_is_the_reference(rng, layout, dtype):
         for name, training in product(("reference", "cpu"), (True, False)):
             kind = np.float64 if name == "reference" else dtype
             operands, state = laid(x, layout).astype(kind), [v.astype(kind) for v in vectors]
-            activation = ACTIVATIONS[number % 5]
+            activation = ACTIVATIONS[number % len(ACTIVATIONS)]
             with tilewise.using(backend=name):
                 forward = kernels.batch_norm(
                     operands, *state, training, layout=layout, activation=activation, return_stats=True

@@ -9,7 +9,7 @@ from tolerances import assert_close
 import tilewise
 from tilewise import kernels
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
 # Winograd's transforms add up numbers larger than its results; its error is about ten times direct's.
 WINOGRAD_GROWTH = 16.0
 
@@ -61,8 +61,9 @@ def test_named_padding_is_pytorchs(torch, rng, kernel, padding):
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_reference_activations_are_pytorchs(torch, rng, activation):
     x, weight, bias = Case(2, 3, 6, 6, 4).arrays(rng, np.float64)
+    x *= 3  # beyond relu6's bounds
     raw = torch.nn.functional.conv2d(*map(torch.from_numpy, (x, weight, bias)))
-    apply = torch.nn.functional.leaky_relu if activation == "leaky_relu" else getattr(torch, activation)
+    apply = getattr(torch.nn.functional, activation)
     with tilewise.using(backend="reference"):
         y = kernels.conv2d(x, weight, bias, activation=activation)
     assert_close(y, apply(raw).numpy(), reduction=27, scale=float(raw.abs().max()))

@@ -14,7 +14,7 @@ from tilewise import kernels
 GPU_BACKENDS = ("cuda", "cupy")
 LAYOUTS = ("NCHW", "NHWC")
 DTYPES = [np.float16, np.float32, np.float64]
-ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
 # planes and rows of whole vectors and not, one element, several planes to a block, one plane to several blocks, a
 # channel in several parts (more than 1024 units), more channels than a block has threads
 SHAPES = [

@@ -16,7 +16,7 @@ CASES = {"options": OPTIONS, "depthwise": DEPTHWISE, "small": SMALL}
 ALL_DEPTHWISE = [
     Case(1, 8, 7, 9, 8, (k, k), stride, k // 2, 1, 8) for k, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))
 ]
-ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
 
 
 def operands(rng, case, dtype, layout):
@@ -31,7 +31,7 @@ def operands(rng, case, dtype, layout):
 
 def forward(rng, case, dtype, layout, number=0, algorithm="auto", growth=1.0):
     x, weight, bias, add = operands(rng, case, dtype, layout)
-    options = case.options | {"layout": layout, "activation": ACTIVATIONS[number % 5]}
+    options = case.options | {"layout": layout, "activation": ACTIVATIONS[number % len(ACTIVATIONS)]}
     bias, add = None if number % 3 == 1 else bias, None if number % 3 == 2 else add
     y = kernels.conv2d(x, weight, bias, add=add, algorithm=algorithm, **options)
     added = {} if add is None else {"add": add.astype(np.float64)}

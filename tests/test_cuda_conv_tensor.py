@@ -20,7 +20,7 @@ CASES = [
 ]
 # 65 and 160 pixels, 63 and 130 outputs: beside and beyond a tile's 64 or 128
 EDGES = [Case(1, 40, 9, 25, 63, (3, 3), 2, 1), Case(1, 12, 13, 10, 130, (2, 3), 1, ((0, 2), (3, 1)))]
-ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
 
 
 def rounded(array):
@@ -42,7 +42,7 @@ def operands(rng, case, dtype, layout):
 def forward(rng, case, dtype, layout, number=0):
     x, weight, bias, add = operands(rng, case, dtype, layout)
     bias, add = None if number % 3 == 1 else bias, None if number % 3 == 2 else add
-    options = case.options | {"layout": layout, "activation": ACTIVATIONS[number % 5]}
+    options = case.options | {"layout": layout, "activation": ACTIVATIONS[number % len(ACTIVATIONS)]}
     with tilewise.using(tf32=True):
         y = kernels.conv2d(x, weight, bias, add=add, algorithm="gemm", **options)
     added = {} if add is None else {"add": add.astype(np.float64)}

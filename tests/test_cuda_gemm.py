@@ -184,7 +184,7 @@ def test_few_vectors(gpu, rng, dtype, order):
     assert launched(gpu, {"cuda": "multiply_few", "cupy": "cupy multiply_few<T>"}, dtype)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_linear(gpu, rng, dtype, activation):
     for rows, features, outputs in ((1, 1, 1), (2, 17, 33), (33, 40, 72), (65, 24, 8)):

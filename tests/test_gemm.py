@@ -11,7 +11,7 @@ from tilewise import kernels
 
 FLOATS = (np.float32, np.float64)
 INTEGERS = (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64)
-ACTIVATIONS = (None, "relu", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
 
 # (M, N, K) around the micro-kernel's rows (6, 14), its vectors (16, 32, 48) and the blocks (256, 384)
 SIZES = [
@@ -76,9 +76,7 @@ def test_reference_linear_is_pytorchs(torch, rng, lead, activation, dtype):
     x, weight, bias = (rng.standard_normal(s).astype(dtype) for s in ((*lead, 5), (4, 5), (4,)))
     theirs = [torch.from_numpy(array).requires_grad_() for array in (x, weight, bias)]
     raw = torch.nn.functional.linear(*theirs)
-    apply = {"relu": torch.relu, "leaky_relu": torch.nn.functional.leaky_relu}.get(
-        activation, getattr(torch, activation or "", None) or (lambda y: y)
-    )
+    apply = (lambda y: y) if activation is None else getattr(torch.nn.functional, activation)
     grad = rng.standard_normal(tuple(raw.shape)).astype(dtype)
     raw.backward(torch.from_numpy(grad))
     with tilewise.using(backend="reference"):
@@ -336,6 +334,7 @@ def test_activations_keep_nan_and_inf(backend, activation):
     expected = {
         None: [np.nan, np.inf, -np.inf, -1e4, 1e4, 0],
         "relu": [np.nan, np.inf, 0, 0, 1e4, 0],
+        "relu6": [np.nan, 6, 0, 0, 6, 0],
         "leaky_relu": [np.nan, np.inf, -np.inf, -1e2, 1e4, 0],
         "sigmoid": [np.nan, 1, 0, 0, 1, 0.5],
         "tanh": [np.nan, 1, -1, -1, 1, 0],

@@ -145,7 +145,7 @@ def test_needs():
 
 
 def test_activation():
-    for name in (None, "relu", "leaky_relu", "sigmoid", "tanh"):
+    for name in (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh"):
         assert shapes.activation(F, name) is name
     with pytest.raises(ValueError, match=r'conv2d: activation must be None or one of "relu", .*, got \'softmax\''):
         shapes.activation(F, "softmax")

@@ -28,7 +28,7 @@ from math import ceil
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.epilogue import activate_row, apply_activation
+from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, apply_activation, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.offset_kernel import offset_product, offset_product_to
 from tilewise.kernels.cpu.phase_planes import copy_planes
@@ -233,14 +233,14 @@ def _finish_tile(sums, tile, width, outputs, runs, n_runs, y, target, plane, col
                 more = where if has_extra else 0
             if column_step == 1:
                 finish_row(
-                    1, address(y, where), address(sums, source), count, shift, 1 if code == 1 else 0,
+                    1, address(y, where), address(sums, source), count, shift, bounds_of(code),
                     address(extra, more), has_extra,
                 )  # fmt: skip
-                if code > 1:
+                if code > BOUNDED:
                     activate_row(y, where, count, code)
-            elif column_step == 2 and code < 2:
+            elif column_step == 2 and code <= BOUNDED:
                 finish_row(
-                    2, address(y, where), address(sums, source), count, shift, 1 if code == 1 else 0,
+                    2, address(y, where), address(sums, source), count, shift, bounds_of(code),
                     address(extra, more), has_extra,
                 )  # fmt: skip
             else:
@@ -287,7 +287,7 @@ def _product(vectors, weight, left, whole, source, p, offsets, table, depth, sum
 @device()
 def _product_to(
     vectors, weight, left, whole, source, p, offsets, table, depth, sums, tile, size, accumulate, outputs, y, target,
-    plane, places, bias, first, relu, panels, beside,
+    plane, places, bias, first, bounds, panels, beside,
 ):  # fmt: skip
     a, b, c, steps = address(weight, left), address(source, p), address(sums, tile), address(offsets, table)
     to, where = address(y, target), address(places, 0)
@@ -295,17 +295,17 @@ def _product_to(
     shift = address(bias, first if has_bias else 0)
     if vectors >= NV:
         offset_product_to(
-            MR, NV, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, relu,
+            MR, NV, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, bounds,
             panels, beside,
         )  # fmt: skip
     elif vectors == 2:
         offset_product_to(
-            MR, 2, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, relu,
+            MR, 2, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, bounds,
             panels, beside,
         )  # fmt: skip
     else:
         offset_product_to(
-            MR, 1, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, relu,
+            MR, 1, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, bounds,
             panels, beside,
         )  # fmt: skip
 
@@ -356,7 +356,7 @@ def _block(
                     p, min(end, p + width), line, line + pitch - ow, lines, y_image, row_step, column_step, runs
                 )
                 placed = _place_vectors(runs, n_runs, min(vectors, NV), lanes(x), places)
-                in_registers = placed and column_step == 1 and code < 2 and extra.size == 0
+                in_registers = placed and column_step == 1 and code <= BOUNDED and extra.size == 0
             tile = panel * tiles * tile_size if block < channels else 0
             if in_registers:
                 panels = max(1, (end - p) // width) if per_line else 1

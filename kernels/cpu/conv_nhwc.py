@@ -18,7 +18,7 @@ from math import ceil
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.epilogue import activate_row
+from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_kernel import row_product, row_product_to
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row, gather_row
@@ -199,7 +199,7 @@ def _locate_pixels(image, images, row0, rows, rows_in, geometry, bases, places):
 
 @device()
 def _multiply(
-    a, bases, pixels, starts, parts, part, panels, panel, sums, last, y, places, columns, bias, o, extra, relu
+    a, bases, pixels, starts, parts, part, panels, panel, sums, last, y, places, columns, bias, o, extra, bounds
 ):  # fmt: skip
     """All pixels of a block with one panel of outputs, one visit's steps."""
     width = NV * lanes(a)
@@ -217,12 +217,12 @@ def _multiply(
     if columns > lanes(a):
         row_product_to(
             MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels, to, where, columns,
-            shift, has_bias, more_to, has_extra, relu,
+            shift, has_bias, more_to, has_extra, bounds,
         )  # fmt: skip
     else:
         row_product_to(
             MR, 1, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels, to, where, columns,
-            shift, has_bias, more_to, has_extra, relu,
+            shift, has_bias, more_to, has_extra, bounds,
         )  # fmt: skip
 
 
@@ -249,14 +249,14 @@ def _block(
             bases[i] += base
     n_parts = parts.shape[0]
     sums = scratch(most * width, x)
-    relu = 1 if code == 1 else 0
+    bounds = bounds_of(code)
     for o in range(first_output, last_output, width):
         for part in range(n_parts):
             _multiply(
                 a, bases, pixels, starts, parts, part, panels, (g * ((outputs + width - 1) // width) * width + o)
-                * depth, sums, part == n_parts - 1, y, places, outputs - o, bias, g * outputs + o, extra, relu,
+                * depth, sums, part == n_parts - 1, y, places, outputs - o, bias, g * outputs + o, extra, bounds,
             )  # fmt: skip
-    if code > 1:
+    if code > BOUNDED:
         for p in range(pixels):
             activate_row(y, places[p] + g * outputs + first_output, last_output - first_output, code)
 

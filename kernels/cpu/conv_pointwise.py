@@ -17,7 +17,7 @@ from math import ceil
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.epilogue import activate_row
+from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
 from tilewise.kernels.cpu.gemm_dots import ROWS, tall_dots
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.panel_kernel import panel_product_to
@@ -75,15 +75,19 @@ def plan(n, groups, channels, size, outputs, stride, itemsize, activation):
 
 
 @device()
-def _multiply(vectors, a, b, b_step, panel, depth, outputs, columns, y, y_step, shifts, extra, has_extra, relu):
+def _multiply(vectors, a, b, b_step, panel, depth, outputs, columns, y, y_step, shifts, extra, has_extra, bounds):
     if vectors >= NV:
         panel_product_to(
-            MR, NV, a, b, b_step, panel, depth, outputs, columns, y, y_step, shifts, extra, has_extra, relu
+            MR, NV, a, b, b_step, panel, depth, outputs, columns, y, y_step, shifts, extra, has_extra, bounds
         )
     elif vectors == 2:
-        panel_product_to(MR, 2, a, b, b_step, panel, depth, outputs, columns, y, y_step, shifts, extra, has_extra, relu)
+        panel_product_to(
+            MR, 2, a, b, b_step, panel, depth, outputs, columns, y, y_step, shifts, extra, has_extra, bounds
+        )
     else:
-        panel_product_to(MR, 1, a, b, b_step, panel, depth, outputs, columns, y, y_step, shifts, extra, has_extra, relu)
+        panel_product_to(
+            MR, 1, a, b, b_step, panel, depth, outputs, columns, y, y_step, shifts, extra, has_extra, bounds
+        )
 
 
 @device()
@@ -136,9 +140,9 @@ def _panels(
         _multiply(
             (columns + lanes(x) - 1) // lanes(x), address(weight, left), address(x, source + p), step,
             address(panel, 0), depth, outputs, columns, address(y, target + p), pixels, address(shifts, 0),
-            address(extra, target + p if has_extra else 0), has_extra, 1 if code == 1 else 0,
+            address(extra, target + p if has_extra else 0), has_extra, bounds_of(code),
         )  # fmt: skip
-        if code > 1:
+        if code > BOUNDED:
             for o in range(outputs):
                 activate_row(y, target + o * pixels + p, columns, code)
     keep(panel)

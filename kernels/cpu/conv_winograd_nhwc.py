@@ -15,7 +15,7 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_winograd import apart, transform_weights
-from tilewise.kernels.cpu.epilogue import activate_row, apply_activation
+from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, apply_activation, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.row_moves import clear_row
@@ -112,9 +112,9 @@ def _write_tiles(
             shift = address(bias, bias_start + o if has_bias else 0)
             finite = output_transform_to(
                 address(y, target + o), ow * all_outputs, all_outputs, rows, columns, some, source, 6 * step, step,
-                shift, has_bias, address(extra, (target + o) * has_extra), has_extra, 1 if code == 1 else 0,
+                shift, has_bias, address(extra, (target + o) * has_extra), has_extra, bounds_of(code),
             )  # fmt: skip
-            if finite and code > 1:
+            if finite and code > BOUNDED:
                 for i in range(rows):
                     for j in range(columns):
                         activate_row(y, target + o + (i * ow + j) * all_outputs, some, code)

@@ -27,7 +27,8 @@ from numba.extending import intrinsic, overload
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device
 
 # The activations that conv2d, linear and batch_norm apply to their result, as their kernels know them.
-ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4}
+ACTIVATION_CODES = {None: 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "sigmoid": 4, "tanh": 5}
+BOUNDED = 2  # codes up to here at most keep a result between two numbers (register_tile.Bounds), in a vector or two
 LEAKY_SLOPE = 0.01
 
 
@@ -176,6 +177,12 @@ def relu(x):
 
 
 @device()
+def relu6(x):
+    """min(max(x, 0), 6); NaN stays NaN."""
+    return type(x)(6) if x > 6 else relu(x)
+
+
+@device()
 def leaky_relu(x, slope):
     """x where positive, else slope * x."""
     return x if x > 0 else x * type(x)(slope)
@@ -187,12 +194,20 @@ def apply_activation(value, code):
     if code == 1:
         return relu(value)
     if code == 2:
-        return leaky_relu(value, LEAKY_SLOPE)
+        return relu6(value)
     if code == 3:
-        return sigmoid(value)
+        return leaky_relu(value, LEAKY_SLOPE)
     if code == 4:
+        return sigmoid(value)
+    if code == 5:
         return tanh(value)
     return value
+
+
+@device()
+def bounds_of(code):
+    """What `register_tile.Bounds` knows of an activation."""
+    return code if code <= BOUNDED else 0
 
 
 @device()
@@ -205,10 +220,13 @@ def activate_row(flat, start, count, code):
             row[i] = relu(row[i])
     elif code == 2:
         for i in range(count):
-            row[i] = leaky_relu(row[i], LEAKY_SLOPE)
+            row[i] = relu6(row[i])
     elif code == 3:
         for i in range(count):
-            row[i] = sigmoid(row[i])
+            row[i] = leaky_relu(row[i], LEAKY_SLOPE)
     elif code == 4:
+        for i in range(count):
+            row[i] = sigmoid(row[i])
+    elif code == 5:
         for i in range(count):
             row[i] = tanh(row[i])

@@ -3,7 +3,7 @@
 from numba import types
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.register_tile import Loop, Tile, floor_of, row_pointers
+from tilewise.kernels.cpu.register_tile import Bounds, Loop, Tile, row_pointers
 from tilewise.kernels.cpu.simd import _I64, _Emitter, _literal
 
 # Below so many steps a tile is done so soon that its stores wait for memory: y's lines are asked for before. Measured
@@ -61,7 +61,7 @@ def _offset_sums(tile, left, b, offsets, depth, c, c_step, accumulate):
 @intrinsic(prefer_literal=True)
 def offset_product_to(
     typingctx, rows, vectors, a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias,
-    has_bias, relu, panels, c_panel,
+    has_bias, bounds, panels, c_panel,
 ):  # fmt: skip
     """`offset_product`, then bias and activation in registers, and straight to y; for neighbouring panels of b and y.
 
@@ -79,11 +79,11 @@ def offset_product_to(
 
     def codegen(context, builder, signature, args):
         a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias, has_bias = args[2:16]
-        relu, panels, c_panel = args[16:]
+        bounds, panels, c_panel = args[16:]
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = Tile(emit, *shape)
         step = _I64(shape[1] * emit.lanes)
-        way = _WayOut(tile, places, builder.icmp_signed("!=", has_bias, _I64(0)), relu)
+        way = _WayOut(tile, places, builder.icmp_signed("!=", has_bias, _I64(0)), bounds)
         beside = Loop(builder, panels, 1, "panel")
         _, b, c, y = beside.begin((b, step), (c, c_panel), (y, step))
         loop = Loop(builder, outputs, shape[0], "tile")
@@ -106,17 +106,17 @@ def offset_product_to(
 class _WayOut:
     """Where the vectors of a tile's rows go, as masks and offsets that all tiles of a call share."""
 
-    def __init__(self, tile, places, biased, relu):
+    def __init__(self, tile, places, biased, bounds):
         self.tile, self.biased = tile, biased
         emit, builder = tile.emit, tile.builder
-        self.floor = floor_of(emit, relu)
+        self.bounds = Bounds(emit, bounds)
         field = [builder.load(builder.gep(places, [_I64(i)])) for i in range(6 * tile.vectors)]
         self.first = [emit.mask(*field[6 * j : 6 * j + 2]) for j in range(tile.vectors)]
         self.second = [emit.mask(*field[6 * j + 3 : 6 * j + 5]) for j in range(tile.vectors)]
-        bounds = [(_I64(0), field[6 * j]) for j in range(tile.vectors)]
-        bounds += [(field[6 * j + 1], _I64(emit.lanes)) for j in range(tile.vectors)]
-        self.whole = builder.icmp_signed("==", *bounds[0])
-        for bound in bounds[1:]:
+        edges = [(_I64(0), field[6 * j]) for j in range(tile.vectors)]
+        edges += [(field[6 * j + 1], _I64(emit.lanes)) for j in range(tile.vectors)]
+        self.whole = builder.icmp_signed("==", *edges[0])
+        for bound in edges[1:]:
             self.whole = builder.and_(self.whole, builder.icmp_signed("==", *bound))
         self.offsets = [(field[6 * j + 2], field[6 * j + 5]) for j in range(tile.vectors)]
         self.broken = [builder.icmp_signed("<", *field[6 * j + 3 : 6 * j + 5]) for j in range(tile.vectors)]
@@ -130,7 +130,7 @@ class _WayOut:
                 self.tile.emit.prefetch(builder.gep(base, [offset]), 3, write=True)
 
     def write(self, total, y, y_step, used, bias):
-        """y's rows i < used = max(total + bias, floor), the lanes of the masks."""
+        """y's rows i < used = f(total + bias), the lanes of the masks."""
         tile, emit, builder = self.tile, self.tile.emit, self.tile.builder
         end = builder.append_basic_block("placed")
         for i in range(tile.rows):
@@ -139,7 +139,7 @@ class _WayOut:
             builder.position_at_end(row)
             shifts = emit.splat(_load_if(builder, self.biased, builder.gep(bias, [_I64(i)]), emit))
             sums = total[i * tile.vectors : (i + 1) * tile.vectors]
-            finished = [emit.maximum(self.floor, emit.add(value, shifts)) for value in sums]
+            finished = [self.bounds.apply(emit.add(value, shifts)) for value in sums]
             base = builder.gep(y, [builder.mul(y_step, _I64(i))])
             with builder.if_else(self.whole) as (whole, parts):
                 with whole:

@@ -3,16 +3,16 @@
 from numba import types
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.register_tile import Loop, Tile, floor_of, row_pointers
+from tilewise.kernels.cpu.register_tile import Bounds, Loop, Tile, row_pointers
 from tilewise.kernels.cpu.simd import _I1, _I64, _Emitter, _literal
 
 
 @intrinsic(prefer_literal=True)
 def panel_product_to(
-    typingctx, rows, vectors, a, b, b_step, panel, depth, outputs, columns, y, y_step, bias, extra, has_extra, relu
+    typingctx, rows, vectors, a, b, b_step, panel, depth, outputs, columns, y, y_step, bias, extra, has_extra, bounds
 ):  # fmt: skip
     """y[i * y_step + j] = f(bias[i] + extra[i * y_step + j] + sum over k < depth of a[i * depth + k] * b[k * b_step +
-    j]), i < outputs, j < columns; f is max(., 0) where relu is not 0.
+    j]), i < outputs, j < columns; f keeps to `Bounds`.
 
     In tiles of rows x vectors * lanes. The first reads b and leaves it in `panel`, its rows vectors * lanes apart; the
     others read that, and ask for b's next panel. bias: for all rows of all tiles. extra: read where has_extra is not 0.
@@ -22,10 +22,10 @@ def panel_product_to(
     signature = types.void(rows, vectors, a, b, intp, panel, intp, intp, intp, y, intp, bias, extra, intp, intp)
 
     def codegen(context, builder, signature, args):
-        a, b, b_step, panel, depth, outputs, columns, y, y_step, bias, extra, has_extra, relu = args[2:]
+        a, b, b_step, panel, depth, outputs, columns, y, y_step, bias, extra, has_extra, bounds = args[2:]
         tile = Tile(_Emitter(builder, signature.args[2].dtype), *shape)
         way = _WayThrough(
-            tile, columns, y_step, builder.icmp_signed("!=", has_extra, _I64(0)), floor_of(tile.emit, relu)
+            tile, columns, y_step, builder.icmp_signed("!=", has_extra, _I64(0)), Bounds(tile.emit, bounds)
         )
         step = _I64(shape[0])
         way.write(way.sums(way.start(bias, extra, outputs), a, b, b_step, depth, outputs, panel), y, outputs)
@@ -51,8 +51,8 @@ def panel_product_to(
 class _WayThrough:
     """The parts of `panel_product_to` that all tiles share."""
 
-    def __init__(self, tile, columns, y_step, has_extra, floor):
-        self.tile, self.y_step, self.has_extra, self.floor = tile, y_step, has_extra, floor
+    def __init__(self, tile, columns, y_step, has_extra, bounds):
+        self.tile, self.y_step, self.has_extra, self.bounds = tile, y_step, has_extra, bounds
         emit = tile.emit
         self.masks = [emit.mask(_I64(0), emit.builder.sub(columns, _I64(j * emit.lanes))) for j in range(tile.vectors)]
 
@@ -125,5 +125,5 @@ class _WayThrough:
         emit = self.tile.emit
         for i, row in self._rows(y, count):
             for j, mask in enumerate(self.masks):
-                value = emit.maximum(self.floor, total[i * self.tile.vectors + j])
+                value = self.bounds.apply(total[i * self.tile.vectors + j])
                 emit.masked_store(value, row, _I64(j * emit.lanes), mask)

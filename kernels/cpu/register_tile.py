@@ -108,8 +108,16 @@ def row_pointers(tile, a, a_step, count):
     return pointers
 
 
-def floor_of(emit, relu):
-    """What `_Emitter.maximum` raises results to: 0 for relu, else -inf, which lets all pass."""
-    no_floor = emit.scalar(float("-inf"))
-    active = emit.builder.icmp_signed("!=", relu, _I64(0))
-    return emit.splat(emit.builder.select(active, emit.scalar(0), no_floor))
+class Bounds:
+    """Keeps results between 0 and inf (bounds = 1, relu) or 0 and 6 (2, relu6); 0 lets all pass."""
+
+    def __init__(self, emit, bounds):
+        builder, infinite = emit.builder, float("inf")
+        self.emit = emit
+        low, high = builder.icmp_signed(">", bounds, _I64(0)), builder.icmp_signed(">", bounds, _I64(1))
+        self.floor = emit.splat(builder.select(low, emit.scalar(0), emit.scalar(-infinite)))
+        self.ceiling = emit.splat(builder.select(high, emit.scalar(6), emit.scalar(infinite)))
+
+    def apply(self, value):
+        """A NaN stays one."""
+        return self.emit.minimum(self.ceiling, self.emit.maximum(self.floor, value))

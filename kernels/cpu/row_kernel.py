@@ -3,7 +3,7 @@
 from numba import types
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.register_tile import Loop, Tile, floor_of
+from tilewise.kernels.cpu.register_tile import Bounds, Loop, Tile
 from tilewise.kernels.cpu.simd import _I1, _I64, _Emitter, _literal
 
 
@@ -35,12 +35,12 @@ def row_product(
 @intrinsic(prefer_literal=True)
 def row_product_to(
     typingctx, rows, vectors, a, bases, a_step, starts, segments, length, b, b_step, c, c_step, accumulate, count,
-    y, places, columns, bias, has_bias, extra, has_extra, relu,
+    y, places, columns, bias, has_bias, extra, has_extra, bounds,
 ):  # fmt: skip
     """`row_product`, then bias, summand and activation in registers, and straight to y.
 
     Row i < count goes to y[places[i]], its first `columns` lanes. bias: one number a column, read where has_bias is not
-    0; extra: laid out as y, read where has_extra is not 0; relu: max(., 0) where it is not 0.
+    0; extra: laid out as y, read where has_extra is not 0; bounds: as in `Bounds`.
     Asking for y's lines before few sums, as `offset_product_to` does, and code without tests for tiles that are whole
     gained nothing with 27 steps (Zen 3).
     """
@@ -53,14 +53,14 @@ def row_product_to(
 
     def codegen(context, builder, signature, args):
         a, bases, *operands, c, c_step, accumulate, count = args[2:14]
-        y, places, columns, bias, has_bias, extra, has_extra, relu = args[14:]
+        y, places, columns, bias, has_bias, extra, has_extra, bounds = args[14:]
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = Tile(emit, *shape)
         masks = [emit.mask(_I64(0), builder.sub(columns, _I64(j * emit.lanes))) for j in range(shape[1])]
         biased = emit.splat(builder.icmp_signed("!=", has_bias, _I64(0)), scalar=_I1)
         shifts = [emit.masked_load(bias, _I64(j * emit.lanes), builder.and_(m, biased)) for j, m in enumerate(masks)]
         some = builder.icmp_signed("!=", has_extra, _I64(0))
-        floor = floor_of(emit, relu)
+        limits = Bounds(emit, bounds)
         way = _WayOut(tile, masks, places, count, columns, some)
         loop, rows = Loop(builder, count, shape[0], "tile"), _I64(shape[0])
         i, bases, c, places = loop.begin((bases, rows), (c, builder.mul(c_step, rows)), (places, rows))
@@ -74,7 +74,7 @@ def row_product_to(
             place = builder.load(builder.gep(places, [_I64(i)]))
             summands = emit.masked_loads_if(some, builder.gep(extra, [place]), masks)
             values = [
-                emit.maximum(floor, emit.add(emit.add(total[i * shape[1] + j], shifts[j]), summands[j]))
+                limits.apply(emit.add(emit.add(total[i * shape[1] + j], shifts[j]), summands[j]))
                 for j in range(shape[1])
             ]
             way.write(values, y, place)

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.register_tile import Loop
+from tilewise.kernels.cpu.register_tile import Bounds, Loop
 from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
 from tilewise.kernels.cpu.vector_move import _gather
 
@@ -146,8 +146,8 @@ def clear_row(typingctx, target, count):
 
 
 @intrinsic(prefer_literal=True)
-def finish_row(typingctx, step, target, source, count, shift, relu, extra, has_extra):
-    """target[step * i] = f(source[i] + shift + extra[i]) for i < count, f(v) = v, or max(v, 0) where relu is not 0.
+def finish_row(typingctx, step, target, source, count, shift, bounds, extra, has_extra):
+    """target[step * i] = f(source[i] + shift + extra[i]) for i < count, f keeping to `Bounds`.
 
     step: a literal, 1 or 2; with 2, what lies between is not touched. extra is read, step apart too, where has_extra
     is not 0 only. A NaN stays a NaN.
@@ -156,11 +156,11 @@ def finish_row(typingctx, step, target, source, count, shift, relu, extra, has_e
     signature = types.void(step, target, source, types.intp, shift, types.intp, extra, types.intp)
 
     def codegen(context, builder, signature, args):
-        _, target, source, count, shift, relu, extra, has_extra = args
+        _, target, source, count, shift, bounds, extra, has_extra = args
         emit = _Emitter(builder, signature.args[1].dtype)
         n, half = emit.lanes, emit.lanes // 2
         shifts = emit.splat(shift)
-        clamp = emit.splat(builder.icmp_signed("!=", relu, _I64(0)), scalar=_I1)
+        limits = Bounds(emit, bounds)
         add = emit.splat(builder.icmp_signed("!=", has_extra, _I64(0)), scalar=_I1)
         # with step 2, each half of a vector spreads over the even lanes of another one
         spread = [list(range(n))] if apart == 1 else [[h * half + i // 2 for i in range(n)] for h in range(2)]
@@ -180,9 +180,7 @@ def finish_row(typingctx, step, target, source, count, shift, relu, extra, has_e
                 value = total
                 if apart > 1:
                     value = builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(_I32, n), order))
-                value = emit.add(value, emit.masked_load(extra, place, builder.and_(add, mask)))
-                negative = builder.fcmp_ordered("<", value, emit.zero)
-                value = builder.select(builder.and_(negative, clamp), emit.zero, value)
+                value = limits.apply(emit.add(value, emit.masked_load(extra, place, builder.and_(add, mask))))
                 if whole and apart == 1:
                     emit.store(value, target, place)
                 else:

@@ -148,6 +148,10 @@ class _Emitter:
         """a where a > b, else b, so that a NaN in b stays: one instruction on x86."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
+    def minimum(self, a, b):
+        """a where a < b, else b, so that a NaN in b stays."""
+        return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
+
     def mask(self, low, high):
         """Lanes i with low <= i < high."""
         numbers = ir.VectorType(_I32, self.lanes)

@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from tilewise.kernels.cpu.register_tile import Bounds
 from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
 
 
@@ -120,7 +121,7 @@ output_transform = _transform("A^T m A: 6x6 to 4x4 outputs.", 6, 4, _output_rows
 @intrinsic
 def output_transform_to(
     typingctx, y, row_step, column_step, rows, columns, lanes, source, source_row, source_column, bias, has_bias,
-    extra, has_extra, relu,
+    extra, has_extra, bounds,
 ):  # fmt: skip
     """The output transform, then bias, summand and activation, straight to y: pixel (i, j) to y[i * row_step + j *
     column_step] for i < rows, j < columns, the first `lanes` lanes of it.
@@ -133,11 +134,11 @@ def output_transform_to(
 
     def codegen(context, builder, signature, args):
         y, row_step, column_step, rows, columns, lanes, source, source_row, source_column = args[:9]
-        bias, has_bias, extra, has_extra, relu = args[9:]
+        bias, has_bias, extra, has_extra, bounds = args[9:]
         emit = _Emitter(builder, signature.args[0].dtype)
         mask = emit.mask(_I64(0), lanes)
         biased = emit.splat(builder.icmp_signed("!=", has_bias, _I64(0)), scalar=_I1)
-        clamp = emit.splat(builder.icmp_signed("!=", relu, _I64(0)), scalar=_I1)
+        limits = Bounds(emit, bounds)
         shift = emit.masked_load(bias, _I64(0), builder.and_(mask, biased))
         tile = _apply(emit, _output_rows, 6, 4, source, source_row, source_column)
         # a NaN or an Inf times 0 is NaN, and a NaN stays one in a sum
@@ -157,9 +158,8 @@ def output_transform_to(
                     with builder.if_then(builder.icmp_signed("<", _I64(j), columns)):
                         place = builder.add(line, builder.mul(column_step, _I64(j)))
                         (summand,) = emit.masked_loads_if(some, builder.gep(extra, [place]), [mask])
-                        total = emit.add(emit.add(value, shift), summand)
-                        negative = builder.and_(builder.fcmp_ordered("<", total, emit.zero), clamp)
-                        emit.masked_store(builder.select(negative, emit.zero, total), y, place, mask)
+                        total = limits.apply(emit.add(emit.add(value, shift), summand))
+                        emit.masked_store(total, y, place, mask)
         return builder.zext(all_finite, _I64)
 
     return signature, codegen

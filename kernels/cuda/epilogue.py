@@ -4,9 +4,11 @@ import math
 
 from tilewise.kernels.cuda.launch import device
 
-NONE, RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN = range(7)
+NONE, RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN, RELU6 = range(8)
 # The activations that conv2d, linear and batch_norm apply to their result.
-ACTIVATION_CODES = {None: NONE, "relu": RELU, "leaky_relu": LEAKY_RELU, "sigmoid": SIGMOID, "tanh": TANH}
+ACTIVATION_CODES = {
+    None: NONE, "relu": RELU, "relu6": RELU6, "leaky_relu": LEAKY_RELU, "sigmoid": SIGMOID, "tanh": TANH
+}  # fmt: skip
 LEAKY_SLOPE = 0.01
 
 
@@ -18,6 +20,9 @@ def activate(value, code, slope):
         return value
     if code == RELU:
         return value if value > nought else nought
+    if code == RELU6:
+        six = type(value)(6)
+        return six if value > six else (value if value > nought else nought)
     if code == LEAKY_RELU:
         return value if value > nought else value * slope
     if code == SIGMOID:

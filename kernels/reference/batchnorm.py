@@ -56,6 +56,8 @@ def _axes_and_shape(x, layout):
 def _activated(y, activation):
     if activation == "relu":
         return np.maximum(y, 0)
+    if activation == "relu6":
+        return np.clip(y, 0, 6)
     if activation == "leaky_relu":
         return np.where(y > 0, y, y * y.dtype.type(0.01))
     if activation == "sigmoid":

@@ -15,6 +15,7 @@ _COLUMN_BYTES = 1 << 23
 
 _ACTIVATIONS = {
     "relu": lambda y: np.maximum(y, 0),
+    "relu6": lambda y: np.clip(y, 0, 6),
     "leaky_relu": lambda y: np.where(y > 0, y, 0.01 * y),
     "sigmoid": lambda y: np.exp(-np.logaddexp(0, -y)),  # 1 / (1 + exp(-y)) without its overflow
     "tanh": np.tanh,

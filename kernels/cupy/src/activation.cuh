@@ -5,7 +5,7 @@
 namespace tilewise {
 
 // activation_codes.py numbers them.
-enum Activation : int { NONE, RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN };
+enum Activation : int { NONE, RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN, RELU6 };
 
 // NaN stays NaN. slope: leaky_relu's.
 template <class S> __device__ __forceinline__ S activate(S value, int code, S slope) {
@@ -13,6 +13,8 @@ template <class S> __device__ __forceinline__ S activate(S value, int code, S sl
     switch (code) {
     case RELU:
         return value > 0 ? value : 0;
+    case RELU6:
+        return value > 6 ? 6 : value > 0 ? value : 0;
     case LEAKY_RELU:
         return value > 0 ? value : value * slope;
     case SIGMOID: {
