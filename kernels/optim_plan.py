@@ -11,9 +11,7 @@ def _update(run, engine_of, arrays: tuple, *numbers):
     if not param.size:
         return
     vectors = whole_vectors(param.size, *arrays)
-    run(
-        param.place, blocks_for(vectors or param.size, engine_of(param.place)), *arrays, param.size, vectors, *numbers
-    )
+    run(param.place, blocks_for(vectors or param.size, engine_of(param.place)), *arrays, param.size, vectors, *numbers)
 
 
 def sgd_step(run, engine_of, param, grad, velocity, *, nesterov, lr, momentum, weight_decay):
