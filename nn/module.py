@@ -64,8 +64,8 @@ def _located(backward: Callable) -> Callable:
         try:
             return backward(self, *arguments, **options)
         except (TypeError, ValueError) as error:
-            (grad, *_) = *arguments, *options.values(), None
-            self._locate(error, f"going back with grad of shape {np.shape(grad)}")
+            given: tuple[Any, ...] = (*arguments, *options.values(), ())
+            self._locate(error, f"going back with grad of shape {np.shape(given[0])}")
             raise
 
     return call

@@ -70,6 +70,13 @@ def test_an_element_takes_its_word_of_its_block(backend):
     assert kept.ravel().tolist() == [number >= round(0.3 * 2**32) for number in numbers]
 
 
+def test_p_is_rounded_to_a_multiple_of_a_number(backend):
+    numbers = reference.numbers(50, 8, 0)
+    for more, dropped in ((0.4, False), (0.6, True)):
+        p = (int(numbers[7]) + more) / 2**32
+        assert (dropout(np.ones(50), p, seed=8)[7] == 0) == dropped
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cpu_has_the_references_bits(rng, split_everything, dtype):
     for size in SIZES:

@@ -1,6 +1,7 @@
 """The known networks against the same built of torch modules: state_dict keys, results, gradients, sizes."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -172,7 +173,8 @@ class TestAuxiliaryHeads:
             head.forward = None  # would raise if it were called
         with torch.no_grad():
             expected = other.eval()(torch.tensor(x)).numpy()
-        with tilewise.using(backend="reference"):
+        with tilewise.using(backend="reference"), warnings.catch_warnings():
+            warnings.simplefilter("error")  # from layer to layer, a program's failure would not be seen
             assert_close(model.eval()(x), expected, 432 * 22)
         plain = nn.models.googlenet(5, width=16, dtype=np.float64, init="zeros")
         unmatched = plain.load_state_dict(model.state_dict(), strict=False)

@@ -108,7 +108,7 @@ class GoogLeNet(Sequential):
                 head = self._modules[_HEADS[name]]
                 if i >= first:
                     through = through + head.backward(of_head)
-                elif learns(head):
+                else:
                     head.backward_parameters(of_head)
             if i > first or (i == first and needs_x):
                 through = module.backward(through)
