@@ -72,7 +72,7 @@ def _on_tensor_cores(dtype, size: Size, orders, capability) -> Choice | None:
         return Choice(algorithm, gemm_tensor.MATMULS[way, tile][orders], tile, together)
     if capability == HOPPER:
         tile = choose_tile(*size, (WIDE, NARROW, LITTLE))
-        if tile is not LITTLE:
+        if isinstance(tile, gemm_wgmma.WgmmaTile):
             return Choice("wgmma", gemm_wgmma.MATMULS[tile][orders], tile, together)
     tile = choose_tile(*size, (LARGE, LITTLE))
     return Choice("mma", gemm_tensor.MATMULS["half" if dtype == np.float16 else "bfloat", tile][orders], tile, together)
