@@ -187,7 +187,7 @@ def test_few_vectors(gpu, rng, dtype, order):
 @pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_linear(gpu, rng, dtype, activation):
-    for rows, features, outputs in ((1, 1, 1), (2, 17, 33), (33, 40, 72), (65, 24, 8)):
+    for rows, features, outputs in ((1, 1, 1), (2, 17, 33), (9, 24, 3), (33, 40, 72), (65, 24, 8)):
         x, weight, bias = (random(rng, dtype, *s) for s in ((rows, features), (outputs, features), (outputs,)))
         size = float(np.abs(reference("linear", *wide(x, weight, bias))).max())
         for b in (bias, None):

@@ -34,6 +34,7 @@ class FakeCupy:
     def __init__(self, capability="90"):
         self.launched, self.loaded, self.current, fake = [], [], 0, self
         self.capture_modes = [0]  # of this thread, the last one now
+        self.allowed = []  # (function, attribute, value)
 
         class Device:
             compute_capability = capability
@@ -64,12 +65,16 @@ class FakeCupy:
             first = [ctypes.c_uint64.from_address(a).value for a in addresses[:2]]
             fake.launched.append((fake.current, function, grid_and_threads, shared, stream, first))
 
+        def allow(*given):
+            fake.allowed.append(given)
+
         runtime = SimpleNamespace(
             getDevice=lambda: self.current,
             getDeviceProperties=lambda ordinal: {"name": b"Fake GPU", "multiProcessorCount": 132},
         )
         self.cuda = SimpleNamespace(
-            Device=Device, runtime=runtime, alloc=FakeMemory, driver=SimpleNamespace(launchKernel=launch),
+            Device=Device, runtime=runtime, alloc=FakeMemory,
+            driver=SimpleNamespace(launchKernel=launch, funcSetAttribute=allow),
             function=SimpleNamespace(Module=Module),
             get_current_stream=lambda ordinal: SimpleNamespace(ptr=40 + ordinal),
         )  # fmt: skip
@@ -104,7 +109,8 @@ def cupy(monkeypatch):
     for name in MODULES:
         monkeypatch.setitem(sys.modules, name, fake)
     code = module.Code("the_entry", b"machine code")
-    monkeypatch.setattr(module, "code", lambda source, expression, target: code)
+    fake.targets = []
+    monkeypatch.setattr(module, "code", lambda source, expression, target: fake.targets.append(target) or code)
     monkeypatch.setattr(module, "architecture_for", lambda capability: module.architecture(capability, (80, 90)))
     monkeypatch.setattr(machine, "unavailable_backends", lambda: {"cuda": "not here"})
     monkeypatch.setattr(machine, "driver_library", lambda: fake)
@@ -162,13 +168,25 @@ def test_a_kernel_that_needs_a_later_device(cupy):
         driver.engine(0)._load(form)
 
 
-def test_what_the_backend_lacks_says_so(cupy):
-    x = np.ones((4, 4), np.float32)
+def test_products_get_their_shared_memory_and_their_architecture(cupy):
+    x = FakeArray(np.empty((4096, 4096), np.float16))
+    for _ in range(2):
+        tilewise.matmul(x, x)
+    tilewise.relu(x)
+    assert cupy.targets == ["sm_90a", "sm_90"]
+    assert cupy.allowed == [("the_entry", 8, 4 * (128 + 256) * 128)]  # once, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_...
+    assert [shared for *_, shared, _, _ in cupy.launched] == [196_608, 196_608, 0]
+
+
+def test_what_the_backend_lacks_says_so(cupy, monkeypatch):
+    from tilewise.kernels.cupy import pool
+
+    monkeypatch.delattr(pool, "avg_pool2d")
     with (
         tilewise.using(backend="cupy"),
-        pytest.raises(NotImplementedError, match="matmul: backend 'cupy' does not have it"),
+        pytest.raises(NotImplementedError, match="avg_pool2d: backend 'cupy' does not have it"),
     ):
-        tilewise.matmul(x, x)
+        tilewise.avg_pool2d(np.ones((1, 1, 4, 4), np.float32), 2)
 
 
 def test_an_old_device_is_refused(cupy, monkeypatch):

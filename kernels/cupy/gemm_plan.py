@@ -9,7 +9,6 @@ Of an array that comes in vectors of 16 bytes, by compute capability (what does 
 float32 is multiplied as such, or where SPLIT_ON says so by three products of TF32.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +28,8 @@ from tilewise.kernels.gemm_plan import choose_tile, few_vectors
 SPLIT_ON = ((8, 0), (9, 0), (10, 0))
 SPLIT_DEPTH = 64  # a shorter sum would not be worth it
 _BLOCK = 4  # product.cuh's
+# rows, columns, depth, matrices, and the device's multiprocessors
+Size = tuple[int, int, int, int, int]
 
 
 class Choice(NamedTuple):
@@ -52,7 +53,7 @@ def choose(left: Matrices, right: Matrices, matrices: int, engine) -> Choice:
     return _on_tensor_cores(dtype, size, orders, engine.capability) or _by_tiles(dtype, size, orders, engine.capability)
 
 
-def _on_tensor_cores(dtype, size: Sequence[int], orders, capability) -> Choice | None:
+def _on_tensor_cores(dtype, size: Size, orders, capability) -> Choice | None:
     if dtype == np.float64:
         return None
     together = 16 // dtype.itemsize
@@ -71,13 +72,13 @@ def _on_tensor_cores(dtype, size: Sequence[int], orders, capability) -> Choice |
         return Choice(algorithm, gemm_tensor.MATMULS[way, tile][orders], tile, together)
     if capability == HOPPER:
         tile = choose_tile(*size, (WIDE, NARROW, LITTLE))
-        if tile is not LITTLE:
+        if isinstance(tile, gemm_wgmma.WgmmaTile):
             return Choice("wgmma", gemm_wgmma.MATMULS[tile][orders], tile, together)
     tile = choose_tile(*size, (LARGE, LITTLE))
     return Choice("mma", gemm_tensor.MATMULS["half" if dtype == np.float16 else "bfloat", tile][orders], tile, together)
 
 
-def _by_tiles(dtype, size: Sequence[int], orders, capability) -> Choice:
+def _by_tiles(dtype, size: Size, orders, capability) -> Choice:
     tile = choose_tile(*size, (BIG, TALL, SMALL, TINY) if dtype == np.float32 else (SMALL, TINY))
     if tile is not BIG:
         return Choice("tiles", VECTORS[tile], tile, _BLOCK)

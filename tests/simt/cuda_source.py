@@ -20,9 +20,10 @@ from tilewise.kernels.cupy import launch
 from tilewise.kernels.cupy.module import FOLDER as KERNELS
 
 # Not vectorised: the sanitizer's calls are per access of the source. -O1: an access that is not needed is still gone.
+# Shared arrays are each library's own, also where another one has the same kernel (-fno-gnu-unique).
 _FLAGS = (
-    "-O1", "-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-    "-Wno-unknown-pragmas", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+    "-O1", "-std=c++17", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra",
+    "-Werror", "-Wno-unknown-pragmas", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
 )  # fmt: skip
 
 
@@ -83,13 +84,13 @@ class Library:
         inside = f"_ZZ{mangled[2:]}E"  # what is a function's own: static variables, lambdas
         shared = [
             (base + at, size, _SHARED)
-            for name, (at, size, kind) in self._symbols.items() if name.startswith(inside) and kind in "bBdDu"
+            for name, (at, size, kind) in self._symbols.items() if name.startswith(inside) and kind in "bBdDvV"
         ]  # fmt: skip
         return Code(self._address(f"simt_entry_{number}"), shared)
 
 
 def _symbols(library: Path) -> dict[str, tuple[int, int, str]]:
-    """name -> (address in the library, bytes, kind as nm has it: "b" and "u" are variables)."""
+    """name -> (address in the library, bytes, kind as nm has it: "b" and "V" are variables)."""
     listed = subprocess.run(["nm", "-S", "--defined-only", library], capture_output=True, text=True, check=True).stdout
     fields = [line.split() for line in listed.splitlines()]
     return {f[3]: (int(f[0], 16), int(f[1], 16), f[2]) for f in fields if len(f) == 4}
