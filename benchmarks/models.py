@@ -54,8 +54,8 @@ class Work:
         return f"{kind}, {'x'.join(map(str, self.shape))}"
 
 
-def _lstm(rng) -> nn.Module:
-    return nn.Sequential(nn.LSTM(64, 128, returns="last", rng=rng), nn.Linear(128, 10, rng=rng))
+def _lstm(rng, features: int = 64, hidden: int = 128) -> nn.Module:
+    return nn.Sequential(nn.LSTM(features, hidden, returns="last", rng=rng), nn.Linear(hidden, 10, rng=rng))
 
 
 def _images(batch: int, size: int = 224) -> tuple[int, ...]:
@@ -73,6 +73,11 @@ ALL = (
     Work("MobileNetV2", nn.models.mobilenet_v2, _images(1)),
     Work("MobileNetV2", nn.models.mobilenet_v2, _images(8)),
     Work("LSTM", _lstm, (50, 32, 64)),
+    Work("LSTM of 128 units", partial(_lstm, features=32), (50, 1, 32)),
+    Work("LSTM of 512 units", partial(_lstm, features=256, hidden=512), (30, 64, 256)),
+    Work("LSTM of 256 units", partial(_lstm, features=128, hidden=256), (200, 16, 128)),
+    Work("LSTM", _lstm, (100, 32, 64), training=True),
+    Work("LSTM of 256 units", partial(_lstm, features=128, hidden=256), (200, 16, 128), training=True),
     Work("LeNet-5", nn.models.lenet5, (32, 1, 32, 32), training=True),
     Work("ResNet-18", nn.models.resnet18, _images(32, 64), training=True),
 )
@@ -132,7 +137,7 @@ def measured(work: Work, threads: int, seconds: float) -> dict[str, Timing]:
     model = work.build(rng=rng)
     x = rng.standard_normal(work.shape, dtype=np.float32)
     if work.training:
-        calls = training_steps(model, x, rng.integers(0, 10, len(x)))
+        calls = training_steps(model, x, rng.integers(0, 10, x.shape[0 if x.ndim == 4 else 1]))
     else:
         with_statistics(model, rng)
         calls = inference(model.eval(), x, threads)
@@ -193,6 +198,8 @@ def training_steps(model: nn.Module, x: np.ndarray, labels: np.ndarray) -> dict[
         pass
     else:
         for name, form in ((engines.TORCH, torch.contiguous_format), (engines.TORCH_LAST, torch.channels_last)):
+            if x.ndim != 4 and form == torch.channels_last:
+                continue  # of images only
             network = model_peers.torch_network(model).to(memory_format=form)
             images = torch.from_numpy(x).contiguous(memory_format=form)
             optimizer = torch.optim.SGD(network.parameters(), **options)

@@ -19,6 +19,8 @@ PaddingLike = int | str | Sequence[int] | Sequence[Sequence[int]]
 
 # Weights up to this many elements are compared one by one, of larger ones about that many are looked at.
 _COMPARED, _SAMPLED = 4096, 2048
+# Uses of one layer whose prepared weights are kept, such as before one batch norm and before another.
+_USES = 2
 
 # PyTorch's name -> that of kernels.pad
 _PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
@@ -52,7 +54,8 @@ class Conv2d(Affine):
     """
 
     transient = ("_kept", "_prepared")
-    _prepared: tuple["_Source", Callable] | None = None
+    # by what follows: a layer may be used before several batch norms or activations
+    _prepared: dict[tuple, tuple["_Source", Callable]] | None = None
 
     def __init__(
         self,
@@ -136,12 +139,15 @@ class Conv2d(Affine):
         """
         statistics = None if norm is None else norm.evaluation()
         source = _Source((self.weight, self.bias), statistics, (*self._options(), self.layout, activation))
-        found = self._prepared  # once: another thread may be at it
+        use, kept = (id(norm), activation), self._prepared or {}  # read once: another thread may be at it
+        found = kept.get(use)
         if found is None or not source.is_as(found[0]):
             source.sample()  # before they are read: a change meanwhile is noticed by the next call
             weight, bias = source.arrays[:2]
             options: Any = {"layout": self.layout, "activation": activation, "batch_norm": statistics}
-            found = self._prepared = (source, prepare_conv2d(weight, bias, *self._options(), **options))
+            found = (source, prepare_conv2d(weight, bias, *self._options(), **options))
+            others = [item for item in kept.items() if item[0] != use][1 - _USES :]
+            self._prepared = dict([*others, (use, found)])
         return found[1]
 
     def release(self):

@@ -17,6 +17,7 @@ from .module import Module, Parameter
 
 RETURNS = ("all", "sequence", "last")
 _States = tuple[np.ndarray, ...]
+_Weights = tuple[np.ndarray, np.ndarray]  # weight_ih, weight_hh
 
 
 class _Recurrent(Module):
@@ -59,11 +60,11 @@ class _Recurrent(Module):
         for layer in range(self.num_layers - 1 if dropout else 0):
             setattr(self, f"dropout_l{layer}", Dropout(dropout, rng=rng))
 
-    def _run(self, x: np.ndarray, weights: tuple, bias: np.ndarray | None, start: _States) -> tuple:
+    def _run(self, x: np.ndarray, weights: _Weights, bias: np.ndarray | None, start: _States) -> tuple:
         """All steps of a layer: (h (T + 1, N, H) from the start on, the final states, what else _run_back needs)."""
         raise NotImplementedError
 
-    def _run_back(self, grad, final: _States, weights: tuple, x, hidden, extra: tuple, *, needs: tuple) -> tuple:
+    def _run_back(self, grad, final: _States, weights: _Weights, x, hidden, extra: tuple, *, needs) -> tuple:
         """(the gradients of x, weight_ih, weight_hh and bias, those of the start), from those of the output and of the
         final states."""
         raise NotImplementedError
@@ -98,7 +99,7 @@ class _Recurrent(Module):
         output = sequence.swapaxes(0, 1) if self.batch_first else sequence
         return output if self.returns == "sequence" else (output, self._outside(final))
 
-    def _weights(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    def _weights(self, layer: int) -> _Weights:
         return self._parameter("weight_ih", layer).data, self._parameter("weight_hh", layer).data
 
     def _biases(self, layer: int) -> np.ndarray | None:
@@ -256,12 +257,12 @@ class RNN(_Recurrent):
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, returns, rng, dtype)
 
     def _run(self, x, weights, bias, start):
-        hidden = rnn(x, *weights, bias, *start, nonlinearity=self.nonlinearity)
+        hidden = rnn(x, *weights, bias, start[0], nonlinearity=self.nonlinearity)
         return hidden, (hidden[-1],), ()
 
     def _run_back(self, grad, final, weights, x, hidden, extra, *, needs):
         options = {"nonlinearity": self.nonlinearity, "needs": needs}
-        *gradients, begun = rnn_backward(grad, *final, x, *weights, hidden, **options)
+        *gradients, begun = rnn_backward(grad, final[0], x, *weights, hidden, **options)
         return *gradients, (begun,)
 
 
@@ -293,11 +294,11 @@ class LSTM(_Recurrent):
 
     def _run(self, x, weights, bias, start):
         if not self.training:
-            hidden, cells = lstm(x, *weights, bias, *start)
+            hidden, cells = lstm(x, *weights, bias, start[0], start[1])
             return hidden, (hidden[-1], cells), ()
-        hidden, cells, gates = lstm(x, *weights, bias, *start, return_gates=True)
+        hidden, cells, gates = lstm(x, *weights, bias, start[0], start[1], return_gates=True)
         return hidden, (hidden[-1], cells[-1]), (cells, gates)
 
     def _run_back(self, grad, final, weights, x, hidden, extra, *, needs):
-        *gradients, h, c = lstm_backward(grad, *final, x, *weights, hidden, *extra, needs=needs)
+        *gradients, h, c = lstm_backward(grad, final[0], final[1], x, *weights, hidden, extra[0], extra[1], needs=needs)
         return *gradients, (h, c)

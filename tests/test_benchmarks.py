@@ -169,6 +169,7 @@ NETWORKS = (
     models.Work("small GoogLeNet", partial(nn.models.googlenet, 10, width=16), (2, 3, 33, 33)),
     models.Work("small MobileNet", partial(nn.models.mobilenet_v2, 10, width_mult=0.25), (1, 3, 32, 32)),
     models.Work("LSTM", models._lstm, (3, 2, 64)),
+    models.Work("LSTM", models._lstm, (3, 2, 64), training=True),
     models.Work("LeNet-5", nn.models.lenet5, (2, 1, 32, 32), training=True),
 )
 

@@ -198,6 +198,17 @@ class TestPreparedConvolution:
         layer.eval()(x[:1])
         assert layer._prepared is first
 
+    def test_two_batch_norms_after_one_layer_keep_one_each(self, rng, reference):
+        layer, x = prepared_layer(rng)
+        norms = [nn.BatchNorm2d(layer.out_channels, dtype=x.dtype).eval() for _ in range(2)]
+        norms[1].running_mean += 1
+        first = [layer.prepared(norm) for norm in norms]
+        assert [layer.prepared(norm) for norm in norms] == first
+        assert_close(first[0](x) - first[1](x), np.full_like(first[0](x), 1), 27, scale=10)
+        layer.weight.data = layer.weight.data + 1
+        assert layer.prepared(norms[0]) is not first[0]
+        assert len(layer._prepared) == 2
+
     def test_on_the_cpu_gives_what_the_plain_call_gives(self, rng):
         with tilewise.using(backend="cpu"):
             for layout in ("NCHW", "NHWC"):
