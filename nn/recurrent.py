@@ -3,13 +3,15 @@
 A layer's whole sequence is one call of its kernel, forward and backward (kernels/recurrent.py).
 """
 
+from contextlib import nullcontext
 from math import sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..kernels import lstm, lstm_backward, rnn, rnn_backward
+from ..kernels import lstm, lstm_backward, rnn, rnn_backward, settings
+from ..kernels.dispatch import using
 from ..kernels.shapes import integer
 from .dropout import Dropout
 from .init import Rng, generator, layer_dtype, uniform
@@ -18,6 +20,13 @@ from .module import Module, Parameter
 RETURNS = ("all", "sequence", "last")
 _States = tuple[np.ndarray, ...]
 _Weights = tuple[np.ndarray, np.ndarray]  # weight_ih, weight_hh
+
+
+def _on_the_cpu():
+    """Where the kernels are: a block that pins a GPU has these layers on the CPU none the less."""
+    pinned = settings.active()
+    elsewhere = "gpu" in (pinned.device, settings.DEVICE_OF.get(pinned.backend))
+    return using(device="cpu") if elsewhere else nullcontext()
 
 
 class _Recurrent(Module):
@@ -84,9 +93,10 @@ class _Recurrent(Module):
         final = tuple(np.empty_like(s) for s in start)
         kept = []
         for layer in range(self.num_layers):
-            hidden, last, extra = self._run(
-                sequence, self._weights(layer), self._biases(layer), tuple(s[layer] for s in start)
-            )
+            with _on_the_cpu():
+                hidden, last, extra = self._run(
+                    sequence, self._weights(layer), self._biases(layer), tuple(s[layer] for s in start)
+                )
             kept.append((sequence, hidden, extra))
             for values, value in zip(final, last, strict=True):
                 values[layer] = value
@@ -175,9 +185,10 @@ class _Recurrent(Module):
             if (dropout := self._dropout(layer)) is not None:
                 grad = dropout.backward(grad)
             needs = self._needs(layer, needs_x or layer > 0)
-            grad, *gradients, begun = self._run_back(
-                grad, tuple(f[layer] for f in final), self._weights(layer), *kept[layer], needs=needs
-            )
+            with _on_the_cpu():
+                grad, *gradients, begun = self._run_back(
+                    grad, tuple(f[layer] for f in final), self._weights(layer), *kept[layer], needs=needs
+                )
             self._accumulate(layer, *gradients)
             for values, value in zip(start, begun, strict=True):
                 values[layer] = value

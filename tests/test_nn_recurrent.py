@@ -341,3 +341,14 @@ def test_wrong_gradient_shape(reference, returns, shape):
     layer(X)
     with pytest.raises(ValueError, match=rf"RNN\.backward: grad must have shape \({str(shape)[1:-1]}\), got \(6, 5\)"):
         layer.backward(np.ones((6, 5), np.float32))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM"])
+def test_on_the_cpu_also_where_a_gpu_is_pinned(gpu, rng, name):
+    layer = getattr(nn, name)(INPUTS, HIDDEN, returns="last", rng=0)
+    x = rng.standard_normal((STEPS, N, INPUTS), dtype=np.float32)
+    with tilewise.using(device="gpu"):
+        pinned = layer(x), layer.backward(np.ones((N, HIDDEN), np.float32))
+    with tilewise.using(device="cpu"):
+        free = layer(x), layer.backward(np.ones((N, HIDDEN), np.float32))
+    assert all(one.tobytes() == other.tobytes() for one, other in zip(pinned, free, strict=True))
