@@ -17,6 +17,7 @@ from math import gcd, prod
 
 from tilewise.kernels.device_arrays import DeviceArray
 
+_NARROW_BELOW = (1 << 31) - (1 << 16)
 _KEPT = 4096  # signatures whose geometry is kept, so that a call works it out once
 
 
@@ -125,6 +126,12 @@ class Correlation:
     @property
     def flops(self) -> int:
         return 2 * self.size * self.channels * self.taps
+
+    @property
+    def narrow(self) -> bool:
+        """Whether rows, columns and taps, and the numbers on the way to them, fit 32 bits."""
+        most = (a.size + a.count * a.stride + abs(a.origin) + a.spacing * a.taps for a in (self.rows, self.columns))
+        return max(*most, self.channels * self.taps) < _NARROW_BELOW
 
     @property
     def channels_last(self) -> bool:

@@ -20,13 +20,14 @@ def _why_not_winograd(it, dtype) -> str:
 def _weight_gradient(it, grad, x, shape):
     if is_depthwise_weight(it):
         return conv_depthwise_weight.weight_gradient(it, grad, x, shape)
-    module = conv_sums if is_little(it) or not fits_a_grid(it) else conv_product_weight
+    product = fits_a_grid(it) and conv_product_weight.applies(it) and not is_little(it)
+    module = conv_product_weight if product else conv_sums
     return module.weight_gradient(it, grad, x, shape)
 
 
 def _describe(it, dtype, algorithm: str) -> str:
     if algorithm == "gemm":
-        tile = conv_product.tile_for(it, dtype)
+        tile = conv_product.tile_for(it, dtype, driver.engine(0).capability)
         return f"tiles of {tile.rows} x {tile.columns} {'pixels x outputs' if it.channels_last else 'outputs x pixels'}"
     return "tiles of few channels" if algorithm == "direct" and conv_direct.is_few(it, dtype) else ""
 

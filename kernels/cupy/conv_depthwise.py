@@ -11,12 +11,12 @@ _SOURCE, _THREADS = "conv_depthwise.cu", 128
 
 _planes = {
     (taps, stride): Kernel(
-        _SOURCE, f"depthwise_planes<{{T}}, {taps}, {stride}, {results}>", f"{CORRELATION} q", threads=_THREADS
+        _SOURCE, f"conv_depthwise_planes<{{T}}, {taps}, {stride}, {results}>", f"{CORRELATION} q", threads=_THREADS
     )
     for (taps, stride), results in DEPTHWISE_PLANES.items()
 }
 _channels = Kernel(
-    _SOURCE, "depthwise_channels<{T}>", f"{CORRELATION} q", threads=_THREADS, promises=("LDG.128", "STG.128")
+    _SOURCE, "conv_depthwise_channels<{T}>", f"{CORRELATION} q", threads=_THREADS, promises=("LDG.128", "STG.128")
 )
 
 

@@ -11,9 +11,9 @@ CORRELATION = "P P P PPir 10q 10q 4q 4q 7q"
 FEW_CHANNELS = 4  # up to here a product finds no vectors of channels, and a tap is few steps of its sum
 _THREADS, _PIXELS = 128, 4
 
-_direct = Kernel("conv_direct.cu", "direct<{T}>", f"{CORRELATION} q i")
+_direct = Kernel("conv_direct.cu", "conv_direct<{T}>", f"{CORRELATION} q i")
 _few = Kernel(
-    "conv_direct.cu", "direct_few<{T}>", f"{CORRELATION} q i", threads=_THREADS, blocks=2, promises=("LDS.128",)
+    "conv_direct.cu", "conv_direct_few<{T}>", f"{CORRELATION} q i", threads=_THREADS, blocks=2, promises=("LDS.128",)
 )
 
 
@@ -26,15 +26,15 @@ def operands(it: Correlation, x, weight, y, bias, extra, code: int) -> tuple:
 
 
 def outputs_of_few(dtype) -> int:
-    """Outputs that a thread of direct_few sums."""
+    """Outputs that a thread of conv_direct_few sums."""
     return 8 if dtype.itemsize == 8 else 16
 
 
 def is_few(it: Correlation, dtype) -> bool:
-    """Whether direct_few is for it: few channels, and enough outputs for a thread."""
+    """Whether conv_direct_few is for it: few channels, and enough outputs for a thread."""
     outputs = outputs_of_few(dtype)
     return (
-        it.channels <= FEW_CHANNELS and 2 * it.outputs >= outputs and it.taps > 0
+        it.narrow and it.channels <= FEW_CHANNELS and 2 * it.outputs >= outputs and it.taps > 0
         and max(it.groups, ceil_div(it.outputs, outputs)) <= MOST_BLOCKS
     )  # fmt: skip
 

@@ -1,38 +1,45 @@
 """Convolution as an implicit matrix product on the GPU; src/conv_product.cu says how."""
 
+import numpy as np
+
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation
 from tilewise.kernels.conv_plan import choose_tile
+from tilewise.kernels.cupy import conv_direct, driver
 from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
 from tilewise.kernels.cupy.copying import copy_strided
 from tilewise.kernels.cupy.gemm_tile import BIG, SMALL, Tile
 from tilewise.kernels.cupy.launch import FLOATS, NAMES, Kernel
+from tilewise.kernels.cupy.module import OLDEST
 from tilewise.kernels.device_arrays import DeviceArray
 
 _STEP = 16  # of all these tiles
 # Few outputs, by whether channels are last: tiles are pixels x outputs then, else outputs x pixels.
 LOW = {False: Tile("Flat", 32, 128, 128, 3), True: Tile("Upright", 128, 32, 128, 3)}
-_NO_DOUBLES = ("float16", "float32")  # of larger tiles: twice the registers do not fit
+_COPIES_FROM = (8, 0)  # the compute capability that has cp.async, without which the large tile's registers do not do
 
 
 def _make(tile: Tile, last: bool, whole: bool) -> Kernel:
-    flags = f"{str(last).lower()}, {str(whole).lower()}"
+    large = tile is BIG  # float16 has tensor cores, and float64 too many registers
+    flags = ", ".join(str(flag).lower() for flag in (last, whole, large))
     return Kernel(
-        "conv_product.cu", f"implicit<{{T}}, {NAMES}{tile.name}, {flags}>", f"{CORRELATION} q q", threads=tile.threads,
-        blocks=tile.resident, blocks_on={(7, 5): 1, (8, 0): 1} if tile is BIG else {},
-        dtypes=_NO_DOUBLES if tile is BIG else FLOATS, promises=("LDS.128", "LDG.128"),
+        "conv_product.cu", f"conv_product<{{T}}, {NAMES}{tile.name}, {flags}>", f"{CORRELATION} q q",
+        threads=tile.threads, blocks=tile.resident, blocks_on={(8, 0): 1} if large else {},
+        least=_COPIES_FROM if large else OLDEST,
+        dtypes=("float32",) if large else FLOATS,
+        promises=("LDS.128", "LDGSTS", "FFMA") if large else ("LDS.128",),
     )  # fmt: skip
 
 
-_implicit = {
+_products = {
     (tile, last, whole): _make(tile, last, whole)
     for last in (False, True) for tile in (BIG, SMALL, LOW[last]) for whole in (False, True)
 }  # fmt: skip
 
 
-def tile_for(it: Correlation, dtype) -> Tile:
-    low = LOW[it.channels_last]
-    return choose_tile(it, BIG, SMALL, low) if dtype.itemsize < 8 else (low if it.outputs <= 32 else SMALL)
+def tile_for(it: Correlation, dtype, capability: tuple[int, int]) -> Tile:
+    large = BIG if dtype == np.float32 and capability >= _COPIES_FROM else SMALL
+    return choose_tile(it, large, SMALL, LOW[it.channels_last])
 
 
 def _packed(it: Correlation, weight, width: int):
@@ -54,10 +61,13 @@ def _packed(it: Correlation, weight, width: int):
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept=None):
     """y = activation(the correlation + bias + extra); bias and extra may be None."""
-    tile, last = tile_for(it, x.dtype), it.channels_last
+    if not it.narrow:
+        conv_direct.correlate(it, x, weight, y, bias, extra, code)
+        return
+    tile, last = tile_for(it, x.dtype, driver.engine(x.place.ordinal).capability), it.channels_last
     outputs, pixels = (tile.columns, tile.rows) if last else (tile.rows, tile.columns)
     packed, padded = _packed(it, weight, 16 // x.dtype.itemsize)
     whole = it.channels % (_STEP * pixels // tile.threads) == 0  # a thread's k then lie within one tap
     grid = ceil_div(it.pixels, pixels), ceil_div(it.outputs, outputs), it.groups
     given = operands(it, x, packed, y, bias, extra, code)
-    _implicit[tile, last, whole](x.place, grid, *given, it.pixels, padded)
+    _products[tile, last, whole](x.place, grid, *given, it.pixels, padded)

@@ -6,27 +6,33 @@ from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation
 from tilewise.kernels.conv_plan import split
 from tilewise.kernels.cupy.conv_sums import WEIGHT, add_parts, new_parts, operands
-from tilewise.kernels.cupy.gemm_tile import SMALL, TINY, Tile
+from tilewise.kernels.cupy.gemm_tile import SMALL, Tile
 from tilewise.kernels.cupy.launch import NAMES, Kernel
 
 _LEAST_PIXELS = 512
+NARROW = Tile("Narrow", 32, 64, 128, 2)  # for float64
 
 
 def _make(tile: Tile, last: bool) -> Kernel:
+    dtypes = ("float64",) if tile is NARROW else ("float16", "float32")
     return Kernel(
-        "conv_product_weight.cu", f"implicit_weight<{{T}}, {NAMES}{tile.name}, {str(last).lower()}>", f"{WEIGHT} q q",
-        threads=tile.threads, blocks=2, dtypes=("float64",) if tile is TINY else ("float16", "float32"),
-        promises=("LDS.128",),
+        "conv_product_weight.cu", f"conv_product_weight<{{T}}, {NAMES}{tile.name}, {str(last).lower()}>",
+        f"{WEIGHT} q q", threads=tile.threads, blocks=2, dtypes=dtypes, promises=("LDS.128",),
     )  # fmt: skip
 
 
-_kernels = {(tile, last): _make(tile, last) for tile in (SMALL, TINY) for last in (False, True)}
+_kernels = {(tile, last): _make(tile, last) for tile in (SMALL, NARROW) for last in (False, True)}
+
+
+def applies(it: Correlation) -> bool:
+    """Whether places in an image fit 32 bits."""
+    return it.narrow and max(prod(it.shape_x[1:]), prod(it.shape_y[1:]), it.images) < 1 << 31
 
 
 def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     """conv2d's gradient with respect to a weight of that shape; `it`: its forward correlation."""
     columns = it.channels * it.taps
-    tile = TINY if grad.dtype.itemsize == 8 else SMALL
+    tile = NARROW if grad.dtype.itemsize == 8 else SMALL
     tiles = ceil_div(it.outputs, tile.rows) * ceil_div(columns, tile.columns)
     many, per_part = split(it.pixels, tiles * it.groups, _LEAST_PIXELS)
     parts = new_parts(grad.place, many, prod(shape), grad.dtype)

@@ -11,9 +11,9 @@ _SOURCE = "conv_sums.cu"
 # grad, x, parts, both axes, steps of x and grad, Filters
 WEIGHT = "P P P 10q 10q 4q 4q 7q"
 
-_sum_parts = Kernel(_SOURCE, "sum_parts<{T}>", "P P q q q q")
-_sum_channel = Kernel(_SOURCE, "sum_channel<{T}>", "P P q q q q")
-_weight_sums = Kernel(_SOURCE, "weight_sums<{T}>", f"{WEIGHT} q q q")
+_sum_parts = Kernel(_SOURCE, "conv_sum_parts<{T}>", "P P q q q q")
+_sum_channel = Kernel(_SOURCE, "conv_sum_channel<{T}>", "P P q q q q")
+_weight_sums = Kernel(_SOURCE, "conv_weight_sums<{T}>", f"{WEIGHT} q q q")
 
 
 def operands(it: Correlation, grad, x, parts) -> tuple:

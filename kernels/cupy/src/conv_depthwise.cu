@@ -13,7 +13,7 @@ constexpr int DEPTHWISE_THREADS = 128, COLUMNS = 4;
 
 template <class T, int TAPS, int STRIDE, int RESULTS>
 __global__ void __launch_bounds__(DEPTHWISE_THREADS, 1)
-depthwise_planes(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish, const Axis rows,
+conv_depthwise_planes(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish, const Axis rows,
                  const Axis columns, const Steps from, const Steps to, const Filters filters, long long work) {
     long long number = static_cast<long long>(blockIdx.x) * DEPTHWISE_THREADS + threadIdx.x;
     if (number >= work) return;
@@ -57,7 +57,7 @@ depthwise_planes(const T *__restrict__ x, const T *__restrict__ weight, T *y, co
 // y (N, ..., channels) from x (N, H, W, channels) and weight (tap, channels).
 template <class T>
 __global__ void __launch_bounds__(DEPTHWISE_THREADS, 1)
-depthwise_channels(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish,
+conv_depthwise_channels(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish,
                    const Axis rows, const Axis columns, const Steps from, const Steps to, const Filters filters,
                    long long work) {
     constexpr int N = LANES<T>;

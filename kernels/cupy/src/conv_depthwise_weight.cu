@@ -13,7 +13,7 @@ constexpr int WEIGHT_THREADS = 128, WEIGHT_WARPS = WEIGHT_THREADS / 32;
 // parts[part, o, p, q]; block (o or 32 of them, part, rows of taps).
 template <class T, int TAPS, int ROWS, bool LAST>
 __global__ void __launch_bounds__(WEIGHT_THREADS, 1)
-depthwise_weight(const T *__restrict__ grad, const T *__restrict__ x, Sum<T> *__restrict__ parts, const Axis rows,
+conv_depthwise_weight(const T *__restrict__ grad, const T *__restrict__ x, Sum<T> *__restrict__ parts, const Axis rows,
                  const Axis columns, const Steps from, const Steps to, const Filters filters, long long pixels,
                  long long per_part) {
     __shared__ Sum<T> joined[WEIGHT_THREADS];

@@ -1,7 +1,7 @@
 // Convolution without tiles of both operands.
 //
-// direct: by the definition, a result to a thread. Right for everything, and the yardstick of the others.
-// direct_few: for few channels, as in first layers. A thread sums OUTPUTS outputs of PIXELS pixels in registers; a block's
+// conv_direct: by the definition, a result to a thread. Right for everything, and the yardstick of the others.
+// conv_direct_few: for few channels, as in first layers. A thread sums OUTPUTS outputs of PIXELS pixels in registers; a block's
 // weights lie in shared memory, from where all threads read the same ones at a time, OUTPUTS of a tap and channel side
 // by side; numbers of x come from L1.
 #include "conv.cuh"
@@ -10,7 +10,7 @@ namespace tilewise {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1)
-direct(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish, const Axis rows,
+conv_direct(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish, const Axis rows,
        const Axis columns, const Steps from, const Steps to, const Filters filters, long long size, int channels_last) {
     long long number = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (number >= size) return;
@@ -44,10 +44,11 @@ constexpr int FEW_THREADS = 128, PIXELS = 4;
 constexpr int CHUNK = 256;   // (tap, channel) whose weights are in shared memory at a time
 template <class T> constexpr int OUTPUTS = 64 / sizeof(Sum<T>);
 
-// Block (FEW_THREADS * PIXELS pixels, OUTPUTS outputs, group). pixels: of all images. filters.channels <= CHUNK.
+// Block (FEW_THREADS * PIXELS pixels, OUTPUTS outputs, group). pixels: of all images. filters.channels <= CHUNK; rows and
+// columns fit 32 bits.
 template <class T>
 __global__ void __launch_bounds__(FEW_THREADS, 2)
-direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish, const Axis rows,
+conv_direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish, const Axis rows,
            const Axis columns, const Steps from, const Steps to, const Filters filters, long long pixels,
            int channels_last) {
     using S = Sum<T>;
@@ -61,14 +62,14 @@ direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Ep
 
     S totals[PIXELS][COUNT] = {};
     const T *images[PIXELS];
-    long long first_row[PIXELS], first_column[PIXELS];
+    int first_row[PIXELS], first_column[PIXELS];
 #pragma unroll
     for (int p = 0; p < PIXELS; ++p) {
         const long long number = first_pixel + p * FEW_THREADS + thread;
         const Pixel pixel(number < pixels ? number : pixels - 1, rows.count, columns.count);
         images[p] = x + pixel.image * from.image + group * channels * from.channel;
-        first_row[p] = rows.origin + pixel.row * rows.stride;
-        first_column[p] = columns.origin + pixel.column * columns.stride;
+        first_row[p] = static_cast<int>(rows.origin + pixel.row * rows.stride);
+        first_column[p] = static_cast<int>(columns.origin + pixel.column * columns.stride);
     }
     const int at_once = CHUNK / channels;
     for (int first_tap = 0; first_tap < taps; first_tap += at_once) {
@@ -92,7 +93,8 @@ direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Ep
             bool inside[PIXELS];
 #pragma unroll
             for (int p = 0; p < PIXELS; ++p) {
-                const long long row = first_row[p] + t * rows.spacing, column = first_column[p] + u * columns.spacing;
+                const int row = first_row[p] + t * static_cast<int>(rows.spacing);
+                const int column = first_column[p] + u * static_cast<int>(columns.spacing);
                 inside[p] = within(row, rows.size) && within(column, columns.size);
                 sources[p] = images[p] + row * from.row + column * from.column;
             }

@@ -28,13 +28,12 @@ template <class T, class Tile, int SIZE, bool LAST, bool WHOLE> struct PixelLoad
     const T *image;
     const Axis &rows, &columns;
     const Steps &from;
-    long long first_row, first_column, channels, t = 0, u = 0, c;
-    int place;
+    int first_row, first_column, channels, t = 0, u = 0, c, place;   // which fit 32 bits
 
     // image: the first channel of the group in the first image.
     __device__ __forceinline__ PixelLoader(const T *first, const Axis &rows_, const Axis &columns_, const Steps &from_,
                                            long long channels_, long long first_pixel, long long pixels)
-        : rows(rows_), columns(columns_), from(from_), channels(channels_) {
+        : rows(rows_), columns(columns_), from(from_), channels(static_cast<int>(channels_)) {
         const int thread = threadIdx.x;
         const int own = VECTORS ? thread / SHARERS : thread % SIZE;
         const int own_k = (VECTORS ? thread % SHARERS : thread / SIZE) * COUNT;
@@ -42,8 +41,8 @@ template <class T, class Tile, int SIZE, bool LAST, bool WHOLE> struct PixelLoad
         const long long number = first_pixel + own < pixels ? first_pixel + own : pixels - 1;
         const Pixel pixel(number, rows.count, columns.count);
         image = first + pixel.image * from.image;
-        first_row = rows.origin + pixel.row * rows.stride;
-        first_column = columns.origin + pixel.column * columns.stride;
+        first_row = static_cast<int>(rows.origin + pixel.row * rows.stride);
+        first_column = static_cast<int>(columns.origin + pixel.column * columns.stride);
         place = own_k * PITCH + own;
         c = own_k;
     }
@@ -90,11 +89,21 @@ private:
     }
     // Where channel c of the tap is; null outside of the image, and after the last tap.
     __device__ __forceinline__ const T *find() const {
-        const long long row = first_row + t * rows.spacing, column = first_column + u * columns.spacing;
+        const int row = first_row + t * static_cast<int>(rows.spacing);
+        const int column = first_column + u * static_cast<int>(columns.spacing);
         if (t >= rows.taps || !within(row, rows.size) || !within(column, columns.size)) return nullptr;
         return image + row * from.row + column * from.column + c * from.channel;
     }
 };
+
+template <class T, class Tile, int SIZE, int N, bool COPIED> struct WeightLoaderOf {
+    using type = MatrixLoader<Sum<T>, T, Tile, SIZE, N, BY_ROW>;
+};
+template <class Tile, int SIZE, int N> struct WeightLoaderOf<float, Tile, SIZE, N, true> {
+    using type = CopyingLoader<Tile, SIZE>;
+};
+template <class T, class Tile, int SIZE, int N, bool COPIED>
+using WeightLoader = typename WeightLoaderOf<T, Tile, SIZE, N, COPIED>::type;
 
 // Where the sums go. places: of the tile's pixels in y, -1 beyond the last; channel: the tile's first output.
 template <class T, bool LAST> struct ImageResult {
@@ -137,9 +146,10 @@ template <class T, bool LAST> struct ImageResult {
 };
 
 // Block (tile of pixels, tile of outputs, group). padded_outputs: of packed.
-template <class T, class Tile, bool LAST, bool WHOLE>
+// COPIED: the weights come by cp.async, without a register in between.
+template <class T, class Tile, bool LAST, bool WHOLE, bool COPIED>
 __global__ void __launch_bounds__(Tile::THREADS, RESIDENT_BLOCKS<Tile, false>)
-implicit(const T *__restrict__ x, const T *__restrict__ packed, T *y, const Epilogue<T> finish, const Axis rows,
+conv_product(const T *__restrict__ x, const T *__restrict__ packed, T *y, const Epilogue<T> finish, const Axis rows,
          const Axis columns, const Steps from, const Steps to, const Filters filters, long long pixels,
          long long padded_outputs) {
     using S = Sum<T>;
@@ -155,7 +165,7 @@ implicit(const T *__restrict__ x, const T *__restrict__ packed, T *y, const Epil
                         : -1;
     S sums[Tile::DOWN][Tile::ACROSS];
     constexpr int N = OUTPUTS * Tile::STEP >= Tile::THREADS * LANES<T> ? LANES<T> : 1;   // one by one, if too few to share
-    MatrixLoader<S, T, Tile, OUTPUTS, N, BY_ROW> weights(
+    WeightLoader<T, Tile, OUTPUTS, N, COPIED> weights(
         {packed + group * depth * padded_outputs, padded_outputs, 1, padded_outputs}, first_output);
     PixelLoader<T, Tile, PIXELS, LAST, WHOLE> values(x + group * filters.channels * from.channel, rows, columns, from,
                                                      filters.channels, first_pixel, pixels);

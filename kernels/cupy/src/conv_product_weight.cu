@@ -13,6 +13,8 @@
 
 namespace tilewise {
 
+using Narrow = Tile<2, 2, 4, 4, 16, 2>;   // 32 x 64, for double
+
 // One side: rows are channels of an image of `filters`, or if TAPPED (channel, tap) of the image that they see.
 template <class T, class Tile, int SIZE, bool LAST, bool TAPPED> struct PixelSums {
     static constexpr bool COPIES = false;
@@ -25,9 +27,9 @@ template <class T, class Tile, int SIZE, bool LAST, bool TAPPED> struct PixelSum
     const T *image;
     const Axis &rows, &columns;
     const Steps &steps;
-    long long offsets[OWN], down[OWN], across[OWN];
-    long long k, i, j, n;
-    int place;
+    int offsets[OWN], down[OWN], across[OWN];   // in an image, of less than 2^31 elements
+    long long k;
+    int i, j, n, place;
 
     // first: the group's first channel in the first image; begin: the block's first pixel.
     __device__ __forceinline__ PixelSums(const T *first, const Axis &rows_, const Axis &columns_, const Steps &steps_,
@@ -50,27 +52,28 @@ template <class T, class Tile, int SIZE, bool LAST, bool TAPPED> struct PixelSum
                     tap -= c * rows.taps * columns.taps;
                 }
                 const long long t = divide(tap, columns.taps);
-                down[e] = rows.origin + t * rows.spacing;
-                across[e] = columns.origin + (tap - t * columns.taps) * columns.spacing;
+                down[e] = static_cast<int>(rows.origin + t * rows.spacing);
+                across[e] = static_cast<int>(columns.origin + (tap - t * columns.taps) * columns.spacing);
             }
-            offsets[e] = c * steps.channel;
+            offsets[e] = static_cast<int>(c * steps.channel);
         }
         place = own_k * PITCH + own;
         k = begin + own_k;
         const Pixel pixel(k, rows.count, columns.count);
-        n = pixel.image;
-        i = pixel.row;
-        j = pixel.column;
+        n = static_cast<int>(pixel.image);
+        i = static_cast<int>(pixel.row);
+        j = static_cast<int>(pixel.column);
     }
 
     template <class S> __device__ __forceinline__ void fetch(S *, long long, long long end) {
 #pragma unroll
         for (int e = 0; e < COUNT; ++e) {
             const int own = LAST ? 0 : e;
-            const long long row = TAPPED ? i * rows.stride + down[own] : i;
-            const long long column = TAPPED ? j * columns.stride + across[own] : j;
+            const int row = TAPPED ? i * static_cast<int>(rows.stride) + down[own] : i;
+            const int column = TAPPED ? j * static_cast<int>(columns.stride) + across[own] : j;
             const bool inside = k < end && (!TAPPED || (within(row, rows.size) && within(column, columns.size)));
-            kept[e] = inside ? image[offsets[own] + n * steps.image + row * steps.row + column * steps.column] : T{};
+            const int offset = offsets[own] + row * static_cast<int>(steps.row) + column * static_cast<int>(steps.column);
+            kept[e] = inside ? image[n * steps.image + offset] : T{};
             if (LAST) advance(1);
         }
         advance(LAST ? STEP - COUNT : STEP);
@@ -86,7 +89,7 @@ private:
         k += pixels;
         j += pixels;
         while (j >= columns.count) {
-            j -= columns.count;
+            j -= static_cast<int>(columns.count);
             if (++i == rows.count) {
                 i = 0;
                 ++n;
@@ -98,7 +101,7 @@ private:
 // parts[part, o, column]; block (tile of outputs and of columns, group, part).
 template <class T, class Tile, bool LAST>
 __global__ void __launch_bounds__(Tile::THREADS, 2)
-implicit_weight(const T *__restrict__ grad, const T *__restrict__ x, Sum<T> *__restrict__ parts, const Axis rows,
+conv_product_weight(const T *__restrict__ grad, const T *__restrict__ x, Sum<T> *__restrict__ parts, const Axis rows,
                 const Axis columns, const Steps from, const Steps to, const Filters filters, long long pixels,
                 long long per_part) {
     using S = Sum<T>;

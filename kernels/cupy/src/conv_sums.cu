@@ -10,7 +10,7 @@ namespace tilewise {
 // result[o, c, t] = parts[0, o, t, c] + ... + parts[many - 1, o, t, c]; `count` elements of a part.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1)
-sum_parts(const Sum<T> *__restrict__ parts, T *__restrict__ result, long long count, long long many, long long taps,
+conv_sum_parts(const Sum<T> *__restrict__ parts, T *__restrict__ result, long long count, long long many, long long taps,
           long long channels) {
     const long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= count) return;
@@ -34,7 +34,7 @@ struct Part {
 // parts[part, c] = the sum of grad[n, c, p] over the part's pixels of all images; block (c, part).
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1)
-sum_channel(const T *__restrict__ grad, Sum<T> *__restrict__ parts, long long images, long long channels, long long area,
+conv_sum_channel(const T *__restrict__ grad, Sum<T> *__restrict__ parts, long long images, long long channels, long long area,
             long long per_part) {
     __shared__ Sum<T> scratch[WARPS];
     const long long c = blockIdx.x;
@@ -50,7 +50,7 @@ sum_channel(const T *__restrict__ grad, Sum<T> *__restrict__ parts, long long im
 // parts[part, e] for element e = (o, c, p, q) of the weight; block (e, part). The definition, for any options.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1)
-weight_sums(const T *__restrict__ grad, const T *__restrict__ x, Sum<T> *__restrict__ parts, const Axis rows,
+conv_weight_sums(const T *__restrict__ grad, const T *__restrict__ x, Sum<T> *__restrict__ parts, const Axis rows,
             const Axis columns, const Steps from, const Steps to, const Filters filters, long long count,
             long long pixels, long long per_part) {
     __shared__ Sum<T> scratch[WARPS];
