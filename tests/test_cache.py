@@ -100,6 +100,59 @@ def test_two_installations_do_not_share_kernels(installed, tmp_path):
     assert run_probe(installed, tmp_path) == "[np.float64(2.0), np.float64(2.0)] [(1, 0), (1, 0)]"
 
 
+class Killed(BaseException):
+    """What ends a process in the middle."""
+
+
+def test_a_process_killed_while_it_writes_leaves_no_code_under_another_name(tmp_path, monkeypatch):
+    before, after = (jit._CacheFile(str(tmp_path), "kernel", stamp) for stamp in ("older sources", "newer sources"))
+    before.save("float32", "older code of float32")
+    for write in ("_save_data", "_save_index"):
+
+        def killed(*_):
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(after, write, killed)
+            with pytest.raises(Killed):
+                after.save("float64", "newer code of float64")
+        assert after.load("float64") is None
+        assert after.load("float32") is None
+
+
+def test_processes_of_two_sources_do_not_load_each_others_code(tmp_path, monkeypatch):
+    older, newer = (jit._CacheFile(str(tmp_path), "kernel", stamp) for stamp in ("older sources", "newer sources"))
+    written = []
+
+    def between(write):
+        def writes(*args):
+            if written:  # the other saves between this one's first write and its second
+                newer.save("float64", "newer code of float64")
+            written.append(args)
+            write(*args)
+
+        return writes
+
+    for name in ("_save_data", "_save_index"):
+        monkeypatch.setattr(older, name, between(getattr(older, name)))
+    older.save("float32", "older code of float32")
+    assert len(written) == 2
+    for one, sources in ((older, "older"), (newer, "newer")):
+        for key in ("float32", "float64"):
+            assert one.load(key) in (None, f"{sources} code of {key}")
+
+
+def test_code_of_older_sources_is_removed(tmp_path):
+    older, newer = (jit._CacheFile(str(tmp_path), "kernel", stamp) for stamp in ("older sources", "newer sources"))
+    other = jit._CacheFile(str(tmp_path), "kernels_neighbour", "older sources")
+    for file in (older, other):
+        file.save("float32", "code")
+        file.save("float64", "code")
+    newer.save("float32", "code")
+    assert sum(file.name.startswith("kernel.") for file in tmp_path.glob("*.nbc")) == 1
+    assert sum(file.name.startswith("kernels_neighbour.") for file in tmp_path.glob("*.nbc")) == 2
+
+
 def test_no_kernel_misses_the_cache_in_the_second_process(tmp_path):
     """An intrinsic made in a closure, or a dynamic global, would make every process compile anew."""
     # The working folder itself: a cache folder of the package's name there would hide an editable installation.

@@ -33,6 +33,10 @@ CASES = {
         depthwise(5, 9, 40, padding=(0, 33)),  # whole vectors of padding
         depthwise(5, 9, 40, stride=2, padding=(33, 37)),
         depthwise(3, 8, 19, padding=((0, 2), (3, 0))),
+        # begins like the convolution of x's size, but does not end like it
+        depthwise(6, 7, 9, padding=((1, 1), (1, 0))),
+        depthwise(6, 7, 9, padding=((1, 1), (1, 2))),
+        depthwise(6, 7, 9, padding=((1, 0), (1, 1))),
         depthwise(3, 8, 19, stride=2, padding=((2, 1), (0, 3))),
         depthwise(3, 6, 7, stride=2, padding="same"),
         depthwise(4, 3, 3, (2, 2), padding=((4, 5), (6, 1))),  # windows that see padding only
@@ -225,7 +229,7 @@ def test_the_cases_reach_every_path():
         strips = conv_depthwise_nchw.Strips(case.n * case.c, size, case.kernel[1], axes, stride, np.dtype("f4"))
         seen |= {("stride", stride[1]), ("square", strips.square, stride[0])}
         seen |= {("bands", strips.constants[1] > 1), ("rows", size[0] < TILE)}
-        if conv_depthwise_same.is_same(axes, stride, case.o // case.c, size) and size == (case.h, case.w):
+        if conv_depthwise_same.is_same(axes, stride, case.o // case.c, (case.h, case.w), size):
             cuts = conv_depthwise_same.channel_cuts(case.n, size, case.c, np.dtype("f4"))
             seen.add(("same", cuts is not None))
     assert seen >= {("stride", 1), ("stride", 2), ("stride", 3), ("square", 3, 1), ("square", 3, 2), ("square", 0, 1)}

@@ -60,7 +60,7 @@ class Depthwise:
             self.kernel = convolve_nhwc.sized(work)
             head = (n, channels, h, w, oh, ow, *phases, bands, *stride)
             self.constants = (*head, plan.regions, plan.table, all_taps, activation)
-            if (h, w) == (oh, ow) and is_same(taps, stride, weight[0] // channels, (h, w)):
+            if is_same(taps, stride, weight[0] // channels, (h, w), (oh, ow)):
                 self.same = convolve_same_nhwc.sized(work)
                 cuts = channel_cuts(n, (h, w), channels, dtype)
                 cuts = (bands, channels) if cuts is None else cuts
@@ -72,7 +72,7 @@ class Depthwise:
             self.kernel = convolve_nchw.sized(work)
             head = (n * channels, channels, weight[0] // channels, h, w, oh, ow, *phases, strips.constants)
             self.constants = (*head, strips.table, strips.starts, all_taps, strips.square, activation)
-            if (h, w) == (oh, ow) and is_same(taps, stride, weight[0] // channels, (h, w)):
+            if is_same(taps, stride, weight[0] // channels, (h, w), (oh, ow)):
                 self.same = convolve_same_nchw.sized(work)
                 group = planes_together((h, w), dtype)
                 self.same_constants = (n * channels, channels, h, w, tap_numbers(taps, weight[3]), group, activation)

@@ -26,11 +26,18 @@ GROUP_BYTES = 8 << 10
 FAR, NEAR = 2048, 256
 
 
-def is_same(taps, stride, outputs, size):
-    """Whether these kernels serve a convolution; taps: as for Depthwise. size: of x and y."""
+def is_same(taps, stride, outputs, x_size, y_size):
+    """Whether these kernels serve a convolution; taps: as for Depthwise."""
     phases = [len(axis) for axis in taps]
     near = all(offsets.tolist() == [-1, 0, 1] for axis in taps for _, offsets in axis)
-    return phases == [1, 1] and near and tuple(stride) == (1, 1) and outputs == 1 and size[1] >= COLUMNS
+    return (
+        phases == [1, 1]
+        and near
+        and tuple(stride) == (1, 1)
+        and outputs == 1
+        and x_size == y_size
+        and x_size[1] >= COLUMNS
+    )
 
 
 def tap_numbers(taps, kernel_width):

@@ -310,7 +310,7 @@ class WeightGradient:
             blocks = min(groups, BLOCKS)
             parts = 1 if blocks >= FEWEST else min(n, -(-FEWEST // blocks))
             self.last = (blocks, parts)
-            if h > 1 and h == oh and is_same(axes, stride, weight[0] // groups, (h, w)):
+            if h > 1 and is_same(axes, stride, weight[0] // groups, (h, w), (oh, ow)):
                 self.kernel = weight_gradient_same_nchw.sized(work)
                 self.constants = (n, groups, h, w, tap_numbers(axes, weight[3]))
                 return

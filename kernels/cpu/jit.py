@@ -10,13 +10,15 @@ process alone.
 """
 
 import functools
+import hashlib
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 from numba.core.runtime import rtsys
 
 from tilewise.kernels.cpu import threads
@@ -55,6 +57,8 @@ def _shortened_pipelines(version: str) -> tuple[dict, dict, dict]:
 
 
 _FOR_DEVICE, _FOR_SERIAL, _FOR_PARALLEL = _shortened_pipelines(numba.__version__)
+
+_DIGITS = 24  # of a hash, in the names of cached code
 
 KERNELS: list["Kernel"] = []  # every kernel of the loaded modules, for `python -m tilewise warmup` and the tests
 
@@ -181,10 +185,41 @@ class _CacheImpl(CompileResultCacheImpl):
     _locator_classes = [_Locator]  # noqa: RUF012
 
 
+class _CacheFile(IndexDataCacheFile):
+    """Machine code under names that say what it is, written before the index tells of it.
+
+    Numba numbers the files of a function and writes the index first. A process that is killed in between, or two that
+    compile at a time, one of them from older sources, can leave an index that names another signature's code; what
+    loads it corrupts its memory.
+    """
+
+    def save(self, key, data):
+        digest = hashlib.sha256(repr((self._source_stamp, key)).encode()).hexdigest()
+        name = self._data_name(int(digest[:_DIGITS], 16))
+        self._save_data(name, data)
+        overloads = self._load_index()
+        if not overloads:
+            self._remove_others(name)
+        self._save_index(overloads | {key: name})
+
+    def _remove_others(self, name: str):
+        """The function's code of older sources."""
+        begin, _, end = self._data_name_pattern.partition("{number:d}")
+        for file in Path(self._cache_path).iterdir():
+            if file.name.startswith(begin) and file.name.endswith(end) and file.name != name:
+                with suppress(OSError):
+                    file.unlink()
+
+
 class _Cache(FunctionCache):
     """A function's cache that gives up quietly: a full disk or a lost permission costs time, not the call."""
 
     _impl_class = _CacheImpl  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, py_func: Callable):
+        super().__init__(py_func)
+        impl: Any = self._impl
+        self._cache_file = _CacheFile(self.cache_path, impl.filename_base, impl.locator.get_source_stamp())
 
     def load_overload(self, sig, target_context):
         try:
