@@ -10,6 +10,7 @@ AVX-512 has such a vector in one register, AVX2 in two, NEON in four.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -108,12 +109,17 @@ def _drop_step(typingctx, x, y, block, seed, call, threshold, scale):
 @device(fastmath=_AS_WRITTEN)
 def philox(block, seed, call):
     """The four words of a block, one by one: what `_drop_step` does for eight."""
-    low, half = np.uint64(LOW), np.uint64(32)
-    counter, key, number = np.uint64(block), np.uint64(seed), np.uint64(call)
+    # Any: a type checker follows the words through NumPy's operators for minutes
+    low: Any = np.uint64(LOW)
+    half: Any = np.uint64(32)
+    counter: Any = np.uint64(block)
+    key: Any = np.uint64(seed)
+    number: Any = np.uint64(call)
     a, b, c, d = counter & low, counter >> half, number & low, number >> half
     k, m = key & low, key >> half
     for _ in range(ROUNDS):
-        first, second = np.uint64(MULTIPLIERS[0]) * a, np.uint64(MULTIPLIERS[1]) * c
+        first: Any = np.uint64(MULTIPLIERS[0]) * a
+        second: Any = np.uint64(MULTIPLIERS[1]) * c
         a, b, c, d = (second >> half) ^ b ^ k, second & low, (first >> half) ^ d ^ m, first & low
         k, m = (k + np.uint64(WEYL[0])) & low, (m + np.uint64(WEYL[1])) & low
     return a, b, c, d
