@@ -220,7 +220,7 @@ def jobs(kernels: Iterable, architectures: Iterable[Architecture]) -> Iterator[t
     for kernel in kernels:
         wanted = [
             a for a in architectures
-            if a.capability >= kernel.least
+            if kernel.runs_on(a.capability)
             and (getattr(kernel, "target", None) or a.name) == a.name
             and (backend_of(kernel) == "cupy" or (a.capability in TARGETS and not a.feature))
         ]  # fmt: skip

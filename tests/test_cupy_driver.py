@@ -10,7 +10,7 @@ import pytest
 
 import tilewise
 from tilewise.kernels import device_arrays, dispatch, machine, operation
-from tilewise.kernels.cupy import driver, module
+from tilewise.kernels.cupy import driver, launch, module
 
 MODULES = ("cupy", "cupy.cuda", "cupy.cuda.driver", "cupy.cuda.function", "cupy.cuda.nvrtc", "cupy.cuda.runtime")
 
@@ -168,10 +168,19 @@ def test_engine_tells_what_the_device_is(cupy):
     assert (engine.name, engine.capability, engine.target, engine.multiprocessors) == ("Fake GPU", (9, 0), "sm_90", 132)
 
 
-def test_a_kernel_that_needs_a_later_device(cupy):
-    form = SimpleNamespace(kernel=SimpleNamespace(name="later", least=(10, 0)))
-    with pytest.raises(driver.DriverError, match=r"kernel later needs compute capability \(10, 0\), Fake GPU has less"):
-        driver.engine(0)._load(form)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"least": (10, 0)}, r"needs compute capability \(10, 0\), Fake GPU has \(9, 0\)"),
+        ({"least": (8, 0), "target": "sm_80a"}, r"needs sm_80a, Fake GPU has \(9, 0\)"),  # with no later device's code
+    ],
+)
+def test_a_kernel_for_another_device(cupy, options, message):
+    kernel = launch.Kernel("none.cu", "other<{T}>", "P", **options)
+    launch.KERNELS.remove(kernel)
+    with pytest.raises(driver.DriverError, match=rf"kernel cupy other<T> {message}"):
+        driver.engine(0)._load(kernel.form(np.dtype(np.float32)))
+    assert cupy.targets == cupy.loaded == []
 
 
 def test_products_get_their_shared_memory_and_their_architecture(cupy):

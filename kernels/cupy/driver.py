@@ -109,8 +109,9 @@ class Driver:
     def _load(self, form):
         """Compiles a form, or takes its machine code from the cache, and loads it."""
         kernel = form.kernel
-        if kernel.least > self.capability:
-            raise DriverError(f"kernel {kernel.name} needs compute capability {kernel.least}, {self.name} has less")
+        if not kernel.runs_on(self.capability):
+            wanted = kernel.target or f"compute capability {kernel.least}"
+            raise DriverError(f"kernel {kernel.name} needs {wanted}, {self.name} has {self.capability}")
         with self._lock:
             if form not in self._functions:
                 code = module.code(kernel.source, form.expression, kernel.target or self.target)
