@@ -188,7 +188,52 @@ def test_explain(gpu, monkeypatch, one_multiprocessor):
     decision = explained(kernels.linear, *square, activation="relu")
     assert decision.algorithm == "tiles"
     assert decision.rejected["mma in 3xTF32"] == "predicted to be slower than float32 on this device"
-    assert explained(kernels.matmul, *square, dtype=np.float16).rejected["wgmma"] == "needs compute capability 9.0"
+    decision = explained(kernels.matmul, *square, dtype=np.float16)
+    assert decision.rejected == {"wgmma": "needs compute capability 9.0, and no later one"}
+
+
+FEW = "few vectors: a warp for each row of the matrix"
+NO_VECTORS = "rows of an operand are not whole vectors of 16 bytes"
+TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
+
+
+@pytest.mark.parametrize(
+    ("capability", "tf32", "dtype", "shape", "taken", "rejected"),
+    [
+        ((7, 5), False, "float32", (256, 256, 256), "tiles", ["needs compute capability 8.0"] * 2),
+        ((7, 5), True, "float32", (256, 256, 256), "tiles", ["needs compute capability 8.0"] * 2),
+        ((8, 0), True, "float32", (257, 257, 255), "tiles", [NO_VECTORS] * 2),
+        ((8, 0), False, "float32", (256, 256, 255), "tiles", [NO_VECTORS] * 2),
+        ((9, 0), True, "float32", (256, 256, 256), "mma in TF32", ["mma in TF32 needs fewer instructions"]),
+        ((9, 0), True, "float32", (256, 256, 60), "mma in TF32", ["sums of fewer than 64 products"]),
+        ((9, 0), False, "float32", (256, 256, 60), "tiles",
+         ["using(tf32=True) would allow it", "sums of fewer than 64 products"]),
+        ((9, 0), False, "float32", (256, 60, 256), "tiles", ["using(tf32=True) would allow it", TOO_LITTLE]),
+        ((9, 0), False, "float32", (256, 2, 256), "few vectors", [FEW] * 2),
+        ((9, 0), False, "float32", (256, 0, 256), "nothing", ["the result is empty"] * 2),
+        ((12, 0), False, "float32", (256, 256, 256), "tiles",
+         ["using(tf32=True) would allow it", "predicted to be slower than float32 on this device"]),
+        ((9, 0), False, "float16", (256, 256, 256), "wgmma", ["wgmma needs fewer instructions"]),
+        ((9, 0), False, "bfloat16", (256, 56, 256), "mma", [TOO_LITTLE]),
+        ((9, 0), False, "float16", (256, 255, 256), "tiles", [NO_VECTORS] * 2),
+        ((10, 0), False, "bfloat16", (256, 256, 256), "mma", ["needs compute capability 9.0, and no later one"]),
+        ((7, 5), False, "bfloat16", (256, 256, 256), "tiles",
+         ["needs compute capability 9.0, and no later one", "needs compute capability 8.0"]),
+        ((7, 5), False, "float16", (256, 256, 256), "mma", ["needs compute capability 9.0, and no later one"]),
+        ((9, 0), False, "float64", (256, 256, 256), "tiles", []),
+        ((9, 0), False, "int16", (256, 256, 256), "tiles", []),
+    ],
+)  # fmt: skip
+def test_reasons_are_those_of_the_choice(gpu, monkeypatch, one_multiprocessor, capability, tf32, dtype, shape, taken,
+                                         rejected):  # fmt: skip
+    monkeypatch.setattr(gpu, "capability", capability)
+    (m, n, depth), dtype = shape, B if dtype == "bfloat16" else np.dtype(dtype)
+    with tilewise.using(tf32=tf32):
+        decision = tilewise.explain(kernels.matmul, np.empty((m, depth), dtype), np.empty((depth, n), dtype))
+    assert decision.algorithm == taken
+    ways = {"float32": ["mma in TF32", "mma in 3xTF32"], "float16": ["wgmma", "mma"], "bfloat16": ["wgmma", "mma"]}
+    others = [way for way in ways.get(dtype.name, []) if way != taken]
+    assert decision.rejected == dict(zip(others, rejected, strict=True))
 
 
 def test_float16_before_asynchronous_copies(gpu, rng, one_multiprocessor, monkeypatch):
