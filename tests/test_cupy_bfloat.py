@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from fake_arrays import FakePlace
 from test_cuda_activation import ELEMENTWISE
+from test_optim import STEPS, arrays, expected
 from test_pool import DILATED, LAYOUTS, WINDOWS, laid, tied
 from tolerances import tolerance
 
@@ -11,6 +12,7 @@ import tilewise
 from tilewise import kernels
 from tilewise.kernels import device_arrays
 from tilewise.kernels.arrays import bfloat16
+from tilewise.kernels.padding import MODES
 
 GPU_BACKENDS = ("cupy",)
 
@@ -147,6 +149,34 @@ def test_batch_norm(gpu, rng, shape, layout):
     plain = {"layout": layout, "activation": "relu", "eps": 1e-3}
     y = kernels.batch_norm(x, mean, var, weight, bias, **plain)
     assert_rounded(y, reference(kernels.batch_norm, x, mean, var, weight, bias, **plain), 3, 200)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding(gpu, rng, mode):
+    """Copies are exact; a constant and the gradient's sums are rounded."""
+    padding = ((1, 2), (3, 2))
+    for shape in ((2, 3, 5, 6), (1, 33, 35)):
+        x = normal(rng, *shape)
+        y = kernels.pad(x, padding, mode, 1 / 3)
+        wanted = reference(kernels.pad, x, padding=padding, mode=mode, value=1 / 3)
+        np.testing.assert_array_equal(y.view(np.uint16), wanted.astype(B).view(np.uint16))
+        grad = normal(rng, *y.shape)
+        operands = (grad, shape, padding, mode)
+        assert_rounded(kernels.pad_backward(*operands), reference(kernels.pad_backward, *operands), 12, 4)
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_optimisers(gpu, rng, case):
+    """Each array is rounded once, at the end: the parameter's change comes of the state before it is rounded."""
+    name, names, options = STEPS[case]
+    for size in (1, 8, 1030):
+        param, grad, *state = arrays(rng, B, names, (size,))
+        given = [a.astype(np.float64) for a in (param, grad, *state)]
+        wanted, new = expected(name, *given[:2], dict(zip(names, given[2:], strict=True)), options)
+        getattr(kernels, name)(param, grad, **dict(zip(names, state, strict=True)), **options)
+        np.testing.assert_array_equal(grad.astype(np.float64), given[1])
+        for actual, right in zip((param, *state), (wanted, *(new[n] for n in names)), strict=True):
+            assert_rounded(actual, right, 4, 4)
 
 
 def test_tensors_in_tensors_out(gpu, rng, torch):
