@@ -113,6 +113,7 @@ def cupy(monkeypatch):
     monkeypatch.setattr(module, "code", lambda source, expression, target: fake.targets.append(target) or code)
     monkeypatch.setattr(module, "architecture_for", lambda capability: module.architecture(capability, (80, 90)))
     monkeypatch.setattr(machine, "unavailable_backends", lambda: {"cuda": "not here"})
+    monkeypatch.setattr(machine, "cuda_devices", lambda: (("Fake GPU", "Fake GPU"), None))
     monkeypatch.setattr(machine, "driver_library", lambda: fake)
     forget = (driver.engine, device_arrays.place_of, dispatch.choose_backend)
     for cached in forget:

@@ -152,7 +152,7 @@ def test_every_kernel_of_the_sources_is_declared():
     declared = {(k.source, k.template.partition("<")[0]) for k in load_kernels("cupy")}
     found = set()
     for name, text in module.sources().items():
-        for kernel in re.finditer(r"__global__ void __launch_bounds__\(THREADS, 1\)\s+(\w+)\(", text):
+        for kernel in re.finditer(r"__global__ void __launch_bounds__\(.*\)\s+(\w+)\(", text):
             found.add((name, kernel[1]))
         assert text.count("__global__") == sum(source == name for source, _ in found)
     assert declared == found
@@ -171,7 +171,8 @@ def test_constants_of_the_sources_are_those_of_python():
     assert constant("activation_softmax_gradient.cu", "SHORT") == activation_softmax.GRADIENT_SHORT
     assert constant("copying.cu", "AXES") == copying_plan.MAX_AXES
     (names,) = re.findall(r"enum Activation : int \{ (.*) \}", module.sources()["activation.cuh"])
-    assert [getattr(activation_codes, name) for name in names.split(", ")] == list(range(7))
+    numbers = {name: value for name, value in vars(activation_codes).items() if type(value) is int}
+    assert numbers == {name: i for i, name in enumerate(names.split(", "))}
 
 
 def test_nothing_of_the_backend_needs_numba(tmp_path):
