@@ -179,6 +179,17 @@ def test_optimisers(gpu, rng, case):
             assert_rounded(actual, right, 4, 4)
 
 
+def test_dropout(gpu, rng):
+    """The choice is that of every dtype; what is kept is scaled in float32."""
+    for size in (1, 7, 8, 2057):
+        x, numbers = normal(rng, size), {"seed": 7, "call": 3}
+        for function in (kernels.dropout, kernels.dropout_backward):
+            with tilewise.using(backend="reference"):
+                wanted = function(x.astype(np.float32), 0.3, **numbers)
+            y = function(x, 0.3, **numbers)
+            np.testing.assert_array_equal(y.view(np.uint16), wanted.astype(B).view(np.uint16))
+
+
 def test_tensors_in_tensors_out(gpu, rng, torch):
     x = torch.from_numpy(rng.standard_normal((2, 8, 6, 6)).astype(np.float32)).bfloat16()
     y, indices = kernels.max_pool2d(x, 2, return_indices=True)
