@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conv_cases import Case
 from fake_arrays import FakePlace
 from test_cuda_activation import ELEMENTWISE
 from test_optim import STEPS, arrays, expected
@@ -177,6 +178,34 @@ def test_optimisers(gpu, rng, case):
         np.testing.assert_array_equal(grad.astype(np.float64), given[1])
         for actual, right in zip((param, *state), (wanted, *(new[n] for n in names)), strict=True):
             assert_rounded(actual, right, 4, 4)
+
+
+# of every kernel one: in rows and in channels, by tiles whose k lies within a tap or not, few channels, by the definition
+CONVOLUTIONS = [
+    Case(1, 8, 7, 9, 8, (3, 3), 1, 1, 1, 8),
+    Case(1, 8, 7, 9, 8, (5, 5), 2, 2, 1, 8),
+    Case(2, 16, 7, 6, 33, (3, 3), 1, 1),
+    Case(2, 5, 9, 8, 66, (3, 2), (2, 1), ((1, 0), (0, 1)), 1),
+    Case(2, 3, 9, 10, 16, (3, 3), 2, 1),
+    Case(1, 2, 4, 5, 3, (2, 2), 1, 0, 2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolution(gpu, rng, case, layout):
+    x, weight, bias = case.arrays(rng, B, layout)
+    options = case.options | {"layout": layout}
+    y = kernels.conv2d(x, weight, bias, activation="relu", **options)
+    wanted = reference(kernels.conv2d, x, weight, bias, activation="relu", **options)
+    assert_rounded(y, wanted, case.taps, 4 * case.taps**0.5)
+    grad = normal(rng, *y.shape)
+    gradients = kernels.conv2d_backward(grad, x, weight, **options)
+    right = reference(kernels.conv2d_backward, grad, x, weight, **options)
+    pixels = grad.size // case.o
+    lengths = case.o // case.groups * case.kernel[0] * case.kernel[1], pixels, pixels
+    for actual, expected_gradient, length in zip(gradients, right, lengths, strict=True):
+        assert_rounded(actual, expected_gradient, length, 4 * length**0.5)
 
 
 def test_dropout(gpu, rng):

@@ -12,6 +12,8 @@ from tilewise.kernels.cupy import (
 )
 from tilewise.kernels.cupy.activation_codes import ACTIVATION_CODES
 
+HAS_BFLOAT16 = True  # operation.py asks
+
 
 def _why_not_winograd(it, dtype) -> str:
     return "backend 'cupy' does not have it"
