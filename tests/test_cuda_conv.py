@@ -177,6 +177,26 @@ def test_nan_and_inf_stay_in_their_windows(gpu, rng, groups, layout, value):
     np.testing.assert_array_equal(np.isinf(y), np.isinf(expected))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_padding_is_zeros_that_infinity_meets(gpu, rng, depthwise, layout):
+    """0 * inf is NaN, for any kernel: in the result an infinite weight's, in its gradient an infinite cotangent's."""
+    for channels in (1, 2, 8):  # of the little ones, the weight's gradient is not a product
+        case = Case(1, channels, 5, 6, channels, (3, 3), 1, 1, 1, channels if depthwise else 1)
+        x, weight, _, grad = operands(rng, case, np.float32, layout)
+        options = case.options | {"layout": layout}
+        weight.flat[0], grad.flat[0] = np.inf, np.inf
+        for algorithm in ("auto", "direct"):
+            y = kernels.conv2d(x, weight, algorithm=algorithm, **options)
+            np.testing.assert_array_equal(np.isnan(y), np.isnan(reference(kernels.conv2d, x, weight, **options)))
+        assert np.isnan(y).sum() == 5 + 6 - 1
+        needs = {"needs": ("weight",)}
+        _, gradient, _ = kernels.conv2d_backward(grad, x, weight, **options, **needs)
+        _, expected, _ = reference(kernels.conv2d_backward, grad, x, weight, **options, **needs)
+        np.testing.assert_array_equal(np.isnan(gradient), np.isnan(expected))
+        assert np.isnan(gradient).sum() == 5 * weight.shape[1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prepared(gpu, rng, layout, dtype):
