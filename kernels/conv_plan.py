@@ -21,8 +21,8 @@ MOST_BLOCKS = (1 << 16) - 1  # of a grid's y (tiles of outputs) and z (groups)
 _LEAST_TILE = 32  # outputs of the lowest tile of a product
 ENOUGH_TILES = 128  # blocks of a product from which on larger tiles are taken
 # Depthwise convolution in NCHW: (taps, stride) -> results of a thread: more of them share more rows of x, as long as
-# all numbers stay in registers.
-DEPTHWISE_PLANES = {(3, 1): 4, (3, 2): 4, (5, 1): 4, (5, 2): 2}
+# all numbers stay in registers (of four results of 7 x 7, Numba's compiler unrolls no loop for sm_100).
+DEPTHWISE_PLANES = {(3, 1): 4, (3, 2): 4, (5, 1): 4, (5, 2): 2, (7, 1): 2}
 DEPTHWISE_COLUMNS = 4  # in NHWC: results of a thread
 # The weight's gradient: (taps of square kernels, bytes of a sum) -> rows of them that a block sums: all, but for 49
 # sums, or 25 in float64, which do not fit the registers everywhere.
@@ -41,6 +41,11 @@ def split(pixels: int, blocks: int, least: int = _LEAST_PIXELS) -> tuple[int, in
 def is_little(it: Correlation) -> bool:
     """Whether it is too little for a tile of a product."""
     return it.outputs * it.channels * it.taps < _FEW_WEIGHTS or it.flops < DIRECT_BELOW
+
+
+def is_thin(it: Correlation) -> bool:
+    """Whether a tile of a product would compute one output of each group, and nothing with its other rows."""
+    return it.groups > 1 and it.outputs == 1
 
 
 def choose_tile(it: Correlation, large, middle, low):
@@ -134,7 +139,7 @@ class Convolution:
     def _choose(self, it: Correlation, dtype) -> str:
         if is_depthwise(it, dtype):
             return "depthwise"
-        if is_little(it) or not fits_a_grid(it) or self.prefers_direct(it, dtype):
+        if is_little(it) or is_thin(it) or not fits_a_grid(it) or self.prefers_direct(it, dtype):
             return "direct"
         if settings.active().tf32:  # tensor cores multiply faster than Winograd's transforms save
             return "gemm"

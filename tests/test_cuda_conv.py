@@ -220,6 +220,20 @@ def test_choices(gpu, rng):
         kernels.conv2d(x, full, algorithm="depthwise")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_output_a_group_wastes_no_tile(gpu, rng, layout):
+    """A product computes 32 outputs of each group at least."""
+    for kernel, stride, channels, expected in (
+        ((7, 7), 1, 1, "depthwise"), ((7, 7), 2, 1, "direct"), ((9, 9), 1, 1, "direct"), ((6, 5), 1, 2, "direct")
+    ):  # fmt: skip
+        case = Case(1, 4 * channels, 20, 20, 4, kernel, stride, 3, 1, 4)
+        x, weight, _, _ = operands(rng, case, np.float32, layout)
+        decision = tilewise.explain(kernels.conv2d, x, weight, **case.options, layout=layout)
+        wanted = "depthwise" if layout == "NHWC" and channels == 1 else expected
+        assert decision.algorithm == wanted, (case, layout)
+        assert "too thin for a tile" in decision.rejected["gemm"]
+
+
 def launched(gpu) -> set[str]:
     """The kernels' names, without the arguments of their templates."""
     return {name.removeprefix("cupy conv_").partition("<")[0] for name, _ in gpu.launched}
