@@ -220,7 +220,7 @@ def jobs(kernels: Iterable, architectures: Iterable[Architecture]) -> Iterator[t
     for kernel in kernels:
         wanted = [
             a for a in architectures
-            if a.capability >= kernel.least
+            if kernel.runs_on(a.capability)
             and (getattr(kernel, "target", None) or a.name) == a.name
             and (backend_of(kernel) == "cupy" or (a.capability in TARGETS and not a.feature))
         ]  # fmt: skip
@@ -229,22 +229,24 @@ def jobs(kernels: Iterable, architectures: Iterable[Architecture]) -> Iterator[t
 
 
 @lru_cache(maxsize=1)
-def _tools() -> bytes:
-    """What reports depend on beside the kernels' sources: this file, the assembler."""
-    return Path(__file__).read_bytes() + Path(str(tool("ptxas"))).read_bytes()
+def _tools() -> str:
+    """A hash of what all reports depend on: this file, the assembler."""
+    return hashlib.sha256(Path(__file__).read_bytes() + Path(str(tool("ptxas"))).read_bytes()).hexdigest()
 
 
-@lru_cache(maxsize=64)
-def _stamp(backend: str, module: str) -> str:
-    if backend == "cupy":
+def stamp(kernel, dtype: np.dtype, architecture: Architecture) -> str:
+    """A hash of what a form's report depends on; an edit elsewhere leaves it."""
+    if backend_of(kernel) == "cupy":
         from cupy.cuda import nvrtc  # pyright: ignore[reportMissingImports]
 
-        from tilewise.kernels.disk_cache import source_stamp
+        from tilewise.kernels.cupy import module
 
-        sources = f"{source_stamp(backend)} {nvrtc.getVersion()}"
+        about = kernel.form(dtype).expression, kernel.bounds(architecture.capability), kernel.shared
+        compiler = nvrtc.getVersion(), Path(str(module.__file__)).read_bytes()
+        parts = repr((about, kernel.promises(dtype), compiler, module.included(kernel.source, module.sources())))
     else:
-        sources = gpu_lower.stamp(module)
-    return hashlib.sha256(sources.encode() + _tools()).hexdigest()[:16]
+        parts = gpu_lower.stamp(kernel.function.__module__)
+    return hashlib.sha256(f"{parts} {_tools()}".encode()).hexdigest()[:16]
 
 
 def _in_process(job: tuple[str, str, tuple[str, ...]]) -> list[Report]:
@@ -255,16 +257,14 @@ def _in_process(job: tuple[str, str, tuple[str, ...]]) -> list[Report]:
 def _kept(name: str, dtype: str, architecture: Architecture) -> Report:
     """The report of an earlier run where nothing has changed since, else a new one."""
     (kernel,) = [k for k in load_kernels() if k.name == name]
-    backend = backend_of(kernel)
-    stamp = _stamp(backend, "" if backend == "cupy" else kernel.function.__module__)
+    (form_dtype,) = [d for d in kernel.dtypes if d.name == dtype]
     form_name = re.sub(r"\W+", "_", f"{name} {dtype} {architecture.name}")
-    file = CACHE / f"{form_name}-{stamp}.json"
+    file = CACHE / f"{form_name}-{stamp(kernel, form_dtype, architecture)}.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         return Report(**kept | {"faults": tuple(kept["faults"])})
     except (OSError, ValueError, TypeError):
         pass
-    (form_dtype,) = [d for d in kernel.dtypes if d.name == dtype]
     report = inspect(kernel, form_dtype, architecture)
     for old in CACHE.glob(f"{form_name}-*"):
         old.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ def _load(form: tuple[str, str]) -> tuple[str, float, str]:
     try:
         (kernel,) = [k for k in load_kernels() if k.name == name]
         engine = import_module(f"tilewise.kernels.{backend_of(kernel)}.driver").engine(0)
-        if kernel.least <= engine.capability:
+        if kernel.runs_on(engine.capability):
             with engine.current():
                 engine._load(kernel.form(np.dtype(dtype)))
         wrong = ""

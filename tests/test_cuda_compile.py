@@ -17,6 +17,7 @@ from gpu_compile import (
     load_kernels,
     promised_blocks,
     resident_blocks,
+    stamp,
     why_not,
 )
 
@@ -143,6 +144,28 @@ def test_vectors_move_with_one_instruction(dtype, architecture):
     promises = ("LDG.128", "STS.128", "LDS.128", "STG.128")
     kernel = small_kernel(through_shared, threads=32, dtypes=(dtype,), promises=promises)
     assert inspect(kernel, np.dtype(dtype), BY_NAME[architecture]).faults == ()
+
+
+def test_a_report_is_kept_until_what_it_depends_on_changes(monkeypatch):
+    from tilewise.kernels.cupy import module
+
+    kernel = next(k for k in load_kernels("cupy") if k.source == "batchnorm.cu")
+    about = kernel, SINGLE, BY_NAME["sm_90"]
+    before, texts = stamp(*about), module.sources()
+
+    def stamp_after(name):
+        with monkeypatch.context() as edited:
+            edited.setattr(module, "sources", lambda: texts | {name: texts[name] + "\n"})
+            return stamp(*about)
+
+    assert stamp_after("product.cuh") == stamp_after("pool_average.cu") == before
+    includes = ("batchnorm.cu", "activation.cuh", "instructions.cuh")  # the last one by others
+    assert len({before, *map(stamp_after, includes)}) == 1 + len(includes)
+    for name, value in (("_promises", ("HMMA",)), ("_blocks_on", {(9, 0): 7}), ("shared", 16)):
+        with monkeypatch.context() as edited:
+            edited.setattr(kernel, name, value)
+            assert stamp(*about) != before, name
+    assert stamp(kernel, np.dtype(np.float64), BY_NAME["sm_90"]) != before
 
 
 def test_promises_are_matched_part_by_part():

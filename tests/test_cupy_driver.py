@@ -1,6 +1,7 @@
 """From a kernel's start to CuPy, through a CuPy that is none: what is compiled, loaded and launched, and where."""
 
 import ctypes
+import gc
 import sys
 from types import SimpleNamespace
 
@@ -9,17 +10,20 @@ import pytest
 
 import tilewise
 from tilewise.kernels import device_arrays, dispatch, machine, operation
-from tilewise.kernels.cupy import driver, module
+from tilewise.kernels.cupy import driver, launch, module
 
 MODULES = ("cupy", "cupy.cuda", "cupy.cuda.driver", "cupy.cuda.function", "cupy.cuda.nvrtc", "cupy.cuda.runtime")
 
 
 class FakeMemory:
-    """Of the host, as cupy.cuda.alloc's."""
+    """Of the host, as cupy.cuda.alloc's. events: where it is noted that the pool has got it back."""
 
-    def __init__(self, nbytes):
-        self.bytes = np.zeros(nbytes, np.uint8)
+    def __init__(self, nbytes, events):
+        self.bytes, self.events = np.zeros(nbytes, np.uint8), events
         self.ptr = self.bytes.ctypes.data
+
+    def __del__(self):
+        self.events.append(f"free {self.bytes.size}")
 
     def copy_from_host(self, pointer, nbytes):
         ctypes.memmove(self.ptr, pointer, nbytes)
@@ -35,6 +39,7 @@ class FakeCupy:
         self.launched, self.loaded, self.current, fake = [], [], 0, self
         self.capture_modes = [0]  # of this thread, the last one now
         self.allowed = []  # (function, attribute, value)
+        self.events = []  # of waiting for a device, and of giving memory back
 
         class Device:
             compute_capability = capability
@@ -49,7 +54,7 @@ class FakeCupy:
                 fake.current = self.before
 
             def synchronize(self):
-                pass
+                fake.events.append(f"synchronize {self.id}")
 
         class Module:
             def load(self, binary):
@@ -73,7 +78,7 @@ class FakeCupy:
             getDeviceProperties=lambda ordinal: {"name": b"Fake GPU", "multiProcessorCount": 132},
         )
         self.cuda = SimpleNamespace(
-            Device=Device, runtime=runtime, alloc=FakeMemory,
+            Device=Device, runtime=runtime, alloc=lambda nbytes: FakeMemory(nbytes, self.events),
             driver=SimpleNamespace(launchKernel=launch, funcSetAttribute=allow),
             function=SimpleNamespace(Module=Module),
             get_current_stream=lambda ordinal: SimpleNamespace(ptr=40 + ordinal),
@@ -163,10 +168,19 @@ def test_engine_tells_what_the_device_is(cupy):
     assert (engine.name, engine.capability, engine.target, engine.multiprocessors) == ("Fake GPU", (9, 0), "sm_90", 132)
 
 
-def test_a_kernel_that_needs_a_later_device(cupy):
-    form = SimpleNamespace(kernel=SimpleNamespace(name="later", least=(10, 0)))
-    with pytest.raises(driver.DriverError, match=r"kernel later needs compute capability \(10, 0\), Fake GPU has less"):
-        driver.engine(0)._load(form)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"least": (10, 0)}, r"needs compute capability \(10, 0\), Fake GPU has \(9, 0\)"),
+        ({"least": (8, 0), "target": "sm_80a"}, r"needs sm_80a, Fake GPU has \(9, 0\)"),  # with no later device's code
+    ],
+)
+def test_a_kernel_for_another_device(cupy, options, message):
+    kernel = launch.Kernel("none.cu", "other<{T}>", "P", **options)
+    launch.KERNELS.remove(kernel)
+    with pytest.raises(driver.DriverError, match=rf"kernel cupy other<T> {message}"):
+        driver.engine(0)._load(kernel.form(np.dtype(np.float32)))
+    assert cupy.targets == cupy.loaded == []
 
 
 def test_products_get_their_shared_memory_and_their_architecture(cupy):
@@ -177,6 +191,17 @@ def test_products_get_their_shared_memory_and_their_architecture(cupy):
     assert cupy.targets == ["sm_90a", "sm_90"]
     assert cupy.allowed == [("the_entry", 8, 4 * (128 + 256) * 128)]  # once, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_...
     assert [shared for *_, shared, _, _ in cupy.launched] == [196_608, 196_608, 0]
+
+
+def test_prepared_weights_are_given_back_when_no_stream_reads_them(cupy):
+    prepared = tilewise.prepare_conv2d(np.ones((1, 3, 1, 1), np.float32))
+    x = FakeArray(np.ones((1, 3, 2, 2), np.float32), ordinal=1)
+    for _ in range(2):
+        assert prepared(x).shape == (1, 1, 2, 2)
+    assert cupy.events == ["synchronize 1"]  # once they have arrived, whatever stream reads them
+    del prepared
+    gc.collect()
+    assert cupy.events[1:] == ["synchronize 1", "free 12"]
 
 
 def test_what_the_backend_lacks_says_so(cupy, monkeypatch):

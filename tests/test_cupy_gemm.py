@@ -8,11 +8,28 @@ from tolerances import assert_close, tolerance
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels.cupy import gemm_plan
+from tilewise.kernels.cupy import gemm_plan, gemm_tensor, gemm_wgmma
 
 GPU_BACKENDS = ("cupy",)
 B = np.dtype(ml_dtypes.bfloat16)
 SPLIT = [(128, 128, 64), (136, 120, 72), (120, 260, 136)]
+
+
+@pytest.fixture
+def split(gpu, monkeypatch):
+    """A device where float32 is split, whichever it is."""
+    need(gpu, gemm_tensor.MATMULS["split", gemm_tensor.MEDIUM][True, True])
+    monkeypatch.setattr(gemm_plan, "SPLIT_ON", (gpu.capability,))
+
+
+@pytest.fixture
+def hopper(gpu):
+    need(gpu, gemm_wgmma.MATMULS[gemm_wgmma.WIDE][True, True])
+
+
+def need(gpu, kernel):
+    if not kernel.runs_on(gpu.capability):  # the emulated GPU runs them all
+        pytest.skip(f"{kernel.name} does not run on compute capability {gpu.capability}")
 
 
 def is_split(gpu, order):
@@ -37,7 +54,7 @@ def assert_rounded(actual, expected, depth):
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_float32_by_three_products(gpu, rng, one_multiprocessor, order):
+def test_float32_by_three_products(gpu, split, rng, one_multiprocessor, order):
     for m, n, depth in SPLIT:
         a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
         assert_close(product(gpu, a, b, order), np.matmul(*wide(a, b)), reduction=depth)
@@ -45,7 +62,7 @@ def test_float32_by_three_products(gpu, rng, one_multiprocessor, order):
 
 
 @pytest.mark.parametrize("kind", ["normal", "positive", "wide"])
-def test_three_products_are_as_good_as_float32(gpu, rng, one_multiprocessor, monkeypatch, kind):
+def test_three_products_are_as_good_as_float32(gpu, split, rng, one_multiprocessor, monkeypatch, kind):
     """At most twice the error of FFMA, although what tensor cores add is cut off: at worst what has one sign."""
     draw = {
         "normal": lambda *s: rng.standard_normal(s),
@@ -65,7 +82,7 @@ def test_three_products_are_as_good_as_float32(gpu, rng, one_multiprocessor, mon
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
-def test_three_products_of_numbers_at_the_limits(gpu, rng, one_multiprocessor, monkeypatch):
+def test_three_products_of_numbers_at_the_limits(gpu, split, rng, one_multiprocessor, monkeypatch):
     largest = float(np.finfo(np.float32).max)
     a, b = rng.uniform(0.5, 1, (72, 64)).astype(np.float32), rng.uniform(0.5, 1, (64, 72)).astype(np.float32)
     a[0, 1], a[1, 2], a[2, 3], a[3, 4] = np.inf, -np.inf, np.nan, largest
@@ -88,8 +105,9 @@ def test_three_products_of_numbers_at_the_limits(gpu, rng, one_multiprocessor, m
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_bfloat16(gpu, rng, one_multiprocessor, monkeypatch, order):
     """On tensor cores; before them, and where rows are not whole vectors, on the plain kernels."""
+    device = gpu.capability
     for capability, sizes in (((8, 0), [(8, 8, 8), (136, 120, 72), (5, 7, 3)]), ((7, 5), [(40, 72, 48), (24, 8, 16)])):
-        monkeypatch.setattr(gpu, "capability", capability)
+        monkeypatch.setattr(gpu, "capability", min(capability, device))
         for m, n, depth in sizes:
             a, b = random(rng, np.float32, m, depth).astype(B), random(rng, np.float32, depth, n).astype(B)
             assert_rounded(product(gpu, a, b, order), np.matmul(*wide(a, b)), depth)
@@ -112,7 +130,7 @@ def test_bfloat16_layer(gpu, rng):
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_wgmma(gpu, rng, one_multiprocessor, order):
+def test_wgmma(gpu, hopper, rng, one_multiprocessor, order):
     """Of 128 and 256 columns, beyond both; steps of the depth to go around the stages once, and part of one."""
     names = ", ".join(str(by_k).lower() for by_k in order)
     for m, n, depth, columns, dtype in (
@@ -132,7 +150,7 @@ def test_wgmma(gpu, rng, one_multiprocessor, order):
 
 
 @pytest.mark.parametrize("schedule", ["reverse", "shuffled", "warps reversed"])
-def test_wgmma_in_every_schedule(gpu, rng, one_multiprocessor, schedule):
+def test_wgmma_in_every_schedule(gpu, hopper, rng, one_multiprocessor, schedule):
     a, b = random(rng, np.float16, 72, 400), random(rng, np.float16, 400, 72)
     gpu.schedule = "forward"
     expected = product(gpu, a, b, (True, False))
@@ -140,7 +158,7 @@ def test_wgmma_in_every_schedule(gpu, rng, one_multiprocessor, schedule):
     np.testing.assert_array_equal(product(gpu, a, b, (True, False)), expected)
 
 
-def test_wgmma_with_what_follows(gpu, rng, one_multiprocessor):
+def test_wgmma_with_what_follows(gpu, hopper, rng, one_multiprocessor):
     """A batch, broadcast; parts of the depth; bias and activation; a row that is not whole vectors of the result."""
     a, b = random(rng, np.float16, 2, 72, 64), random(rng, np.float16, 64, 72)
     assert_close(kernels.matmul(a.swapaxes(1, 2), a), np.matmul(*wide(a.swapaxes(1, 2), a)), reduction=72)
@@ -156,6 +174,7 @@ def test_explain(gpu, monkeypatch, one_multiprocessor):
     def explained(function, *shapes, dtype=np.float32, **options):
         return tilewise.explain(function, *(np.empty(s, dtype) for s in shapes), **options)
 
+    monkeypatch.setattr(gpu, "capability", (9, 0))
     square = (256, 256), (256, 256)
     decision = explained(kernels.matmul, *square, dtype=np.float16)
     assert (decision.algorithm, decision.rejected.get("wgmma")) == ("wgmma", None)
@@ -169,7 +188,52 @@ def test_explain(gpu, monkeypatch, one_multiprocessor):
     decision = explained(kernels.linear, *square, activation="relu")
     assert decision.algorithm == "tiles"
     assert decision.rejected["mma in 3xTF32"] == "predicted to be slower than float32 on this device"
-    assert explained(kernels.matmul, *square, dtype=np.float16).rejected["wgmma"] == "needs compute capability 9.0"
+    decision = explained(kernels.matmul, *square, dtype=np.float16)
+    assert decision.rejected == {"wgmma": "needs compute capability 9.0, and no later one"}
+
+
+FEW = "few vectors: a warp for each row of the matrix"
+NO_VECTORS = "rows of an operand are not whole vectors of 16 bytes"
+TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
+
+
+@pytest.mark.parametrize(
+    ("capability", "tf32", "dtype", "shape", "taken", "rejected"),
+    [
+        ((7, 5), False, "float32", (256, 256, 256), "tiles", ["needs compute capability 8.0"] * 2),
+        ((7, 5), True, "float32", (256, 256, 256), "tiles", ["needs compute capability 8.0"] * 2),
+        ((8, 0), True, "float32", (257, 257, 255), "tiles", [NO_VECTORS] * 2),
+        ((8, 0), False, "float32", (256, 256, 255), "tiles", [NO_VECTORS] * 2),
+        ((9, 0), True, "float32", (256, 256, 256), "mma in TF32", ["mma in TF32 needs fewer instructions"]),
+        ((9, 0), True, "float32", (256, 256, 60), "mma in TF32", ["sums of fewer than 64 products"]),
+        ((9, 0), False, "float32", (256, 256, 60), "tiles",
+         ["using(tf32=True) would allow it", "sums of fewer than 64 products"]),
+        ((9, 0), False, "float32", (256, 60, 256), "tiles", ["using(tf32=True) would allow it", TOO_LITTLE]),
+        ((9, 0), False, "float32", (256, 2, 256), "few vectors", [FEW] * 2),
+        ((9, 0), False, "float32", (256, 0, 256), "nothing", ["the result is empty"] * 2),
+        ((12, 0), False, "float32", (256, 256, 256), "tiles",
+         ["using(tf32=True) would allow it", "predicted to be slower than float32 on this device"]),
+        ((9, 0), False, "float16", (256, 256, 256), "wgmma", ["wgmma needs fewer instructions"]),
+        ((9, 0), False, "bfloat16", (256, 56, 256), "mma", [TOO_LITTLE]),
+        ((9, 0), False, "float16", (256, 255, 256), "tiles", [NO_VECTORS] * 2),
+        ((10, 0), False, "bfloat16", (256, 256, 256), "mma", ["needs compute capability 9.0, and no later one"]),
+        ((7, 5), False, "bfloat16", (256, 256, 256), "tiles",
+         ["needs compute capability 9.0, and no later one", "needs compute capability 8.0"]),
+        ((7, 5), False, "float16", (256, 256, 256), "mma", ["needs compute capability 9.0, and no later one"]),
+        ((9, 0), False, "float64", (256, 256, 256), "tiles", []),
+        ((9, 0), False, "int16", (256, 256, 256), "tiles", []),
+    ],
+)  # fmt: skip
+def test_reasons_are_those_of_the_choice(gpu, monkeypatch, one_multiprocessor, capability, tf32, dtype, shape, taken,
+                                         rejected):  # fmt: skip
+    monkeypatch.setattr(gpu, "capability", capability)
+    (m, n, depth), dtype = shape, B if dtype == "bfloat16" else np.dtype(dtype)
+    with tilewise.using(tf32=tf32):
+        decision = tilewise.explain(kernels.matmul, np.empty((m, depth), dtype), np.empty((depth, n), dtype))
+    assert decision.algorithm == taken
+    ways = {"float32": ["mma in TF32", "mma in 3xTF32"], "float16": ["wgmma", "mma"], "bfloat16": ["wgmma", "mma"]}
+    others = [way for way in ways.get(dtype.name, []) if way != taken]
+    assert decision.rejected == dict(zip(others, rejected, strict=True))
 
 
 def test_float16_before_asynchronous_copies(gpu, rng, one_multiprocessor, monkeypatch):

@@ -103,6 +103,15 @@ def test_stamp_covers_the_sources(tmp_path, monkeypatch):
     assert disk_cache.source_stamp.__wrapped__("cupy") != before
 
 
+def test_what_a_source_is_compiled_of():
+    texts = {
+        "a.cu": '// "d.cuh"\n#include "b.cuh"\n#include "c.cuh"   // why\n', "b.cuh": '#include "c.cuh"\n',
+        "c.cuh": '#include "b.cuh"\n#include "none.cuh"\n', "d.cuh": "", "e.cu": '#include "d.cuh"\n',
+    }  # fmt: skip
+    assert list(module.included("a.cu", texts)) == ["a.cu", "b.cuh", "c.cuh"]
+    assert module.included("e.cu", texts) == {"d.cuh": "", "e.cu": texts["e.cu"]}
+
+
 def test_works_where_nothing_can_be_kept(compilations, monkeypatch):
     if why_not():
         pytest.skip(why_not())

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from types import SimpleNamespace
 
 import gpu_check
 import pytest
@@ -99,6 +100,21 @@ def test_every_kernel_is_loaded_and_a_failure_is_named(gpu, monkeypatch, capsys)
     assert "FAILED activate_all float64: ZeroDivisionError" in printed
     assert "FAILED activate_all float32" not in printed
     assert any("tensor" in name for name in names)
+
+
+@pytest.mark.parametrize(("capability", "hopper"), [((9, 0), True), ((12, 0), False), ((7, 5), False)])
+def test_only_kernels_that_run_on_the_device_are_loaded(monkeypatch, capability, hopper):
+    """Code for sm_90a is refused by later devices, too."""
+    import gpu_load
+
+    from tilewise.kernels.cupy import driver
+
+    loaded = []
+    engine = SimpleNamespace(capability=capability, current=contextlib.nullcontext, _load=loaded.append)
+    monkeypatch.setattr(driver, "engine", lambda ordinal: engine)
+    forms = [("cupy matmul_wgmma<T, 256, true, true>", "float16"), ("cupy activate_all<T>", "float32")]
+    assert [gpu_load._load(form)[2] for form in forms] == ["", ""]
+    assert [(form.kernel.name, form.dtype.name) for form in loaded] == forms[0 if hopper else 1 :]
 
 
 class Event:

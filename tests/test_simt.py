@@ -1,5 +1,8 @@
 """The emulator itself: every instruction against a model in NumPy, on every schedule."""
 
+import inspect
+from importlib import import_module
+
 import numpy as np
 import pytest
 from simt import emulator as simt
@@ -310,3 +313,15 @@ def test_another_numba_cuda_is_refused(monkeypatch):
 
     monkeypatch.setattr(numba_cuda, "__version__", "0.99.0")
     assert "numba-cuda 0.30's internals, and 0.99.0 is installed" in simt.why_not()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "cupy"])
+def test_an_emulator_is_called_as_the_driver_is(backend):
+    """Else a call that a GPU's driver refuses would pass here."""
+    driver = import_module(f"tilewise.kernels.{backend}.driver").Driver
+
+    def parameters(method):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(method).parameters.values()]
+
+    for name in ("allocate", "write", "read", "start", "synchronize"):
+        assert parameters(getattr(Emulator, name)) == parameters(getattr(driver, name)), name

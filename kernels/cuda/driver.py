@@ -156,7 +156,7 @@ class Driver:
     def _load(self, form) -> _Function:
         """Compiles a form, or takes its PTX from the cache, and loads it; also while a stream is being captured."""
         kernel = form.kernel
-        if kernel.least > self.capability:
+        if not kernel.runs_on(self.capability):
             raise DriverError(f"kernel {kernel.name} needs compute capability {kernel.least}, {self.name} has less")
         with self._lock:
             if form not in self._functions:

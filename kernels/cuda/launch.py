@@ -98,6 +98,9 @@ class Kernel:
     def __repr__(self):
         return f"<kernel {self.name}>"
 
+    def runs_on(self, capability: tuple[int, ...]) -> bool:
+        return capability >= self.least
+
     def bounds(self, capability: tuple[int, ...]) -> tuple[int, int]:
         """(threads, the blocks that shall fit a multiprocessor), which limit a thread's registers."""
         return self.threads, self.blocks_on.get(capability, self.blocks)

@@ -6,7 +6,7 @@ type of each. Contexts, streams and the pool of memory are CuPy's.
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -52,6 +52,18 @@ class Memory:
         self.owner, self.nbytes, self.pointer = owner, nbytes, owner.ptr
 
 
+class MemoryOfEveryStream(Memory):
+    """For kernels in any stream; CuPy's pool knows of one: the device is waited for before the pool gets it back."""
+
+    def __init__(self, owner, nbytes: int, device):
+        super().__init__(owner, nbytes)
+        self._device = device
+
+    def __del__(self):
+        with suppress(Exception):  # at the interpreter's end the driver may be gone, and the memory with it
+            self._device.synchronize()
+
+
 class Driver:
     """An engine on one device. capability: (major, minor). multiprocessors: how many it has."""
 
@@ -75,9 +87,11 @@ class Driver:
         """Inside, this thread's calls go to this device; afterwards to whichever they went to before."""
         return nullcontext() if self._current() == self.ordinal else self._device
 
-    def allocate(self, nbytes: int) -> Memory:
+    def allocate(self, nbytes: int, every_stream: bool = False) -> Memory:
+        """every_stream: for kernels in any stream; giving it back waits for them."""
         with self.current():
-            return Memory(self._cupy.cuda.alloc(max(nbytes, 1)), nbytes)
+            owner = self._cupy.cuda.alloc(max(nbytes, 1))
+        return MemoryOfEveryStream(owner, nbytes, self._device) if every_stream else Memory(owner, nbytes)
 
     def write(self, memory: Memory, array: np.ndarray):
         array = np.ascontiguousarray(array)
@@ -95,8 +109,9 @@ class Driver:
     def _load(self, form):
         """Compiles a form, or takes its machine code from the cache, and loads it."""
         kernel = form.kernel
-        if kernel.least > self.capability:
-            raise DriverError(f"kernel {kernel.name} needs compute capability {kernel.least}, {self.name} has less")
+        if not kernel.runs_on(self.capability):
+            wanted = kernel.target or f"compute capability {kernel.least}"
+            raise DriverError(f"kernel {kernel.name} needs {wanted}, {self.name} has {self.capability}")
         with self._lock:
             if form not in self._functions:
                 code = module.code(kernel.source, form.expression, kernel.target or self.target)

@@ -9,15 +9,16 @@ Of an array that comes in vectors of 16 bytes, by compute capability (what does 
 float32 is multiplied as such, or where SPLIT_ON says so by three products of TF32.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tilewise.kernels import settings
-from tilewise.kernels.cupy import driver, gemm_tensor, gemm_wgmma
+from tilewise.kernels.cupy import driver, gemm_tensor
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, LARGE, LITTLE, MEDIUM
 from tilewise.kernels.cupy.gemm_tile import BIG, BIG_COPIES, BIG_VECTORS, SINGLY, SMALL, TALL, TINY, VECTORS, WHOLE
-from tilewise.kernels.cupy.gemm_wgmma import HOPPER, NARROW, WIDE
+from tilewise.kernels.cupy.gemm_wgmma import HOPPER, MATMULS, NARROW, WIDE, WgmmaTile
 from tilewise.kernels.cupy.launch import Kernel
 from tilewise.kernels.gemm_matrices import Matrices, operands_of
 from tilewise.kernels.gemm_plan import choose_tile, few_vectors
@@ -41,44 +42,112 @@ class Choice(NamedTuple):
     together: int
 
 
+class _Product(NamedTuple):
+    """orders: of both operands, whether k is contiguous. aligned: whether both come in vectors of 16 bytes."""
+
+    dtype: np.dtype
+    size: Size
+    orders: tuple[bool, bool]
+    aligned: bool
+    capability: tuple[int, int]
+
+
+def _product(left: Matrices, right: Matrices, matrices: int, engine) -> _Product:
+    size = left.rows, right.columns, left.columns, matrices, engine.multiprocessors
+    orders = left.column_stride == 1, right.row_stride == 1
+    return _Product(left.array.dtype, size, orders, left.aligned() and right.aligned(), engine.capability)
+
+
 def choose(left: Matrices, right: Matrices, matrices: int, engine) -> Choice:
-    dtype = left.array.dtype
+    product = _product(left, right, matrices, engine)
+    for way in _ways(product.dtype).values():
+        taken = way(product)
+        if isinstance(taken, Choice):
+            return taken
+    return _by_tiles(product)
+
+
+# ---- on tensor cores: the choice, or why there is none
+
+_NO_VECTORS = "rows of an operand are not whole vectors of 16 bytes"
+_TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
+_NEEDS_AMPERE = "needs compute capability 8.0"
+
+
+def _tf32(product: _Product) -> Choice | str:
+    if product.capability < AMPERE:
+        return _NEEDS_AMPERE
+    if not product.aligned:
+        return _NO_VECTORS
+    if not settings.active().tf32:
+        return "using(tf32=True) would allow it"
+    return _mma("mma in TF32", "tf32", choose_tile(*product.size, (LARGE, LITTLE)), product)
+
+
+def _split(product: _Product) -> Choice | str:
+    if product.capability < AMPERE:
+        return _NEEDS_AMPERE
+    if product.capability not in SPLIT_ON:
+        return "predicted to be slower than float32 on this device"
+    if not product.aligned:
+        return _NO_VECTORS
+    if product.size[2] < SPLIT_DEPTH:
+        return f"sums of fewer than {SPLIT_DEPTH} products"
+    if choose_tile(*product.size, (MEDIUM, TINY)) is not MEDIUM:
+        return _TOO_LITTLE
+    return _mma("mma in 3xTF32", "split", MEDIUM, product)
+
+
+def _wgmma(product: _Product) -> Choice | str:
+    if product.capability != HOPPER:
+        return "needs compute capability 9.0, and no later one"
+    if not product.aligned:
+        return _NO_VECTORS
+    tile = choose_tile(*product.size, (WIDE, NARROW, LITTLE))
+    if not isinstance(tile, WgmmaTile):
+        return _TOO_LITTLE
+    return Choice("wgmma", MATMULS[tile][product.orders], tile, _lanes(product.dtype))
+
+
+def _half(product: _Product) -> Choice | str:
+    half = product.dtype == np.float16
+    if product.capability < AMPERE and not half:
+        return _NEEDS_AMPERE
+    if not product.aligned:
+        return _NO_VECTORS
+    tile = LITTLE if product.capability < AMPERE else choose_tile(*product.size, (LARGE, LITTLE))
+    return _mma("mma", "half" if half else "bfloat", tile, product)
+
+
+def _mma(algorithm: str, way: str, tile, product: _Product) -> Choice:
+    return Choice(algorithm, gemm_tensor.MATMULS[way, tile][product.orders], tile, _lanes(product.dtype))
+
+
+def _lanes(dtype) -> int:
+    return 16 // dtype.itemsize
+
+
+_SINGLE = {"mma in TF32": _tf32, "mma in 3xTF32": _split}
+_HALF = {"wgmma": _wgmma, "mma": _half}
+
+
+def _ways(dtype) -> dict[str, Callable[[_Product], Choice | str]]:
+    """What multiplies this dtype on tensor cores, by its name: the first that can is taken."""
+    if dtype == np.float32:
+        return _SINGLE
+    return _HALF if dtype.itemsize == 2 and dtype.kind not in "iu" else {}
+
+
+# ---- by tiles
+
+
+def _by_tiles(product: _Product) -> Choice:
+    dtype, size, orders, aligned, capability = product
     if dtype.kind in "iu":
         return Choice("tiles", WHOLE, SMALL, _BLOCK)
-    size = left.rows, right.columns, left.columns, matrices, engine.multiprocessors
-    if not (left.aligned() and right.aligned()):
+    if not aligned:
         tile = choose_tile(*size, (TINY,) if dtype == np.float64 else (SMALL, TINY))  # in 64 bits SMALL would spill
         return Choice("tiles", SINGLY[tile], tile, _BLOCK)
-    orders = left.column_stride == 1, right.row_stride == 1  # is k contiguous
-    return _on_tensor_cores(dtype, size, orders, engine.capability) or _by_tiles(dtype, size, orders, engine.capability)
-
-
-def _on_tensor_cores(dtype, size: Size, orders, capability) -> Choice | None:
-    if dtype == np.float64:
-        return None
-    together = 16 // dtype.itemsize
-    if capability < AMPERE:
-        if dtype != np.float16:
-            return None
-        return Choice("mma", gemm_tensor.MATMULS["half", LITTLE][orders], LITTLE, together)
-    if dtype == np.float32:
-        if settings.active().tf32:
-            way, algorithm, tiles = "tf32", "mma in TF32", (LARGE, LITTLE)
-        elif capability in SPLIT_ON and size[2] >= SPLIT_DEPTH and choose_tile(*size, (MEDIUM, TINY)) is MEDIUM:
-            way, algorithm, tiles = "split", "mma in 3xTF32", (MEDIUM,)
-        else:
-            return None
-        tile = choose_tile(*size, tiles)
-        return Choice(algorithm, gemm_tensor.MATMULS[way, tile][orders], tile, together)
-    if capability == HOPPER:
-        tile = choose_tile(*size, (WIDE, NARROW, LITTLE))
-        if isinstance(tile, gemm_wgmma.WgmmaTile):
-            return Choice("wgmma", gemm_wgmma.MATMULS[tile][orders], tile, together)
-    tile = choose_tile(*size, (LARGE, LITTLE))
-    return Choice("mma", gemm_tensor.MATMULS["half" if dtype == np.float16 else "bfloat", tile][orders], tile, together)
-
-
-def _by_tiles(dtype, size: Size, orders, capability) -> Choice:
     tile = choose_tile(*size, (BIG, TALL, SMALL, TINY) if dtype == np.float32 else (SMALL, TINY))
     if tile is not BIG:
         return Choice("tiles", VECTORS[tile], tile, _BLOCK)
@@ -89,35 +158,37 @@ def _by_tiles(dtype, size: Size, orders, capability) -> Choice:
 # ---- what `explain` tells
 
 
-def _explained(name: str, shapes: list, dtype) -> tuple[str, str]:
-    """(algorithm, kernel) of a call on the first device."""
+class _Explained(NamedTuple):
+    algorithm: str
+    note: str
+    rejected: dict[str, str]
+
+
+def _explained(name: str, shapes: list, dtype) -> _Explained:
+    """Of a call on the first device."""
     left, right, matrices = operands_of(name, shapes, dtype)
+    ways = _ways(dtype)
     if not left.rows * right.columns * matrices:
-        return "nothing", "the result is empty"
+        return _Explained("nothing", "the result is empty", dict.fromkeys(ways, "the result is empty"))
     if matrices == 1 and few_vectors(left, right) is not None:
-        return "few vectors", "a warp for each row of the matrix"
-    choice = choose(left, right, matrices, driver.engine())
-    return choice.algorithm, f"tiles of {choice.tile.rows} x {choice.tile.columns}: {choice.kernel.name}"
+        note = "a warp for each row of the matrix"
+        return _Explained("few vectors", note, dict.fromkeys(ways, f"few vectors: {note}"))
+    engine = driver.engine()
+    taken, product = choose(left, right, matrices, engine), _product(left, right, matrices, engine)
+    rejected = {}
+    for algorithm, way in ways.items():
+        if algorithm != taken.algorithm:
+            why = way(product)
+            rejected[algorithm] = why if isinstance(why, str) else f"{taken.algorithm} needs fewer instructions"
+    note = f"tiles of {taken.tile.rows} x {taken.tile.columns}: {taken.kernel.name}"
+    return _Explained(taken.algorithm, note, rejected)
 
 
 def algorithm(name: str, shapes: list, dtype) -> tuple[str, dict[str, str]]:
     """(algorithm, why not the others) of matmul or linear."""
-    taken = _explained(name, shapes, dtype)[0]
-    capability = driver.engine().capability
-    reasons = {}
-    if dtype == np.float32:
-        reasons["mma in TF32"] = "using(tf32=True) would allow it"
-        reasons["mma in 3xTF32"] = (
-            "too few rows, columns or depth, or rows that are no whole vectors"
-            if capability in SPLIT_ON else "predicted to be slower than float32 on this device"
-        )  # fmt: skip
-    elif dtype.itemsize == 2 and dtype.kind not in "iu":
-        reasons["wgmma"] = (
-            "too few rows or columns for its tiles, or rows that are no whole vectors"
-            if capability == HOPPER else "needs compute capability 9.0"
-        )  # fmt: skip
-    return taken, {name: reason for name, reason in reasons.items() if name != taken}
+    explained = _explained(name, shapes, dtype)
+    return explained.algorithm, explained.rejected
 
 
 def description(name: str, shapes: list, dtype) -> str:
-    return _explained(name, shapes, dtype)[1]
+    return _explained(name, shapes, dtype).note

@@ -56,7 +56,8 @@ class Kernel:
         number of the dtype that is summed in. "P 2q3i" is a pointer and a structure of five numbers.
     threads: of a block. blocks: how many of them shall fit a multiprocessor; blocks_on: on devices where it is another.
     dtypes: what it is for. least: the lowest compute capability.
-    shared: bytes of dynamic shared memory. target: the only architecture that it is compiled for, "sm_90a".
+    shared: bytes of dynamic shared memory. target: the only architecture that it is compiled for, "sm_90a": its code
+        runs on devices of `least` and on no later ones.
     promises: machine instructions that its code must have: tests/gpu_compile.py looks.
     """
 
@@ -77,6 +78,9 @@ class Kernel:
 
     def __repr__(self):
         return f"<kernel {self.name}>"
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        return capability == self.least if self.target else capability >= self.least
 
     def bounds(self, capability: tuple[int, int]) -> tuple[int, int]:
         """(threads, the blocks that shall fit a multiprocessor)."""

@@ -7,6 +7,8 @@ sources of this folder, the version of NVRTC, the expression and the architectur
 
 import hashlib
 import os
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +23,7 @@ OLDEST = (7, 5)  # the first compute capability that kernels are compiled for
 NAMESPACE = "tilewise"
 OPTIONS = ("-std=c++17",)
 _SUFFIXES = (".cu", ".cuh")
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.M)
 _PART_OF_A_MAJOR = 10  # architectures are numbered 10 * major + minor
 
 
@@ -41,6 +44,18 @@ def sources() -> dict[str, str]:
     """File name -> text, of all kernels and what they include."""
     files = sorted(file for file in FOLDER.iterdir() if file.suffix in _SUFFIXES)
     return {file.name: file.read_text(encoding="utf-8") for file in files}
+
+
+def included(source: str, texts: Mapping[str, str]) -> dict[str, str]:
+    """Those of the texts that a source is compiled of: itself, what it includes, what that includes, and so on."""
+    found: dict[str, str] = {}
+    left = [source]
+    while left:
+        name = left.pop()
+        if name in texts and name not in found:
+            found[name] = texts[name]
+            left += _INCLUDE.findall(texts[name])
+    return dict(sorted(found.items()))
 
 
 @lru_cache(maxsize=1)
@@ -88,10 +103,10 @@ def compiled(source: str, expression: str, target: str, options: tuple[str, ...]
         CompileError: with NVRTC's log.
     """
     nvrtc, _ = _nvrtc()
-    texts = sources()
-    included = {name.encode(): text.encode() for name, text in texts.items() if name.endswith(".cuh")}
+    texts = included(source, sources())
+    headers = {name.encode(): text.encode() for name, text in texts.items() if name != source}
     name = f"{NAMESPACE}::{expression}"
-    program = nvrtc.createProgram(texts[source], source, list(included.values()), list(included))
+    program = nvrtc.createProgram(texts[source], source, list(headers.values()), list(headers))
     try:
         nvrtc.addNameExpression(program, name)
         try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from simt.emulator import _SHARED, CACHE, FOLDER, Emulator, runtime
 from tilewise.kernels.cupy import launch
 from tilewise.kernels.cupy.module import FOLDER as KERNELS
+from tilewise.kernels.cupy.module import included
 
 # Not vectorised: the sanitizer's calls are per access of the source. -O1: an access that is not needed is still gone.
 # Shared arrays are each library's own, also where another one has the same kernel (-fno-gnu-unique).
@@ -111,8 +112,9 @@ def _unit(source: str, expressions: list[str]) -> str:
 
 def _compiled(source: str, expressions: list[str], folder: Path) -> Path:
     unit = _unit(source, expressions)
-    files = [*sorted(FOLDER.glob("*.h")), *sorted(folder.iterdir())]
-    parts = (unit, _FLAGS, [file.read_text(encoding="utf-8") for file in files])
+    shims = [file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.h"))]
+    texts = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+    parts = (unit, _FLAGS, shims, included(source, texts))
     library = CACHE / f"{Path(source).stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)

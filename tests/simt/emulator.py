@@ -273,8 +273,8 @@ class Emulator:
             except Unsupported as error:
                 UNSUPPORTED.add(f"{form.kernel.name} {form.dtype.name}: {error}")
                 raise
-        if form.kernel.least > self.capability:
-            raise EmulatedFault(f"kernel {form.kernel.name} needs compute capability {form.kernel.least}")
+        if not form.kernel.runs_on(self.capability):
+            raise EmulatedFault(f"kernel {form.kernel.name} does not run on compute capability {self.capability}")
         self.launched.add((form.kernel.name, form.dtype.name))
         LAUNCHED.add((form.kernel.name, form.dtype.name))
         self.run(code, grid, form.kernel.threads, shared, slots, form.dtype.itemsize)
