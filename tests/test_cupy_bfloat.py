@@ -180,7 +180,7 @@ def test_optimisers(gpu, rng, case):
             assert_rounded(actual, right, 4, 4)
 
 
-# of every kernel one: in rows and in channels, by tiles whose k lies within a tap or not, few channels, by the definition
+# of every kernel one: in rows and in channels, by tiles whose k lies within a tap or not, few channels, the definition
 CONVOLUTIONS = [
     Case(1, 8, 7, 9, 8, (3, 3), 1, 1, 1, 8),
     Case(1, 8, 7, 9, 8, (5, 5), 2, 2, 1, 8),
