@@ -99,7 +99,8 @@ class Convolution:
     it made of x for the next correlation of the same x. why_not_winograd(it, dtype), winograd_pays(it): as their names
     say. weight_gradient(it, grad, x, shape): of the forward correlation. bias_gradient(grad, layout).
     codes: of activations. describe(it, dtype, algorithm): what the algorithm's name does not tell.
-    prefers_direct(it, dtype): whether its direct sum is faster than a product. engine_of(place).
+    prefers_direct(it, dtype): whether its direct sum is faster than a product. counts(it): whether its product's
+    kernels count so far. engine_of(place).
     """
 
     backend: str
@@ -111,6 +112,7 @@ class Convolution:
     winograd_pays: Callable
     describe: Callable = lambda it, dtype, algorithm: ""
     prefers_direct: Callable = lambda it, dtype: False
+    counts: Callable = lambda it: True
     engine_of: Callable = lambda place: place.engine
 
     def choose_conv2d(self, shapes, dtype, options, packed=False):
@@ -122,6 +124,8 @@ class Convolution:
             why_not["winograd"] = reason
         if not fits_a_grid(it):
             why_not["gemm"] = "too many groups or outputs for a grid"
+        elif not self.counts(it):
+            why_not["gemm"] = "rows, columns or taps that its kernels, which count in 32 bits, cannot count"
         if not is_depthwise(it, dtype):
             why_not["depthwise"] = "needs groups of one channel, and a kernel and a layout that there is a tile for"
         wanted = options["algorithm"]
@@ -139,7 +143,8 @@ class Convolution:
     def _choose(self, it: Correlation, dtype) -> str:
         if is_depthwise(it, dtype):
             return "depthwise"
-        if is_little(it) or is_thin(it) or not fits_a_grid(it) or self.prefers_direct(it, dtype):
+        no_product = is_little(it) or is_thin(it) or not fits_a_grid(it) or not self.counts(it)
+        if no_product or self.prefers_direct(it, dtype):
             return "direct"
         if settings.active().tf32:  # tensor cores multiply faster than Winograd's transforms save
             return "gemm"

@@ -8,7 +8,7 @@ from conv_cases import DEPTHWISE, LAYOUTS, OPTIONS, SMALL, Case, check, referenc
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels import conv_plan
+from tilewise.kernels import conv_geometry, conv_plan
 
 GPU_BACKENDS = ("cuda", "cupy")
 DTYPES = [np.float16, np.float32, np.float64]
@@ -251,6 +251,24 @@ def test_more_groups_than_a_grid_has(gpu, rng, planned_anew):
     x, weight = np.zeros((1, 12, 5, 5), np.float32), np.zeros((12, 4, 3, 3), np.float32)
     with pytest.raises(ValueError, match="algorithm 'gemm' does not apply: too many groups or outputs for a grid"):
         kernels.conv2d(x, weight, groups=3, algorithm="gemm")
+
+
+def test_more_rows_than_32_bits_count(gpu, rng, planned_anew):
+    """The product of CUDA C++ counts rows and columns in 32 bits; where they do not do, `explain` says so."""
+    planned_anew(conv_geometry, "_NARROW_BELOW", 8)
+    case = Case(1, 8, 9, 9, 40, (3, 3), padding=1)
+    x, weight, _, _ = operands(rng, case, np.float32, "NCHW")
+    decision = tilewise.explain(kernels.conv2d, x, weight, padding=1)
+    assert decision.algorithm == ("direct" if gpu.backend == "cupy" else "gemm")
+    gpu.launched.clear()
+    forward(rng, case, np.float32, "NCHW")
+    backward(rng, case, np.float32, "NCHW")
+    if gpu.backend == "cupy":
+        assert {"direct", "weight_sums"} <= launched(gpu)
+        assert not any("product" in name for name in launched(gpu))
+        assert "32 bits" in decision.rejected["gemm"]
+        with pytest.raises(ValueError, match="algorithm 'gemm' does not apply: .* count in 32 bits"):
+            kernels.conv2d(x, weight, padding=1, algorithm="gemm")
 
 
 def test_one_output_more_than_the_tiles_of_a_grid(gpu, rng, planned_anew):

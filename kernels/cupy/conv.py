@@ -39,7 +39,8 @@ _CONVOLUTION = Convolution(
     {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": conv_product.correlate},
     _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES,
     why_not_winograd=_why_not_winograd, winograd_pays=lambda it: False, describe=_describe,
-    prefers_direct=conv_direct.is_few, engine_of=lambda place: driver.engine(place.ordinal),
+    prefers_direct=conv_direct.is_few, counts=lambda it: it.narrow,
+    engine_of=lambda place: driver.engine(place.ordinal),
 )  # fmt: skip
 
 choose_conv2d, describe_conv2d = _CONVOLUTION.choose_conv2d, _CONVOLUTION.describe_conv2d
