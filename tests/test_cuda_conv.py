@@ -267,7 +267,7 @@ def test_more_rows_than_32_bits_count(gpu, rng, planned_anew):
         assert {"direct", "weight_sums"} <= launched(gpu)
         assert not any("product" in name for name in launched(gpu))
         assert "32 bits" in decision.rejected["gemm"]
-        with pytest.raises(ValueError, match="algorithm 'gemm' does not apply: .* count in 32 bits"):
+        with pytest.raises(ValueError, match=r"algorithm 'gemm' does not apply: .* count in 32 bits"):
             kernels.conv2d(x, weight, padding=1, algorithm="gemm")
 
 

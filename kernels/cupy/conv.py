@@ -1,5 +1,6 @@
 """Convolution on the GPU; conv_plan.py chooses the algorithm."""
 
+from tilewise.kernels.activation_plan import ACTIVATION_CODES
 from tilewise.kernels.conv_plan import Convolution, fits_a_grid, is_depthwise_weight, is_little
 from tilewise.kernels.cupy import (
     conv_depthwise,
@@ -10,7 +11,6 @@ from tilewise.kernels.cupy import (
     conv_sums,
     driver,
 )
-from tilewise.kernels.cupy.activation_codes import ACTIVATION_CODES
 
 HAS_BFLOAT16 = True  # operation.py asks
 
