@@ -28,6 +28,7 @@ def _weight_gradient(it, grad, x, shape):
 
 
 def _describe(it, dtype, algorithm: str) -> str:
+    """Of a call on the first device."""
     if algorithm == "gemm":
         tile = conv_product.tile_for(it, dtype, driver.engine(0).capability)
         return f"tiles of {tile.rows} x {tile.columns} {'pixels x outputs' if it.channels_last else 'outputs x pixels'}"
