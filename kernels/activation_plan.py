@@ -5,6 +5,14 @@ run(place, blocks, *arrays, slope, count, vectors, code): the backend's kernel. 
 
 from tilewise.kernels.channel_plan import THREADS, ceil_div
 
+# Their numbers in the kernels (cuda/epilogue.py, cupy/src/activation.cuh).
+NONE, RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN, RELU6 = range(8)
+# The activations that conv2d, linear and batch_norm apply to their result.
+ACTIVATION_CODES = {
+    None: NONE, "relu": RELU, "relu6": RELU6, "leaky_relu": LEAKY_RELU, "sigmoid": SIGMOID, "tanh": TANH
+}  # fmt: skip
+LEAKY_SLOPE = 0.01
+
 # Vectors a thread takes at most: enough bytes under way to hide the memory's latency, few enough blocks to start.
 _EACH = 4
 _ROUNDS = 64  # blocks of a multiprocessor at most: about eight rounds of what it runs at once

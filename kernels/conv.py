@@ -31,7 +31,8 @@ def conv2d(
     alike.
 
     Args:
-        x: (N, C, H, W), or unbatched (C, H, W); float16, float32 or float64, any strides.
+        x: (N, C, H, W), or unbatched (C, H, W); float16, float32 or float64, on a GPU also bfloat16; any
+            strides.
         weight: (O, C/groups, KH, KW), in both layouts.
         bias: (O,), or None for none.
         stride, dilation: an int or a pair (height, width).
@@ -208,7 +209,8 @@ def conv_transpose2d(
     alike.
 
     Args:
-        x: (N, C, H, W), or unbatched (C, H, W); float16, float32 or float64, any strides.
+        x: (N, C, H, W), or unbatched (C, H, W); float16, float32 or float64, on a GPU also bfloat16; any
+            strides.
         weight: (C, O/groups, KH, KW), in both layouts.
         bias: (O,), or None for none.
         stride, dilation: an int or a pair (height, width).

@@ -21,8 +21,8 @@ MOST_BLOCKS = (1 << 16) - 1  # of a grid's y (tiles of outputs) and z (groups)
 _LEAST_TILE = 32  # outputs of the lowest tile of a product
 ENOUGH_TILES = 128  # blocks of a product from which on larger tiles are taken
 # Depthwise convolution in NCHW: (taps, stride) -> results of a thread: more of them share more rows of x, as long as
-# all numbers stay in registers.
-DEPTHWISE_PLANES = {(3, 1): 4, (3, 2): 4, (5, 1): 4, (5, 2): 2}
+# all numbers stay in registers (of four results of 7 x 7, Numba's compiler unrolls no loop for sm_100).
+DEPTHWISE_PLANES = {(3, 1): 4, (3, 2): 4, (5, 1): 4, (5, 2): 2, (7, 1): 2}
 DEPTHWISE_COLUMNS = 4  # in NHWC: results of a thread
 # The weight's gradient: (taps of square kernels, bytes of a sum) -> rows of them that a block sums: all, but for 49
 # sums, or 25 in float64, which do not fit the registers everywhere.
@@ -41,6 +41,11 @@ def split(pixels: int, blocks: int, least: int = _LEAST_PIXELS) -> tuple[int, in
 def is_little(it: Correlation) -> bool:
     """Whether it is too little for a tile of a product."""
     return it.outputs * it.channels * it.taps < _FEW_WEIGHTS or it.flops < DIRECT_BELOW
+
+
+def is_thin(it: Correlation) -> bool:
+    """Whether a tile of a product would compute one output of each group, and nothing with its other rows."""
+    return it.groups > 1 and it.outputs == 1
 
 
 def choose_tile(it: Correlation, large, middle, low):
@@ -94,7 +99,8 @@ class Convolution:
     it made of x for the next correlation of the same x. why_not_winograd(it, dtype), winograd_pays(it): as their names
     say. weight_gradient(it, grad, x, shape): of the forward correlation. bias_gradient(grad, layout).
     codes: of activations. describe(it, dtype, algorithm): what the algorithm's name does not tell.
-    prefers_direct(it, dtype): whether its direct sum is faster than a product. engine_of(place).
+    prefers_direct(it, dtype): whether its direct sum is faster than a product. counts(it): whether its product's
+    kernels count so far. engine_of(place).
     """
 
     backend: str
@@ -106,6 +112,7 @@ class Convolution:
     winograd_pays: Callable
     describe: Callable = lambda it, dtype, algorithm: ""
     prefers_direct: Callable = lambda it, dtype: False
+    counts: Callable = lambda it: True
     engine_of: Callable = lambda place: place.engine
 
     def choose_conv2d(self, shapes, dtype, options, packed=False):
@@ -117,6 +124,8 @@ class Convolution:
             why_not["winograd"] = reason
         if not fits_a_grid(it):
             why_not["gemm"] = "too many groups or outputs for a grid"
+        elif not self.counts(it):
+            why_not["gemm"] = "rows, columns or taps that its kernels, which count in 32 bits, cannot count"
         if not is_depthwise(it, dtype):
             why_not["depthwise"] = "needs groups of one channel, and a kernel and a layout that there is a tile for"
         wanted = options["algorithm"]
@@ -134,7 +143,8 @@ class Convolution:
     def _choose(self, it: Correlation, dtype) -> str:
         if is_depthwise(it, dtype):
             return "depthwise"
-        if is_little(it) or not fits_a_grid(it) or self.prefers_direct(it, dtype):
+        no_product = is_little(it) or is_thin(it) or not fits_a_grid(it) or not self.counts(it)
+        if no_product or self.prefers_direct(it, dtype):
             return "direct"
         if settings.active().tf32:  # tensor cores multiply faster than Winograd's transforms save
             return "gemm"

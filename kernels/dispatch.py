@@ -187,7 +187,7 @@ class using:
 
 def explain(function: Callable, *args, **kwargs) -> Decision:
     """What `function(*args, **kwargs)` would do, without doing it: device, backend, algorithm, work, and for each
-    candidate not taken, why.
+    candidate not taken, why. Of several GPUs, what it tells of a kernel's tiles and tensor cores is the first one's.
 
     Raises whatever the call itself would raise for wrong arguments; TypeError for a function that is not tilewise's.
     """

@@ -19,7 +19,7 @@ def dropout(x, p=0.5, *, seed, call=0, out=None):
     memory. A dropped NaN or infinity is NaN, as in PyTorch.
 
     Args:
-        x: an array of float16, float32 or float64, of any shape and strides.
+        x: an array of float16, float32 or float64, on a GPU also bfloat16, of any shape and strides.
         p: the probability, from 0 to 1; a multiple of 2^-32 is exact. 1 drops everything.
         seed: the generator's key, from 0 to 2^64 - 1.
         call: from 0 to 2^64 - 1: each step of a training, and each layer of one seed, takes another.

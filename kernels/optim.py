@@ -1,8 +1,8 @@
 """Optimisers' updates of one parameter, each in one pass over its arrays, which are changed in place.
 
-Each step(param, grad, state..., *, ...) takes float16, float32 or float64 arrays of one shape and dtype, of any
-strides, on the host or all of them on one GPU; `grad` stays as it is. State begins as zeros. With weight_decay, g
-stands for grad + weight_decay * param, else for grad. The forms are PyTorch's.
+Each step(param, grad, state..., *, ...) takes float16, float32 or float64 arrays (on a GPU also bfloat16) of one shape
+and dtype, of any strides, on the host or all of them on one GPU; `grad` stays as it is. State begins as zeros. With
+weight_decay, g stands for grad + weight_decay * param, else for grad. The forms are PyTorch's.
 
 They return None, and raise TypeError for what is not an array or not of a supported dtype, or where dtypes differ, and
 ValueError where shapes differ or a number is out of its range.

@@ -14,7 +14,7 @@ def pad(x, padding, mode="constant", value=0):
     """Extend the last two axes (H, W) of an image tensor.
 
     Args:
-        x: (..., H, W), float16, float32 or float64, any strides.
+        x: (..., H, W), float16, float32 or float64, on a GPU also bfloat16; any strides.
         padding: an int, a pair (height, width), or two pairs ((top, bottom), (left, right)), in pixels.
         mode: what the new pixels hold. "constant": `value`. "replicate": the edge pixel. "reflect": the image mirrored
             at its edge pixel, which is not repeated. "circular": the image continued from its other side.

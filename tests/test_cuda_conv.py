@@ -8,7 +8,7 @@ from conv_cases import DEPTHWISE, LAYOUTS, OPTIONS, SMALL, Case, check, referenc
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels import conv_plan
+from tilewise.kernels import conv_geometry, conv_plan
 
 GPU_BACKENDS = ("cuda", "cupy")
 DTYPES = [np.float16, np.float32, np.float64]
@@ -177,6 +177,26 @@ def test_nan_and_inf_stay_in_their_windows(gpu, rng, groups, layout, value):
     np.testing.assert_array_equal(np.isinf(y), np.isinf(expected))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_padding_is_zeros_that_infinity_meets(gpu, rng, depthwise, layout):
+    """0 * inf is NaN, for any kernel: in the result an infinite weight's, in its gradient an infinite cotangent's."""
+    for channels in (1, 2, 8):  # of the little ones, the weight's gradient is not a product
+        case = Case(1, channels, 5, 6, channels, (3, 3), 1, 1, 1, channels if depthwise else 1)
+        x, weight, _, grad = operands(rng, case, np.float32, layout)
+        options = case.options | {"layout": layout}
+        weight.flat[0], grad.flat[0] = np.inf, np.inf
+        for algorithm in ("auto", "direct"):
+            y = kernels.conv2d(x, weight, algorithm=algorithm, **options)
+            np.testing.assert_array_equal(np.isnan(y), np.isnan(reference(kernels.conv2d, x, weight, **options)))
+        assert np.isnan(y).sum() == 5 + 6 - 1
+        needs = {"needs": ("weight",)}
+        _, gradient, _ = kernels.conv2d_backward(grad, x, weight, **options, **needs)
+        _, expected, _ = reference(kernels.conv2d_backward, grad, x, weight, **options, **needs)
+        np.testing.assert_array_equal(np.isnan(gradient), np.isnan(expected))
+        assert np.isnan(gradient).sum() == 5 * weight.shape[1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prepared(gpu, rng, layout, dtype):
@@ -200,6 +220,20 @@ def test_choices(gpu, rng):
         kernels.conv2d(x, full, algorithm="depthwise")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_output_a_group_wastes_no_tile(gpu, rng, layout):
+    """A product computes 32 outputs of each group at least."""
+    for kernel, stride, channels, expected in (
+        ((7, 7), 1, 1, "depthwise"), ((7, 7), 2, 1, "direct"), ((9, 9), 1, 1, "direct"), ((6, 5), 1, 2, "direct")
+    ):  # fmt: skip
+        case = Case(1, 4 * channels, 20, 20, 4, kernel, stride, 3, 1, 4)
+        x, weight, _, _ = operands(rng, case, np.float32, layout)
+        decision = tilewise.explain(kernels.conv2d, x, weight, **case.options, layout=layout)
+        wanted = "depthwise" if layout == "NHWC" and channels == 1 else expected
+        assert decision.algorithm == wanted, (case, layout)
+        assert "too thin for a tile" in decision.rejected["gemm"]
+
+
 def launched(gpu) -> set[str]:
     """The kernels' names, without the arguments of their templates."""
     return {name.removeprefix("cupy conv_").partition("<")[0] for name, _ in gpu.launched}
@@ -217,6 +251,24 @@ def test_more_groups_than_a_grid_has(gpu, rng, planned_anew):
     x, weight = np.zeros((1, 12, 5, 5), np.float32), np.zeros((12, 4, 3, 3), np.float32)
     with pytest.raises(ValueError, match="algorithm 'gemm' does not apply: too many groups or outputs for a grid"):
         kernels.conv2d(x, weight, groups=3, algorithm="gemm")
+
+
+def test_more_rows_than_32_bits_count(gpu, rng, planned_anew):
+    """The product of CUDA C++ counts rows and columns in 32 bits; where they do not do, `explain` says so."""
+    planned_anew(conv_geometry, "_NARROW_BELOW", 8)
+    case = Case(1, 8, 9, 9, 40, (3, 3), padding=1)
+    x, weight, _, _ = operands(rng, case, np.float32, "NCHW")
+    decision = tilewise.explain(kernels.conv2d, x, weight, padding=1)
+    assert decision.algorithm == ("direct" if gpu.backend == "cupy" else "gemm")
+    gpu.launched.clear()
+    forward(rng, case, np.float32, "NCHW")
+    backward(rng, case, np.float32, "NCHW")
+    if gpu.backend == "cupy":
+        assert {"direct", "weight_sums"} <= launched(gpu)
+        assert not any("product" in name for name in launched(gpu))
+        assert "32 bits" in decision.rejected["gemm"]
+        with pytest.raises(ValueError, match=r"algorithm 'gemm' does not apply: .* count in 32 bits"):
+            kernels.conv2d(x, weight, padding=1, algorithm="gemm")
 
 
 def test_one_output_more_than_the_tiles_of_a_grid(gpu, rng, planned_anew):

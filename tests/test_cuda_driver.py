@@ -215,6 +215,20 @@ print([keys.index(k) for k in keys])
     assert run(code)[0] == ["[0, 1, 0, 3]"]
 
 
+def test_cached_code_is_stale_where_a_plan_changes(tmp_path, monkeypatch):
+    """Kernels take constants from the plans, which no folder of kernels has."""
+    from tilewise.kernels import disk_cache
+    from tilewise.kernels.cuda import ptx_cache
+
+    plan = tmp_path / "conv_plan.py"
+    monkeypatch.setattr(disk_cache, "_package_folder", lambda: tmp_path)
+    monkeypatch.setattr(ptx_cache, "source_stamp", disk_cache.source_stamp.__wrapped__)
+    plan.write_text("one")
+    before = ptx_cache._stamp.__wrapped__()
+    plan.write_text("two")
+    assert ptx_cache._stamp.__wrapped__() != before
+
+
 ESTIMATE = """
 from tilewise.kernels import machine
 tilewise.using(backend="cpu").__enter__()

@@ -18,7 +18,6 @@ from tilewise import kernels
 from tilewise.kernels.cuda import conv_winograd
 from tilewise.kernels.device_arrays import DeviceArray, HostPlace
 
-GPU_BACKENDS = installed.BACKENDS
 MANY = 1 << 32
 HALF, SINGLE = np.dtype(np.float16), np.dtype(np.float32)
 ENOUGH = 16  # results that are looked at
@@ -141,15 +140,18 @@ def reference(name, *operands, **options) -> tuple[np.ndarray, ...]:
         return each(getattr(kernels, name)(*operands, **options))
 
 
-def skip_what_is_missing(gpu, name, options=()):
-    winograd = gpu.backend == "cupy" and "algorithm" in options and options["algorithm"] == "winograd"
-    if winograd or not installed.has(gpu.backend, name):
-        pytest.skip(f"backend {gpu.backend!r} does not have {name}{' by winograd' * winograd}")
+def on_backends(names: str, cases):
+    """A test of each case (name, ..., options) on each backend that has it."""
+    given = [(backend, *case) for backend in installed.BACKENDS for case in cases]
+    there = [c for c in given if c[0] == "cuda" or c[-1].get("algorithm") != "winograd"]
+    return pytest.mark.parametrize(f"gpu, {names}", there, indirect=["gpu"])
 
 
-@pytest.mark.parametrize(("name", "dtype", "shapes", "options"), OF_IMAGES)
+on_both = pytest.mark.parametrize("gpu", installed.BACKENDS, indirect=True)
+
+
+@on_backends("name, dtype, shapes, options", OF_IMAGES)
 def test_images(place, gpu, rng, monkeypatch, name, dtype, shapes, options):
-    skip_what_is_missing(gpu, name, options)
     if options.get("algorithm") == "winograd":  # in two goes, the second for two images
         of_image = 36 * 4 * 32 * dtype.itemsize
         monkeypatch.setattr(conv_winograd, "_ROOM", (length(shapes[0]) - 2) * of_image)
@@ -166,9 +168,8 @@ def test_images(place, gpu, rng, monkeypatch, name, dtype, shapes, options):
         assert_close(end_of(y)[-right.size :], right.ravel()[-ENOUGH:], reduction=terms)
 
 
-@pytest.mark.parametrize(("name", "dtype", "shape", "options"), OF_GRADIENTS)
+@on_backends("name, dtype, shape, options", OF_GRADIENTS)
 def test_gradients_of_images(place, gpu, rng, name, dtype, shape, options):
-    skip_what_is_missing(gpu, name)
     grad, images = random(rng, dtype, 2, *shape[1:]), length(shape)
     small, large = [grad], [with_end(place, shape, grad)]
     if "max" in name:
@@ -179,9 +180,8 @@ def test_gradients_of_images(place, gpu, rng, name, dtype, shape, options):
     assert_close(end_of(y), reference(name, *small, (2, *shape[1:]), **options)[0].ravel()[-ENOUGH:], reduction=9)
 
 
-@pytest.mark.parametrize(("name", "dtype", "shapes", "others", "options"), SUMS)
+@on_backends("name, dtype, shapes, others, options", SUMS)
 def test_sums_over_all_images(place, gpu, rng, monkeypatch, name, dtype, shapes, others, options):
-    skip_what_is_missing(gpu, name)
     monkeypatch.setattr(gpu, "last_blocks", (1, 1, 1))
     ends = [random(rng, dtype, 2, *shape[1:]) for shape in shapes]
     rest = [random(rng, dtype, *shape) for shape in others]
@@ -193,7 +193,7 @@ def test_sums_over_all_images(place, gpu, rng, monkeypatch, name, dtype, shapes,
         assert_close(end_of(y)[-1:], right.ravel()[-1:], reduction=1000)
 
 
-@pytest.mark.parametrize(("shape", "options"), [((N, 64, 4, 8), {}), ((N, 4, 8, 64), LAST)])
+@on_backends("shape, options", [((N, 64, 4, 8), {}), ((N, 4, 8, 64), LAST)])
 def test_batch_norm_training(place, gpu, rng, monkeypatch, shape, options):
     monkeypatch.setattr(gpu, "last_blocks", (8, 1, 1))
     channel, axes = (1, (0, 2, 3)) if options == {} else (3, (0, 1, 2))
@@ -213,9 +213,9 @@ def test_batch_norm_training(place, gpu, rng, monkeypatch, shape, options):
     assert_close(on_host(grads[2])[-1:], end.sum(axes, np.float64).astype(SINGLE)[-1:], reduction=64)
 
 
+@on_both
 @pytest.mark.parametrize("name", ["sgd_step", "adagrad_step", "rmsprop_step", "adam_step"])
 def test_optimisers(place, gpu, rng, monkeypatch, name):
-    skip_what_is_missing(gpu, name)
     monkeypatch.setattr(gpu, "last_blocks", (1, 1, 1))
     shape, options = (N, 2048), {"lr": 0.5} | ({"step": 1} if name == "adam_step" else {})
     states = {"sgd_step": 1, "adagrad_step": 2, "rmsprop_step": 2, "adam_step": 3}[name]
@@ -228,6 +228,7 @@ def test_optimisers(place, gpu, rng, monkeypatch, name):
         assert_close(end_of(array), right.ravel()[-ENOUGH:])
 
 
+@on_both
 def test_strided_operands(place, gpu, rng):
     end = random(rng, HALF, 2, 32)
     x = with_end(place, (N, 32), end)
@@ -236,8 +237,8 @@ def test_strided_operands(place, gpu, rng):
     np.testing.assert_array_equal(on_host(y)[-1, -2:], end[:, -1])
 
 
+@on_both
 def test_unpooling(place, gpu, rng):
-    skip_what_is_missing(gpu, "max_unpool2d")
     shape = (N, 3, 8, 8)
     values = random(rng, HALF, 2, *shape[1:])
     y, indices = reference("max_pool2d", values, kernel_size=2, return_indices=True)
@@ -255,8 +256,8 @@ def test_unpooling(place, gpu, rng):
 PLANE = (1, 1, (MANY >> 15) + 9, 1 << 15)
 
 
-@pytest.mark.parametrize(
-    ("name", "others", "options"),
+@on_backends(
+    "name, others, options",
     [
         ("max_pool2d", [], SAME | {"return_indices": True}), ("avg_pool2d", [], SAME), ("max_pool2d", [], HALVED),
         ("pad", [], {"padding": 1}),
@@ -264,7 +265,6 @@ PLANE = (1, 1, (MANY >> 15) + 9, 1 << 15)
     ],
 )  # fmt: skip
 def test_one_plane(place, gpu, rng, name, others, options):
-    skip_what_is_missing(gpu, name, options)
     end, rest = random(rng, SINGLE, 8, 64), [random(rng, SINGLE, *shape) for shape in others]
     x = place.empty(PLANE, SINGLE)
     on_host(x)[0, 0, -8:, -64:] = end

@@ -68,6 +68,16 @@ def test_nan_is_copied_and_summed(gpu):
     assert np.argwhere(np.isnan(kernels.pad_backward(grad, (2, 2), ((0, 0), (0, 1)), "replicate"))).tolist() == [[0, 1]]
 
 
+def test_a_constant_beyond_the_dtype_is_infinity(gpu):
+    for dtype in (np.float16, np.float32):
+        for value in (1e39, -1e39, 1e300):
+            y = kernels.pad(np.zeros((1, 1), dtype), 1, value=value)
+            assert y.dtype == dtype
+            assert y[0, 0] == np.copysign(np.inf, value)
+            assert y[1, 1] == 0
+    assert kernels.pad(np.zeros((1, 1)), 1, value=1e300)[0, 0] == 1e300
+
+
 def test_operands(gpu, rng, torch):
     x = rng.standard_normal((2, 3, 6, 7)).astype(np.float32)
     y = kernels.pad(x, 2, "reflect")

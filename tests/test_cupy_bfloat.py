@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from conv_cases import Case
 from fake_arrays import FakePlace
 from test_cuda_activation import ELEMENTWISE
+from test_optim import STEPS, arrays, expected
 from test_pool import DILATED, LAYOUTS, WINDOWS, laid, tied
 from tolerances import tolerance
 
@@ -11,6 +13,7 @@ import tilewise
 from tilewise import kernels
 from tilewise.kernels import device_arrays
 from tilewise.kernels.arrays import bfloat16
+from tilewise.kernels.padding import MODES
 
 GPU_BACKENDS = ("cupy",)
 
@@ -147,6 +150,73 @@ def test_batch_norm(gpu, rng, shape, layout):
     plain = {"layout": layout, "activation": "relu", "eps": 1e-3}
     y = kernels.batch_norm(x, mean, var, weight, bias, **plain)
     assert_rounded(y, reference(kernels.batch_norm, x, mean, var, weight, bias, **plain), 3, 200)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding(gpu, rng, mode):
+    """Copies are exact; a constant and the gradient's sums are rounded."""
+    padding = ((1, 2), (3, 2))
+    for shape in ((2, 3, 5, 6), (1, 33, 35)):
+        x = normal(rng, *shape)
+        y = kernels.pad(x, padding, mode, 1 / 3)
+        wanted = reference(kernels.pad, x, padding=padding, mode=mode, value=1 / 3)
+        np.testing.assert_array_equal(y.view(np.uint16), wanted.astype(B).view(np.uint16))
+        grad = normal(rng, *y.shape)
+        operands = (grad, shape, padding, mode)
+        assert_rounded(kernels.pad_backward(*operands), reference(kernels.pad_backward, *operands), 12, 4)
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_optimisers(gpu, rng, case):
+    """Each array is rounded once, at the end: the parameter's change comes of the state before it is rounded."""
+    name, names, options = STEPS[case]
+    for size in (1, 8, 1030):
+        param, grad, *state = arrays(rng, B, names, (size,))
+        given = [a.astype(np.float64) for a in (param, grad, *state)]
+        wanted, new = expected(name, *given[:2], dict(zip(names, given[2:], strict=True)), options)
+        getattr(kernels, name)(param, grad, **dict(zip(names, state, strict=True)), **options)
+        np.testing.assert_array_equal(grad.astype(np.float64), given[1])
+        for actual, right in zip((param, *state), (wanted, *(new[n] for n in names)), strict=True):
+            assert_rounded(actual, right, 4, 4)
+
+
+# of every kernel one: in rows and in channels, by tiles whose k lies within a tap or not, few channels, the definition
+CONVOLUTIONS = [
+    Case(1, 8, 7, 9, 8, (3, 3), 1, 1, 1, 8),
+    Case(1, 8, 7, 9, 8, (5, 5), 2, 2, 1, 8),
+    Case(2, 16, 7, 6, 33, (3, 3), 1, 1),
+    Case(2, 5, 9, 8, 66, (3, 2), (2, 1), ((1, 0), (0, 1)), 1),
+    Case(2, 3, 9, 10, 16, (3, 3), 2, 1),
+    Case(1, 2, 4, 5, 3, (2, 2), 1, 0, 2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolution(gpu, rng, case, layout):
+    x, weight, bias = case.arrays(rng, B, layout)
+    options = case.options | {"layout": layout}
+    y = kernels.conv2d(x, weight, bias, activation="relu", **options)
+    wanted = reference(kernels.conv2d, x, weight, bias, activation="relu", **options)
+    assert_rounded(y, wanted, case.taps, 4 * case.taps**0.5)
+    grad = normal(rng, *y.shape)
+    gradients = kernels.conv2d_backward(grad, x, weight, **options)
+    right = reference(kernels.conv2d_backward, grad, x, weight, **options)
+    pixels = grad.size // case.o
+    lengths = case.o // case.groups * case.kernel[0] * case.kernel[1], pixels, pixels
+    for actual, expected_gradient, length in zip(gradients, right, lengths, strict=True):
+        assert_rounded(actual, expected_gradient, length, 4 * length**0.5)
+
+
+def test_dropout(gpu, rng):
+    """The choice is that of every dtype; what is kept is scaled in float32."""
+    for size in (1, 7, 8, 2057):
+        x, numbers = normal(rng, size), {"seed": 7, "call": 3}
+        for function in (kernels.dropout, kernels.dropout_backward):
+            with tilewise.using(backend="reference"):
+                wanted = function(x.astype(np.float32), 0.3, **numbers)
+            y = function(x, 0.3, **numbers)
+            np.testing.assert_array_equal(y.view(np.uint16), wanted.astype(B).view(np.uint16))
 
 
 def test_tensors_in_tensors_out(gpu, rng, torch):

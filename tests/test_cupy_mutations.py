@@ -60,17 +60,18 @@ CALLS = {
 OPERANDS = {kernels.batch_norm: lambda x: (x, None, None), kernels.softmax_backward: lambda x: (x, x)}
 # What orders threads, or a thread and its copies: without any one of these a kernel is wrong.
 BARRIER = re.compile(
-    r"(?:__syncthreads|(?:wait|commit)_(?:copies|products)(?:<[^>]*>)?|show_to_products)\(\);"
+    r"(?:__syncthreads|(?:wait|commit|begin)_(?:copies|products)(?:<[^>]*>)?|show_to_products)\(\);"
     r"|(?:arrive|wait_phase)\(stages[^;]*\);|meet<\w+>\(1\);"
 )
 BARRIERS = [(name, i) for name, text in module.sources().items() for i in range(len(BARRIER.findall(text)))]
 
 
-def run(folder, call, x, schedule):
+def run(folder, call, x, schedule, eager=False):
     function, _, options = call
     operands = OPERANDS.get(function, lambda x: (x,))(x)
     emulator = cuda_source.CudaSourceEmulator(folder)
     emulator.schedule, emulator.multiprocessors = schedule, 1  # which any tile occupies
+    emulator.eager_copies = eager
     with emulated_gpu(emulator), tilewise.using(backend="cupy"):
         return function(*operands, **options)
 
@@ -113,6 +114,22 @@ def test_a_missing_barrier_is_noticed(changed, rng, name, which):
         if noticed:
             return
     pytest.fail("no schedule noticed it")
+
+
+@pytest.mark.parametrize(
+    ("new", "fault"),
+    [
+        ("{ if (s > 0) begin_products(); }", "a product before the first wgmma.fence"),
+        ("{ begin_products(); if (s > 0) sums[0] += 1; }", "sums that were written since wgmma.fence"),
+        ("{ if (s == 0) begin_products(); sums[7] += 1; }", "sums that were written since wgmma.fence"),
+    ],
+)
+def test_a_product_without_a_fence_is_noticed(changed, rng, new, fault):
+    name = "wgmma_product.cuh"
+    x, folder = rng.standard_normal(CALLS[name][1]).astype(np.float32), changed(name, "begin_products();", new)
+    for eager in (False, True):
+        with pytest.raises(EmulatedFault, match=fault):
+            run(folder, CALLS[name], x, "forward", eager)
 
 
 AVERAGE = (kernels.avg_pool2d, (1, 5, 5, 8), {"kernel_size": 2, "stride": 1, "layout": "NHWC"})

@@ -9,6 +9,7 @@ from functools import partial
 from numba import cuda
 
 from tilewise.kernels import activation_plan
+from tilewise.kernels.activation_plan import LEAKY_RELU, RELU, SIGMOID, SIGN, STEP, TANH
 from tilewise.kernels.channel_plan import THREADS
 from tilewise.kernels.cuda.activation_softmax import (  # noqa: F401
     log_softmax,
@@ -16,7 +17,7 @@ from tilewise.kernels.cuda.activation_softmax import (  # noqa: F401
     softmax,
     softmax_backward,
 )
-from tilewise.kernels.cuda.epilogue import LEAKY_RELU, RELU, SIGMOID, SIGN, STEP, TANH, activate, gradient
+from tilewise.kernels.cuda.epilogue import activate, gradient
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, engine_of, kernel
 from tilewise.kernels.cuda.memory import lanes, load_vector, narrow, registers, store_vector, widen
 

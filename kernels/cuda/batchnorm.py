@@ -11,10 +11,11 @@ from functools import partial
 from numba import cuda
 
 from tilewise.kernels import batchnorm_plan
+from tilewise.kernels.activation_plan import ACTIVATION_CODES, LEAKY_SLOPE
 from tilewise.kernels.channel_plan import THREADS, Planes
 from tilewise.kernels.cuda.batchnorm_gradient import run_gradient, run_gradient_finish, run_gradient_sums
 from tilewise.kernels.cuda.batchnorm_statistics import HAS_BIAS, HAS_WEIGHT, run_finish, run_sums
-from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES, LEAKY_SLOPE, activate
+from tilewise.kernels.cuda.epilogue import activate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, SUMS, kernel
 from tilewise.kernels.cuda.launch import device as device_function
 from tilewise.kernels.cuda.memory import (

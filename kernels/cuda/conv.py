@@ -1,5 +1,6 @@
 """Convolution on the GPU; conv_plan.py chooses the algorithm."""
 
+from tilewise.kernels.activation_plan import ACTIVATION_CODES
 from tilewise.kernels.conv_plan import Convolution, fits_a_grid, is_depthwise_weight, is_little
 from tilewise.kernels.cuda import (
     conv_depthwise,
@@ -12,7 +13,6 @@ from tilewise.kernels.cuda import (
     conv_tensor_weight,
     conv_winograd,
 )
-from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES
 
 
 def _by_product(it, x, weight, y, bias, extra, code, kept):

@@ -1,5 +1,5 @@
 """Depthwise convolution (one input channel a group) on the GPU, bound by memory: every x is wanted by all taps, and
-comes from L1 after the first.
+comes from L1 after the first. Padding is multiplied as zeros, so that it makes NaN of an infinite weight everywhere.
 
     NCHW   a thread sums a few results below each other; threads run along the columns, so that a warp reads 128 bytes.
            A row of x, once loaded, serves all results it meets.
@@ -107,16 +107,17 @@ def depthwise_channels(
         totals[k] = zero(x)
     for t in range(kh):
         row = top + i * stride_h + t * spacing_h
-        if row < 0 or row >= h:
-            continue
         for u in range(kw):
             load_vector(weights, weight, ((p0 + t * p_step) * all_taps_width + q0 + u * q_step) * channels + c)
             for b in range(_COLUMNS):
                 column = left + (j + b) * stride_w + u * spacing_w
-                if column >= 0 and column < w:
+                if row >= 0 and row < h and column >= 0 and column < w:
                     load_vector(values, x, ((n * h + row) * w + column) * channels + c)
+                else:
                     for k in range(width):
-                        totals[k * _COLUMNS + b] += widen(values[k]) * widen(weights[k])
+                        values[k] = narrow(zero(x), x)
+                for k in range(width):
+                    totals[k * _COLUMNS + b] += widen(values[k]) * widen(weights[k])
     for b in range(_COLUMNS):
         if j + b < ow:
             place = n * yn + (row0 + i * row_step) * yh + (col0 + (j + b) * col_step) * channels + c

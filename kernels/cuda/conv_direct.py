@@ -2,8 +2,9 @@
 
 from numba import cuda
 
+from tilewise.kernels.activation_plan import LEAKY_SLOPE
 from tilewise.kernels.conv_geometry import Correlation
-from tilewise.kernels.cuda.epilogue import LEAKY_SLOPE, activate
+from tilewise.kernels.cuda.epilogue import activate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
 from tilewise.kernels.cuda.memory import narrow, widen, zero
 

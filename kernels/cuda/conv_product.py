@@ -19,9 +19,9 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from tilewise.kernels import conv_plan
+from tilewise.kernels.activation_plan import NONE
 from tilewise.kernels.conv_geometry import Correlation
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
-from tilewise.kernels.cuda.epilogue import NONE
 from tilewise.kernels.cuda.launch import ELEMENTS, FLOATS, INT32, INT64, REAL, SUMS, ceil_div, device, kernel, sum_dtype
 from tilewise.kernels.cuda.memory import (
     at,

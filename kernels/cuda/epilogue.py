@@ -2,14 +2,8 @@
 
 import math
 
+from tilewise.kernels.activation_plan import LEAKY_RELU, NONE, RELU, RELU6, SIGMOID, STEP, TANH
 from tilewise.kernels.cuda.launch import device
-
-NONE, RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN, RELU6 = range(8)
-# The activations that conv2d, linear and batch_norm apply to their result.
-ACTIVATION_CODES = {
-    None: NONE, "relu": RELU, "relu6": RELU6, "leaky_relu": LEAKY_RELU, "sigmoid": SIGMOID, "tanh": TANH
-}  # fmt: skip
-LEAKY_SLOPE = 0.01
 
 
 @device

@@ -1,7 +1,7 @@
 """Matrix multiplication and the dense layer on the GPU; gemm_plan.py chooses the kernel."""
 
+from tilewise.kernels.activation_plan import ACTIVATION_CODES
 from tilewise.kernels.cuda.copying import contiguous
-from tilewise.kernels.cuda.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cuda.gemm_plan import multiply
 from tilewise.kernels.cuda.gemm_sums import sum_rows
 from tilewise.kernels.gemm_matrices import Products

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tilewise.kernels import settings
-from tilewise.kernels.cuda.epilogue import LEAKY_SLOPE, NONE
+from tilewise.kernels.activation_plan import LEAKY_SLOPE, NONE
 from tilewise.kernels.cuda.gemm_few import ROWS, multiply_few
 from tilewise.kernels.cuda.gemm_tensor import MATMULS
 from tilewise.kernels.cuda.gemm_tile import (

@@ -2,7 +2,7 @@
 
 from numba import cuda
 
-from tilewise.kernels.cuda.epilogue import NONE
+from tilewise.kernels.activation_plan import NONE
 from tilewise.kernels.cuda.gemm_tile import add_parts
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, kernel, sum_dtype
 from tilewise.kernels.cuda.memory import shared_sums, widen, zero

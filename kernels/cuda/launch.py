@@ -132,7 +132,8 @@ class Form:
     def __init__(self, kernel: Kernel, dtype: np.dtype):
         self.kernel, self.dtype = kernel, dtype
         self.signature = types.void(*(p.numba_type(dtype) for p in kernel.parameters))
-        self._slots = Struct("=" + "".join(p.slot(dtype) for p in kernel.parameters))
+        # "@": a number beyond float32 becomes infinity, as where C++ or NumPy round it; with "=" it would be refused
+        self._slots = Struct("@" + "".join(p.slot(dtype) for p in kernel.parameters))
         self._buffers = local()
 
     def pack(self, arguments: tuple) -> bytearray:

@@ -28,7 +28,8 @@ def _folder() -> Path | None:
 def _stamp() -> str:
     # cuda-bindings go with CUDA's version, and so with its compiler's: a newer one's PTX is not for an older driver
     packages = "numba-cuda", "numba", "cuda-bindings"
-    return "-".join([source_stamp("cuda"), *(_version(package) for package in packages)])
+    # all sources: kernels take constants from the plans, too
+    return "-".join([source_stamp(), *(_version(package) for package in packages)])
 
 
 def _version(package: str) -> str:

@@ -3,7 +3,7 @@
 from functools import partial
 
 from tilewise.kernels import activation_plan
-from tilewise.kernels.cupy.activation_codes import LEAKY_RELU, RELU, SIGMOID, SIGN, STEP, TANH
+from tilewise.kernels.activation_plan import LEAKY_RELU, RELU, SIGMOID, SIGN, STEP, TANH
 from tilewise.kernels.cupy.activation_softmax import (  # noqa: F401
     log_softmax,
     log_softmax_backward,

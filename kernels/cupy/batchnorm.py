@@ -3,8 +3,8 @@
 from functools import partial
 
 from tilewise.kernels import batchnorm_plan
+from tilewise.kernels.activation_plan import ACTIVATION_CODES, LEAKY_SLOPE
 from tilewise.kernels.channel_plan import Planes
-from tilewise.kernels.cupy.activation_codes import ACTIVATION_CODES, LEAKY_SLOPE
 from tilewise.kernels.cupy.batchnorm_gradient import finish as gradient_finish
 from tilewise.kernels.cupy.batchnorm_gradient import run_gradient, run_gradient_sums
 from tilewise.kernels.cupy.batchnorm_statistics import finish, run_sums

@@ -1,5 +1,6 @@
 """Convolution on the GPU; conv_plan.py chooses the algorithm."""
 
+from tilewise.kernels.activation_plan import ACTIVATION_CODES
 from tilewise.kernels.conv_plan import Convolution, fits_a_grid, is_depthwise_weight, is_little
 from tilewise.kernels.cupy import (
     conv_depthwise,
@@ -10,7 +11,8 @@ from tilewise.kernels.cupy import (
     conv_sums,
     driver,
 )
-from tilewise.kernels.cupy.activation_codes import ACTIVATION_CODES
+
+HAS_BFLOAT16 = True  # operation.py asks
 
 
 def _why_not_winograd(it, dtype) -> str:
@@ -26,6 +28,7 @@ def _weight_gradient(it, grad, x, shape):
 
 
 def _describe(it, dtype, algorithm: str) -> str:
+    """Of a call on the first device."""
     if algorithm == "gemm":
         tile = conv_product.tile_for(it, dtype, driver.engine(0).capability)
         return f"tiles of {tile.rows} x {tile.columns} {'pixels x outputs' if it.channels_last else 'outputs x pixels'}"
@@ -37,7 +40,8 @@ _CONVOLUTION = Convolution(
     {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": conv_product.correlate},
     _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES,
     why_not_winograd=_why_not_winograd, winograd_pays=lambda it: False, describe=_describe,
-    prefers_direct=conv_direct.is_few, engine_of=lambda place: driver.engine(place.ordinal),
+    prefers_direct=conv_direct.is_few, counts=lambda it: it.narrow,
+    engine_of=lambda place: driver.engine(place.ordinal),
 )  # fmt: skip
 
 choose_conv2d, describe_conv2d = _CONVOLUTION.choose_conv2d, _CONVOLUTION.describe_conv2d

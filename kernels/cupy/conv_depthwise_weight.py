@@ -12,7 +12,7 @@ _THREADS = 128
 
 
 def _make(taps: int, rows: int, last: bool) -> Kernel:
-    sizes = {4: ("float16", "float32"), 8: ("float64",)}
+    sizes = {4: ("float16", "bfloat16", "float32"), 8: ("float64",)}
     dtypes = [dtype for size in sizes if DEPTHWISE_ROWS[taps, size] == rows for dtype in sizes[size]]
     return Kernel(
         "conv_depthwise_weight.cu", f"conv_depthwise_weight<{{T}}, {taps}, {rows}, {str(last).lower()}>",

@@ -1,9 +1,9 @@
 """Convolution without tiles on the GPU; src/conv_direct.cu says how."""
 
+from tilewise.kernels.activation_plan import LEAKY_SLOPE
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation
 from tilewise.kernels.conv_plan import MOST_BLOCKS
-from tilewise.kernels.cupy.activation_codes import LEAKY_SLOPE
 from tilewise.kernels.cupy.launch import Kernel, blocks_of
 
 # x, weight, y, Epilogue, both axes, steps of x and y, Filters

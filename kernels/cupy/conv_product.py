@@ -5,7 +5,7 @@ import numpy as np
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation
 from tilewise.kernels.conv_plan import choose_tile
-from tilewise.kernels.cupy import conv_direct, driver
+from tilewise.kernels.cupy import driver
 from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
 from tilewise.kernels.cupy.copying import copy_strided
 from tilewise.kernels.cupy.gemm_tile import BIG, SMALL, Tile
@@ -61,9 +61,6 @@ def _packed(it: Correlation, weight, width: int):
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept=None):
     """y = activation(the correlation + bias + extra); bias and extra may be None."""
-    if not it.narrow:
-        conv_direct.correlate(it, x, weight, y, bias, extra, code)
-        return
     tile, last = tile_for(it, x.dtype, driver.engine(x.place.ordinal).capability), it.channels_last
     outputs, pixels = (tile.columns, tile.rows) if last else (tile.rows, tile.columns)
     packed, padded = _packed(it, weight, 16 // x.dtype.itemsize)

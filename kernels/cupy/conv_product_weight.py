@@ -14,7 +14,7 @@ NARROW = Tile("Narrow", 32, 64, 128, 2)  # for float64
 
 
 def _make(tile: Tile, last: bool) -> Kernel:
-    dtypes = ("float64",) if tile is NARROW else ("float16", "float32")
+    dtypes = ("float64",) if tile is NARROW else ("float16", "bfloat16", "float32")
     return Kernel(
         "conv_product_weight.cu", f"conv_product_weight<{{T}}, {NAMES}{tile.name}, {str(last).lower()}>",
         f"{WEIGHT} q q", threads=tile.threads, blocks=2, dtypes=dtypes, promises=("LDS.128",),

@@ -3,9 +3,9 @@
 from functools import partial
 
 from tilewise.kernels import settings
+from tilewise.kernels.activation_plan import ACTIVATION_CODES, LEAKY_SLOPE, NONE
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.cupy import driver, gemm_plan
-from tilewise.kernels.cupy.activation_codes import ACTIVATION_CODES, LEAKY_SLOPE, NONE
 from tilewise.kernels.cupy.copying import contiguous
 from tilewise.kernels.cupy.gemm_few import multiply_few
 from tilewise.kernels.cupy.gemm_sums import add_parts, sum_rows

@@ -1,7 +1,7 @@
 """Products of a matrix with few vectors on the GPU; src/gemm_few.cu says how."""
 
+from tilewise.kernels.activation_plan import LEAKY_SLOPE
 from tilewise.kernels.channel_plan import ceil_div
-from tilewise.kernels.cupy.activation_codes import LEAKY_SLOPE
 from tilewise.kernels.cupy.launch import THREADS, Kernel
 from tilewise.kernels.gemm_plan import Few
 

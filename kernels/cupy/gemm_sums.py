@@ -1,7 +1,7 @@
 """Sums over the parts of a product's depth, and over the rows of matrices, on the GPU; src/gemm_sums.cu says how."""
 
+from tilewise.kernels.activation_plan import LEAKY_SLOPE, NONE
 from tilewise.kernels.channel_plan import ceil_div
-from tilewise.kernels.cupy.activation_codes import LEAKY_SLOPE, NONE
 from tilewise.kernels.cupy.launch import INTEGERS, Kernel, blocks_of, sum_dtype
 from tilewise.kernels.device_arrays import DeviceArray
 

@@ -6,6 +6,7 @@ from tilewise.kernels import optim_plan
 from tilewise.kernels.cupy import driver
 from tilewise.kernels.cupy.launch import Kernel
 
+HAS_BFLOAT16 = True  # operation.py asks
 _MOVES = ("LDG.128", "STG.128")
 
 _sgd = Kernel("optim.cu", "sgd_update<{T}>", "P P P q q i i r r r", promises=_MOVES)

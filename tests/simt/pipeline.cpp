@@ -34,6 +34,13 @@ struct Product {
 std::vector<std::vector<Product>> products;   // of each thread, begun and not done
 std::vector<unsigned> groups;
 
+// Of each thread: whether it has come to a wgmma.fence, and its sums as the products left them, or that fence found them.
+struct Fenced {
+    bool any = false;
+    std::map<float *, std::vector<float>> sums;
+};
+std::vector<Fenced> fenced;
+
 Barrier &find(uint32_t address) {
     const auto found = barriers.find(address);
     if (found == barriers.end()) simt_fault("a barrier in shared memory that nobody has made");
@@ -73,6 +80,16 @@ float value(uint64_t descriptor, bool transposed, unsigned i, unsigned k, float 
     return widen(bits);
 }
 
+// Registers of sums belong to the products: the thread itself may write them only before a fence.
+void check_fenced(float *d, unsigned n) {
+    Fenced &mine = fenced[simt_thread()];
+    if (!mine.any) simt_fault("a product before the first wgmma.fence");
+    const auto found = mine.sums.find(d);
+    if (found != mine.sums.end() && memcmp(d, found->second.data(), n / 2 * sizeof(float)))
+        simt_fault("a product of sums that were written since wgmma.fence");
+    mine.sums[d].assign(d, d + n / 2);
+}
+
 // What this lane gets: of its warp's 16 rows, g and g + 8; of every 8 columns, 2t and the next.
 void multiply(const Product &p) {
     const unsigned thread = simt_thread(), lane = thread % WARP, row = thread / WARP % 4 * 16 + lane / 4;
@@ -93,6 +110,7 @@ void multiply(const Product &p) {
                 }
             }
         }
+    fenced[thread].sums[p.d].assign(p.d, p.d + p.n / 2);
 }
 
 }   // namespace
@@ -105,6 +123,7 @@ void simt_pipeline_begins(unsigned threads) {
     unshown.assign(threads, 0);
     products.assign(threads, {});
     groups.assign(threads, 0);
+    fenced.assign(threads, {});
 }
 
 void simt_copies_arrived() { unshown[simt_thread()] = 1; }
@@ -137,9 +156,16 @@ void emu_meet(int number, unsigned count) {
 
 void emu_show_to_products() { unshown[simt_thread()] = 0; }
 
+void emu_begin_products() {
+    Fenced &mine = fenced[simt_thread()];
+    mine.any = true;
+    for (auto &[d, seen] : mine.sums) seen.assign(d, d + seen.size());
+}
+
 void emu_start_product(float *d, unsigned n, uint64_t a, uint64_t b, int transposed_a, int transposed_b,
                        float (*widen)(unsigned short)) {
     const unsigned me = simt_thread();
+    check_fenced(d, n);
     const Product product{d, n, a, b, transposed_a != 0, transposed_b != 0, widen, groups[me]};
     if (simt_eager_copies()) multiply(product);
     products[me].push_back(product);

@@ -8,6 +8,7 @@ void emu_arrive(uint32_t address);
 void emu_wait_phase(uint32_t address, int parity);
 void emu_meet(int number, unsigned count);
 void emu_show_to_products();
+void emu_begin_products();
 void emu_start_product(float *d, unsigned n, uint64_t a, uint64_t b, int transposed_a, int transposed_b,
                        float (*widen)(unsigned short));
 void emu_commit_products();
@@ -23,7 +24,7 @@ template <int COUNT> void meet(int number) { emu_meet(number, COUNT); }
 inline void show_to_products() { emu_show_to_products(); }
 template <int REGISTERS> void give_registers_up() {}
 template <int REGISTERS> void take_registers() {}
-inline void begin_products() {}
+inline void begin_products() { emu_begin_products(); }
 inline void commit_products() { emu_commit_products(); }
 template <int PENDING> void wait_products() { emu_wait_products(PENDING); }
 

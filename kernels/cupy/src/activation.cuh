@@ -4,7 +4,7 @@
 
 namespace tilewise {
 
-// activation_codes.py numbers them.
+// activation_plan.py numbers them.
 enum Activation : int { NONE, RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN, RELU6 };
 
 // NaN stays NaN. slope: leaky_relu's.

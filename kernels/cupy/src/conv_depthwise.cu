@@ -1,5 +1,5 @@
 // Depthwise convolution (one input channel a group), bound by memory: every x is wanted by all taps, and comes from L1
-// after the first.
+// after the first. Padding is multiplied as zeros, so that it makes NaN of an infinite weight everywhere.
 //
 //     NCHW   a thread sums a few results below each other; threads run along the columns, so that a warp reads 128 bytes.
 //            A row of x, once loaded, serves all results it meets.
@@ -71,7 +71,6 @@ conv_depthwise_channels(const T *__restrict__ x, const T *__restrict__ weight, T
     Sum<T> totals[COLUMNS][N] = {};
     for (long long t = 0; t < rows.taps; ++t) {
         const long long row = rows.origin + i * rows.stride + t * rows.spacing;
-        if (!within(row, rows.size)) continue;
         for (long long u = 0; u < columns.taps; ++u) {
             const long long tap = (rows.first_tap + t * rows.tap_step) * filters.width + columns.first_tap +
                                   u * columns.tap_step;
@@ -79,11 +78,11 @@ conv_depthwise_channels(const T *__restrict__ x, const T *__restrict__ weight, T
 #pragma unroll
             for (int b = 0; b < COLUMNS; ++b) {
                 const long long column = columns.origin + (j + b) * columns.stride + u * columns.spacing;
-                if (within(column, columns.size)) {
-                    const Pack<T, N> values = load<N>(image + row * from.row + column * from.column);
+                const bool inside = within(row, rows.size) && within(column, columns.size);
+                const Pack<T, N> values =
+                    inside ? load<N>(image + row * from.row + column * from.column) : Pack<T, N>{};
 #pragma unroll
-                    for (int k = 0; k < N; ++k) totals[b][k] += widen(values.lane[k]) * widen(weights.lane[k]);
-                }
+                for (int k = 0; k < N; ++k) totals[b][k] += widen(values.lane[k]) * widen(weights.lane[k]);
             }
         }
     }

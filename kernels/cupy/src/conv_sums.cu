@@ -63,9 +63,10 @@ conv_weight_sums(const T *__restrict__ grad, const T *__restrict__ x, Sum<T> *__
     for (Part part(pixels, per_part); part.at < part.end; part.at += THREADS) {
         const Pixel pixel(part.at, rows.count, columns.count);
         const long long row = first_row + pixel.row * rows.stride, column = first_column + pixel.column * columns.stride;
-        if (!within(row, rows.size) || !within(column, columns.size)) continue;
-        total += widen(plane[pixel.image * from.image + row * from.row + column * from.column]) *
-                 widen(own[pixel.image * to.image + pixel.row * to.row + pixel.column * to.column]);
+        const bool inside = within(row, rows.size) && within(column, columns.size);
+        const long long place = pixel.image * from.image + row * from.row + column * from.column;
+        const Sum<T> value = inside ? widen(plane[place]) : Sum<T>(0);   // padding, too, meets an infinite grad
+        total += value * widen(own[pixel.image * to.image + pixel.row * to.row + pixel.column * to.column]);
     }
     total = block_sum(total, scratch);
     if (threadIdx.x == 0) parts[blockIdx.y * count + blockIdx.x] = total;
