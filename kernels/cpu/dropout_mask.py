@@ -59,16 +59,22 @@ class _Numbers:
         builder = self.builder
         counter = builder.add(self.splat(block), self.constant(*range(BLOCKS)))
         call, keys = self.splat(call), [seed, builder.lshr(seed, _I64(32))]
-        a, b, c, d = counter, self.high(counter), call, self.high(call)
+        words: tuple[Any, ...] = (  # a type checker would follow them through ten rounds for minutes
+            counter,
+            self.high(counter),
+            call,
+            self.high(call),
+        )
         for _ in range(ROUNDS):
+            a, b, c, d = words
             first, second = (
                 builder.mul(self.low(word), self.constant(m)) for word, m in zip((a, c), MULTIPLIERS, strict=True)
             )
             # of a key's sums the lower 32 bits count, and a carry into the others does no harm
             b, d = (builder.xor(word, self.splat(key)) for word, key in zip((b, d), keys, strict=True))
-            a, b, c, d = builder.xor(self.high(second), b), second, builder.xor(self.high(first), d), first
+            words = (builder.xor(self.high(second), b), second, builder.xor(self.high(first), d), first)
             keys = [builder.add(key, _I64(weyl)) for key, weyl in zip(keys, WEYL, strict=True)]
-        return a, b, c, d
+        return words
 
     def in_order(self, words):
         """The numbers as two vectors of STEP // 2."""
@@ -109,17 +115,12 @@ def _drop_step(typingctx, x, y, block, seed, call, threshold, scale):
 @device(fastmath=_AS_WRITTEN)
 def philox(block, seed, call):
     """The four words of a block, one by one: what `_drop_step` does for eight."""
-    # Any: a type checker follows the words through NumPy's operators for minutes
-    low: Any = np.uint64(LOW)
-    half: Any = np.uint64(32)
-    counter: Any = np.uint64(block)
-    key: Any = np.uint64(seed)
-    number: Any = np.uint64(call)
+    low, half = np.uint64(LOW), np.uint64(32)
+    counter, key, number = np.uint64(block), np.uint64(seed), np.uint64(call)
     a, b, c, d = counter & low, counter >> half, number & low, number >> half
     k, m = key & low, key >> half
     for _ in range(ROUNDS):
-        first: Any = np.uint64(MULTIPLIERS[0]) * a
-        second: Any = np.uint64(MULTIPLIERS[1]) * c
+        first, second = np.uint64(MULTIPLIERS[0]) * a, np.uint64(MULTIPLIERS[1]) * c
         a, b, c, d = (second >> half) ^ b ^ k, second & low, (first >> half) ^ d ^ m, first & low
         k, m = (k + np.uint64(WEYL[0])) & low, (m + np.uint64(WEYL[1])) & low
     return a, b, c, d
