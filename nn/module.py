@@ -56,6 +56,17 @@ class Unmatched(NamedTuple):
     unexpected_keys: list[str]
 
 
+def described(value: Any) -> str:
+    """An argument in a note on an error: "of shape (2, 3)", "of shapes (2, 3), (4,)", else "of type list". Whatever it
+    is given, it does not raise: that would hide the error."""
+    try:
+        if isinstance(value, tuple) and value:
+            return f"of shapes {', '.join(str(getattr(part, 'shape', type(part).__name__)) for part in value[:4])}"
+        return f"of shape {value.shape}" if hasattr(value, "shape") else f"of type {type(value).__name__}"
+    except Exception:
+        return f"of type {type(value).__name__}"
+
+
 def _located(backward: Callable) -> Callable:
     """A method that goes back, whose errors tell which layer refused which gradient: what __call__ is to forward."""
 
@@ -64,8 +75,8 @@ def _located(backward: Callable) -> Callable:
         try:
             return backward(self, *arguments, **options)
         except (TypeError, ValueError) as error:
-            given: tuple[Any, ...] = (*arguments, *options.values(), ())
-            self._locate(error, f"going back with grad of shape {np.shape(given[0])}")
+            given: tuple[Any, ...] = (*arguments, *options.values())
+            self._locate(error, f"going back with grad {described(given[0])}" if given else "going back")
             raise
 
     return call
@@ -119,7 +130,7 @@ class Module:
         try:
             return self.forward(x)
         except (TypeError, ValueError) as error:
-            self._locate(error, f"called with x of shape {np.shape(x)}")
+            self._locate(error, f"called with x {described(x)}")
             raise
 
     def _locate(self, error: Exception, call: str):
