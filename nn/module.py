@@ -137,9 +137,10 @@ class Module:
         """Note on an error which layer refused which call. Every module on the way out replaces the note by its own, so
         that in the end the layer has the name that the outermost one knows it by."""
         refused, call, old = getattr(error, "refused", (self, call, None))
-        names = {module: name for name, module in self.modules()}
-        refused = refused if refused in names else self  # a block may compute by modules that it makes for the purpose
-        name = names[refused]
+        names = {id(module): name for name, module in self.modules()}  # a dataclass has no hash
+        # a block may compute by modules that it makes for the purpose
+        refused = refused if id(refused) in names else self
+        name = names[id(refused)]
         note = f"in layer {name} ({type(refused).__name__}), {call}" if name else None
         error.__notes__ = [n for n in (*getattr(error, "__notes__", ()), note) if n not in (old, None)]
         error.refused = refused, call, note  # pyright: ignore[reportAttributeAccessIssue]

@@ -73,7 +73,7 @@ def nonfinite_gradient(model: Module, loss: Loss, x: np.ndarray, y: np.ndarray) 
 
 
 def _once(model: Module) -> Iterable[Module]:
-    return dict.fromkeys(module for _, module in model.modules())
+    return {id(module): module for _, module in model.modules()}.values()
 
 
 def _place(model: Module, module: Module) -> tuple[str, str]:

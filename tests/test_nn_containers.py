@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -277,6 +278,16 @@ class TestErrorsNameTheLayer:
         with pytest.raises(ValueError, match="mine") as raised:
             model.backward(value)
         assert raised.value.__notes__ == [f"in layer 0 (Strict), going back with grad {told}"]
+
+    def test_in_modules_that_have_no_hash(self):
+        @dataclass
+        class Strict(nn.Module):
+            limit: int = 1
+
+            def forward(self, x):
+                raise ValueError("mine")
+
+        assert self.notes(nn.Sequential(Strict()), np.ones(2)) == ["in layer 0 (Strict), called with x of shape (2,)"]
 
     def test_a_call_without_its_gradient(self):
         with pytest.raises(TypeError, match="missing 1 required positional argument: 'grad'") as raised:

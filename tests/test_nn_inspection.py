@@ -1,12 +1,14 @@
 """summary and gradient_norms: the numbers, the table, and that the model is left as it was."""
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 import tilewise
 from tilewise import nn
+from tilewise.nn.nonfinite import nonfinite_loss
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +83,19 @@ def test_the_model_is_left_as_it_was(rng):
         if "running" not in name and "num" not in name:
             np.testing.assert_array_equal(value, before[name])
     assert model.block.main[1].num_batches_tracked == 1
+
+
+def test_modules_that_are_equal_and_have_no_hash():
+    @dataclass
+    class Scale(nn.Module):
+        factor: float = 2.0
+
+        def forward(self, x):
+            return x * x.dtype.type(self.factor)
+
+    model = nn.Sequential(Scale(), Scale())
+    assert [layer.output_shape for layer in nn.summary(model, (2, 3)).layers] == [(2, 3), (2, 3)]
+    assert nonfinite_loss(nn.Sequential(Scale(), Scale(np.inf)), nn.MSELoss(), *np.ones((2, 1, 3)))[1] == "1"
 
 
 def test_a_forward_that_a_module_was_given_is_kept():
