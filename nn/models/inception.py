@@ -66,7 +66,17 @@ class GoogLeNet(Sequential):
 
     In training forward returns `GoogLeNetOutputs`, and backward takes the three gradients in that order (None for that
     of a head: it is left out). In evaluation the heads are not computed, and forward returns the logits alone.
+
+    `nn.AuxiliaryLoss` is the loss of all three. A slice is a Sequential of the layers in it, without the heads.
     """
+
+    def __getitem__(self, index: int | slice) -> Any:
+        part = super().__getitem__(index)
+        if not isinstance(part, GoogLeNet):
+            return part
+        trunk = Sequential(dict(part._trunk()))  # its result is not the logits that the heads stand beside
+        trunk.training = self.training
+        return trunk
 
     def _trunk(self) -> list[tuple[str, Module]]:
         return [(name, module) for name, module in self.children() if name not in _HEADS.values()]
