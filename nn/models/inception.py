@@ -150,8 +150,8 @@ def googlenet(
         dropout: the probability before the dense layer.
         aux_logits: with the two auxiliary heads, as torchvision's trained weights have them: 13,004,888 parameters, and
             a `GoogLeNet`, which returns three logits in training; evaluation leaves the heads out. Only training from
-            scratch needs them, with a loss of 1, 0.3 and 0.3 times those of the three. Without: a Sequential, which
-            takes torchvision's weights with strict=False; the unexpected keys all begin with "aux".
+            scratch needs them, with `nn.AuxiliaryLoss(nn.CrossEntropyLoss())`. Without: a Sequential, which takes
+            torchvision's weights with strict=False; the unexpected keys all begin with "aux".
         dropout_aux: the probability before the last layer of each auxiliary head.
         transform_input: whether images are rescaled first; torchvision's trained weights need it.
         init: of every layer, see `Conv2d`; None: normal with deviation 0.01, as torchvision has it. "zeros" is the
