@@ -185,7 +185,8 @@ def _recording(modules: list[Module]) -> Iterator[dict[int, list[Output]]]:
 
     def record(module: Module, arguments: tuple, result: Any):
         y = result[0] if isinstance(result, tuple) else result
-        outputs.setdefault(id(module), []).append((y.shape, y.nbytes, module._flops(arguments[0], y)))
+        flops = module._flops(arguments[0], y) if arguments else 0
+        outputs.setdefault(id(module), []).append((y.shape, y.nbytes, flops))
 
     try:
         for module in modules:
