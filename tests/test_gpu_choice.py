@@ -113,7 +113,7 @@ def test_no_measurement_on_this_device(machine_with):
     machine_with({"Another": table(cuda=2e-5, cupy=1e-5)[DEVICE]})
     decision = decided(tilewise.relu, SMALL)
     assert decision.backend == "cuda"
-    reason = "no measurement on this device yet: cuda is the default because it has every operation"
+    reason = "no measurement on this device yet: cuda is the default"
     assert decision.rejected == {"cupy": reason}
     assert f"not cupy: {reason}" in str(decision)
 
