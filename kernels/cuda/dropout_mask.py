@@ -4,11 +4,13 @@ Each thread takes 16 bytes at a time, whose four elements (float16: eight, float
 (two; half of one): some 80 instructions beside 32 bytes of traffic.
 """
 
+from functools import partial
+
 from numba import cuda
 from numba.cuda.types import uint32, uint64
 
-from tilewise.kernels.cuda.activation import blocks_for, whole_vectors
-from tilewise.kernels.cuda.launch import ELEMENTS, INT64, REAL, device, kernel
+from tilewise.kernels import dropout_mask_plan
+from tilewise.kernels.cuda.launch import ELEMENTS, INT64, REAL, device, engine_of, kernel
 from tilewise.kernels.cuda.memory import lanes, load_vector, narrow, registers, store_vector, widen
 
 _THREADS = 256
@@ -64,13 +66,4 @@ def drop(
         y[i] = narrow(widen(x[i]) * factor, y)
 
 
-def dropout(x, *, threshold, scale, seed, call):
-    y = x.place.empty(x.shape, x.dtype)
-    if x.size:
-        vectors = whole_vectors(x.size, x, y)
-        blocks = blocks_for(vectors or x.size, x.place.engine)
-        drop(x.place, blocks, x, y, scale, threshold, seed, call, x.size, vectors)
-    return y
-
-
-dropout_backward = dropout
+dropout = dropout_backward = partial(dropout_mask_plan.dropout, drop, engine_of)

@@ -1,17 +1,10 @@
 """Dropout on the GPU; src/dropout_mask.cu says how."""
 
-from tilewise.kernels.cupy.activation import _vectors_and_blocks
-from tilewise.kernels.cupy.launch import Kernel
+from functools import partial
+
+from tilewise.kernels import dropout_mask_plan
+from tilewise.kernels.cupy.launch import Kernel, engine_of
 
 _drop = Kernel("dropout_mask.cu", "drop<{T}>", "P P r q q q q q", promises=("LDG.128", "STG.128"))
 
-
-def dropout(x, *, threshold, scale, seed, call):
-    y = x.place.empty(x.shape, x.dtype)
-    if x.size:
-        vectors, blocks = _vectors_and_blocks(x, y)
-        _drop(x.place, blocks, x, y, scale, threshold, seed, call, x.size, vectors)
-    return y
-
-
-dropout_backward = dropout
+dropout = dropout_backward = partial(dropout_mask_plan.dropout, _drop, engine_of)
