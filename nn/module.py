@@ -62,7 +62,8 @@ def described(value: Any) -> str:
     try:
         if isinstance(value, tuple) and value:
             return f"of shapes {', '.join(str(getattr(part, 'shape', type(part).__name__)) for part in value[:4])}"
-        return f"of shape {value.shape}" if hasattr(value, "shape") else f"of type {type(value).__name__}"
+        shape = getattr(value, "shape", None)
+        return f"of type {type(value).__name__}" if shape is None else f"of shape {shape}"
     except Exception:
         return f"of type {type(value).__name__}"
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,10 +49,10 @@ class Heads(nn.Module):
     def __init__(self):
         self.main, self.aux2, self.aux1 = (nn.Linear(6, 3, rng=seed) for seed in range(3))
 
-    def forward(self, x):
+    def forward(self, x) -> Any:
         return (self.main(x), self.aux2(x), self.aux1(x)) if self.training else self.main(x)
 
-    def backward(self, grad):
+    def backward(self, grad) -> Any:
         layers = (self.main, self.aux2, self.aux1)
         return sum(layer.backward(part) for layer, part in zip(layers, grad, strict=True))
 
