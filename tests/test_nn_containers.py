@@ -271,7 +271,8 @@ class TestErrorsNameTheLayer:
             def forward(self, x):
                 raise ValueError("mine")
 
-            backward = forward
+            def backward(self, grad):
+                raise ValueError("mine")
 
         model = nn.Sequential(Strict())
         assert self.notes(model, value) == [f"in layer 0 (Strict), called with x {told}"]

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,10 +101,10 @@ def test_modules_that_are_equal_and_have_no_hash():
 
 def test_submodules_called_by_name_and_without_an_argument():
     class Scale(nn.Module):
-        def forward(self):
+        def forward(self, *nothing: Any, **at_all: Any):
             return np.full((1, 4), self.value, np.float32)
 
-        def __call__(self):
+        def __call__(self, *nothing: Any, **at_all: Any):
             return self.forward()
 
     class Whole(nn.Module):
