@@ -25,7 +25,7 @@ _Weights = tuple[np.ndarray, np.ndarray]  # weight_ih, weight_hh
 def _on_the_cpu():
     """Where the kernels are: a block that pins a GPU has these layers on the CPU none the less."""
     pinned = settings.active()
-    elsewhere = "gpu" in (pinned.device, settings.DEVICE_OF.get(pinned.backend))
+    elsewhere = "gpu" in (pinned.device, settings.DEVICE_OF.get(pinned.backend or ""))
     return using(device="cpu") if elsewhere else nullcontext()
 
 
