@@ -1,9 +1,9 @@
 """Every GPU kernel of both backends beside PyTorch (cuBLAS, cuDNN) on the same GPU: `make gpu-check` ends with it.
 
-Results are compared with PyTorch's before anything is timed, on the GPU. Times are of CUDA events around blocks of
-calls, back to back on tensors that lie on the GPU; the median of the blocks. TF32 off, which is the same precision, and
-on; images in both layouts. Prints a table and writes benchmarks/results/gpu/<device>.json, anew after every case;
-benchmarks/gpu_choices.py makes the dispatcher's table of it.
+Results are compared with PyTorch's before anything is timed, on the GPU; those that are drawn with our CPU kernels'.
+Times are of CUDA events around blocks of calls, back to back on tensors that lie on the GPU; the median of the blocks.
+TF32 off, which is the same precision, and on; images in both layouts. Prints a table and writes
+benchmarks/results/gpu/<device>.json, anew after every case; gpu_choices.py makes the dispatcher's table of it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from . import cases, engines, table
 from .layers import Arguments, Case, Conv, Linear, Matmul
 from .timing import SEED, check_error
 
-FAMILIES = ("gemm", "conv", "pool", "batchnorm", "activation")
+FAMILIES = ("gemm", "conv", "pool", "batchnorm", "activation", "dropout_mask")
 HEADER = ("op, layer, shape", "dtype", "", "cuda", "cupy", "torch", "rate", "cuda ratio", "cupy ratio")
 BACKENDS, TORCH = ("cuda", "cupy"), "torch"
 # Of a case: as it is, with images in NHWC, with factors rounded to TF32. "cupy NHWC", "torch TF32" are measurements.
@@ -193,7 +193,7 @@ def measure(
     tensors = engines.torch_tensors(torch, args, device, dtype)
     peers = engines.torch_calls(case, tensors, options)
     _allow_tf32(torch, False)
-    expected = peers[engines.TORCH]()
+    expected = _drawn(torch, case, device) if case.draws else peers[engines.TORCH]()
     record: dict[str, dict] = {"seconds": {}, "missing": {}, "errors": {}, "dispatched": {}}
     for variant in variants_of(case, dtype):
         last = variant == LAST
@@ -217,6 +217,13 @@ def measure(
         record["seconds"][f"{TORCH} {variant}".strip()] = time_call(torch, peer, seconds)
         _allow_tf32(torch, False)
     return record
+
+
+def _drawn(torch, case: Case, device: str):
+    """What our CPU kernel gives: PyTorch draws other numbers."""
+    args, options = _single(case)
+    with tilewise.using(device="cpu"):
+        return engines.torch_tensors(torch, [getattr(tilewise, case.op)(*args, **options)], device)[0]
 
 
 def _allow_tf32(torch, allowed: bool):

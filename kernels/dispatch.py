@@ -114,7 +114,8 @@ def choose_for(settings, call: gpu_choice.Call, ordinal: int | None, itemsize: i
 
 
 def _choose_for_host(settings, call: gpu_choice.Call, itemsize: int) -> tuple[str, dict[str, str]]:
-    """For arrays on the host, left free: a GPU's backend where that is estimated to be worth the transfers."""
+    """For arrays on the host, left free: a GPU's backend where that is estimated to be worth the transfers, or where
+    the CPU does not have the dtype, whatever the size."""
     backend, rejected = choose_backend(settings)
     usable = usable_gpu_backends()
     if not usable:
@@ -124,13 +125,16 @@ def _choose_for_host(settings, call: gpu_choice.Call, itemsize: int) -> tuple[st
         "the driver does not tell the GPU's rates" if rates is None
         else estimate.why_not(call.flops, call.bytes, itemsize, rates)
     )  # fmt: skip
+    why_gpu = "estimated to take more than twice as long as the GPU with the transfers"
     if reason is not None:
-        return backend, rejected | dict.fromkeys(usable, reason)
+        lack = _lacks(backend, call)
+        if lack is None:
+            return backend, rejected | dict.fromkeys(usable, reason)
+        why_gpu = lack
     chosen, others = _choose_on_gpu(call, 0)
     if chosen is None:
         return backend, rejected | others
-    slower = {"cpu": "estimated to take more than twice as long as the GPU with the transfers"}
-    return chosen, rejected | others | slower
+    return chosen, rejected | others | {backend: why_gpu}
 
 
 class using:

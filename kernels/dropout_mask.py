@@ -4,7 +4,7 @@ from contextvars import ContextVar
 
 from tilewise.kernels.arrays import common_dtype
 from tilewise.kernels.operation import Operation, Problem
-from tilewise.kernels.shapes import integer
+from tilewise.kernels.shapes import integer, probability
 
 _WORD = 2**32
 
@@ -85,11 +85,7 @@ class _Drawing(Operation):
 def _operation(name: str, operand: str) -> _Drawing:
     def check(x, p) -> Problem:
         dtype = common_dtype(name, {operand: x})
-        if isinstance(p, (bool, str)) or not hasattr(p, "__float__"):
-            raise TypeError(f"{name}: p must be a number, got {p!r}")
-        if not 0 <= p <= 1:
-            raise ValueError(f"{name}: p must be from 0 to 1, got {p}")
-        p = float(p)
+        p = probability(name, "p", p)
         # 2^32 does not fit a word: of p = 1 the scale drops what the threshold lets pass
         options = {"threshold": min(round(p * _WORD), _WORD - 1), "scale": 1 / (1 - p) if p < 1 else 0.0}
         return Problem(options, flops=x.size, bytes=2 * x.size * dtype.itemsize, out=(x.shape, dtype))

@@ -14,9 +14,9 @@ from typing import Any
 
 FILE = Path(__file__).with_name("gpu_choices.json")
 FORMAT = 1
-# numba.cuda first: it has every operation, so that a program that mixes them has one compiler's kernels.
+# Where nothing was measured always the same one, so that a program that mixes operations has one compiler's kernels.
 DEFAULT = ("cuda", "cupy")
-_WHY_DEFAULT = "cuda is the default because it has every operation"
+_WHY_DEFAULT = "cuda is the default"
 # A backend takes a call from the default one if it needs at most this share of the time: less is noise.
 AHEAD = 0.98
 

@@ -196,19 +196,16 @@ class Operation:
         ordinal = first.place.ordinal if on_device else None
         backend, rejected = choose_for(settings, call, ordinal, first.dtype.itemsize)
         module = implementation_module(backend, self.family)
-        function = getattr(module, self.name, None)
-        if function is None and settings.backend is None and settings.device == "auto" and not on_device:
-            rejected = rejected | {backend: f"does not have {self.name}"}
-            backend, module = "cpu", implementation_module("cpu", self.family)
-            function = getattr(module, self.name, None)
-        if function is None:
+        if not hasattr(module, self.name):
             raise NotImplementedError(f"{self.name}: backend {backend!r} does not have it")
+        on_gpu = settings_module.DEVICE_OF[backend] == "gpu"
         if arrays_module.is_bfloat16(operands[0].dtype) and not getattr(module, "HAS_BFLOAT16", False):
+            other = "" if on_gpu else ', or a GPU, where one has it: using(device="gpu")'
             raise NotImplementedError(
-                f"{self.name}: {self.operands[0]} is bfloat16, which the backend {backend!r} does not have; use float32"
+                f"{self.name}: {self.operands[0]} is bfloat16, which the backend {backend!r} does not have; use "
+                f"float32{other}"
             )
         shapes = _batched_shapes(operands, problem.unbatched)
-        on_gpu = settings_module.DEVICE_OF[backend] == "gpu"
         half = operands[0].dtype == _HALF and not on_gpu  # GPUs load and store it themselves
         dtype = _SINGLE if half else operands[0].dtype  # what is computed in
         choose = getattr(module, f"choose_{self.name}", None)

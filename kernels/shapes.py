@@ -5,6 +5,7 @@ Everything is computed on plain integers, before anything is allocated or compil
 
 from collections.abc import Sequence, Set
 from math import isfinite
+from numbers import Real
 from operator import index
 
 Pair = tuple[int, int]
@@ -32,6 +33,16 @@ def number(function: str, name: str, value, positive: bool = False) -> float:
     if not isfinite(result) or result < 0 or (positive and result == 0):
         kind = "positive and" if positive else "at least 0 and"
         raise ValueError(f"{function}: {name} must be {kind} finite, got {value!r}")
+    return result
+
+
+def probability(function: str, name: str, value) -> float:
+    """`value` as a float from 0 to 1 (NumPy's numbers are welcome; arrays, even of one number, and bools are not)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{function}: {name} must be a number, got {value!r}")
+    result = float(value)
+    if not 0 <= result <= 1:
+        raise ValueError(f"{function}: {name} must be from 0 to 1, got {value}")
     return result
 
 

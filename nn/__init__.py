@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from . import augment, init, models, optim
     from .activation import *
+    from .auxiliary import *
     from .batchnorm import *
     from .checkpoint import *
     from .clip import *
@@ -71,6 +72,7 @@ _EXPORTS = {
         "L1Loss",
         "one_hot",
     ),
+    "auxiliary": ("AuxiliaryLoss",),
     "optim": ("Optimizer", "SGD", "Adagrad", "RMSprop", "Adam", "AdamW"),
     "clip": ("clip_grad_norm_", "clip_grad_value_"),
     "penalty": ("l1_penalty_",),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..kernels.shapes import number, pair
+from ..kernels.shapes import number, pair, probability
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -67,11 +67,10 @@ class Flip:
     """
 
     def __init__(self, p: float = 0.5, axis: int = 3):
-        if not 0 <= p <= 1:
-            raise ValueError(f"Flip: p must be from 0 to 1, got {p}")
+        self.p = probability("Flip", "p", p)
         if axis not in (2, 3):
             raise ValueError(f"Flip: axis must be 2 (rows) or 3 (columns), got {axis}")
-        self.p, self.axis = p, axis
+        self.axis = axis
 
     def __call__(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         _check_images("Flip", x)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..kernels import dropout, dropout_backward
-from ..kernels.shapes import integer
+from ..kernels.shapes import integer, probability
 from .init import Rng, generator
 from .module import Module
 
@@ -24,9 +24,7 @@ class Dropout(Module):
     counters = ("seed", "calls")
 
     def __init__(self, p: float = 0.5, *, rng: Rng = None):
-        if not 0 <= p <= 1:
-            raise ValueError(f"Dropout: p must be from 0 to 1, got {p}")
-        self.p = p
+        self.p = probability("Dropout", "p", p)
         if isinstance(rng, (int, np.integer)):
             self.seed = integer("Dropout", "rng", rng, minimum=0)
             if self.seed >> 64:

@@ -1,5 +1,6 @@
 """Looking on while a model computes."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,19 @@ from .module import Module
 
 @contextmanager
 def observed(modules: Iterable[Module], methods: tuple[str, ...], seen: Callable[..., Any]) -> Iterator[None]:
-    """Inside, each call of these methods, once it is over, is told to seen(module, arguments, result)."""
+    """Inside, each call of these methods, once it is over, is told to seen(module, arguments, result).
+
+    arguments: in the order of the method's own, whether they were given by position or by name.
+    """
     modules = list(modules)
 
     def telling(module: Module, method: Callable[..., Any]):
         def call(*arguments, **options):
             result = method(*arguments, **options)
-            seen(module, (*arguments, *options.values()), result)
+            if options:
+                given = inspect.signature(method).bind(*arguments, **options)
+                arguments = (*given.args, *given.kwargs.values())
+            seen(module, arguments, result)
             return result
 
         return call

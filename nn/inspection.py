@@ -106,19 +106,19 @@ def summary(model: Module, input_shape: Sequence[int], *, dtype: DTypeLike | Non
     parameters, modules = model.parameters(), _modules(model)
     outputs = _outputs(model, input_shape, dtype)
     layers = [
-        _layer(name or "(model)", module, outputs.get(module, []))
-        for module, name in modules.items()
+        _layer(name or "(model)", module, outputs.get(id(module), []))
+        for name, module in modules
         if _own_parameters(module) or not list(module.children())
     ]
     frozen = sum(parameter.size for parameter in parameters if not parameter.requires_grad)
     trained = sum(parameter.size for parameter in parameters) - frozen
-    buffers = [getattr(module, name) for module in modules for name in module.buffers]
+    buffers = [getattr(module, name) for _, module in modules for name in module.buffers]
     state = [parameter.data for parameter in parameters] + buffers
     return Summary(layers, trained, frozen, sum(array.nbytes for array in state))
 
 
-def output_shapes(model: Module, input_shape: Sequence[int]) -> dict[Module, tuple[int, ...]]:
-    """The last output's shape of every module that a forward reaches; as `summary`."""
+def output_shapes(model: Module, input_shape: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """The last output's shape of every module that a forward reaches, by the module's id; as `summary`."""
     return {module: outputs[-1][0] for module, outputs in _outputs(model, input_shape, None).items()}
 
 
@@ -160,32 +160,33 @@ def plot_gradient_norms(model: Module, path: str | Path):
     figure.savefig(path, dpi=150)
 
 
-def _modules(model: Module) -> dict[Module, str]:
-    """Each module once, with the first of its names."""
-    found: dict[Module, str] = {}
+def _modules(model: Module) -> list[tuple[str, Module]]:
+    """Each module once, with the first of its names. By identity: a dataclass has no hash."""
+    found: dict[int, tuple[str, Module]] = {}
     for name, module in model.modules():
-        found.setdefault(module, name)
-    return found
+        found.setdefault(id(module), (name, module))
+    return list(found.values())
 
 
-def _outputs(model: Module, input_shape: Sequence[int], dtype: DTypeLike | None) -> dict[Module, list[Output]]:
-    """What every module gives in one forward of zeros."""
+def _outputs(model: Module, input_shape: Sequence[int], dtype: DTypeLike | None) -> dict[int, list[Output]]:
+    """What every module, by its id, gives in one forward of zeros."""
     if dtype is None:
         dtype = next((parameter.dtype for parameter in model.parameters()), np.dtype(np.float32))
-    with _recording(list(_modules(model))) as outputs:
+    with _recording([module for _, module in _modules(model)]) as outputs:
         model(np.zeros(tuple(input_shape), dtype))
     return outputs
 
 
 @contextmanager
-def _recording(modules: list[Module]) -> Iterator[dict[Module, list[Output]]]:
+def _recording(modules: list[Module]) -> Iterator[dict[int, list[Output]]]:
     """The modules' outputs, in evaluation mode; afterwards they are as they were."""
-    outputs: dict[Module, list[Output]] = {}
+    outputs: dict[int, list[Output]] = {}
     before = [(module, vars(module).get("training")) for module in modules]
 
     def record(module: Module, arguments: tuple, result: Any):
         y = result[0] if isinstance(result, tuple) else result
-        outputs.setdefault(module, []).append((y.shape, y.nbytes, module._flops(arguments[0], y)))
+        flops = module._flops(arguments[0], y) if arguments else 0
+        outputs.setdefault(id(module), []).append((y.shape, y.nbytes, flops))
 
     try:
         for module in modules:

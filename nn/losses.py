@@ -42,12 +42,25 @@ class Loss:
         A loss that knows nothing to look for lets everything pass.
         """
 
+    def _kind(self) -> str:
+        """What a checkpoint calls it."""
+        return type(self).__name__
+
+    def _main(self, prediction: Any) -> np.ndarray:
+        """Of what a model gives, the prediction that metrics are taken of. TypeError for what the loss cannot take."""
+        if isinstance(prediction, tuple):
+            raise TypeError(
+                f"{type(self).__name__}: prediction must be an array, got a tuple of {len(prediction)} "
+                f"({type(prediction).__name__}); AuxiliaryLoss takes several predictions"
+            )
+        return prediction
+
     def samples(self, target: np.ndarray) -> float:
         """How much the last forward's mean counts beside those of other batches."""
         return len(target)
 
     def forward(self, prediction: np.ndarray, target: np.ndarray):
-        losses, divisor, kept = self.losses(prediction, target)
+        losses, divisor, kept = self.losses(self._main(prediction), target)
         if divisor == 0 and self.reduction == "mean":
             raise ValueError(f"{type(self).__name__}: the mean of no losses (prediction {prediction.shape})")
         self._kept = (losses.shape, divisor, kept)

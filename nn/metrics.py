@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -92,8 +93,9 @@ class Measures:
         """The totals of no batch."""
         return np.zeros((2, len(self.names)))
 
-    def totals(self, value: float, prediction: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def totals(self, value: float, prediction: Any, y: np.ndarray) -> np.ndarray:
         """Of one batch, whose loss is `value`."""
+        prediction = self.loss._main(prediction)
         weight = self.loss.samples(y) if self.loss.reduction == "mean" else len(y)
         pairs = [(value * weight if self.loss.reduction == "mean" else value, weight)]
         if self.accuracy:

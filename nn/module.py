@@ -56,6 +56,18 @@ class Unmatched(NamedTuple):
     unexpected_keys: list[str]
 
 
+def described(value: Any) -> str:
+    """An argument in a note on an error: "of shape (2, 3)", "of shapes (2, 3), (4,)", else "of type list". Whatever it
+    is given, it does not raise: that would hide the error."""
+    try:
+        if isinstance(value, tuple) and value:
+            return f"of shapes {', '.join(str(getattr(part, 'shape', type(part).__name__)) for part in value[:4])}"
+        shape = getattr(value, "shape", None)
+        return f"of type {type(value).__name__}" if shape is None else f"of shape {shape}"
+    except Exception:
+        return f"of type {type(value).__name__}"
+
+
 def _located(backward: Callable) -> Callable:
     """A method that goes back, whose errors tell which layer refused which gradient: what __call__ is to forward."""
 
@@ -64,8 +76,8 @@ def _located(backward: Callable) -> Callable:
         try:
             return backward(self, *arguments, **options)
         except (TypeError, ValueError) as error:
-            given: tuple[Any, ...] = (*arguments, *options.values(), ())
-            self._locate(error, f"going back with grad of shape {np.shape(given[0])}")
+            given: tuple[Any, ...] = (*arguments, *options.values())
+            self._locate(error, f"going back with grad {described(given[0])}" if given else "going back")
             raise
 
     return call
@@ -119,16 +131,17 @@ class Module:
         try:
             return self.forward(x)
         except (TypeError, ValueError) as error:
-            self._locate(error, f"called with x of shape {np.shape(x)}")
+            self._locate(error, f"called with x {described(x)}")
             raise
 
     def _locate(self, error: Exception, call: str):
         """Note on an error which layer refused which call. Every module on the way out replaces the note by its own, so
         that in the end the layer has the name that the outermost one knows it by."""
         refused, call, old = getattr(error, "refused", (self, call, None))
-        names = {module: name for name, module in self.modules()}
-        refused = refused if refused in names else self  # a block may compute by modules that it makes for the purpose
-        name = names[refused]
+        names = {id(module): name for name, module in self.modules()}  # a dataclass has no hash
+        # a block may compute by modules that it makes for the purpose
+        refused = refused if id(refused) in names else self
+        name = names[id(refused)]
         note = f"in layer {name} ({type(refused).__name__}), {call}" if name else None
         error.__notes__ = [n for n in (*getattr(error, "__notes__", ()), note) if n not in (old, None)]
         error.refused = refused, call, note  # pyright: ignore[reportAttributeAccessIssue]

@@ -7,7 +7,7 @@ import numpy as np
 
 from .hooks import observed
 from .losses import Loss
-from .module import Module, Parameter
+from .module import Module, Parameter, described
 
 
 class NonFiniteError(FloatingPointError):
@@ -45,7 +45,8 @@ def nonfinite_loss(model: Module, loss: Loss, x: np.ndarray, y: np.ndarray) -> t
         return f"every layer's output is finite, so it was made by {type(loss).__name__} itself", None
     module, arguments = found[0]
     name, text = _place(model, module)
-    text = f"the first output that is not finite is that of {text}, called with x of shape {np.shape(arguments[0])}"
+    called = f"called with x {described(arguments[0])}" if arguments else "called without an x"
+    text = f"the first output that is not finite is that of {text}, {called}"
     spoilt = [key for key, array in module.own_state().items() if not finite(array)]
     return text + (f", whose {' and '.join(spoilt)} held such a number before" if spoilt else ""), name
 
@@ -73,7 +74,7 @@ def nonfinite_gradient(model: Module, loss: Loss, x: np.ndarray, y: np.ndarray) 
 
 
 def _once(model: Module) -> Iterable[Module]:
-    return dict.fromkeys(module for _, module in model.modules())
+    return {id(module): module for _, module in model.modules()}.values()
 
 
 def _place(model: Module, module: Module) -> tuple[str, str]:

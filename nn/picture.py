@@ -71,7 +71,7 @@ def plot_model(model: Module, path: str | Path, input_shape: Sequence[int] | Non
         file.write(_svg(picture).encode())
 
 
-def _part(name: str, module: Module, shapes: dict[Module, tuple[int, ...]]) -> Part:
+def _part(name: str, module: Module, shapes: dict[int, tuple[int, ...]]) -> Part:
     prefix = f"{name}." if name else ""
     children = [(f"{prefix}{child}", inside) for child, inside in module.children()]
     if isinstance(module, Sequential):
@@ -88,7 +88,7 @@ def _part(name: str, module: Module, shapes: dict[Module, tuple[int, ...]]) -> P
         main, *around = (layer and _part(f"{prefix}{n}", layer, shapes) for n, layer in named)
         return _residual(main or _chain([]), *around)
     kind, text = type(module).__name__, [name] if name else []
-    shape = f" {shapes[module]}" if module in shapes else ""
+    shape = f" {shapes[id(module)]}" if id(module) in shapes else ""
     return _box((*text, f"{kind}{shape}"), "weights" if module.parameters() else "layer")
 
 

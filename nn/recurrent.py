@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from ..kernels import lstm, lstm_backward, rnn, rnn_backward, settings
 from ..kernels.dispatch import using
-from ..kernels.shapes import integer
+from ..kernels.shapes import integer, probability
 from .dropout import Dropout
 from .init import Rng, generator, layer_dtype, uniform
 from .module import Module, Parameter
@@ -53,8 +53,7 @@ class _Recurrent(Module):
         self.num_layers = integer(name, "num_layers", num_layers)
         if returns not in RETURNS:
             raise ValueError(f"{name}: returns must be one of {', '.join(RETURNS)}, got {returns!r}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"{name}: dropout must be from 0 to 1, got {dropout}")
+        self.dropout = probability(name, "dropout", dropout)
         self.bias, self.batch_first, self.returns = bias, batch_first, returns
         rng, dtype, bound = generator(rng), layer_dtype(name, dtype), 1 / sqrt(self.hidden_size)
         rows = self.gates * self.hidden_size
@@ -65,7 +64,6 @@ class _Recurrent(Module):
                 shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
             for kind, shape in shapes.items():
                 setattr(self, f"{kind}_l{layer}", Parameter(uniform(shape, rng, dtype, bound)))
-        self.dropout = dropout
         for layer in range(self.num_layers - 1 if dropout else 0):
             setattr(self, f"dropout_l{layer}", Dropout(dropout, rng=rng))
 

@@ -218,8 +218,9 @@ class Run:
     def _gradients(self, x: np.ndarray, y: np.ndarray, number: int) -> np.ndarray:
         prediction = self.model(x)
         if not len(self.history) and not number:  # now it is known how many classes there are
+            shape = self.loss._main(prediction).shape
             for targets in (self.y, *(self.validation[1:] if isinstance(self.validation, tuple) else ())):
-                self.loss.check_targets(prediction.shape, targets)
+                self.loss.check_targets(shape, targets)
         value = float(self.loss(prediction, y))
         if not math.isfinite(value):
             raise self._nonfinite(f"the loss is {value}", nonfinite_loss, x, y, number)
@@ -277,7 +278,7 @@ class Run:
         """What must be the same in a training that goes on, in the words that an error says it with."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         described: dict[str, Any] = {
-            "loss": type(self.loss).__name__,
+            "loss": self.loss._kind(),
             "optimizer": type(self.optimizer).__name__,
             **self._data,
             "augment": None if self.augment is None else _kind(self.augment),

@@ -59,7 +59,15 @@ def test_what_is_not_an_array(array, message):
 def test_none_for_the_first_array_is_an_error(name):
     function = getattr(kernels, name)
     # plausible values for what else has no default, so that nothing but the None is wrong
-    values = {"input_shape": (1, 1, 4, 4), "kernel_size": 2, "output_size": 2, "padding": 1, "lr": 0.1, "step": 1}
+    values = {
+        "input_shape": (1, 1, 4, 4),
+        "kernel_size": 2,
+        "output_size": 2,
+        "padding": 1,
+        "lr": 0.1,
+        "step": 1,
+        "seed": 0,
+    }
     required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty][1:]
     keywords = {p.name: values[p.name] for p in required if p.kind is p.KEYWORD_ONLY}
     with pytest.raises(TypeError, match=rf"{name}: \w+ must be an array, got None"):

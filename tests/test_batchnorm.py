@@ -453,3 +453,16 @@ def test_both_backends_have_the_same_signatures():
 
     for name in ("batch_norm", "batch_norm_backward"):
         assert inspect.signature(getattr(cpu, name)) == inspect.signature(getattr(reference, name))
+
+
+def test_activations_that_cost_an_exponential_count_as_more_work(monkeypatch):
+    from tilewise.kernels.cpu import batchnorm as cpu
+    from tilewise.kernels.cpu.jit import Kernel
+
+    works = []
+    monkeypatch.setattr(Kernel, "sized", lambda kernel, work: works.append(work))
+    options = {"training": False, "momentum": 0.1, "eps": 1e-5, "layout": "NCHW", "return_stats": False}
+    for activation in ACTIVATIONS:
+        cpu.prepare_batch_norm(((2, 3, 4, 5),), np.dtype(np.float32), activation=activation, **options)
+    cheap = dict(zip(ACTIVATIONS, (work == works[0] for work in works), strict=True))
+    assert [name for name in ACTIVATIONS if not cheap[name]] == ["sigmoid", "tanh"]

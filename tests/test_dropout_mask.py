@@ -186,6 +186,7 @@ WRONG = [
     (lambda: dropout(ONE, float("nan"), seed=0), ValueError, "dropout: p must be from 0 to 1, got nan"),
     (lambda: dropout(ONE, "0.5", seed=0), TypeError, "dropout: p must be a number, got '0.5'"),
     (lambda: dropout(ONE, True, seed=0), TypeError, "dropout: p must be a number, got True"),
+    (lambda: dropout(ONE, ONE / 2, seed=0), TypeError, r"dropout: p must be a number, got array\(\[0\.5"),
     (lambda: dropout(ONE, seed=-1), ValueError, "dropout: seed must be at least 0, got -1"),
     (lambda: dropout(ONE, seed=2**64), ValueError, r"dropout: seed must be below 2\*\*64, got 18446744073709551616"),
     (lambda: dropout(ONE, seed=0.5), TypeError, "dropout: seed must be an int, got 0.5"),

@@ -12,8 +12,8 @@ from simt.installed import emulated_gpu
 
 import tilewise
 from tilewise.benchmarks import cases, gpu_choices, gpu_peers
-from tilewise.benchmarks.layers import Activation, BatchNorm, Conv, Matmul, Pool
-from tilewise.kernels import settings
+from tilewise.benchmarks.layers import Activation, BatchNorm, Conv, Dropout, Matmul, Pool
+from tilewise.kernels import dispatch, settings
 
 
 def test_checkout_is_importable_without_an_installation(tmp_path):
@@ -270,6 +270,25 @@ def test_images_in_both_layouts(on_the_host, case, dtype):
     backends = ["cupy"] if dtype == "bfloat16" else ["cuda", "cupy"]
     assert record["errors"] == {}
     assert set(record["seconds"]) == names(backends, "", "NHWC")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_drawn_is_compared_with_our_own(on_the_host, monkeypatch, dtype):
+    """PyTorch drops other elements."""
+    case, backends = Dropout("dropout", "tiny", 2, (3, 50)), ["cuda", "cupy"]
+    record = gpu_peers.measure(on_the_host, case, dtype, 0.001, "cpu", backends)
+    assert record["errors"] == {}
+    assert set(record["seconds"]) == names(backends, "")
+    dropout = tilewise.dropout
+    tensor = on_the_host.Tensor
+    monkeypatch.setattr(tilewise, "dropout", lambda x, p, seed: dropout(x, p, seed=seed + isinstance(x, tensor)))
+    wrong = gpu_peers.measure(on_the_host, case, dtype, 0.001, "cpu", backends)["errors"]
+    assert set(wrong) == set(backends)
+
+
+def test_every_family_is_timed_but_those_without_gpu_kernels():
+    missing = {case.family for case in cases.ALL.values()} - set(gpu_peers.FAMILIES)
+    assert {f for f in missing for b in gpu_peers.BACKENDS if dispatch.implementation_module(b, f)} == set()
 
 
 def test_what_was_measured_is_written_as_it_goes(on_the_host, tmp_path, monkeypatch):

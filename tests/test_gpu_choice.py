@@ -113,7 +113,7 @@ def test_no_measurement_on_this_device(machine_with):
     machine_with({"Another": table(cuda=2e-5, cupy=1e-5)[DEVICE]})
     decision = decided(tilewise.relu, SMALL)
     assert decision.backend == "cuda"
-    reason = "no measurement on this device yet: cuda is the default because it has every operation"
+    reason = "no measurement on this device yet: cuda is the default"
     assert decision.rejected == {"cupy": reason}
     assert f"not cupy: {reason}" in str(decision)
 
@@ -173,6 +173,23 @@ def test_bfloat16_is_the_one_backends_that_has_it(machine_with):
     machine_with(missing={"cupy": "not here"})
     with pytest.raises(NotImplementedError, match="relu: x is bfloat16, which the backend 'cuda' does not have"):
         decided(tilewise.relu, SMALL.astype(bfloat16()))
+
+
+@pytest.mark.parametrize("rates", [estimate.GpuRates(67e12, 3e12, 0.5, 80 << 30), None], ids=["rates", "no rates"])
+def test_host_arrays_of_bfloat16_go_where_it_is_whatever_their_size(machine_with, monkeypatch, rates):
+    if bfloat16() is None:
+        pytest.skip("ml_dtypes is not installed (extra: gpu)")
+    machine_with()
+    monkeypatch.setattr(machine, "gpu_rates", lambda: rates)
+    decision = tilewise.explain(tilewise.relu, SMALL.astype(bfloat16()))
+    assert (decision.device, decision.backend) == ("gpu", "cupy")
+    assert decision.rejected["cpu"] == "its relu has no bfloat16"
+    assert decision.rejected["cuda"] == "its relu has no bfloat16"
+    assert tilewise.explain(tilewise.relu, SMALL).backend == "cpu"
+    for missing in ({"cupy": "not here"}, {"cupy": "not here", "cuda": "not here"}):
+        machine_with(missing=missing)
+        with pytest.raises(NotImplementedError, match=r'\'cpu\' does not have; use float32, .* using\(device="gpu"\)'):
+            tilewise.explain(tilewise.relu, SMALL.astype(bfloat16()))
 
 
 def test_where_there_is_cupy_alone(machine_with, monkeypatch):

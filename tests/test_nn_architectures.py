@@ -203,6 +203,24 @@ class TestAuxiliaryHeads:
             if parameter.requires_grad:
                 assert_close(parameter.grad, whole[name], 10**4, scale=float(np.abs(whole[name]).max()) + 1e-6)
 
+    @pytest.mark.parametrize("part", [slice(5), slice(-1), slice(None)], ids=str)
+    def test_slices_are_of_the_trunk(self, rng, part):
+        model = nn.models.googlenet(5, width=16, dropout=0, aux_logits=True, init="he_normal", rng=0)
+        plain = nn.models.googlenet(5, width=16, dropout=0, init="zeros")
+        plain.load_state_dict(model.state_dict(), strict=False)
+        names = [name for name in list(dict(model.children()))[part] if not name.startswith("aux")]
+        expected = nn.Sequential({name: plain.get_submodule(name) for name in names})
+        found, x = model[part], rng.standard_normal((2, 3, 32, 32)).astype(np.float32)
+        assert type(found) is nn.Sequential
+        assert [name for name, _ in found.children()] == names
+        with tilewise.using(backend="reference"):
+            y = found(x)
+            np.testing.assert_array_equal(y, expected(x))
+            np.testing.assert_array_equal(found.backward(y), expected.backward(y))
+            np.testing.assert_array_equal(model.eval()[part](x), expected.eval()(x))
+        assert model[0] is model.conv1
+        assert not model[part].training
+
     def test_a_head_without_gradient_is_left_out(self, rng):
         model = nn.models.googlenet(5, width=16, aux_logits=True, rng=0)
         model(rng.standard_normal((2, 3, 32, 32)).astype(np.float32))

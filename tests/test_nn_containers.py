@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tolerances import assert_close
 
 import tilewise
 from tilewise import nn
+from tilewise.nn.module import described
 
 DOUBLE = {"dtype": np.float64}
 
@@ -238,3 +240,65 @@ class TestErrorsNameTheLayer:
         assert self.notes(Strict(), np.ones(2)) == ["what the user wrote"]
         inner = "in layer 0.0 (Strict), called with x of shape (2,)"
         assert self.notes(nn.Sequential(nn.Sequential(Strict())), np.ones(2)) == ["what the user wrote", inner]
+
+    @pytest.mark.parametrize("wrong", [0, 2])
+    def test_going_back_with_several_gradients(self, wrong):
+        model = nn.models.googlenet(5, width=16, aux_logits=True, rng=0)
+        grads = [np.ones((2, 5), np.float32), None, np.ones((2, 5), np.float32)]
+        grads[wrong] = np.ones((2, 4), np.float32)
+        for whole, place in ((model, ""), (nn.Sequential(model), "0.")):
+            for method in ("backward", "backward_parameters"):
+                with tilewise.using(backend="reference"):
+                    whole(np.ones((2, 3, 32, 32), np.float32))
+                    with pytest.raises(ValueError, match=r"grad must have shape \(2, 5\).*got \(2, 4\)") as raised:
+                        getattr(whole, method)(tuple(grads))
+                layer = {0: "fc", 2: "aux1.fc2"}[wrong]
+                assert raised.value.__notes__ == [
+                    f"in layer {place}{layer} (Linear), going back with grad of shape (2, 4)"
+                ]
+
+    @pytest.mark.parametrize(
+        ("value", "told"),
+        [
+            ((np.ones((2, 3)), None), "of shapes (2, 3), NoneType"),
+            (None, "of type NoneType"),
+            ([[1, 2], [3]], "of type list"),
+            ((), "of type tuple"),
+        ],
+    )
+    def test_whatever_was_refused(self, value, told):
+        class Strict(nn.Module):
+            def forward(self, x):
+                raise ValueError("mine")
+
+            def backward(self, grad):
+                raise ValueError("mine")
+
+        model = nn.Sequential(Strict())
+        assert self.notes(model, value) == [f"in layer 0 (Strict), called with x {told}"]
+        with pytest.raises(ValueError, match="mine") as raised:
+            model.backward(value)
+        assert raised.value.__notes__ == [f"in layer 0 (Strict), going back with grad {told}"]
+
+    def test_in_modules_that_have_no_hash(self):
+        @dataclass
+        class Strict(nn.Module):
+            limit: int = 1
+
+            def forward(self, x):
+                raise ValueError("mine")
+
+        assert self.notes(nn.Sequential(Strict()), np.ones(2)) == ["in layer 0 (Strict), called with x of shape (2,)"]
+
+    def test_a_call_without_its_gradient(self):
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'grad'") as raised:
+            nn.Sequential(nn.Sequential(nn.ReLU()))[0].backward()
+        assert not raised.value.__notes__
+
+    def test_an_argument_that_has_no_shape_after_all(self):
+        class Broken:
+            @property
+            def shape(self):
+                raise RuntimeError("no shape")
+
+        assert described(Broken()) == described((Broken(),)).replace("tuple", "Broken") == "of type Broken"

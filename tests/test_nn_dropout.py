@@ -72,6 +72,9 @@ class TestDropout:
 
 WRONG = {
     "p": (lambda: nn.Dropout(1.5), ValueError, r"Dropout: p must be from 0 to 1, got 1\.5"),
+    "array for p": (lambda: nn.Dropout(np.array(0.5)), TypeError, r"Dropout: p must be a number, got array\(0\.5\)"),
+    "text for p": (lambda: nn.Dropout("0.5"), TypeError, "Dropout: p must be a number, got '0.5'"),
+    "True for p": (lambda: nn.Dropout(True), TypeError, "Dropout: p must be a number, got True"),
     "negative seed": (lambda: nn.Dropout(rng=-1), ValueError, "Dropout: rng must be at least 0, got -1"),
     "large seed": (lambda: nn.Dropout(rng=2**64), ValueError, r"Dropout: rng must be below 2\*\*64"),
 }

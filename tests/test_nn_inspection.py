@@ -1,12 +1,15 @@
 """summary and gradient_norms: the numbers, the table, and that the model is left as it was."""
 
 import io
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
 import tilewise
 from tilewise import nn
+from tilewise.nn.nonfinite import nonfinite_loss
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +84,44 @@ def test_the_model_is_left_as_it_was(rng):
         if "running" not in name and "num" not in name:
             np.testing.assert_array_equal(value, before[name])
     assert model.block.main[1].num_batches_tracked == 1
+
+
+def test_modules_that_are_equal_and_have_no_hash():
+    @dataclass
+    class Scale(nn.Module):
+        factor: float = 2.0
+
+        def forward(self, x):
+            return x * x.dtype.type(self.factor)
+
+    model = nn.Sequential(Scale(), Scale())
+    assert [layer.output_shape for layer in nn.summary(model, (2, 3)).layers] == [(2, 3), (2, 3)]
+    assert nonfinite_loss(nn.Sequential(Scale(), Scale(np.inf)), nn.MSELoss(), *np.ones((2, 1, 3)))[1] == "1"
+
+
+def test_submodules_called_by_name_and_without_an_argument():
+    class Scale(nn.Module):
+        def forward(self, *nothing: Any, **at_all: Any):
+            return np.full((1, 4), self.value, np.float32)
+
+        def __call__(self, *nothing: Any, **at_all: Any):
+            return self.forward()
+
+    class Whole(nn.Module):
+        def __init__(self, value=1.0):
+            self.recurrent, self.scale = nn.LSTM(4, 3), Scale()
+            self.scale.value = value
+
+        def forward(self, x):
+            return self.recurrent.forward(state=None, x=x * self.scale())[0]
+
+    by_name, plain = nn.summary(Whole(), (5, 2, 4)).layers, nn.summary(nn.LSTM(4, 3), (5, 2, 4)).layers
+    assert [(layer.kind, layer.output_shape, layer.flops) for layer in by_name] == [
+        ("LSTM", (5, 2, 3), plain[0].flops),
+        ("Scale", (1, 4), 0),
+    ]
+    cause, layer = nonfinite_loss(Whole(np.inf), nn.MSELoss(), np.ones((5, 2, 4), np.float32), np.ones(1))
+    assert (cause.endswith("layer scale (Scale), called without an x"), layer) == (True, "scale")
 
 
 def test_a_forward_that_a_module_was_given_is_kept():

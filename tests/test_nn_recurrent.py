@@ -322,6 +322,7 @@ WRONG = {
     "nonlinearity": (lambda: nn.RNN(1, 1, nonlinearity="sin"), ValueError, 'must be "tanh" or "relu", got \'sin\''),
     "layers": (lambda: nn.LSTM(1, 1, 0), ValueError, "LSTM: num_layers must be at least 1, got 0"),
     "dropout": (lambda: nn.LSTM(1, 1, 2, dropout=2), ValueError, "LSTM: dropout must be from 0 to 1, got 2"),
+    "dropout True": (lambda: nn.LSTM(1, 1, 2, dropout=True), TypeError, "LSTM: dropout must be a number, got True"),
     "dropout, one layer": (lambda: nn.RNN(1, 1, dropout=-1), ValueError, "RNN: dropout must be from 0 to 1, got -1"),
     "dtype": (lambda: nn.LSTM(1, 1, dtype=int), TypeError, "LSTM: dtype must be float16, float32 or float64"),
     "repeated images": (lambda: nn.Repeat(2)(X), ValueError, r"Repeat: x must have shape \(N, features\), got"),

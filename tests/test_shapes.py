@@ -41,6 +41,26 @@ def test_wrong_pairs(value, error, message):
         shapes.pair(F, "stride", value)
 
 
+@pytest.mark.parametrize("value", [0, 1, 0.25, np.float32(0.25), np.float16(1), np.int64(0)])
+def test_probabilities(value):
+    assert shapes.probability("f", "p", value) == value
+    assert type(shapes.probability("f", "p", value)) is float
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        *((value, TypeError, "f: p must be a number, got ") for value in (True, np.True_, "0.5", None, 0.5j, [0.5])),
+        (np.array(0.5), TypeError, r"f: p must be a number, got array\(0\.5\)"),
+        (np.array([0.5, 0.2]), TypeError, r"f: p must be a number, got array\(\[0\.5, 0\.2\]\)"),
+        *((value, ValueError, "f: p must be from 0 to 1, got ") for value in (-1, 1.5, float("nan"), np.float32(2))),
+    ],
+)
+def test_wrong_probabilities(value, error, message):
+    with pytest.raises(error, match=message):
+        shapes.probability("f", "p", value)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

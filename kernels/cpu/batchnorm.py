@@ -24,6 +24,7 @@ from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.scratch import ALIGNMENT, empty, large
 from tilewise.kernels.cpu.threads import SERIAL_BELOW, may_split
 
+LAST_CHEAP = ACTIVATION_CODES["leaky_relu"]  # the activations after it take an exponential for each element
 ENOUGH_CHANNELS = 16  # to keep as many threads busy; fewer channels are cut into blocks, unless the work is small
 SMALL = 65536  # elements: too few to be split at all
 # Of a chunk of channels, in elements: what should lie in a row in one image, and in all. The gradient, which holds
@@ -91,7 +92,7 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
     way = KEPT_ALWAYS if code else _way_to_memory(kernel, shape, layout, itemsize)
     create = empty if size * itemsize >= ALIGNED else np.empty
     after = (momentum, eps, code) if kernel is forward_by_channel else (training, momentum, eps, code)
-    work = size * (0.6 if code < 3 else 1.6)
+    work = size * (0.6 if code <= LAST_CHEAP else 1.6)
     launch, by_row = kernel.sized(work), kernel is forward_by_row
 
     def run(x, running_mean, running_var, weight, bias):

@@ -164,4 +164,6 @@ def dropout(x, *, threshold, scale, seed, call):
     return prepare_dropout((x.shape,), x.dtype, threshold=threshold, scale=scale)(x, seed, call)
 
 
-dropout_backward = dropout
+def dropout_backward(grad, *, threshold, scale, seed, call):
+    """The same for the gradient: nothing of the mask was kept."""
+    return dropout(grad, threshold=threshold, scale=scale, seed=seed, call=call)

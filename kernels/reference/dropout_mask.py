@@ -36,4 +36,6 @@ def dropout(x, *, threshold, scale, seed, call):
         return x * np.where(kept, x.dtype.type(scale), x.dtype.type(0))
 
 
-dropout_backward = dropout
+def dropout_backward(grad, *, threshold, scale, seed, call):
+    """The same for the gradient: nothing of the mask was kept."""
+    return dropout(grad, threshold=threshold, scale=scale, seed=seed, call=call)

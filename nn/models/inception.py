@@ -66,7 +66,17 @@ class GoogLeNet(Sequential):
 
     In training forward returns `GoogLeNetOutputs`, and backward takes the three gradients in that order (None for that
     of a head: it is left out). In evaluation the heads are not computed, and forward returns the logits alone.
+
+    `nn.AuxiliaryLoss` is the loss of all three. A slice is a Sequential of the layers in it, without the heads.
     """
+
+    def __getitem__(self, index: int | slice) -> Any:
+        part = super().__getitem__(index)
+        if not isinstance(part, GoogLeNet):
+            return part
+        trunk = Sequential(dict(part._trunk()))  # its result is not the logits that the heads stand beside
+        trunk.training = self.training
+        return trunk
 
     def _trunk(self) -> list[tuple[str, Module]]:
         return [(name, module) for name, module in self.children() if name not in _HEADS.values()]
@@ -140,8 +150,8 @@ def googlenet(
         dropout: the probability before the dense layer.
         aux_logits: with the two auxiliary heads, as torchvision's trained weights have them: 13,004,888 parameters, and
             a `GoogLeNet`, which returns three logits in training; evaluation leaves the heads out. Only training from
-            scratch needs them, with a loss of 1, 0.3 and 0.3 times those of the three. Without: a Sequential, which
-            takes torchvision's weights with strict=False; the unexpected keys all begin with "aux".
+            scratch needs them, with `nn.AuxiliaryLoss(nn.CrossEntropyLoss())`. Without: a Sequential, which takes
+            torchvision's weights with strict=False; the unexpected keys all begin with "aux".
         dropout_aux: the probability before the last layer of each auxiliary head.
         transform_input: whether images are rescaled first; torchvision's trained weights need it.
         init: of every layer, see `Conv2d`; None: normal with deviation 0.01, as torchvision has it. "zeros" is the
