@@ -105,6 +105,7 @@ def _elementwise(form: str):
     yield "batch_norm_backward", "batch_norm_backward", lambda: ((_normal(*shape), _normal(*shape), ones, ones), {})
     yield "relu", "relu", lambda: ((_normal(*shape),), {})
     yield "relu_backward", "relu_backward", lambda: ((_normal(*shape), _normal(*shape)), {})
+    yield "dropout", "dropout", lambda: ((_normal(*shape),), {"seed": 0})
     yield "softmax", "softmax", lambda: ((_normal(batch * size, channels),), {"axis": -1})
     yield "pad", "pad", lambda: ((_normal(*shape), 1), {})
     yield "adam_step", "adam_step", lambda: (tuple(np.ones(shape, np.float32) for _ in range(4)), {"step": 1})

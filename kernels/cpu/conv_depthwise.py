@@ -13,6 +13,8 @@ dealt out to two half rows, so that every tap is a contiguous load and no border
 NHWC: the image is cut into regions whose outputs have the same taps inside the image: with padding 1, nine of them, the
 inner one with nearly all pixels. Nothing is copied and nothing tested in the inner loop.
 
+3x3 kernels with stride 1 whose result is as large as x, which most networks have, need neither: conv_depthwise_same.py.
+
 The transpose (the gradient with respect to x) has a phase for every (row, column) within a stride, each a convolution
 of its own with some of the taps (see conv.py); one pass over a band computes them all and puts y's columns together.
 """
