@@ -13,3 +13,8 @@ def dropout(run, engine_of, x, *, threshold, scale, seed, call):
         blocks = blocks_for(vectors or x.size, engine_of(x.place))
         run(x.place, blocks, x, y, scale, threshold, seed, call, x.size, vectors)
     return y
+
+
+def dropout_backward(run, engine_of, grad, *, threshold, scale, seed, call):
+    """The same for the gradient: nothing of the mask was kept."""
+    return dropout(run, engine_of, grad, threshold=threshold, scale=scale, seed=seed, call=call)

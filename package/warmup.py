@@ -158,6 +158,9 @@ def _convolutions(a, layout: str) -> Calls:
         yield f"conv2d_backward {of}", lambda w=w, o=o: t.conv2d_backward(x(7), x(), w, **o)
         yield f"conv_transpose2d {of}", lambda w=w, o=o: t.conv_transpose2d(x(), w, a(8), **o)
         yield f"conv_transpose2d_backward {of}", lambda w=w, o=o: t.conv_transpose2d_backward(x(11), x(), w, **o)
+    depthwise, same = a(8, 1, 3, 3), at | {"padding": 1, "groups": 8}
+    yield "conv2d of each channel, same size", lambda: t.conv2d(x(), depthwise, **same)
+    yield "conv2d_backward of each channel, same size", lambda: t.conv2d_backward(x(), x(), depthwise, **same)
     for algorithm in ("gemm", "direct"):
         yield f"conv2d {algorithm}", lambda f=algorithm: t.conv2d(x(), a(8, 8, 3, 3), algorithm=f, **at)
     for size in (9, 33) if a(1).dtype == np.float32 else ():  # few tiles and many

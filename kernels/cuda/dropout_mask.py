@@ -66,4 +66,5 @@ def drop(
         y[i] = narrow(widen(x[i]) * factor, y)
 
 
-dropout = dropout_backward = partial(dropout_mask_plan.dropout, drop, engine_of)
+dropout = partial(dropout_mask_plan.dropout, drop, engine_of)
+dropout_backward = partial(dropout_mask_plan.dropout_backward, drop, engine_of)
