@@ -173,10 +173,10 @@ def resident_blocks(architecture: Architecture, threads: int, registers: int, sh
     return min(*limits, architecture.shared // taken) if taken else min(limits)
 
 
-def promised_blocks(kernel, architecture: Architecture, shared: int) -> int:
+def promised_blocks(kernel, architecture: Architecture, shared: int, dtype: np.dtype | None = None) -> int:
     """How many blocks shall fit a multiprocessor. Tiles are sized for the shared memory of sm_90; where there is less,
     it may be the limit."""
-    shall = kernel.bounds(architecture.capability)[1]
+    shall = kernel.bounds(architecture.capability, dtype)[1]
     if architecture.shared >= BY_NAME["sm_90"].shared or not shared:
         return shall
     return min(shall, resident_blocks(architecture, 32, 0, shared))
@@ -205,7 +205,7 @@ def inspect(kernel, dtype: np.dtype, architecture: Architecture) -> Report:
     promised = {p: count_promised(p, found) for p in kernel.promises(dtype)}
     faults += [f"no {p}, which it promises" for p, count in promised.items() if not count]
     blocks = resident_blocks(architecture, kernel.threads, registers, shared)
-    if blocks < (shall := promised_blocks(kernel, architecture, shared)):
+    if blocks < (shall := promised_blocks(kernel, architecture, shared, dtype)):
         faults.append(f"{blocks} blocks fit a multiprocessor, {shall} shall")
     return Report(*about, registers, shared, blocks, promised, tuple(faults))
 
@@ -241,7 +241,7 @@ def stamp(kernel, dtype: np.dtype, architecture: Architecture) -> str:
 
         from tilewise.kernels.cupy import module
 
-        about = kernel.form(dtype).expression, kernel.bounds(architecture.capability), kernel.shared
+        about = kernel.form(dtype).expression, kernel.bounds(architecture.capability, dtype), kernel.shared
         compiler = nvrtc.getVersion(), Path(str(module.__file__)).read_bytes()
         parts = repr((about, kernel.promises(dtype), compiler, module.included(kernel.source, module.sources())))
     else:

@@ -101,8 +101,8 @@ class Kernel:
     def runs_on(self, capability: tuple[int, ...]) -> bool:
         return capability >= self.least
 
-    def bounds(self, capability: tuple[int, ...]) -> tuple[int, int]:
-        """(threads, the blocks that shall fit a multiprocessor), which limit a thread's registers."""
+    def bounds(self, capability: tuple[int, ...], dtype: np.dtype | None = None) -> tuple[int, int]:
+        """(threads, the blocks that shall fit a multiprocessor), which limit a thread's registers; in any dtype."""
         return self.threads, self.blocks_on.get(capability, self.blocks)
 
     def promises(self, dtype: np.dtype) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ def _make(tile: Tile, last: bool, whole: bool) -> Kernel:
     return Kernel(
         "conv_product.cu", f"conv_product<{{T}}, {NAMES}{tile.name}, {flags}>", f"{CORRELATION} q q",
         threads=tile.threads, blocks=tile.resident, blocks_on={(8, 0): 1} if large else {},
+        blocks_of_double=tile.resident * 2 // 3,
         least=_COPIES_FROM if large else OLDEST,
         dtypes=("float32",) if large else FLOATS,
         promises=("LDS.128", "LDGSTS", "FFMA") if large else ("LDS.128",),

@@ -34,7 +34,7 @@ def _matmul(tile: Tile, left: str, right: str, dtypes=SINGLE) -> Kernel:
     names = ", ".join(f"{NAMES}{name}" for name in (tile.name, left, right))
     return Kernel(
         _SOURCE, f"matmul<{{T}}, {names}>", f"P P P P P r {GEMM}", threads=tile.threads, blocks=tile.resident,
-        blocks_on=older, dtypes=dtypes, least=(8, 0) if copies else OLDEST,
+        blocks_on=older, blocks_of_double=tile.resident * 2 // 3, dtypes=dtypes, least=(8, 0) if copies else OLDEST,
         promises=("LDS.128", *copies, *(("FFMA",) if dtypes == SINGLE else ())),
     )  # fmt: skip
 

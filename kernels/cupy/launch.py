@@ -54,7 +54,8 @@ class Kernel:
         other names of the sources follow NAMES.
     parameters: a group for each, of the letters of Python's struct: P a pointer, q and i numbers of 64 and 32 bits, r a
         number of the dtype that is summed in. "P 2q3i" is a pointer and a structure of five numbers.
-    threads: of a block. blocks: how many of them shall fit a multiprocessor; blocks_on: on devices where it is another.
+    threads: of a block. blocks: how many of them shall fit a multiprocessor; blocks_on: on devices where it is another;
+        blocks_of_double: in float64, where it is another.
     dtypes: what it is for. least: the lowest compute capability.
     shared: bytes of dynamic shared memory. target: the only architecture that it is compiled for, "sm_90a": its code
         runs on devices of `least` and on no later ones.
@@ -65,14 +66,14 @@ class Kernel:
         self, source: str, template: str, parameters: str, *, threads: int = THREADS, blocks: int = 1,
         dtypes: Iterable[str | np.dtype] = FLOATS, least: tuple[int, int] = module.OLDEST,
         promises: tuple[str, ...] = (), blocks_on: dict[tuple[int, int], int] | None = None,
-        shared: int = 0, target: str | None = None,
+        shared: int = 0, target: str | None = None, blocks_of_double: int | None = None,
     ):  # fmt: skip
         self.source, self.template, self.parameters = source, template, parameters.split()
         self.threads, self.blocks, self.least = threads, blocks, least
         self.shared, self.target = shared, target
         self._names = tuple(d if isinstance(d, str) else d.name for d in dtypes)
         self.name = f"cupy {template.replace('{', '').replace('}', '').replace(NAMES, '')}"
-        self._promises, self._blocks_on = promises, blocks_on or {}
+        self._promises, self._blocks_on, self._blocks_of_double = promises, blocks_on or {}, blocks_of_double
         self._forms: dict[np.dtype, Form] = {}
         KERNELS.append(self)
 
@@ -82,8 +83,10 @@ class Kernel:
     def runs_on(self, capability: tuple[int, int]) -> bool:
         return capability == self.least if self.target else capability >= self.least
 
-    def bounds(self, capability: tuple[int, int]) -> tuple[int, int]:
+    def bounds(self, capability: tuple[int, int], dtype: np.dtype | None = None) -> tuple[int, int]:
         """(threads, the blocks that shall fit a multiprocessor)."""
+        if self._blocks_of_double is not None and dtype == np.float64:
+            return self.threads, self._blocks_of_double
         return self.threads, self._blocks_on.get(capability, self.blocks)
 
     def promises(self, dtype: np.dtype) -> tuple[str, ...]:

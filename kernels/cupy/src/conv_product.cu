@@ -148,7 +148,7 @@ template <class T, bool LAST> struct ImageResult {
 // Block (tile of pixels, tile of outputs, group). padded_outputs: of packed.
 // COPIED: the weights come by cp.async, without a register in between.
 template <class T, class Tile, bool LAST, bool WHOLE, bool COPIED>
-__global__ void __launch_bounds__(Tile::THREADS, RESIDENT_BLOCKS<Tile, false>)
+__global__ void __launch_bounds__(Tile::THREADS, RESIDENT_BLOCKS<Tile, false, Sum<T>>)
 conv_product(const T *__restrict__ x, const T *__restrict__ packed, T *y, const Epilogue<T> finish, const Axis rows,
          const Axis columns, const Steps from, const Steps to, const Filters filters, long long pixels,
          long long padded_outputs) {

@@ -15,7 +15,7 @@ template <class Tile, int SIZE> struct LoaderOf<float, float, Tile, SIZE, COPIED
 };
 
 template <class T, class Tile, int LEFT, int RIGHT>
-__global__ void __launch_bounds__(Tile::THREADS, RESIDENT_BLOCKS<Tile, (LEFT == COPIED || RIGHT == COPIED)>)
+__global__ void __launch_bounds__(Tile::THREADS, RESIDENT_BLOCKS<Tile, (LEFT == COPIED || RIGHT == COPIED), Sum<T>>)
 matmul(const T *__restrict__ a, const T *__restrict__ b, T *__restrict__ c, Sum<T> *__restrict__ partial,
        const T *__restrict__ bias, Sum<T> slope, const Gemm it) {
     __shared__ TileRoom<Sum<T>, Tile> room;
