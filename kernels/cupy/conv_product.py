@@ -17,6 +17,7 @@ _STEP = 16  # of all these tiles
 # Few outputs, by whether channels are last: tiles are pixels x outputs then, else outputs x pixels.
 LOW = {False: Tile("Flat", 32, 128, 128, 3), True: Tile("Upright", 128, 32, 128, 3)}
 _COPIES_FROM = (8, 0)  # the compute capability that has cp.async, without which the large tile's registers do not do
+_OLDER = ((8, 0), (8, 6), (8, 9))  # where two large blocks beside each other have too few registers
 
 
 def _make(tile: Tile, last: bool, whole: bool) -> Kernel:
@@ -24,7 +25,7 @@ def _make(tile: Tile, last: bool, whole: bool) -> Kernel:
     flags = ", ".join(str(flag).lower() for flag in (last, whole, large))
     return Kernel(
         "conv_product.cu", f"conv_product<{{T}}, {NAMES}{tile.name}, {flags}>", f"{CORRELATION} q q",
-        threads=tile.threads, blocks=tile.resident, blocks_on={(8, 0): 1} if large else {},
+        threads=tile.threads, blocks=tile.resident, blocks_on=dict.fromkeys(_OLDER, 1) if large else {},
         blocks_of_double=tile.resident * 2 // 3,
         least=_COPIES_FROM if large else OLDEST,
         dtypes=("float32",) if large else FLOATS,

@@ -145,10 +145,19 @@ template <class T, bool LAST> struct ImageResult {
     }
 };
 
+// For __launch_bounds__: before 9.0 two large blocks beside each other have too few registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int ALONE = 128 * 128;   // sums of such a block
+#else
+constexpr int ALONE = 1 << 30;
+#endif
+template <class T, class Tile>
+constexpr int PRODUCT_BLOCKS = Tile::ROWS * Tile::COLUMNS >= ALONE ? 1 : RESIDENT_BLOCKS<Tile, false, Sum<T>>;
+
 // Block (tile of pixels, tile of outputs, group). padded_outputs: of packed.
 // COPIED: the weights come by cp.async, without a register in between.
 template <class T, class Tile, bool LAST, bool WHOLE, bool COPIED>
-__global__ void __launch_bounds__(Tile::THREADS, RESIDENT_BLOCKS<Tile, false, Sum<T>>)
+__global__ void __launch_bounds__(Tile::THREADS, PRODUCT_BLOCKS<T, Tile>)
 conv_product(const T *__restrict__ x, const T *__restrict__ packed, T *y, const Epilogue<T> finish, const Axis rows,
          const Axis columns, const Steps from, const Steps to, const Filters filters, long long pixels,
          long long padded_outputs) {
