@@ -1,39 +1,16 @@
 """Batch normalisation: the reference against PyTorch, the CPU kernels against the reference, gradients, wrong calls."""
 
 import inspect
-import math
 from itertools import product
 
 import numpy as np
 import pytest
+from batchnorm_cases import ACTIVATIONS, LAYOUTS, laid, plain, statistics
 from gradcheck import assert_gradient, numerical_gradient
 from tolerances import assert_close
 
 import tilewise
 from tilewise import kernels
-
-LAYOUTS = ("NCHW", "NHWC")
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
-
-
-def laid(x, layout):
-    """An NCHW (or NC, or CHW) array in this layout."""
-    return np.ascontiguousarray(x if layout == "NCHW" or x.ndim == 2 else np.moveaxis(x, -3, -1))
-
-
-def plain(y, layout):
-    """A result of this layout as NCHW."""
-    return np.asarray(y) if layout == "NCHW" or y.ndim == 2 else np.moveaxis(np.asarray(y), -1, -3)
-
-
-def statistics(rng, channels, dtype):
-    """Running mean, running variance, weight, bias."""
-    return [
-        rng.standard_normal(channels).astype(dtype),
-        rng.uniform(0.5, 2, channels).astype(dtype),
-        rng.standard_normal(channels).astype(dtype),
-        rng.standard_normal(channels).astype(dtype),
-    ]
 
 
 def torch_activation(torch, name):
@@ -266,113 +243,6 @@ def test_nan_and_infinity_stay_in_their_channel(rng, backend, layout):
         assert np.isinf(plain(evaluated, layout)).sum() == 1
 
 
-def test_bits_do_not_depend_on_the_thread_count(rng):
-    shapes = [(4, 64, 40, 40), (8, 3, 120, 120), (40, 100, 7, 7)]
-    for shape, layout, dtype in product(shapes, LAYOUTS, (np.float32, np.float64)):
-        x, grad = rng.standard_normal((2, *shape)).astype(dtype)
-        vectors = statistics(rng, shape[1], dtype)
-        results = []
-        for threads in (1, 2, 3):
-            running = [v.copy() for v in vectors[:2]]
-            with tilewise.using(backend="cpu", threads=threads):
-                forward = kernels.batch_norm(
-                    laid(x, layout), *running, *vectors[2:], True, layout=layout, activation="relu", return_stats=True
-                )
-                evaluated = kernels.batch_norm(laid(x, layout), *vectors, layout=layout)
-                backward = kernels.batch_norm_backward(
-                    laid(grad, layout), laid(x, layout), *forward[1:], vectors[2], layout=layout
-                )
-            results.append([*forward, *running, evaluated, *backward])
-        names = [
-            "y",
-            "mean",
-            "invstd",
-            "running_mean",
-            "running_var",
-            "evaluated",
-            "grad_x",
-            "grad_weight",
-            "grad_bias",
-        ]
-        for name, one, two, three in zip(names, *results, strict=True):
-            np.testing.assert_array_equal(two, one, err_msg=f"{name} {shape} {layout}, 2 threads")
-            np.testing.assert_array_equal(three, one, err_msg=f"{name} {shape} {layout}, 3 threads")
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, dtype):
-    from tilewise.kernels import operation
-    from tilewise.kernels.cpu import batchnorm as cpu
-    from tilewise.kernels.cpu import recycling
-
-    def results(training):
-        running = [v.copy() for v in vectors[:2]]
-        forward = kernels.batch_norm(x, *running, *vectors[2:], training, return_stats=True, layout=layout)
-        stats = forward[1:]
-        gradients = kernels.batch_norm_backward(grad, x, *stats, vectors[2], training=training, layout=layout)
-        return [a.copy() for a in (*forward, *running, *gradients)]  # the originals' memory is free again
-
-    # planes, or pixels, of whole cache lines, and not; few channels; a tail after the last whole row of pixels
-    for shape in ((3, 32, 16, 16), (70, 17, 4, 8), (3, 40, 15, 17), (2, 4, 64, 64), (2, 48, 15, 17)):
-        run = shape[2] * shape[3] if layout == "NCHW" else shape[1]
-        x, grad = (laid(a, layout).astype(dtype) for a in rng.standard_normal((2, *shape)))
-        vectors = statistics(rng, shape[1], dtype)
-        for training, threads in product((True, False), (1, 2)):
-            with tilewise.using(backend="cpu", threads=threads):
-                kept = results(training)
-                with monkeypatch.context() as patch:
-                    for module, name in ((cpu, "LARGE"), (cpu, "ALIGNED"), (recycling, "FROM")):
-                        patch.setattr(module, name, 1 << 14)
-                    whole = run * x.itemsize % 64 == 0
-                    way = cpu._way_to_memory(cpu.forward_by_row, x.shape, layout, x.itemsize)
-                    assert way == (cpu.PAST_IN_USED if whole else cpu.KEPT_ALWAYS)
-                    operation.forget_plans()
-                    fresh, used = results(training), results(training)
-                operation.forget_plans()
-            for a, b, c in zip(fresh, used, kept, strict=True):
-                np.testing.assert_array_equal(a, c)
-                np.testing.assert_array_equal(b, c)
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, dtype):
-    from tilewise.kernels import operation
-    from tilewise.kernels.cpu import batchnorm as cpu
-
-    memories = []
-
-    def shifted(shape, dtype):
-        memory = np.full(math.prod(shape) + 256 // dtype.itemsize, 7, dtype)
-        memories.append(memory)
-        start = -memory.ctypes.data % 64 // dtype.itemsize + shift
-        return memory[start : start + math.prod(shape)].reshape(shape)
-
-    # rows of whole vectors, and not; too short to be aligned; a tail after the last whole row of pixels
-    for shape in ((3, 9, 7, 32), (2, 5, 7, 256), (2, 5, 7, 257), (2, 5, 7, 160), (2, 3, 5, 96), (3, 5, 7, 24)):
-        x, grad = rng.standard_normal((2, *shape)).astype(dtype)
-        vectors = statistics(rng, shape[3], dtype)
-        results = {}
-        monkeypatch.setattr(cpu, "ALIGNED", 0)
-        monkeypatch.setattr(cpu, "empty", shifted)
-        operation.forget_plans()
-        with tilewise.using(backend="cpu"):
-            for shift in (0, 1, 4, 64 // x.itemsize - 1):
-                memories.clear()
-                y = kernels.batch_norm(x, *vectors, layout="NHWC")
-                gradient, *_ = kernels.batch_norm_backward(grad, x, vectors[0], vectors[1], vectors[2], layout="NHWC")
-                results[shift] = y, gradient
-                for memory, result in zip(memories, results[shift], strict=True):
-                    assert (memory == 7).sum() == memory.size - result.size
-        operation.forget_plans()
-        for pair in results.values():
-            for result, aligned in zip(pair, results[0], strict=True):
-                np.testing.assert_array_equal(result, aligned)
-
-
-# ---------------------------------------------------------------------------------------------------------- gradients
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_are_the_numerical_ones(rng, backend, training, layout):
@@ -453,16 +323,3 @@ def test_both_backends_have_the_same_signatures():
 
     for name in ("batch_norm", "batch_norm_backward"):
         assert inspect.signature(getattr(cpu, name)) == inspect.signature(getattr(reference, name))
-
-
-def test_activations_that_cost_an_exponential_count_as_more_work(monkeypatch):
-    from tilewise.kernels.cpu import batchnorm as cpu
-    from tilewise.kernels.cpu.jit import Kernel
-
-    works = []
-    monkeypatch.setattr(Kernel, "sized", lambda kernel, work: works.append(work))
-    options = {"training": False, "momentum": 0.1, "eps": 1e-5, "layout": "NCHW", "return_stats": False}
-    for activation in ACTIVATIONS:
-        cpu.prepare_batch_norm(((2, 3, 4, 5),), np.dtype(np.float32), activation=activation, **options)
-    cheap = dict(zip(ACTIVATIONS, (work == works[0] for work in works), strict=True))
-    assert [name for name in ACTIVATIONS if not cheap[name]] == ["sigmoid", "tanh"]

@@ -64,8 +64,7 @@ class Depthwise:
             self.constants = (*head, plan.regions, plan.table, all_taps, activation)
             if is_same(taps, stride, weight[0] // channels, (h, w), (oh, ow)):
                 self.same = convolve_same_nhwc.sized(work)
-                cuts = channel_cuts(n, (h, w), channels, dtype)
-                cuts = (bands, channels) if cuts is None else cuts
+                cuts = channel_cuts(n, (h, w), channels, dtype) or (bands, channels)
                 self.same_constants = (n, channels, h, w, tap_numbers(taps, weight[3]), *cuts, activation)
         else:
             _, channels, h, w = x

@@ -1,7 +1,8 @@
 """3x3 depthwise convolution with stride 1 and one pixel of padding, where the image lies: see depthwise_slide.py.
 
 Most depthwise layers are of this kind. Against strips and regions (conv_depthwise.py), which serve all others, 8 images
-of 512 channels and 14x14 pixels take 0.16 ms for 0.43 in NCHW, and 0.25 for 0.48 in NHWC (Zen 4, a thread).
+of 512 channels and 14x14 pixels take 0.16 ms for 0.43 in NCHW, and 0.25 for 0.48 in NHWC (Zen 4, a thread;
+`make bench-peers ARGS='--batch 8 --only dw7'` prints the former).
 """
 
 import numpy as np
@@ -21,9 +22,10 @@ from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lanes
 ROWS, COLUMNS = 2 if VECTOR_BYTES == 64 else 1, 4
 # Bytes of the planes whose columns are computed together.
 GROUP_BYTES = 8 << 10
-# NHWC: from one pixel to the next is a power of two in the usual networks, from so many bytes on 2 KB or more. Then the
-# pixels of a tile compete for two of the first-level cache's 64 sets, so this many bytes of each are copied together.
-FAR, NEAR = 2048, 256
+# NHWC: from one pixel to the next is a power of two in the usual networks. From FAR_APART bytes on, a tile's pixels
+# compete for two of the first-level cache's 64 sets; so COPIED_BYTES of each are copied together first, of as many rows
+# as stay in the second-level cache.
+FAR_APART, COPIED_BYTES, COPY_ROOM = 2048, 256, 256 << 10
 
 
 def is_same(taps, stride, outputs, x_size, y_size):
@@ -50,12 +52,19 @@ def planes_together(size, dtype):
     return max(1, GROUP_BYTES // (size[0] * size[1] * dtype.itemsize))
 
 
+def channels_copied(channels, dtype):
+    """How many channels are copied together; all of them, so none, where pixels are near or blocks do not divide."""
+    block = COPIED_BYTES // dtype.itemsize
+    return block if channels * dtype.itemsize >= FAR_APART and channels % block == 0 else channels
+
+
 def channel_cuts(images, size, channels, dtype):
     """(bands of rows, channels that are copied together) in NHWC; None where copying does not pay."""
-    block = NEAR // dtype.itemsize
-    if channels * dtype.itemsize < FAR or channels % block:
+    block = channels_copied(channels, dtype)
+    if block == channels:
         return None
-    return min(ceil_ratio(FEWEST, images), ceil_ratio(size[0], 2 * ROWS)), block
+    bands = max(ceil_ratio(FEWEST, images), ceil_ratio(size[0] * size[1] * COPIED_BYTES, COPY_ROOM))
+    return min(bands, ceil_ratio(size[0], 2 * ROWS)), block
 
 
 @kernel()

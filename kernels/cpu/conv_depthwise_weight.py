@@ -18,7 +18,13 @@ from numba import prange
 
 from tilewise.kernels.cpu.conv_depthwise_nchw import FEWEST, Strips, fill_strip
 from tilewise.kernels.cpu.conv_depthwise_nhwc import Regions, row_bands
-from tilewise.kernels.cpu.conv_depthwise_same import NEAR, add_parts, is_same, tap_numbers, weight_gradient_same_nchw
+from tilewise.kernels.cpu.conv_depthwise_same import (
+    add_parts,
+    channels_copied,
+    is_same,
+    tap_numbers,
+    weight_gradient_same_nchw,
+)
 from tilewise.kernels.cpu.depthwise_strip import clear, step
 from tilewise.kernels.cpu.depthwise_vector import TILE, accumulate_square, accumulate_taps, sum_of_lanes
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
@@ -275,14 +281,13 @@ def _channels_copied(channels, dtype):
     From a vector to the next pixel's is a power of two in the usual networks, 2 KB for 512 channels, so that the pixels
     of a few rows compete for two of L1's 64 sets, and each line comes from L2 once for each tap row and vector. Lines
     copied side by side stay: 0.9 ms for 1.3 (8 images of 14x14, Zen 3). With 256 bytes a pixel the copies cost more
-    than they save. AVX-512's vector is the whole line.
+    than they save. AVX-512's vector is the whole line: there it pays from 2 KB a pixel on, and with several lines
+    together, as in the forward pass.
     """
-    pixel, lanes = channels * dtype.itemsize, lane_count(dtype.itemsize)
     if VECTOR_BYTES == ALIGNMENT:
-        block = NEAR // dtype.itemsize
-        return block if pixel >= 2 * FAR and channels % block == 0 else channels
+        return channels_copied(channels, dtype)
     line = ALIGNMENT // dtype.itemsize
-    return line if lanes < line and pixel >= FAR else channels
+    return line if lane_count(dtype.itemsize) < line and channels * dtype.itemsize >= FAR else channels
 
 
 class WeightGradient:
