@@ -29,17 +29,13 @@ def test_float16_on_tensor_cores(gpu, ampere, rng, one_multiprocessor, order, ea
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_tf32_where_it_is_allowed(gpu, rng, one_multiprocessor, order, eager):
+def test_tf32_where_it_is_allowed(gpu, ampere, rng, one_multiprocessor, order, eager):
     gpu.eager_copies = eager
     for m, n, depth in TENSOR:
         a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
         with tilewise.using(tf32=True):
             y = product(gpu, a, b, order)
-        rounded = [to_tf32(x).astype(np.float64) for x in (a, b)]
-        assert_close(y, np.matmul(*rounded), reduction=depth)
-        error = np.abs(y - np.matmul(*wide(a, b))).max()
-        if depth > 8:
-            assert error > tolerance(np.float32, depth), "it did not round: this was not TF32"
+        assert_tf32(y, a, b)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -53,6 +49,15 @@ def test_sums_of_tensor_cores_are_cut_off_but_close(gpu, ampere, rng, one_multip
     stored = float(np.finfo(dtype).eps)  # the parts are added, and stored, to nearest
     assert (y <= exact * (1 + stored)).all()
     assert (y >= exact * (1 - stored - depth / together * (together + 2) * 2.0**-23)).all()
+
+
+def assert_tf32(y, a, b):
+    """The product of operands that were rounded, to nearest."""
+    depth = a.shape[1]
+    assert_close(y, np.matmul(*wide(to_tf32(a), to_tf32(b))), reduction=depth)
+    if depth > 8:
+        error = np.abs(y - np.matmul(*wide(a, b))).max()
+        assert error > tolerance(np.float32, depth), "it did not round: this was not TF32"
 
 
 def to_tf32(x):

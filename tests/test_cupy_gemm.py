@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from test_cuda_gemm import ORDERS, launched, product, random, reference, wide
+from test_cuda_gemm_tensor import assert_tf32
 from tolerances import assert_close, tolerance
 
 import tilewise
@@ -15,11 +16,17 @@ B = np.dtype(ml_dtypes.bfloat16)
 SPLIT = [(128, 128, 64), (136, 120, 72), (120, 260, 136)]
 
 
-@pytest.fixture
-def split(gpu, monkeypatch):
-    """A device where float32 is split, whichever it is."""
+@pytest.fixture(params=["mma", "wgmma"])
+def split(gpu, monkeypatch, request):
+    """A device where float32 is split, whichever it is: the name of the kernel that does it, before its orders."""
+    if request.param == "wgmma":
+        need(gpu, gemm_wgmma.SINGLES["split", gemm_wgmma.NARROW][True, True])
+        return "matmul_wgmma_single<SplitMath, 128"
     need(gpu, gemm_tensor.MATMULS["split", gemm_tensor.MEDIUM][True, True])
+    if gpu.capability == gemm_wgmma.HOPPER:
+        monkeypatch.setattr(gpu, "capability", (8, 0))
     monkeypatch.setattr(gemm_plan, "SPLIT_ON", (gpu.capability,))
+    return "matmul_tensor<SplitMath, Medium"
 
 
 @pytest.fixture
@@ -32,9 +39,10 @@ def need(gpu, kernel):
         pytest.skip(f"{kernel.name} does not run on compute capability {gpu.capability}")
 
 
-def is_split(gpu, order):
+def is_launched(gpu, kernel, order, dtype=np.float32):
+    """Whether it was; kernel: its name, before the operands' orders."""
     names = ", ".join(str(by_k).lower() for by_k in order)
-    return launched(gpu, {"cupy": f"cupy matmul_tensor<SplitMath, Medium, {names}>"}, np.float32)
+    return launched(gpu, {"cupy": f"cupy {kernel}, {names}>"}, dtype)
 
 
 def without_tensor_cores(gpu, monkeypatch, *operands):
@@ -58,7 +66,7 @@ def test_float32_by_three_products(gpu, split, rng, one_multiprocessor, order):
     for m, n, depth in SPLIT:
         a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
         assert_close(product(gpu, a, b, order), np.matmul(*wide(a, b)), reduction=depth)
-        assert is_split(gpu, order)
+        assert is_launched(gpu, split, order)
 
 
 @pytest.mark.parametrize("kind", ["normal", "positive", "wide"])
@@ -74,9 +82,9 @@ def test_three_products_are_as_good_as_float32(gpu, split, rng, one_multiprocess
         exact = np.matmul(*wide(a, b))
         size = np.matmul(*(np.abs(x) for x in wide(a, b)))
         ours = np.abs(product(gpu, a, b, (True, False)) - exact) / size
-        assert is_split(gpu, (True, False))
+        assert is_launched(gpu, split, (True, False))
         plain = np.abs(without_tensor_cores(gpu, monkeypatch, a, b, (True, False)) - exact) / size
-        assert not is_split(gpu, (True, False))
+        assert not is_launched(gpu, split, (True, False))
         assert ours.max() <= 2 * plain.max()
         assert np.sqrt((ours**2).mean()) <= 2 * np.sqrt((plain**2).mean())
 
@@ -91,7 +99,7 @@ def test_three_products_of_numbers_at_the_limits(gpu, split, rng, one_multiproce
     a[5, 5], b[1, 5] = np.inf, -np.inf
     a[6] *= np.float32(1e-33)  # below 2**-113 there are fewer digits
     y = product(gpu, a, b, (True, False))
-    assert is_split(gpu, (True, False))
+    assert is_launched(gpu, split, (True, False))
     plain = without_tensor_cores(gpu, monkeypatch, a, b, (True, False))
     np.testing.assert_array_equal(np.isnan(y), np.isnan(plain))
     finite = np.isfinite(plain)
@@ -132,11 +140,11 @@ def test_bfloat16_layer(gpu, rng):
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_wgmma(gpu, hopper, rng, one_multiprocessor, order):
     """Of 128 and 256 columns, beyond both; steps of the depth to go around the stages once, and part of one."""
-    names = ", ".join(str(by_k).lower() for by_k in order)
     for m, n, depth, columns, dtype in (
         (136, 72, 264, 128, np.float16),
         (72, 264, 336, 256, np.float16),
         (72, 72, 72, 128, B),
+        (72, 136, 72, 256, B),
     ):
         for eager in (True, False):
             gpu.eager_copies = eager
@@ -146,16 +154,30 @@ def test_wgmma(gpu, hopper, rng, one_multiprocessor, order):
                 assert_rounded(y, exact, depth)
             else:
                 assert_close(y, exact, reduction=depth)
-            assert launched(gpu, {"cupy": f"cupy matmul_wgmma<T, {columns}, {names}>"}, dtype)
+            assert is_launched(gpu, f"matmul_wgmma<T, {columns}", order, dtype)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_wgmma_in_tf32(gpu, hopper, rng, one_multiprocessor, order):
+    """The same of float32, whose vectors are four long. Sums of one sign would show operands that are cut off."""
+    for m, n, depth, columns, sign in ((136, 72, 72, 128, False), (68, 264, 168, 256, False), (100, 76, 36, 128, True)):
+        for eager in (True, False):
+            gpu.eager_copies = eager
+            a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
+            a, b = (abs(a), abs(b)) if sign else (a, b)
+            with tilewise.using(tf32=True):
+                assert_tf32(product(gpu, a, b, order), a, b)
+            assert is_launched(gpu, f"matmul_wgmma_single<Tf32Math, {columns}", order)
 
 
 @pytest.mark.parametrize("schedule", ["reverse", "shuffled", "warps reversed"])
 def test_wgmma_in_every_schedule(gpu, hopper, rng, one_multiprocessor, schedule):
-    a, b = random(rng, np.float16, 72, 400), random(rng, np.float16, 400, 72)
-    gpu.schedule = "forward"
-    expected = product(gpu, a, b, (True, False))
-    gpu.schedule = schedule
-    np.testing.assert_array_equal(product(gpu, a, b, (True, False)), expected)
+    for dtype, depth in ((np.float16, 400), (np.float32, 200)):
+        a, b = random(rng, dtype, 72, depth), random(rng, dtype, depth, 72)
+        gpu.schedule = "forward"
+        expected = product(gpu, a, b, (True, False))
+        gpu.schedule = schedule
+        np.testing.assert_array_equal(product(gpu, a, b, (True, False)), expected)
 
 
 def test_wgmma_with_what_follows(gpu, hopper, rng, one_multiprocessor):
@@ -167,13 +189,14 @@ def test_wgmma_with_what_follows(gpu, hopper, rng, one_multiprocessor):
         assert any("wgmma" in name for name, _ in gpu.launched)
         return y
 
-    a, b = random(rng, np.float16, 2, 80, 72), random(rng, np.float16, 72, 88)
-    assert_close(by_wgmma(kernels.matmul, a.swapaxes(1, 2), a), np.matmul(*wide(a.swapaxes(1, 2), a)), reduction=80)
-    assert_close(by_wgmma(kernels.matmul, a, b), np.matmul(*wide(a, b)), reduction=72)
-    x, weight, bias = random(rng, np.float16, 72, 560), random(rng, np.float16, 77, 560), random(rng, np.float16, 77)
-    y = by_wgmma(kernels.linear, x, weight, bias, activation="relu")
-    expected = reference("linear", *wide(x, weight, bias), activation="relu")
-    assert_close(y, expected, reduction=560)
+    for dtype in (np.float16, np.float32):
+        a, b = random(rng, dtype, 2, 80, 72), random(rng, dtype, 72, 88)
+        assert_close(by_wgmma(kernels.matmul, a.swapaxes(1, 2), a), np.matmul(*wide(a.swapaxes(1, 2), a)), reduction=80)
+        assert_close(by_wgmma(kernels.matmul, a, b), np.matmul(*wide(a, b)), reduction=72)
+        x, weight, bias = random(rng, dtype, 72, 560), random(rng, dtype, 77, 560), random(rng, dtype, 77)
+        y = by_wgmma(kernels.linear, x, weight, bias, activation="relu")
+        expected = reference("linear", *wide(x, weight, bias), activation="relu")
+        assert_close(y, expected, reduction=560)
 
 
 def test_explain(gpu, monkeypatch, one_multiprocessor):
@@ -186,8 +209,9 @@ def test_explain(gpu, monkeypatch, one_multiprocessor):
     assert (decision.algorithm, decision.rejected.get("wgmma")) == ("wgmma", None)
     assert decision.note == "tiles of 128 x 256: cupy matmul_wgmma<T, 256, true, false>"
     decision = explained(kernels.matmul, *square)
-    assert decision.algorithm == "mma in 3xTF32"
-    assert decision.rejected["mma in TF32"] == "using(tf32=True) would allow it"
+    assert decision.algorithm == "wgmma in 3xTF32"
+    assert decision.note == "tiles of 128 x 128: cupy matmul_wgmma_single<SplitMath, 128, true, false>"
+    assert decision.rejected["wgmma in TF32"] == "using(tf32=True) would allow it"
     assert explained(kernels.linear, (1, 512), (300, 512)).algorithm == "few vectors"
     assert explained(kernels.matmul, (3, 64, 64), (3, 64, 64), dtype=np.float64).algorithm == "tiles"
     monkeypatch.setattr(gpu, "capability", (8, 6))
@@ -195,37 +219,45 @@ def test_explain(gpu, monkeypatch, one_multiprocessor):
     assert decision.algorithm == "tiles"
     assert decision.rejected["mma in 3xTF32"] == "predicted to be slower than float32 on this device"
     decision = explained(kernels.matmul, *square, dtype=np.float16)
-    assert decision.rejected == {"wgmma": "needs compute capability 9.0, and no later one"}
+    assert decision.rejected == {"wgmma": NO_HOPPER}
 
 
 FEW = "few vectors: a warp for each row of the matrix"
 NO_VECTORS = "rows of an operand are not whole vectors of 16 bytes"
+NO_HOPPER, NO_TF32 = "needs compute capability 9.0, and no later one", "using(tf32=True) would allow it"
 TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
 
 
 @pytest.mark.parametrize(
     ("capability", "tf32", "dtype", "shape", "taken", "rejected"),
     [
-        ((7, 5), False, "float32", (256, 256, 256), "tiles", ["needs compute capability 8.0"] * 2),
-        ((7, 5), True, "float32", (256, 256, 256), "tiles", ["needs compute capability 8.0"] * 2),
-        ((8, 0), True, "float32", (257, 257, 255), "tiles", [NO_VECTORS] * 2),
-        ((8, 0), False, "float32", (256, 256, 255), "tiles", [NO_VECTORS] * 2),
-        ((9, 0), True, "float32", (256, 256, 256), "mma in TF32", ["mma in TF32 needs fewer instructions"]),
-        ((9, 0), True, "float32", (256, 256, 60), "mma in TF32", ["sums of fewer than 64 products"]),
+        ((7, 5), False, "float32", (256, 256, 256), "tiles", ["needs compute capability 8.0"] * 4),
+        ((7, 5), True, "float32", (256, 256, 256), "tiles", ["needs compute capability 8.0"] * 4),
+        ((8, 0), True, "float32", (257, 257, 255), "tiles", [NO_VECTORS] * 4),
+        ((8, 0), False, "float32", (256, 256, 255), "tiles", [NO_VECTORS] * 4),
+        ((8, 0), True, "float32", (256, 256, 256), "mma in TF32",
+         [NO_HOPPER, NO_HOPPER, "mma in TF32 needs fewer instructions"]),
+        ((8, 0), False, "float32", (256, 256, 256), "mma in 3xTF32", [NO_TF32, NO_TF32, NO_HOPPER]),
+        ((9, 0), True, "float32", (256, 256, 256), "wgmma in TF32", ["wgmma in TF32 needs fewer instructions"] * 3),
+        ((9, 0), True, "float32", (256, 60, 256), "mma in TF32", [TOO_LITTLE] * 3),
+        ((9, 0), True, "float32", (256, 256, 60), "wgmma in TF32",
+         ["wgmma in TF32 needs fewer instructions", *["sums of fewer than 64 products"] * 2]),
+        ((9, 0), False, "float32", (256, 256, 256), "wgmma in 3xTF32",
+         [NO_TF32, NO_TF32, "wgmma in 3xTF32 needs fewer instructions"]),
         ((9, 0), False, "float32", (256, 256, 60), "tiles",
-         ["using(tf32=True) would allow it", "sums of fewer than 64 products"]),
-        ((9, 0), False, "float32", (256, 60, 256), "tiles", ["using(tf32=True) would allow it", TOO_LITTLE]),
-        ((9, 0), False, "float32", (256, 2, 256), "few vectors", [FEW] * 2),
-        ((9, 0), False, "float32", (256, 0, 256), "nothing", ["the result is empty"] * 2),
+         [NO_TF32, NO_TF32, *["sums of fewer than 64 products"] * 2]),
+        ((9, 0), False, "float32", (256, 60, 256), "tiles", [NO_TF32, NO_TF32, TOO_LITTLE, TOO_LITTLE]),
+        ((9, 0), False, "float32", (256, 2, 256), "few vectors", [FEW] * 4),
+        ((9, 0), False, "float32", (256, 0, 256), "nothing", ["the result is empty"] * 4),
         ((12, 0), False, "float32", (256, 256, 256), "tiles",
-         ["using(tf32=True) would allow it", "predicted to be slower than float32 on this device"]),
+         [NO_TF32, NO_TF32, *["predicted to be slower than float32 on this device"] * 2]),
         ((9, 0), False, "float16", (256, 256, 256), "wgmma", ["wgmma needs fewer instructions"]),
         ((9, 0), False, "bfloat16", (256, 56, 256), "mma", [TOO_LITTLE]),
         ((9, 0), False, "float16", (256, 255, 256), "tiles", [NO_VECTORS] * 2),
-        ((10, 0), False, "bfloat16", (256, 256, 256), "mma", ["needs compute capability 9.0, and no later one"]),
+        ((10, 0), False, "bfloat16", (256, 256, 256), "mma", [NO_HOPPER]),
         ((7, 5), False, "bfloat16", (256, 256, 256), "tiles",
-         ["needs compute capability 9.0, and no later one", "needs compute capability 8.0"]),
-        ((7, 5), False, "float16", (256, 256, 256), "mma", ["needs compute capability 9.0, and no later one"]),
+         [NO_HOPPER, "needs compute capability 8.0"]),
+        ((7, 5), False, "float16", (256, 256, 256), "mma", [NO_HOPPER]),
         ((9, 0), False, "float64", (256, 256, 256), "tiles", []),
         ((9, 0), False, "int16", (256, 256, 256), "tiles", []),
     ],
@@ -237,7 +269,8 @@ def test_reasons_are_those_of_the_choice(gpu, monkeypatch, one_multiprocessor, c
     with tilewise.using(tf32=tf32):
         decision = tilewise.explain(kernels.matmul, np.empty((m, depth), dtype), np.empty((depth, n), dtype))
     assert decision.algorithm == taken
-    ways = {"float32": ["mma in TF32", "mma in 3xTF32"], "float16": ["wgmma", "mma"], "bfloat16": ["wgmma", "mma"]}
+    single = ["wgmma in TF32", "mma in TF32", "wgmma in 3xTF32", "mma in 3xTF32"]
+    ways = {"float32": single, "float16": ["wgmma", "mma"], "bfloat16": ["wgmma", "mma"]}
     others = [way for way in ways.get(dtype.name, []) if way != taken]
     assert decision.rejected == dict(zip(others, rejected, strict=True))
 

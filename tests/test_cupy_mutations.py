@@ -32,6 +32,15 @@ def product_of_half(x):
     return kernels.matmul(half, half.T)
 
 
+def product_by_three(x):
+    """Of float32, by wgmma."""
+    return kernels.matmul(x, x.T)
+
+
+def products_by_wgmma(x):
+    return np.stack([product_of_half(x), product_by_three(x)])
+
+
 def weight_gradient(x):
     """Of a depthwise convolution: a block has several taps, one after the other."""
     return kernels.conv2d_backward(x, x, x[0, :, None, :3, :3], padding=1, groups=len(x[0]), needs=("weight",))[1]
@@ -55,8 +64,9 @@ CALLS = {
     "gemm_sums.cu": (bias_gradient, (20, 20), {}),
     "product.cuh": (product_by_tiles, (128, 128), {}),
     "tensor.cuh": (product_of_half, (64, 200), {}),
-    "gemm_wgmma.cu": (product_of_half, (72, 400), {}),
+    "gemm_wgmma.cu": (products_by_wgmma, (72, 400), {}),
     "wgmma_product.cuh": (product_of_half, (72, 400), {}),
+    "wgmma_single.cuh": (product_by_three, (72, 200), {}),
 }
 OPERANDS = {kernels.batch_norm: lambda x: (x, None, None), kernels.softmax_backward: lambda x: (x, x)}
 # What orders threads, or a thread and its copies: without any one of these a kernel is wrong.
@@ -118,16 +128,20 @@ def test_a_missing_barrier_is_noticed(changed, rng, name, which):
 
 
 @pytest.mark.parametrize(
-    ("new", "fault"),
+    ("name", "old", "new", "fault"),
     [
-        ("{ if (s > 0) begin_products(); }", "a product before the first wgmma.fence"),
-        ("{ begin_products(); if (s > 0) sums[0] += 1; }", "sums that were written since wgmma.fence"),
-        ("{ if (s == 0) begin_products(); sums[7] += 1; }", "sums that were written since wgmma.fence"),
+        ("wgmma_product.cuh", "begin_products();", "{ if (s > 0) begin_products(); }",
+         "a product before the first wgmma.fence"),
+        ("wgmma_product.cuh", "begin_products();", "{ begin_products(); if (s > 0) sums[0] += 1; }",
+         "sums that were written since wgmma.fence"),
+        ("wgmma_product.cuh", "begin_products();", "{ if (s == 0) begin_products(); sums[7] += 1; }",
+         "sums that were written since wgmma.fence"),
+        ("wgmma_single.cuh", "Room::load(a[i + 1],", "Room::load(a[i],",
+         "registers of a product's left operand were written before it was waited for"),
     ],
-)
-def test_a_product_without_a_fence_is_noticed(changed, rng, new, fault):
-    name = "wgmma_product.cuh"
-    x, folder = rng.standard_normal(CALLS[name][1]).astype(np.float32), changed(name, "begin_products();", new)
+)  # fmt: skip
+def test_registers_that_a_product_has_are_watched(changed, rng, name, old, new, fault):
+    x, folder = rng.standard_normal(CALLS[name][1]).astype(np.float32), changed(name, old, new)
     for eager in (False, True):
         with pytest.raises(EmulatedFault, match=fault):
             run(folder, CALLS[name], x, "forward", eager)

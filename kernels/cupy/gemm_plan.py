@@ -4,7 +4,7 @@ Of an array that comes in vectors of 16 bytes, by compute capability (what does 
 
     7.5          float16 on tensor cores (mma); bfloat16, float32 and float64 by tiles
     8.0 to 12.0  float16, bfloat16, and float32 under using(tf32=True), on tensor cores (mma, cp.async)
-    9.0          float16 and bfloat16 on Hopper's (wgmma), where there is enough for its tiles
+    9.0          the same on Hopper's (wgmma), where there is enough for its tiles
 
 float32 is multiplied as such, or where SPLIT_ON says so by three products of TF32.
 """
@@ -18,7 +18,7 @@ from tilewise.kernels import settings
 from tilewise.kernels.cupy import driver, gemm_tensor
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, LARGE, LITTLE, MEDIUM
 from tilewise.kernels.cupy.gemm_tile import BIG, BIG_COPIES, BIG_VECTORS, SINGLY, SMALL, TALL, TINY, VECTORS, WHOLE
-from tilewise.kernels.cupy.gemm_wgmma import HOPPER, MATMULS, NARROW, WIDE, WgmmaTile
+from tilewise.kernels.cupy.gemm_wgmma import HOPPER, MATMULS, NARROW, SINGLES, WIDE, WgmmaTile
 from tilewise.kernels.cupy.launch import Kernel
 from tilewise.kernels.gemm_matrices import Matrices, operands_of
 from tilewise.kernels.gemm_plan import choose_tile, few_vectors
@@ -74,39 +74,68 @@ _TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy
 _NEEDS_AMPERE = "needs compute capability 8.0"
 
 
-def _tf32(product: _Product) -> Choice | str:
+def _wgmma_tile(product: _Product, *tiles: WgmmaTile) -> WgmmaTile | str:
+    if product.capability != HOPPER:
+        return "needs compute capability 9.0, and no later one"
+    if not product.aligned:
+        return _NO_VECTORS
+    tile = choose_tile(*product.size, (*tiles, LITTLE))
+    return tile if isinstance(tile, WgmmaTile) else _TOO_LITTLE
+
+
+def _wgmma(product: _Product) -> Choice | str:
+    tile = _wgmma_tile(product, WIDE, NARROW)
+    if isinstance(tile, str):
+        return tile
+    return Choice("wgmma", MATMULS[tile][product.orders], tile, _lanes(product.dtype))
+
+
+def _wgmma_single(algorithm: str, way: str, product: _Product, *tiles: WgmmaTile) -> Choice | str:
+    tile = _wgmma_tile(product, *tiles)
+    if isinstance(tile, str):
+        return tile
+    return Choice(algorithm, SINGLES[way, tile][product.orders], tile, _lanes(product.dtype))
+
+
+def _no_tf32(product: _Product) -> str:
+    """Why it is not rounded to TF32; empty where it may be."""
     if product.capability < AMPERE:
         return _NEEDS_AMPERE
     if not product.aligned:
         return _NO_VECTORS
-    if not settings.active().tf32:
-        return "using(tf32=True) would allow it"
-    return _mma("mma in TF32", "tf32", choose_tile(*product.size, (LARGE, LITTLE)), product)
+    return "" if settings.active().tf32 else "using(tf32=True) would allow it"
 
 
-def _split(product: _Product) -> Choice | str:
+def _no_split(product: _Product) -> str:
+    """Why it is not multiplied three times; empty where it may be."""
     if product.capability < AMPERE:
         return _NEEDS_AMPERE
     if product.capability not in SPLIT_ON:
         return "predicted to be slower than float32 on this device"
     if not product.aligned:
         return _NO_VECTORS
-    if product.size[2] < SPLIT_DEPTH:
-        return f"sums of fewer than {SPLIT_DEPTH} products"
+    return f"sums of fewer than {SPLIT_DEPTH} products" if product.size[2] < SPLIT_DEPTH else ""
+
+
+def _wgmma_tf32(product: _Product) -> Choice | str:
+    return _no_tf32(product) or _wgmma_single("wgmma in TF32", "tf32", product, WIDE, NARROW)
+
+
+def _tf32(product: _Product) -> Choice | str:
+    reason = _no_tf32(product)
+    return reason or _mma("mma in TF32", "tf32", choose_tile(*product.size, (LARGE, LITTLE)), product)
+
+
+def _wgmma_split(product: _Product) -> Choice | str:
+    return _no_split(product) or _wgmma_single("wgmma in 3xTF32", "split", product, NARROW)
+
+
+def _split(product: _Product) -> Choice | str:
+    if reason := _no_split(product):
+        return reason
     if choose_tile(*product.size, (MEDIUM, TINY)) is not MEDIUM:
         return _TOO_LITTLE
     return _mma("mma in 3xTF32", "split", MEDIUM, product)
-
-
-def _wgmma(product: _Product) -> Choice | str:
-    if product.capability != HOPPER:
-        return "needs compute capability 9.0, and no later one"
-    if not product.aligned:
-        return _NO_VECTORS
-    tile = choose_tile(*product.size, (WIDE, NARROW, LITTLE))
-    if not isinstance(tile, WgmmaTile):
-        return _TOO_LITTLE
-    return Choice("wgmma", MATMULS[tile][product.orders], tile, _lanes(product.dtype))
 
 
 def _half(product: _Product) -> Choice | str:
@@ -127,7 +156,9 @@ def _lanes(dtype) -> int:
     return 16 // dtype.itemsize
 
 
-_SINGLE = {"mma in TF32": _tf32, "mma in 3xTF32": _split}
+_SINGLE = {
+    "wgmma in TF32": _wgmma_tf32, "mma in TF32": _tf32, "wgmma in 3xTF32": _wgmma_split, "mma in 3xTF32": _split,
+}  # fmt: skip
 _HALF = {"wgmma": _wgmma, "mma": _half}
 
 

@@ -1,9 +1,9 @@
-"""Products of matrices on Hopper's tensor cores; src/wgmma_product.cuh and gemm_wgmma.cu say how."""
+"""Products of matrices on Hopper's tensor cores; src/wgmma_product.cuh, wgmma_single.cuh and gemm_wgmma.cu say how."""
 
 from dataclasses import dataclass
 
 from tilewise.kernels.cupy.gemm_tile import GEMM
-from tilewise.kernels.cupy.launch import Kernel
+from tilewise.kernels.cupy.launch import NAMES, Kernel
 
 HOPPER = (9, 0)
 _STAGES, _LINE_BYTES = 4, 128  # wgmma_product.cuh's FILLING, LINE_BYTES
@@ -17,24 +17,36 @@ class WgmmaTile:
     columns: int
     rows: int = 128
 
-    @property
-    def shared_bytes(self) -> int:
-        return _STAGES * (self.rows + self.columns) * _LINE_BYTES
+    def shared_bytes(self, parts: int = 1) -> int:
+        """Of dynamic shared memory: the stages. parts: tiles that the right operand has of each."""
+        return _STAGES * (self.rows + parts * self.columns) * _LINE_BYTES
 
 
 WIDE, NARROW = WgmmaTile(256), WgmmaTile(128)
+_ORDERS = [(p, q) for p in (True, False) for q in (True, False)]
 
 
-def _matmul(tile: WgmmaTile, order: tuple[bool, bool]) -> Kernel:
+def _matmul(template: str, tile: WgmmaTile, order: tuple[bool, bool], dtypes: tuple[str, ...], parts: int) -> Kernel:
     orders = ", ".join(str(by_k).lower() for by_k in order)
+    # float32's right operand goes through registers
+    moves = ("LDG.128", "STS.128") if dtypes == ("float32",) else ()
     return Kernel(
-        "gemm_wgmma.cu", f"matmul_wgmma<{{T}}, {tile.columns}, {orders}>", f"P P P P P r {GEMM}", threads=_THREADS,
-        dtypes=("float16", "bfloat16"), least=HOPPER, target="sm_90a", shared=tile.shared_bytes,
-        promises=("HGMMA", "LDGSTS", "STG.128", "USETMAXREG"),
+        "gemm_wgmma.cu", f"{template}, {tile.columns}, {orders}>", f"P P P P P r {GEMM}", threads=_THREADS,
+        dtypes=dtypes, least=HOPPER, target="sm_90a", shared=tile.shared_bytes(parts),
+        promises=("HGMMA", "LDGSTS", *moves, "STG.128", "USETMAXREG"),
     )  # fmt: skip
 
 
 # tile -> {(A, B) of whether k is contiguous: kernel}
 MATMULS = {
-    tile: {(p, q): _matmul(tile, (p, q)) for p in (True, False) for q in (True, False)} for tile in (WIDE, NARROW)
+    tile: {order: _matmul("matmul_wgmma<{T}", tile, order, ("float16", "bfloat16"), 1) for order in _ORDERS}
+    for tile in (WIDE, NARROW)
+}
+# (way, tile) -> the same of float32; "split": by three products of TF32, for whose 256 columns there are no registers
+SINGLES = {
+    (way, tile): {
+        order: _matmul(f"matmul_wgmma_single<{NAMES}{math}", tile, order, ("float32",), parts) for order in _ORDERS
+    }
+    for way, math, parts, tiles in (("tf32", "Tf32Math", 1, (WIDE, NARROW)), ("split", "SplitMath", 2, (NARROW,)))
+    for tile in tiles
 }

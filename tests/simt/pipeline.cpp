@@ -23,6 +23,8 @@ std::map<uint32_t, Barrier> barriers;    // by their address
 std::map<int, Barrier> meetings;         // by their number
 std::vector<uint8_t> unshown;            // whether a thread's copies have come since its last fence
 
+// Of TF32 (widen is null) the left operand is in registers: rows as they were at the start, and the thread's own words,
+// which it may not change before the product has been waited for.
 struct Product {
     float *d;
     unsigned n;
@@ -30,6 +32,10 @@ struct Product {
     bool transposed_a, transposed_b;
     float (*widen)(unsigned short);
     unsigned group;
+    bool add = true;
+    const unsigned *registers = nullptr;
+    unsigned words[4] = {};
+    float rows[2][8] = {};
 };
 std::vector<std::vector<Product>> products;   // of each thread, begun and not done
 std::vector<unsigned> groups;
@@ -54,30 +60,39 @@ void end_phase_if_full(Barrier &barrier) {
     check_barrier_opens();
 }
 
-// An operand's element: row (or column) i, depth k, of a matrix with a swizzle of 128 bytes.
+// An operand's element, of `bytes`: row (or column) i, depth k, of a matrix with a swizzle of 128 bytes.
 //
-// k contiguous: eight lines of 128 bytes are eight rows, the next eight `stride` bytes on. Rows contiguous: a line is 64
-// rows, the next 64 `leading` bytes on; eight lines are eight k, the next eight `stride` bytes on. Of the address, bits 4
+// k contiguous: eight lines of 128 bytes are eight rows, the next eight `stride` bytes on. Rows contiguous (of 16 bits): a
+// line is 64 rows, the next 64 `leading` bytes on; eight lines are eight k, the next eight `stride` bytes on. Of the address, bits 4
 // to 6 are changed by bits 7 to 9.
-const unsigned char *element(uint64_t descriptor, bool transposed, unsigned i, unsigned k) {
+const unsigned char *element(uint64_t descriptor, bool transposed, unsigned i, unsigned k, unsigned bytes) {
     const auto field = [&](unsigned shift) { return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4; };
     if (descriptor >> 62 != 1) simt_fault("a descriptor without the swizzle of 128 bytes");
     if (descriptor >> 46 & 0xffff) simt_fault("a descriptor with an offset of its base, or with bits that must be 0");
     const uint32_t start = field(0), leading = field(16), stride = field(32);
     uint32_t address = transposed ? start + i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128
-                                  : start + i / 8 * stride + i % 8 * 128 + k * 2;
+                                  : start + i / 8 * stride + i % 8 * 128 + k * bytes;
     address ^= (address >> 7 & 7) << 4;
     // a descriptor has 18 bits of an address
     const uint32_t base = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(simt_dynamic_shared()));
-    return simt_shared((base & ~0x3ffffu) + address + (address < (base & 0x3ffffu) ? 0x40000u : 0u), 2);
+    return simt_shared((base & ~0x3ffffu) + address + (address < (base & 0x3ffffu) ? 0x40000u : 0u), bytes);
+}
+
+// A tensor core reads 19 bits of a float: 1 sign, 8 exponent, 10 mantissa.
+float tf32(uint32_t word) {
+    word &= 0xffffe000u;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
 }
 
 float value(uint64_t descriptor, bool transposed, unsigned i, unsigned k, float (*widen)(unsigned short)) {
-    const unsigned char *place = element(descriptor, transposed, i, k);
-    check_not_copying(place, 2);
-    unsigned short bits;
-    memcpy(&bits, place, 2);
-    return widen(bits);
+    const unsigned bytes = widen ? 2 : 4;
+    const unsigned char *place = element(descriptor, transposed, i, k, bytes);
+    check_not_copying(place, bytes);
+    uint32_t bits = 0;
+    memcpy(&bits, place, bytes);
+    return widen ? widen(static_cast<unsigned short>(bits)) : tf32(bits);
 }
 
 // Registers of sums belong to the products: the thread itself may write them only before a fence.
@@ -90,27 +105,37 @@ void check_fenced(float *d, unsigned n) {
     mine.sums[d].assign(d, d + n / 2);
 }
 
-// What this lane gets: of its warp's 16 rows, g and g + 8; of every 8 columns, 2t and the next.
+// What this lane gets: of its warp's 16 rows, g and g + 8; of every 8 columns, 2t and the next. 16 bytes of the depth are
+// one sum of a tensor core.
 void multiply(const Product &p) {
     const unsigned thread = simt_thread(), lane = thread % WARP, row = thread / WARP % 4 * 16 + lane / 4;
+    const unsigned depth = p.widen ? 16 : 8, at_once = depth / 2;
     float rows[2][16];
     for (unsigned r = 0; r < 2; ++r)
-        for (unsigned k = 0; k < 16; ++k) rows[r][k] = value(p.a, p.transposed_a, row + 8 * r, k, p.widen);
+        for (unsigned k = 0; k < depth; ++k)
+            rows[r][k] = p.registers ? p.rows[r][k] : value(p.a, p.transposed_a, row + 8 * r, k, p.widen);
     for (unsigned j = 0; j < p.n / 8; ++j)
         for (unsigned c = 0; c < 2; ++c) {
             float column[16];
-            for (unsigned k = 0; k < 16; ++k) column[k] = value(p.b, p.transposed_b, 8 * j + lane % 4 * 2 + c, k, p.widen);
+            for (unsigned k = 0; k < depth; ++k)
+                column[k] = value(p.b, p.transposed_b, 8 * j + lane % 4 * 2 + c, k, p.widen);
             for (unsigned r = 0; r < 2; ++r) {
                 float &d = p.d[4 * j + 2 * r + c];
-                for (unsigned k = 0; k < 16; k += 8) {
+                if (!p.add) d = 0;
+                for (unsigned k = 0; k < depth; k += at_once) {
                     double terms[9];
-                    for (unsigned i = 0; i < 8; ++i) terms[i] = double{rows[r][k + i]} * column[k + i];
-                    terms[8] = d;
-                    d = cut_off_sum(terms, 9);
+                    for (unsigned i = 0; i < at_once; ++i) terms[i] = double{rows[r][k + i]} * column[k + i];
+                    terms[at_once] = d;
+                    d = cut_off_sum(terms, at_once + 1);
                 }
             }
         }
     fenced[thread].sums[p.d].assign(p.d, p.d + p.n / 2);
+}
+
+void start(const Product &product) {
+    if (simt_eager_copies()) multiply(product);
+    products[simt_thread()].push_back(product);
 }
 
 }   // namespace
@@ -164,11 +189,24 @@ void emu_begin_products() {
 
 void emu_start_product(float *d, unsigned n, uint64_t a, uint64_t b, int transposed_a, int transposed_b,
                        float (*widen)(unsigned short)) {
-    const unsigned me = simt_thread();
     check_fenced(d, n);
-    const Product product{d, n, a, b, transposed_a != 0, transposed_b != 0, widen, groups[me]};
-    if (simt_eager_copies()) multiply(product);
-    products[me].push_back(product);
+    start({d, n, a, b, transposed_a != 0, transposed_b != 0, widen, groups[simt_thread()]});
+}
+
+// Of the warp's 16 rows, lane 4g + t has in word r + 2s: row g + 8r, k = t + 4s.
+void emu_start_product_tf32(float *d, unsigned n, const unsigned *a, uint64_t b, int add) {
+    check_fenced(d, n);
+    Product product{d, n, 0, b, false, false, nullptr, groups[simt_thread()], add != 0, a};
+    memcpy(product.words, a, sizeof product.words);
+    const unsigned char *all = simt_warp_exchange(ALL_LANES, a, sizeof product.words, "wgmma");
+    if (simt_participants() != ALL_LANES) simt_fault("wgmma by a part of a warp");
+    for (unsigned r = 0; r < 2; ++r)
+        for (unsigned k = 0; k < 8; ++k) {
+            uint32_t word;
+            memcpy(&word, all + 128 * (simt_thread() % WARP / 4 * 4 + k % 4) + 4 * (r + k / 4 * 2), sizeof word);
+            product.rows[r][k] = tf32(word);
+        }
+    start(product);
 }
 
 void emu_commit_products() { ++groups[simt_thread()]; }
@@ -178,8 +216,12 @@ void emu_wait_products(unsigned pending) {
     const unsigned me = simt_thread();
     auto &queue = products[me];
     size_t done = 0;
-    for (; done < queue.size() && queue[done].group + pending < groups[me]; ++done)
-        if (!simt_eager_copies()) multiply(queue[done]);
+    for (; done < queue.size() && queue[done].group + pending < groups[me]; ++done) {
+        const Product &product = queue[done];
+        if (product.registers && memcmp(product.registers, product.words, sizeof product.words))
+            simt_fault("registers of a product's left operand were written before it was waited for");
+        if (!simt_eager_copies()) multiply(product);
+    }
     queue.erase(queue.begin(), queue.begin() + static_cast<long>(done));
     simt_warp_exchange(ALL_LANES, &pending, sizeof pending, "wgmma.wait_group");
 }

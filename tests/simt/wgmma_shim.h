@@ -11,6 +11,7 @@ void emu_show_to_products();
 void emu_begin_products();
 void emu_start_product(float *d, unsigned n, uint64_t a, uint64_t b, int transposed_a, int transposed_b,
                        float (*widen)(unsigned short));
+void emu_start_product_tf32(float *d, unsigned n, const unsigned *a, uint64_t b, int add);
 void emu_commit_products();
 void emu_wait_products(unsigned pending);
 }
@@ -38,5 +39,9 @@ template <int TRANSPOSE_A, int TRANSPOSE_B, int N>
 void start_product(float (&d)[N], unsigned long long a, unsigned long long b, Bfloat) {
     emu_start_product(d, 2 * N, a, b, TRANSPOSE_A, TRANSPOSE_B, bfloat_to_float);
 }
+template <bool ADD, int N> void start_product(float (&d)[N], const unsigned (&a)[4], unsigned long long b) {
+    emu_start_product_tf32(d, 2 * N, a, b, ADD);
+}
+template <class T> void hold_registers(T &) {}
 
 }   // namespace tilewise

@@ -1,12 +1,13 @@
-// Products of matrices on Hopper's tensor cores (wgmma_product.cuh): C[z] = activation(A[z] B[z] + bias).
+// Products of matrices on Hopper's tensor cores: C[z] = activation(A[z] B[z] + bias); of float16 and bfloat16
+// (wgmma_product.cuh), and of float32 (wgmma_single.cuh).
 #include "gemm.cuh"
-#include "wgmma_product.cuh"
+#include "wgmma_single.cuh"
 
 namespace tilewise {
 
 // A matrix: as gemm_tensor.cu's, in lines that are swizzled.
 template <class E, class Shape, int SIZE, bool BY_K> struct LineLoader {
-    static constexpr int WIDTH = LANES<E>, LINE = (BY_K ? WGMMA_STEP : SIZE) / WIDTH;
+    static constexpr int WIDTH = LANES<E>, LINE = BY_K ? LINES : SIZE / WIDTH;   // vectors
 
     const E *pointer;
     long long rows, stride, first;
@@ -45,6 +46,86 @@ matmul_wgmma(const E *__restrict__ a, const E *__restrict__ b, E *__restrict__ c
         float sums[N / 2];
         multiply_filled<Room>(sums, stages, block.begin, block.end);
         const MatrixResult<E, float, Finish<E>> result{
+            c + block.result, partial ? partial + block.sums : nullptr, it.m, it.n, block.first_row,
+            block.first_column, it.vectors, {bias, slope, it.code}};
+        store_multiplied<Room>(sums, result);
+    }
+}
+
+// wgmma_single.cuh's right operand. A thread holds COUNT vectors of the step that comes next, four together: 4 k x 4 rows,
+// or where k is contiguous 4 k of four rows. Of each four, as soon as they are stored, the next step's are begun.
+template <class Room, bool BY_K> struct SingleLoader {
+    static constexpr int COUNT = Room::N * LINES / WARPGROUP;
+    // Rows from a vector to the thread's next; from four of them, of a warp's 32 rows x 16 k, to the next four.
+    static constexpr int VECTOR_ROWS = WARPGROUP / LINES, FOUR_ROWS = 64;
+
+    const float *pointer;   // to the thread's first row, k = 0
+    long long stride;
+    int rows, row, unit;    // rows of the operand from there on; the first row, and the unit of 4 k, in the tile
+    Pack<float, 4> held[COUNT];
+
+    __device__ __forceinline__ SingleLoader(const float *b, long long count, long long stride_, long long first,
+                                            long long k, long long end)
+        : stride(stride_) {
+        const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+        row = BY_K ? thread / LINES : warp / 2 * 32 + lane / 4 * 4;
+        unit = BY_K ? thread % LINES : warp % 2 * 4 + lane % 4;
+        const long long before = first + row;
+        rows = static_cast<int>(count - before < Room::N ? count - before : Room::N);
+        pointer = b + (BY_K ? before * stride + 4 * unit : 4 * unit * stride + before);
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) fetch(i, k, end);
+    }
+    __device__ __forceinline__ void copy(char *tile, int, long long k, long long end) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float values[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) values[e] = BY_K ? held[i + j].lane[e] : held[i + e].lane[j];
+                Room::store(tile, row + (BY_K ? (i + j) * VECTOR_ROWS : i / 4 * FOUR_ROWS + j), unit, values);
+            }
+            fetch(i, k + Room::STEP, end);
+        }
+    }
+
+private:
+    __device__ __forceinline__ void fetch(int i, long long k, long long end) {
+        const int there = static_cast<int>(end - k < Room::STEP ? end - k : Room::STEP) - 4 * unit;   // k from the unit on
+        const float *const from = pointer + (BY_K ? k : k * stride);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int further = BY_K ? (i + j) * VECTOR_ROWS : i / 4 * FOUR_ROWS;
+            held[i + j] = {};
+            if (further < rows && (BY_K ? 0 : j) < there)
+                held[i + j] = load<4>(from + (BY_K ? further * stride : j * stride + further));
+        }
+    }
+};
+
+template <class Math, int N, bool LEFT_BY_K, bool RIGHT_BY_K>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1)
+matmul_wgmma_single(const float *__restrict__ a, const float *__restrict__ b, float *__restrict__ c,
+                    float *__restrict__ partial, const float *__restrict__ bias, float slope, const Gemm it) {
+    using Room = SingleRoom<Math, N, LEFT_BY_K>;
+    __shared__ unsigned long long filled[FILLING], emptied[FILLING];
+    const GemmBlock block(it, WGMMA_ROWS, N);
+    const Stages stages{filled, emptied};
+    if (threadIdx.x == 0) stages.make();
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP) {
+        give_registers_up<136>();
+        const LineLoader<float, typename Room::Left, WGMMA_ROWS, LEFT_BY_K> left{
+            a + block.left, it.m, LEFT_BY_K ? it.a_row : it.a_k, block.first_row};
+        SingleLoader<Room, RIGHT_BY_K> right(b + block.right, it.n, RIGHT_BY_K ? it.b_column : it.b_k,
+                                             block.first_column, block.begin, block.end);
+        bring<Room>(left, right, stages, block.begin, block.end);
+    } else {
+        take_registers<184>();
+        float sums[N / 2];
+        multiply_single<Room>(sums, stages, block.begin, block.end);
+        const MatrixResult<float, float, Finish<float>> result{
             c + block.result, partial ? partial + block.sums : nullptr, it.m, it.n, block.first_row,
             block.first_column, it.vectors, {bias, slope, it.code}};
         store_multiplied<Room>(sums, result);

@@ -55,49 +55,49 @@ template <int PENDING> __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(PENDING) : "memory");
 }
 
-#define TILEWISE_WGMMA_128(TYPE) \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"                                    \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                  \
-                 "%64, %65, 1, 1, 1, %66, %67;"                                                                       \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),    \
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),\
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),\
-                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),\
-                   "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),\
-                   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),\
-                   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),\
-                   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])\
+// The registers of 64 x N sums by their numbers in an instruction, and as its operands.
+#define TILEWISE_NUMBERS_64                                                                                          \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                         \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                               \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                               \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TILEWISE_NUMBERS_128                                                                                         \
+    TILEWISE_NUMBERS_64 ", "                                                                                         \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                               \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                               \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                   \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define TILEWISE_SUMS_64(HOW)                                                                                        \
+    HOW(d[0]), HOW(d[1]), HOW(d[2]), HOW(d[3]), HOW(d[4]), HOW(d[5]), HOW(d[6]), HOW(d[7]),                          \
+    HOW(d[8]), HOW(d[9]), HOW(d[10]), HOW(d[11]), HOW(d[12]), HOW(d[13]), HOW(d[14]), HOW(d[15]),                    \
+    HOW(d[16]), HOW(d[17]), HOW(d[18]), HOW(d[19]), HOW(d[20]), HOW(d[21]), HOW(d[22]), HOW(d[23]),                  \
+    HOW(d[24]), HOW(d[25]), HOW(d[26]), HOW(d[27]), HOW(d[28]), HOW(d[29]), HOW(d[30]), HOW(d[31]),                  \
+    HOW(d[32]), HOW(d[33]), HOW(d[34]), HOW(d[35]), HOW(d[36]), HOW(d[37]), HOW(d[38]), HOW(d[39]),                  \
+    HOW(d[40]), HOW(d[41]), HOW(d[42]), HOW(d[43]), HOW(d[44]), HOW(d[45]), HOW(d[46]), HOW(d[47]),                  \
+    HOW(d[48]), HOW(d[49]), HOW(d[50]), HOW(d[51]), HOW(d[52]), HOW(d[53]), HOW(d[54]), HOW(d[55]),                  \
+    HOW(d[56]), HOW(d[57]), HOW(d[58]), HOW(d[59]), HOW(d[60]), HOW(d[61]), HOW(d[62]), HOW(d[63])
+#define TILEWISE_SUMS_128(HOW)                                                                                       \
+    TILEWISE_SUMS_64(HOW),                                                                                           \
+    HOW(d[64]), HOW(d[65]), HOW(d[66]), HOW(d[67]), HOW(d[68]), HOW(d[69]), HOW(d[70]), HOW(d[71]),                  \
+    HOW(d[72]), HOW(d[73]), HOW(d[74]), HOW(d[75]), HOW(d[76]), HOW(d[77]), HOW(d[78]), HOW(d[79]),                  \
+    HOW(d[80]), HOW(d[81]), HOW(d[82]), HOW(d[83]), HOW(d[84]), HOW(d[85]), HOW(d[86]), HOW(d[87]),                  \
+    HOW(d[88]), HOW(d[89]), HOW(d[90]), HOW(d[91]), HOW(d[92]), HOW(d[93]), HOW(d[94]), HOW(d[95]),                  \
+    HOW(d[96]), HOW(d[97]), HOW(d[98]), HOW(d[99]), HOW(d[100]), HOW(d[101]), HOW(d[102]), HOW(d[103]),              \
+    HOW(d[104]), HOW(d[105]), HOW(d[106]), HOW(d[107]), HOW(d[108]), HOW(d[109]), HOW(d[110]), HOW(d[111]),          \
+    HOW(d[112]), HOW(d[113]), HOW(d[114]), HOW(d[115]), HOW(d[116]), HOW(d[117]), HOW(d[118]), HOW(d[119]),          \
+    HOW(d[120]), HOW(d[121]), HOW(d[122]), HOW(d[123]), HOW(d[124]), HOW(d[125]), HOW(d[126]), HOW(d[127])
+#define TILEWISE_ADDED(sum) "+f"(sum)
+#define TILEWISE_SET(sum) "=f"(sum)
+
+#define TILEWISE_WGMMA_128(TYPE)                                                                                     \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" TILEWISE_NUMBERS_64 "}, "         \
+                 "%64, %65, 1, 1, 1, %66, %67;"                                                                      \
+                 : TILEWISE_SUMS_64(TILEWISE_ADDED)                                                                  \
                  : "l"(a), "l"(b), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B))
-#define TILEWISE_WGMMA_256(TYPE) \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {"                                    \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                   \
-                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                   \
-                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                   \
-                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "       \
-                 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "  \
-                 "%128, %129, 1, 1, 1, %130, %131;"                                                                   \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),    \
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),\
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),\
-                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),\
-                   "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),\
-                   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),\
-                   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),\
-                   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),\
-                   "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),\
-                   "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),\
-                   "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),\
-                   "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),\
-                   "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),\
-                   "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),\
-                   "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),\
-                   "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])\
+#define TILEWISE_WGMMA_256(TYPE)                                                                                     \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" TILEWISE_NUMBERS_128 "}, "        \
+                 "%128, %129, 1, 1, 1, %130, %131;"                                                                  \
+                 : TILEWISE_SUMS_128(TILEWISE_ADDED)                                                                 \
                  : "l"(a), "l"(b), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B))
 
 // d += A B, 64 x N, 16 deep, of matrices that descriptors tell (wgmma_product.cuh). TRANSPOSE_A, TRANSPOSE_B: 0 where k is
@@ -118,6 +118,42 @@ __device__ __forceinline__ void start_product(float (&d)[128], unsigned long lon
 template <int TRANSPOSE_A, int TRANSPOSE_B>
 __device__ __forceinline__ void start_product(float (&d)[128], unsigned long long a, unsigned long long b, Bfloat) {
     TILEWISE_WGMMA_256("bf16");
+}
+
+// The same of TF32, 8 deep, with the left operand in registers: a has (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) of the
+// warp's 16 rows. In the right one k is contiguous: TF32 has no other. Bits beyond TF32's are cut off. ADD: whether d is
+// added to, or set. Neither d nor a may be written, nor d be read, before the product was waited for: hold_registers.
+template <bool ADD>
+__device__ __forceinline__ void start_product(float (&d)[64], const unsigned (&a)[4], unsigned long long b) {
+    if constexpr (ADD)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {" TILEWISE_NUMBERS_64 "}, "
+                     "{%64, %65, %66, %67}, %68, 1, 1, 1;"
+                     : TILEWISE_SUMS_64(TILEWISE_ADDED)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {" TILEWISE_NUMBERS_64 "}, "
+                     "{%64, %65, %66, %67}, %68, 0, 1, 1;"
+                     : TILEWISE_SUMS_64(TILEWISE_SET)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <bool ADD>
+__device__ __forceinline__ void start_product(float (&d)[128], const unsigned (&a)[4], unsigned long long b) {
+    static_assert(ADD, "sums of 256 columns have no second set of registers");
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" TILEWISE_NUMBERS_128 "}, "
+                 "{%128, %129, %130, %131}, %132, 1, 1, 1;"
+                 : TILEWISE_SUMS_128(TILEWISE_ADDED)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// Registers that products had, after the wait: to the compiler, which sees no connection between the two, they are read
+// and written here, so that it neither reads sums before, nor gives an operand's registers away. No instructions.
+template <int COUNT> __device__ __forceinline__ void hold_registers(float (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i]) : : "memory");
+}
+template <int COUNT> __device__ __forceinline__ void hold_registers(unsigned (&a)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(a[i]) : : "memory");
 }
 
 }   // namespace tilewise

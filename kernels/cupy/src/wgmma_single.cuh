@@ -1,0 +1,146 @@
+// The product of float32 on Hopper's tensor cores: rounded to TF32 (Tf32Math of tensor.cuh), or exact by three products of
+// TF32 (SplitMath). Blocks, warpgroups, barriers and stages are wgmma_product.cuh's; a step is 32 deep.
+//
+// wgmma takes TF32 from shared memory only where k is contiguous, and cuts off what float has beyond TF32: operands as they
+// are would lose up to twice what rounded ones lose, always toward 0, so that a long sum of one sign would be too small by
+// as much. Both operands are therefore rounded, or split, on their way, and neither has to be by k:
+//
+//     left     cp.async brings it as it lies in memory; the multipliers read what they need of it to registers, where the
+//              instruction takes it, and round it there
+//     right    the bringer loads it to registers, a step ahead, rounds it, turns it where rows are contiguous, and stores
+//              lines of 32 k for the instruction's swizzle of 128 bytes; of SplitMath a second tile for the small parts
+//
+// Of 128 x 256 sums a multiplier has 128 in registers. Three products have 128 x 128: tensor cores cut off what they add,
+// so that every 8 of the depth are summed from 0, in 64 registers, and added to the 64 of the sums (SplitMath tells why).
+// While one warpgroup waits for its products, and adds or rounds, those of the other one run.
+//
+// Banks, for which 16-byte accesses of a warp count by eight lanes:
+//
+//     left, BY_K    unit u of row r at 128 r + 16 (u ^ r % 8): lanes read 8 rows x 4 k, units u ^ 0 ... u ^ 7
+//     left, else    unit u of k at 512 k + 16 (u ^ 2 k % 8): lanes read 4 k x 8 rows, units {u, u + 1} ^ {0, 2, 4, 6}
+//     right, BY_K   eight lanes store the 8 units of a row
+//     right, else   a lane has 4 k x 4 rows; eight lanes store 4 units of rows j and j + 4: {0, 1, 2, 3} ^ {j, j + 4}
+//
+// so that each access meets each bank once, and a load from memory takes whole lines of 128 bytes.
+#pragma once
+#include "tensor.cuh"
+#include "wgmma_product.cuh"
+
+namespace tilewise {
+
+constexpr int SINGLE_DEPTH = 8;   // of an instruction
+
+// A left operand's tile: SIZE x STEP floats, as it lies in memory.
+template <int SIZE, bool BY_K> struct PlainTile {
+    static constexpr int BYTES = SIZE * LINE_BYTES, VECTORS = BYTES / 16 / WARPGROUP;
+
+    // The place of 16 bytes: unit `inner` of a row (k contiguous) or of a k.
+    static __device__ __forceinline__ unsigned place(unsigned outer, unsigned inner) {
+        return BY_K ? outer * LINE_BYTES + ((inner ^ outer % LINES) << 4)
+                    : outer * SIZE * 4 + ((inner ^ outer * 2 % LINES) << 4);
+    }
+    static __device__ __forceinline__ float number(const char *tile, unsigned row, unsigned k) {
+        const unsigned outer = BY_K ? row : k, inner = BY_K ? k : row;
+        return *reinterpret_cast<const float *>(tile + place(outer, inner / 4) + inner % 4 * 4);
+    }
+};
+
+template <class Math_, int N_, bool LEFT_BY_K_> struct SingleRoom {
+    using E = float;
+    using Math = Math_;
+    using Operand = typename Math::Operand;
+    using Left = PlainTile<WGMMA_ROWS, LEFT_BY_K_>;
+    using Right = SwizzledTile<N_, true>;
+    static constexpr int N = N_, STEP = LINE_BYTES / 4;
+    static constexpr int PARTS = sizeof(Operand) / 16;   // tiles of the right operand
+    static constexpr int STAGE = Left::BYTES + PARTS * Right::BYTES, OUT_PITCH = N + WGMMA_OUT_GAP;
+    // what the launch has to give: gemm_wgmma.py
+    static constexpr int BYTES = FILLING * STAGE;
+    static_assert(WGMMA_ROWS * OUT_PITCH * 4 <= BYTES, "the sums have no room");
+
+    // Stores 4 k of a row of the right operand, as words for the instruction.
+    static __device__ __forceinline__ void store(char *right, int row, int unit, const float (&values)[4]) {
+        Operand operand;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) Math::set(operand, i, values[i]);
+        unsigned words[4 * PARTS];
+        memcpy(words, &operand, sizeof operand);
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            const unsigned *const four = words + 4 * part;
+            store_16_bytes_shared(right + part * Right::BYTES + Right::place(row, unit),
+                                  uint4{four[0], four[1], four[2], four[3]});
+        }
+    }
+    // What the thread has of 64 rows of the left operand for an instruction.
+    static __device__ __forceinline__ void load(Operand &operand, const char *left, unsigned row, unsigned k) {
+        const unsigned lane = threadIdx.x % 32, first = row + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+#pragma unroll
+        for (int word = 0; word < 4; ++word)
+            Math::set(operand, word, Left::number(left, first + word % 2 * 8, k + lane % 4 + word / 2 * 4));
+    }
+    // After the wait.
+    static __device__ __forceinline__ void hold(Operand &operand) {
+        if constexpr (PARTS == 1) {
+            hold_registers(operand.words);
+        } else {
+            hold_registers(operand.big);
+            hold_registers(operand.small);
+        }
+    }
+    // sums, or of three products part, by the products of a depth of 8, from k on.
+    static __device__ __forceinline__ void start(float (&sums)[N / 2], float (&part)[N / 2], const Operand &a,
+                                                 const char *right, int k) {
+        const unsigned long long b = Right::descriptor(right, 0, 2 * k);   // which counts in 16 bits
+        if constexpr (PARTS == 1) {
+            start_product<true>(sums, a.words, b);
+        } else {
+            start_product<false>(part, a.small, b);
+            start_product<true>(part, a.big, Right::descriptor(right + Right::BYTES, 0, 2 * k));
+            start_product<true>(part, a.big, b);
+        }
+    }
+};
+
+// A multiplier's work: sums += its 64 rows of the tile.
+template <class Room>
+__device__ __forceinline__ void multiply_single(float (&sums)[Room::N / 2], const Stages &stages, long long begin,
+                                                long long end) {
+    constexpr int COUNT = Room::STEP / SINGLE_DEPTH;
+    const char *const tiles = static_cast<const char *>(dynamic_shared());
+    const int row = threadIdx.x / WARPGROUP * 64 - 64, lane = threadIdx.x % 32;
+    const int steps = static_cast<int>((end - begin + Room::STEP - 1) / Room::STEP);
+    float part[Room::N / 2];
+#pragma unroll
+    for (int i = 0; i < Room::N / 2; ++i) sums[i] = 0;
+#pragma unroll 1
+    for (int s = 0; s < steps; ++s) {
+        const int stage = s % FILLING;
+        const char *const left = tiles + stage * Room::STAGE, *const right = left + Room::Left::BYTES;
+        typename Room::Operand a[COUNT];
+        wait_phase(stages.filled + stage, s / FILLING % 2);
+        Room::load(a[0], left, row, 0);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            begin_products();
+            Room::start(sums, part, a[i], right, i * SINGLE_DEPTH);
+            commit_products();
+            if (i + 1 < COUNT) Room::load(a[i + 1], left, row, (i + 1) * SINGLE_DEPTH);
+            if (Room::PARTS > 1 || i + 1 == COUNT) wait_products<0>();
+            if constexpr (Room::PARTS > 1) {
+                hold_registers(part);
+                Room::hold(a[i]);
+#pragma unroll
+                for (int j = 0; j < Room::N / 2; ++j) sums[j] += part[j];
+            }
+        }
+        if constexpr (Room::PARTS == 1) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) Room::hold(a[i]);
+        }
+        if (lane == 0) arrive(stages.emptied + stage);
+    }
+    if constexpr (Room::PARTS == 1) hold_registers(sums);
+}
+
+}   // namespace tilewise
