@@ -10,6 +10,7 @@ float32 is multiplied as such, or where SPLIT_ON says so by three products of TF
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,32 +71,37 @@ def choose(left: Matrices, right: Matrices, matrices: int, engine) -> Choice:
 # ---- on tensor cores: the choice, or why there is none
 
 _NO_VECTORS = "rows of an operand are not whole vectors of 16 bytes"
-_TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
-_NEEDS_AMPERE = "needs compute capability 8.0"
+TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
+# gemm_tensor.py's ways to multiply, as explain calls them
+NAMES_OF_WAYS = {"half": "mma", "bfloat": "mma", "tf32": "mma in TF32", "split": "mma in 3xTF32"}
 
 
-def _tf32(product: _Product) -> Choice | str:
-    if product.capability < AMPERE:
-        return _NEEDS_AMPERE
-    if not product.aligned:
-        return _NO_VECTORS
-    if not settings.active().tf32:
-        return "using(tf32=True) would allow it"
-    return _mma("mma in TF32", "tf32", choose_tile(*product.size, (LARGE, LITTLE)), product)
-
-
-def _split(product: _Product) -> Choice | str:
-    if product.capability < AMPERE:
-        return _NEEDS_AMPERE
-    if product.capability not in SPLIT_ON:
+def why_not(way: str, capability: tuple[int, int], depth: int, aligned: bool = True) -> str | None:
+    """Why sums of so many products are not multiplied this way, if not; aligned: whether operands are in vectors."""
+    if capability < AMPERE and way != "half":
+        return "needs compute capability 8.0"
+    if way == "split" and capability not in SPLIT_ON:
         return "predicted to be slower than float32 on this device"
-    if not product.aligned:
+    if not aligned:
         return _NO_VECTORS
-    if product.size[2] < SPLIT_DEPTH:
+    if way == "tf32" and not settings.active().tf32:
+        return "using(tf32=True) would allow it"
+    if way == "split" and depth < SPLIT_DEPTH:
         return f"sums of fewer than {SPLIT_DEPTH} products"
-    if choose_tile(*product.size, (MEDIUM, TINY)) is not MEDIUM:
-        return _TOO_LITTLE
-    return _mma("mma in 3xTF32", "split", MEDIUM, product)
+    return None
+
+
+def _mma(way: str, product: _Product) -> Choice | str:
+    if reason := why_not(way, product.capability, product.size[2], product.aligned):
+        return reason
+    if way == "split":
+        tile = MEDIUM
+        if choose_tile(*product.size, (MEDIUM, TINY)) is not MEDIUM:
+            return TOO_LITTLE
+    else:
+        tile = LITTLE if product.capability < AMPERE else choose_tile(*product.size, (LARGE, LITTLE))
+    kernel = gemm_tensor.MATMULS[way, tile][product.orders]
+    return Choice(NAMES_OF_WAYS[way], kernel, tile, _lanes(product.dtype))
 
 
 def _wgmma(product: _Product) -> Choice | str:
@@ -105,37 +111,18 @@ def _wgmma(product: _Product) -> Choice | str:
         return _NO_VECTORS
     tile = choose_tile(*product.size, (WIDE, NARROW, LITTLE))
     if not isinstance(tile, WgmmaTile):
-        return _TOO_LITTLE
+        return TOO_LITTLE
     return Choice("wgmma", MATMULS[tile][product.orders], tile, _lanes(product.dtype))
-
-
-def _half(product: _Product) -> Choice | str:
-    half = product.dtype == np.float16
-    if product.capability < AMPERE and not half:
-        return _NEEDS_AMPERE
-    if not product.aligned:
-        return _NO_VECTORS
-    tile = LITTLE if product.capability < AMPERE else choose_tile(*product.size, (LARGE, LITTLE))
-    return _mma("mma", "half" if half else "bfloat", tile, product)
-
-
-def _mma(algorithm: str, way: str, tile, product: _Product) -> Choice:
-    return Choice(algorithm, gemm_tensor.MATMULS[way, tile][product.orders], tile, _lanes(product.dtype))
 
 
 def _lanes(dtype) -> int:
     return 16 // dtype.itemsize
 
 
-_SINGLE = {"mma in TF32": _tf32, "mma in 3xTF32": _split}
-_HALF = {"wgmma": _wgmma, "mma": _half}
-
-
 def _ways(dtype) -> dict[str, Callable[[_Product], Choice | str]]:
     """What multiplies this dtype on tensor cores, by its name: the first that can is taken."""
-    if dtype == np.float32:
-        return _SINGLE
-    return _HALF if dtype.itemsize == 2 and dtype.kind not in "iu" else {}
+    ways = {NAMES_OF_WAYS[way]: partial(_mma, way) for way, name in gemm_tensor.DTYPES.items() if name == dtype.name}
+    return {"wgmma": _wgmma, **ways} if ways and dtype.itemsize == 2 else ways
 
 
 # ---- by tiles
