@@ -30,7 +30,7 @@
 //                                                         in the steps' order. (k, row) is at row * ALONG + k where k is
 //                                                         contiguous, else at k * (SIZE + GAP) + row; every k >= end is 0
 #pragma once
-#include "element.cuh"
+#include "laid_sums.cuh"
 
 namespace tilewise {
 
@@ -209,7 +209,7 @@ __device__ __forceinline__ void multiply_tensor_tile(float (&sums)[Room::Tile::H
 template <class Room, class Epilogue>
 __device__ __forceinline__ void store_tensor_tile(const float (&sums)[Room::Tile::HIGH][4][4], Epilogue &epilogue) {
     using Tile = typename Room::Tile;
-    constexpr int PITCH = Room::OUT_PITCH, WIDTH = Room::WIDTH, LINE = Tile::COLUMNS / WIDTH;
+    constexpr int PITCH = Room::OUT_PITCH;
     float *const laid = static_cast<float *>(dynamic_shared());
     const int thread = threadIdx.x, lane = thread % 32;
     float *const mine =
@@ -222,17 +222,7 @@ __device__ __forceinline__ void store_tensor_tile(const float (&sums)[Room::Tile
 #pragma unroll
             for (int e = 0; e < 4; ++e) mine[(i * 16 + e / 2 * 8) * PITCH + j * 8 + e % 2] = sums[i][j][e];
     __syncthreads();
-#pragma unroll 1
-    for (int v = thread; v < Tile::ROWS * LINE; v += Tile::THREADS) {
-        float values[WIDTH];
-#pragma unroll
-        for (int i = 0; i < WIDTH; i += 4) {
-            const Pack<float, 4> some = load<4>(laid + v / LINE * PITCH + v % LINE * WIDTH + i);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) values[i + j] = some.lane[j];
-        }
-        epilogue.put(epilogue.row(v / LINE), v % LINE * WIDTH, values);
-    }
+    hand_out_sums<typename Room::Element, Tile::ROWS, Tile::COLUMNS, PITCH, Tile::THREADS>(laid, thread, epilogue);
 }
 
 }   // namespace tilewise

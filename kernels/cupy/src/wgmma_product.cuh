@@ -17,7 +17,7 @@
 //
 // NVIDIA, "PTX ISA", wgmma: shared memory layouts and the matrix descriptor.
 #pragma once
-#include "element.cuh"
+#include "laid_sums.cuh"
 #include "wgmma.cuh"
 
 namespace tilewise {
@@ -50,7 +50,7 @@ template <int SIZE, bool BY_K> struct SwizzledTile {
 
 template <class E_, int N_, bool LEFT_BY_K_, bool RIGHT_BY_K_> struct WgmmaRoom {
     using E = E_;
-    static constexpr int N = N_;
+    static constexpr int N = N_, STEP = WGMMA_STEP;
     static constexpr bool LEFT_BY_K = LEFT_BY_K_, RIGHT_BY_K = RIGHT_BY_K_;
     using Left = SwizzledTile<WGMMA_ROWS, LEFT_BY_K>;
     using Right = SwizzledTile<N, RIGHT_BY_K>;
@@ -72,17 +72,17 @@ struct Stages {
     }
 };
 
-// The bringer's work. A loader has copy(tile, thread, k, end): begins the copies of the step at k; every k >= end is 0.
+// The bringer's work. A loader has copy(tile, thread, k, end): begins the copies of the step at k, or does them; called in
+// the steps' order; every k >= end is 0.
 template <class Room, class Left, class Right>
-__device__ __forceinline__ void bring(const Left &left, const Right &right, const Stages &stages, long long begin,
-                                      long long end) {
+__device__ __forceinline__ void bring(Left &left, Right &right, const Stages &stages, long long begin, long long end) {
     char *const tiles = static_cast<char *>(dynamic_shared());
-    const int thread = threadIdx.x % WARPGROUP, steps = static_cast<int>((end - begin + WGMMA_STEP - 1) / WGMMA_STEP);
+    const int thread = threadIdx.x % WARPGROUP, steps = static_cast<int>((end - begin + Room::STEP - 1) / Room::STEP);
 #pragma unroll 1
     for (int s = 0; s < steps + LATER; ++s) {
         if (s < steps) {
             const int stage = s % FILLING;
-            const long long k = begin + static_cast<long long>(s) * WGMMA_STEP;
+            const long long k = begin + static_cast<long long>(s) * Room::STEP;
             wait_phase(stages.emptied + stage, (s / FILLING + 1) % 2);
             left.copy(tiles + stage * Room::STAGE, thread, k, end);
             right.copy(tiles + stage * Room::STAGE + Room::Left::BYTES, thread, k, end);
@@ -127,7 +127,7 @@ __device__ __forceinline__ void multiply_filled(float (&sums)[Room::N / 2], cons
 // product.cuh's epilogue.
 template <class Room, class Epilogue>
 __device__ __forceinline__ void store_multiplied(const float (&sums)[Room::N / 2], Epilogue &epilogue) {
-    constexpr int PITCH = Room::OUT_PITCH, WIDTH = LANES<typename Room::E>, LINE = Room::N / WIDTH;
+    constexpr int PITCH = Room::OUT_PITCH;
     float *const laid = static_cast<float *>(dynamic_shared());
     const int thread = threadIdx.x - WARPGROUP, lane = thread % 32;
     float *const mine = laid + (thread / 32 * 16 + lane / 4) * PITCH + lane % 4 * 2;
@@ -135,17 +135,7 @@ __device__ __forceinline__ void store_multiplied(const float (&sums)[Room::N / 2
 #pragma unroll
     for (int i = 0; i < Room::N / 2; ++i) mine[i % 4 / 2 * 8 * PITCH + i / 4 * 8 + i % 2] = sums[i];
     meet<MULTIPLIERS>(1);
-#pragma unroll 1
-    for (int v = thread; v < WGMMA_ROWS * LINE; v += MULTIPLIERS) {
-        float values[WIDTH];
-#pragma unroll
-        for (int i = 0; i < WIDTH; i += 4) {
-            const Pack<float, 4> some = load<4>(laid + v / LINE * PITCH + v % LINE * WIDTH + i);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) values[i + j] = some.lane[j];
-        }
-        epilogue.put(epilogue.row(v / LINE), v % LINE * WIDTH, values);
-    }
+    hand_out_sums<typename Room::E, WGMMA_ROWS, Room::N, PITCH, MULTIPLIERS>(laid, thread, epilogue);
 }
 
 }   // namespace tilewise
