@@ -44,8 +44,8 @@ def _describe(it, dtype, algorithm: str) -> str:
     engine = driver.engine(0)
     choice, reasons = conv_tensor.choose(it, dtype, engine)
     tile = conv_product.tile_for(it, dtype, engine.capability) if choice is None else choice.tile
-    order = "pixels x outputs" if it.channels_last else "outputs x pixels"
     way = "" if choice is None else f"{NAMES_OF_WAYS[choice.way]}, "
+    order = "pixels x outputs" if conv_tensor.by_pixels("" if choice is None else choice.way, it) else "outputs x pixels"
     others = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
     return f"{way}tiles of {tile.rows} x {tile.columns} {order}{others}"
 

@@ -1,14 +1,17 @@
-"""Convolution on tensor cores as an implicit matrix product; src/conv_tensor.cuh and conv_tensor.cu say how."""
+"""Convolution on tensor cores as an implicit matrix product; src/conv_tensor.cuh, conv_tensor.cu and conv_wgmma.cu say
+how."""
 
 from typing import NamedTuple
 
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation, image_steps
 from tilewise.kernels.conv_plan import choose_tensor_tile
+from tilewise.kernels.cupy import conv_wgmma
 from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
 from tilewise.kernels.cupy.conv_packing import in_vectors, pack_weights, whole_vectors
 from tilewise.kernels.cupy.gemm_plan import NAMES_OF_WAYS, TOO_LITTLE, why_not
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, DTYPES, LARGE, LITTLE, MATHS, MEDIUM, TensorTile
+from tilewise.kernels.cupy.gemm_wgmma import WgmmaTile
 from tilewise.kernels.cupy.launch import NAMES, Kernel
 from tilewise.kernels.cupy.module import OLDEST
 
@@ -39,18 +42,25 @@ def tiles_of(way: str, last: bool) -> tuple[TensorTile, ...]:
 _kernels = {
     (way, tile, last): _make(way, tile, last) for way in DTYPES for last in (False, True)
     for tile in tiles_of(way, last)
-}  # fmt: skip
+} | {("wgmma", *which): kernel for which, kernel in conv_wgmma.CONVOLUTIONS.items()}  # fmt: skip
 
 
 class Choice(NamedTuple):
-    """A way to multiply, gemm_tensor.py's, and the tile."""
+    """A way to multiply, gemm_tensor.py's or "wgmma", and the tile."""
 
     way: str
-    tile: TensorTile
+    tile: TensorTile | WgmmaTile
 
 
-def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | str:
+def by_pixels(way: str, it: Correlation) -> bool:
+    """Whether the product is one of pixels x outputs, and not of outputs x pixels."""
+    return it.channels_last or way == "wgmma"
+
+
+def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | str:
     """For this way, or why there is none."""
+    if way == "wgmma":
+        return _FEW_CHANNELS if it.channels == 1 else conv_wgmma.tile_for(it, engine)
     if reason := why_not(way, engine.capability, it.taps * it.channels):
         return reason
     padded = whole_vectors(it.channels, dtype)
@@ -66,7 +76,7 @@ def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | str:
 def choose(it: Correlation, dtype, engine) -> tuple[Choice | None, dict[str, str]]:
     """(the first way that can compute it, why not those before it)."""
     reasons = {}
-    for way, of in DTYPES.items():
+    for way, of in (*(("wgmma", name) for name in conv_wgmma.DTYPES), *DTYPES.items()):
         if of == dtype.name:
             tile = _tile(it, way, dtype, engine)
             if not isinstance(tile, str):
@@ -82,7 +92,7 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept: list,
     image, channels = kept[0]
     packed, padded = pack_weights(it, weight, channels)
     tile, last = choice.tile, it.channels_last
-    outputs, pixels = (tile.columns, tile.rows) if last else (tile.rows, tile.columns)
+    outputs, pixels = (tile.columns, tile.rows) if by_pixels(choice.way, it) else (tile.rows, tile.columns)
     grid = ceil_div(it.pixels, pixels), ceil_div(it.outputs, outputs), it.groups
     steps = image_steps(image.shape, "NHWC")
     given = operands(it, image, packed, y, bias, extra, code, steps, channels)

@@ -71,9 +71,10 @@ def choose(left: Matrices, right: Matrices, matrices: int, engine) -> Choice:
 # ---- on tensor cores: the choice, or why there is none
 
 _NO_VECTORS = "rows of an operand are not whole vectors of 16 bytes"
+NEEDS_HOPPER = "needs compute capability 9.0, and no later one"
 TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
-# gemm_tensor.py's ways to multiply, as explain calls them
-NAMES_OF_WAYS = {"half": "mma", "bfloat": "mma", "tf32": "mma in TF32", "split": "mma in 3xTF32"}
+# ways to multiply, gemm_tensor.py's and Hopper's, as explain calls them
+NAMES_OF_WAYS = {"wgmma": "wgmma", "half": "mma", "bfloat": "mma", "tf32": "mma in TF32", "split": "mma in 3xTF32"}
 
 
 def why_not(way: str, capability: tuple[int, int], depth: int, aligned: bool = True) -> str | None:
@@ -106,7 +107,7 @@ def _mma(way: str, product: _Product) -> Choice | str:
 
 def _wgmma(product: _Product) -> Choice | str:
     if product.capability != HOPPER:
-        return "needs compute capability 9.0, and no later one"
+        return NEEDS_HOPPER
     if not product.aligned:
         return _NO_VECTORS
     tile = choose_tile(*product.size, (WIDE, NARROW, LITTLE))

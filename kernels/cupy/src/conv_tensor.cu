@@ -39,7 +39,7 @@ template <class E, class Tile, int SIZE> struct PixelVectors {
         for (int i = 0; i < COUNT; ++i) {
             // what a thread finds beyond the last pixel meets only sums that belong to none
             const long long number = first_pixel + threadIdx.x / LINE + i * APART;
-            windows[i] = PixelWindow<E>(image, number < pixels ? number : pixels - 1, rows, columns, from);
+            windows[i] = PixelWindow<E>::of(image, number < pixels ? number : pixels - 1, rows, columns, from);
         }
     }
 

@@ -5,7 +5,7 @@
 // several pixels: the tap that it belongs to is counted once, and looked for in each pixel's window.
 //
 //     TapCounter<STEP> tap(columns, channels, first_k);                      // the thread's k in the first step
-//     const PixelWindow<E> window(image, number, rows, columns, from);      // for each of its pixels
+//     const auto window = PixelWindow<E>::of(image, number, rows, columns, from);   // for each of its pixels
 //     for each step:  const TapPlace place = tap.next(rows, columns, from);
 //                     const E *const vector = window.find(place, rows, columns);   // or null: zeros
 #pragma once
@@ -47,13 +47,13 @@ template <class E> struct PixelWindow {
     const E *origin;   // of the window: it may be outside of the image
     int row, column;
 
-    __device__ __forceinline__ PixelWindow() {}
-    __device__ __forceinline__ PixelWindow(const E *image, long long number, const Axis &rows, const Axis &columns,
-                                           const Steps &from) {
+    // Not a constructor, so that windows may lie in shared memory.
+    static __device__ __forceinline__ PixelWindow of(const E *image, long long number, const Axis &rows,
+                                                     const Axis &columns, const Steps &from) {
         const Pixel pixel(number, rows.count, columns.count);
-        row = static_cast<int>(rows.origin + pixel.row * rows.stride);
-        column = static_cast<int>(columns.origin + pixel.column * columns.stride);
-        origin = image + pixel.image * from.image + row * from.row + column * from.column;
+        const int row = static_cast<int>(rows.origin + pixel.row * rows.stride);
+        const int column = static_cast<int>(columns.origin + pixel.column * columns.stride);
+        return {image + pixel.image * from.image + row * from.row + column * from.column, row, column};
     }
     __device__ __forceinline__ const E *find(const TapPlace &tap, const Axis &rows, const Axis &columns) const {
         const bool inside = within(row + tap.down, rows.size) && within(column + tap.across, columns.size);
