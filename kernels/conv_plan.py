@@ -57,6 +57,16 @@ def choose_tile(it: Correlation, large, middle, low):
     return large if it.outputs > 64 and blocks >= ENOUGH_TILES else middle
 
 
+def choose_tensor_tile(it: Correlation, multiprocessors: int, large, narrow):
+    """Of tiles of 128 pixels x 128 and 64 outputs: the largest of which the outputs fill more than half, and which
+    occupies the device; None where a tile of 64 x 64 is better."""
+    for tile, outputs in ((large, 128), (narrow, 64)):
+        blocks = ceil_div(it.pixels, 128) * ceil_div(it.outputs, outputs) * it.groups
+        if 2 * it.outputs > outputs and 2 * it.pixels > 128 and blocks >= multiprocessors:
+            return tile
+    return None
+
+
 def fits_a_grid(it: Correlation) -> bool:
     return max(it.groups, ceil_div(it.outputs, _LEAST_TILE)) <= MOST_BLOCKS
 

@@ -41,6 +41,12 @@ def products_by_wgmma(x):
     return np.stack([product_of_half(x), product_by_three(x)])
 
 
+def convolution_of_half(x):
+    """By wgmma; the weights are what x has."""
+    half = x.astype(np.float16)
+    return kernels.conv2d(half, half.reshape(72, -1, 1, 1), layout="NHWC")
+
+
 def weight_gradient(x):
     """Of a depthwise convolution: a block has several taps, one after the other."""
     return kernels.conv2d_backward(x, x, x[0, :, None, :3, :3], padding=1, groups=len(x[0]), needs=("weight",))[1]
@@ -65,6 +71,7 @@ CALLS = {
     "product.cuh": (product_by_tiles, (128, 128), {}),
     "tensor.cuh": (product_of_half, (64, 200), {}),
     "gemm_wgmma.cu": (products_by_wgmma, (72, 400), {}),
+    "conv_wgmma.cu": (convolution_of_half, (1, 8, 9, 80), {}),
     "wgmma_product.cuh": (product_of_half, (72, 400), {}),
     "wgmma_single.cuh": (product_by_three, (72, 200), {}),
 }

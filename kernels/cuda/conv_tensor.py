@@ -14,6 +14,7 @@ from numba.cuda.types import int32, uint32
 
 from tilewise.kernels import settings
 from tilewise.kernels.conv_geometry import Correlation, pixels
+from tilewise.kernels.conv_plan import choose_tensor_tile
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
 from tilewise.kernels.cuda.memory import (
@@ -273,12 +274,7 @@ def applies(it: Correlation, x) -> bool:
 
 
 def choose_tile(it: Correlation, width: int, multiprocessors: int) -> TensorTile:
-    """The largest tile of which the outputs fill more than half, and which occupies the device."""
-    for tile in (LARGE[width], NARROW[width]):
-        blocks = ceil_div(it.pixels, tile.rows) * ceil_div(it.outputs, tile.columns) * it.groups
-        if 2 * it.outputs > tile.columns and 2 * it.pixels > tile.rows and blocks >= multiprocessors:
-            return tile
-    return SMALL[width]
+    return choose_tensor_tile(it, multiprocessors, LARGE[width], NARROW[width]) or SMALL[width]
 
 
 def in_vectors(x, layout: str, groups: int):

@@ -9,14 +9,24 @@ from tilewise.kernels.cupy import (
     conv_product,
     conv_product_weight,
     conv_sums,
+    conv_tensor,
     driver,
 )
+from tilewise.kernels.cupy.gemm_plan import NAMES_OF_WAYS
 
 HAS_BFLOAT16 = True  # operation.py asks
 
 
 def _why_not_winograd(it, dtype) -> str:
     return "backend 'cupy' does not have it"
+
+
+def _by_product(it, x, weight, y, bias, extra, code, kept):
+    choice, _ = conv_tensor.choose(it, x.dtype, driver.engine(x.place.ordinal))
+    if choice is None:
+        conv_product.correlate(it, x, weight, y, bias, extra, code)
+    else:
+        conv_tensor.correlate(it, x, weight, y, bias, extra, code, kept, choice)
 
 
 def _weight_gradient(it, grad, x, shape):
@@ -29,15 +39,20 @@ def _weight_gradient(it, grad, x, shape):
 
 def _describe(it, dtype, algorithm: str) -> str:
     """Of a call on the first device."""
-    if algorithm == "gemm":
-        tile = conv_product.tile_for(it, dtype, driver.engine(0).capability)
-        return f"tiles of {tile.rows} x {tile.columns} {'pixels x outputs' if it.channels_last else 'outputs x pixels'}"
-    return "tiles of few channels" if algorithm == "direct" and conv_direct.is_few(it, dtype) else ""
+    if algorithm != "gemm":
+        return "tiles of few channels" if algorithm == "direct" and conv_direct.is_few(it, dtype) else ""
+    engine = driver.engine(0)
+    choice, reasons = conv_tensor.choose(it, dtype, engine)
+    tile = conv_product.tile_for(it, dtype, engine.capability) if choice is None else choice.tile
+    way = "" if choice is None else f"{NAMES_OF_WAYS[choice.way]}, "
+    order = "pixels x outputs" if conv_tensor.by_pixels("" if choice is None else choice.way, it) else "outputs x pixels"
+    others = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
+    return f"{way}tiles of {tile.rows} x {tile.columns} {order}{others}"
 
 
 _CONVOLUTION = Convolution(
     "cupy",
-    {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": conv_product.correlate},
+    {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": _by_product},
     _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES,
     why_not_winograd=_why_not_winograd, winograd_pays=lambda it: False, describe=_describe,
     prefers_direct=conv_direct.is_few, counts=lambda it: it.narrow,

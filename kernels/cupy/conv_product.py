@@ -7,11 +7,10 @@ from tilewise.kernels.conv_geometry import Correlation
 from tilewise.kernels.conv_plan import choose_tile
 from tilewise.kernels.cupy import driver
 from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
-from tilewise.kernels.cupy.copying import copy_strided
+from tilewise.kernels.cupy.conv_packing import pack_weights
 from tilewise.kernels.cupy.gemm_tile import BIG, SMALL, Tile
 from tilewise.kernels.cupy.launch import FLOATS, NAMES, Kernel
 from tilewise.kernels.cupy.module import OLDEST
-from tilewise.kernels.device_arrays import DeviceArray
 
 _STEP = 16  # of all these tiles
 # Few outputs, by whether channels are last: tiles are pixels x outputs then, else outputs x pixels.
@@ -44,28 +43,11 @@ def tile_for(it: Correlation, dtype, capability: tuple[int, int]) -> Tile:
     return choose_tile(it, large, SMALL, LOW[it.channels_last])
 
 
-def _packed(it: Correlation, weight, width: int):
-    """(the weights as (group, row and column of the tap, channel, output), outputs padded to whole vectors)."""
-    padded = ceil_div(it.outputs, width) * width
-    kh, kw = it.rows.taps, it.columns.taps
-    item, place = weight.dtype.itemsize, weight.place
-    packed = place.empty((it.groups, kh, kw, it.channels, padded), weight.dtype)
-    shape = it.groups, kh, kw, it.channels, it.outputs
-    steps = it.group_step, it.rows.tap_step * it.width, it.columns.tap_step, it.channel_step, it.output_step
-    first = (it.rows.first_tap * it.width + it.columns.first_tap) * item
-    source = DeviceArray(
-        place, weight.pointer + first, shape, weight.dtype, weight.owner, tuple(s * item for s in steps)
-    )
-    if source.size:
-        copy_strided(source, DeviceArray(place, packed.pointer, shape, weight.dtype, packed.owner, packed.strides))
-    return packed, padded
-
-
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept=None):
     """y = activation(the correlation + bias + extra); bias and extra may be None."""
     tile, last = tile_for(it, x.dtype, driver.engine(x.place.ordinal).capability), it.channels_last
     outputs, pixels = (tile.columns, tile.rows) if last else (tile.rows, tile.columns)
-    packed, padded = _packed(it, weight, 16 // x.dtype.itemsize)
+    packed, padded = pack_weights(it, weight, it.channels)
     whole = it.channels % (_STEP * pixels // tile.threads) == 0  # a thread's k then lie within one tap
     grid = ceil_div(it.pixels, pixels), ceil_div(it.outputs, outputs), it.groups
     given = operands(it, x, packed, y, bias, extra, code)

@@ -10,6 +10,7 @@ float32 is multiplied as such, or where SPLIT_ON says so by three products of TF
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,103 +71,67 @@ def choose(left: Matrices, right: Matrices, matrices: int, engine) -> Choice:
 # ---- on tensor cores: the choice, or why there is none
 
 _NO_VECTORS = "rows of an operand are not whole vectors of 16 bytes"
-_TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
-_NEEDS_AMPERE = "needs compute capability 8.0"
+NEEDS_HOPPER = "needs compute capability 9.0, and no later one"
+TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
+# ways to multiply, gemm_tensor.py's and Hopper's, as explain calls them
+NAMES_OF_WAYS = {"wgmma": "wgmma", "half": "mma", "bfloat": "mma", "tf32": "mma in TF32", "split": "mma in 3xTF32"}
 
 
-def _wgmma_tile(product: _Product, *tiles: WgmmaTile) -> WgmmaTile | str:
-    if product.capability != HOPPER:
-        return "needs compute capability 9.0, and no later one"
-    if not product.aligned:
-        return _NO_VECTORS
-    tile = choose_tile(*product.size, (*tiles, LITTLE))
-    return tile if isinstance(tile, WgmmaTile) else _TOO_LITTLE
-
-
-def _wgmma(product: _Product) -> Choice | str:
-    tile = _wgmma_tile(product, WIDE, NARROW)
-    if isinstance(tile, str):
-        return tile
-    return Choice("wgmma", MATMULS[tile][product.orders], tile, _lanes(product.dtype))
-
-
-def _wgmma_single(algorithm: str, way: str, product: _Product, *tiles: WgmmaTile) -> Choice | str:
-    tile = _wgmma_tile(product, *tiles)
-    if isinstance(tile, str):
-        return tile
-    return Choice(algorithm, SINGLES[way, tile][product.orders], tile, _lanes(product.dtype))
-
-
-def _no_tf32(product: _Product) -> str:
-    """Why it is not rounded to TF32; empty where it may be."""
-    if product.capability < AMPERE:
-        return _NEEDS_AMPERE
-    if not product.aligned:
-        return _NO_VECTORS
-    return "" if settings.active().tf32 else "using(tf32=True) would allow it"
-
-
-def _no_split(product: _Product) -> str:
-    """Why it is not multiplied three times; empty where it may be."""
-    if product.capability < AMPERE:
-        return _NEEDS_AMPERE
-    if product.capability not in SPLIT_ON:
+def why_not(way: str, capability: tuple[int, int], depth: int, aligned: bool = True) -> str | None:
+    """Why sums of so many products are not multiplied this way, if not; aligned: whether operands are in vectors."""
+    if capability < AMPERE and way != "half":
+        return "needs compute capability 8.0"
+    if way == "split" and capability not in SPLIT_ON:
         return "predicted to be slower than float32 on this device"
-    if not product.aligned:
+    if not aligned:
         return _NO_VECTORS
-    return f"sums of fewer than {SPLIT_DEPTH} products" if product.size[2] < SPLIT_DEPTH else ""
+    if way == "tf32" and not settings.active().tf32:
+        return "using(tf32=True) would allow it"
+    if way == "split" and depth < SPLIT_DEPTH:
+        return f"sums of fewer than {SPLIT_DEPTH} products"
+    return None
 
 
-def _wgmma_tf32(product: _Product) -> Choice | str:
-    return _no_tf32(product) or _wgmma_single("wgmma in TF32", "tf32", product, WIDE, NARROW)
-
-
-def _tf32(product: _Product) -> Choice | str:
-    reason = _no_tf32(product)
-    return reason or _mma("mma in TF32", "tf32", choose_tile(*product.size, (LARGE, LITTLE)), product)
-
-
-def _wgmma_split(product: _Product) -> Choice | str:
-    return _no_split(product) or _wgmma_single("wgmma in 3xTF32", "split", product, NARROW)
-
-
-def _split(product: _Product) -> Choice | str:
-    if reason := _no_split(product):
+def _mma(way: str, product: _Product) -> Choice | str:
+    if reason := why_not(way, product.capability, product.size[2], product.aligned):
         return reason
-    if choose_tile(*product.size, (MEDIUM, TINY)) is not MEDIUM:
-        return _TOO_LITTLE
-    return _mma("mma in 3xTF32", "split", MEDIUM, product)
+    if way == "split":
+        tile = MEDIUM
+        if choose_tile(*product.size, (MEDIUM, TINY)) is not MEDIUM:
+            return TOO_LITTLE
+    else:
+        tile = LITTLE if product.capability < AMPERE else choose_tile(*product.size, (LARGE, LITTLE))
+    kernel = gemm_tensor.MATMULS[way, tile][product.orders]
+    return Choice(NAMES_OF_WAYS[way], kernel, tile, _lanes(product.dtype))
 
 
-def _half(product: _Product) -> Choice | str:
-    half = product.dtype == np.float16
-    if product.capability < AMPERE and not half:
-        return _NEEDS_AMPERE
-    if not product.aligned:
-        return _NO_VECTORS
-    tile = LITTLE if product.capability < AMPERE else choose_tile(*product.size, (LARGE, LITTLE))
-    return _mma("mma", "half" if half else "bfloat", tile, product)
+def _wgmma(way: str, product: _Product) -> Choice | str:
+    if reason := why_not(way, product.capability, product.size[2], product.aligned):
+        return reason
+    if product.capability != HOPPER:
+        return NEEDS_HOPPER
+    tile = choose_tile(*product.size, (NARROW, LITTLE) if way == "split" else (WIDE, NARROW, LITTLE))
+    if not isinstance(tile, WgmmaTile):
+        return TOO_LITTLE
+    kernel = (SINGLES[way, tile] if product.dtype == np.float32 else MATMULS[tile])[product.orders]
+    return Choice(_on_hopper(way), kernel, tile, _lanes(product.dtype))
 
 
-def _mma(algorithm: str, way: str, tile, product: _Product) -> Choice:
-    return Choice(algorithm, gemm_tensor.MATMULS[way, tile][product.orders], tile, _lanes(product.dtype))
+def _on_hopper(way: str) -> str:
+    return NAMES_OF_WAYS[way].replace("mma", "wgmma", 1)
 
 
 def _lanes(dtype) -> int:
     return 16 // dtype.itemsize
 
 
-_SINGLE = {
-    "wgmma in TF32": _wgmma_tf32, "mma in TF32": _tf32, "wgmma in 3xTF32": _wgmma_split, "mma in 3xTF32": _split,
-}  # fmt: skip
-_HALF = {"wgmma": _wgmma, "mma": _half}
-
-
 def _ways(dtype) -> dict[str, Callable[[_Product], Choice | str]]:
     """What multiplies this dtype on tensor cores, by its name: the first that can is taken."""
-    if dtype == np.float32:
-        return _SINGLE
-    return _HALF if dtype.itemsize == 2 and dtype.kind not in "iu" else {}
+    ways = {}
+    for way, name in gemm_tensor.DTYPES.items():
+        if name == dtype.name:
+            ways |= {_on_hopper(way): partial(_wgmma, way), NAMES_OF_WAYS[way]: partial(_mma, way)}
+    return ways
 
 
 # ---- by tiles

@@ -34,12 +34,12 @@ MEDIUM = TensorTile("Medium", 128, 128, 256, 1)
 LITTLE = TensorTile("Little", 64, 64, 128, 4)
 # A way to multiply -> its dtype; "split" is float32 by three products of TF32
 DTYPES = {"half": "float16", "bfloat": "bfloat16", "tf32": "float32", "split": "float32"}
-_MATHS = {"half": "HalfMath", "bfloat": "BfloatMath", "tf32": "Tf32Math", "split": "SplitMath"}
+MATHS = {"half": "HalfMath", "bfloat": "BfloatMath", "tf32": "Tf32Math", "split": "SplitMath"}
 _ORDERS = [(p, q) for p in (True, False) for q in (True, False)]
 
 
 def _matmul(way: str, tile: TensorTile, order: tuple[bool, bool]) -> Kernel:
-    names = ", ".join(f"{NAMES}{name}" for name in (_MATHS[way], tile.name))
+    names = ", ".join(f"{NAMES}{name}" for name in (MATHS[way], tile.name))
     on_oldest = way == "half" and tile is LITTLE  # the stages of a larger one have no room there
     moves = () if on_oldest else ("LDGSTS",)
     return Kernel(

@@ -9,7 +9,7 @@
 //     any channels    one by one; a thread counts channel, column, row of the tap on. Lanes run along pixels.
 //     whole           a thread's k lie within one tap, whose place is found once a step.
 //                     NCHW: lanes run along pixels. NHWC: neighbouring channels come 16 bytes at a time.
-#include "conv.cuh"
+#include "conv_result.cuh"
 #include "matrix_loader.cuh"
 
 namespace tilewise {
@@ -104,46 +104,6 @@ template <class Tile, int SIZE, int N> struct WeightLoaderOf<float, Tile, SIZE, 
 };
 template <class T, class Tile, int SIZE, int N, bool COPIED>
 using WeightLoader = typename WeightLoaderOf<T, Tile, SIZE, N, COPIED>::type;
-
-// Where the sums go. places: of the tile's pixels in y, -1 beyond the last; channel: the tile's first output.
-template <class T, bool LAST> struct ImageResult {
-    T *y;
-    const Epilogue<T> &finish;
-    const long long *places;
-    long long first_output, outputs, channel, channel_step;
-
-    // NHWC: the pixel's place; NCHW: the output.
-    __device__ __forceinline__ long long row(int i) const {
-        return LAST ? places[i] : first_output + i < outputs ? i : -1;
-    }
-    __device__ __forceinline__ void put(long long row, int column, const Sum<T> (&values)[BLOCK]) const {
-        constexpr int WIDTH = LANES<T>;
-        if (row < 0) return;
-        const long long o = channel + (LAST ? column : row);
-        if constexpr (WIDTH <= BLOCK) {
-            const long long place = LAST ? row + o : places[column] + o * channel_step;
-            const bool whole = LAST ? first_output + column + BLOCK <= outputs
-                                    : places[column + BLOCK - 1] == places[column] + BLOCK - 1 && places[column] >= 0;
-            if (whole && place % WIDTH == 0) {
-#pragma unroll
-                for (int i = 0; i < BLOCK; i += WIDTH) {
-                    Pack<T, WIDTH> pack;
-#pragma unroll
-                    for (int j = 0; j < WIDTH; ++j)
-                        pack.lane[j] = finish(values[i + j], LAST ? o + i + j : o, place + i + j);
-                    store(y + place + i, pack);
-                }
-                return;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < BLOCK; ++i) {
-            const bool there = LAST ? first_output + column + i < outputs : places[column + i] >= 0;
-            const long long own = LAST ? o + i : o, place = LAST ? row + own : places[column + i] + own * channel_step;
-            if (there) y[place] = finish(values[i], own, place);
-        }
-    }
-};
 
 // For __launch_bounds__: before 9.0 two large blocks beside each other have too few registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

@@ -26,7 +26,7 @@ constexpr int WARPGROUP = 128, MULTIPLIERS = 2 * WARPGROUP, WGMMA_THREADS = 3 * 
 constexpr int WGMMA_ROWS = 128, WGMMA_STEP = 64, WGMMA_DEPTH = 16;   // of an instruction
 constexpr int LINE_BYTES = 128, LINES = 8, PANEL = 64;               // of a swizzle; elements of a line
 constexpr int FILLING = 4, LATER = 2;                                // stages
-constexpr int WGMMA_OUT_GAP = 8;
+constexpr int WGMMA_OUT_GAP = 8, WGMMA_TURNED_GAP = 4;   // of the sums: lanes write to different banks
 
 // An operand's tile, SIZE x WGMMA_STEP, and how instructions find their part of it.
 template <int SIZE, bool BY_K> struct SwizzledTile {
@@ -124,18 +124,21 @@ __device__ __forceinline__ void multiply_filled(float (&sums)[Room::N / 2], cons
 }
 
 // The multipliers lay their sums out as a matrix where the stages were, and hand them out in 16 bytes of the result:
-// product.cuh's epilogue.
-template <class Room, class Epilogue>
+// product.cuh's epilogue. TURNED: of the transposed matrix, N x 128.
+template <class Room, bool TURNED = false, class Epilogue>
 __device__ __forceinline__ void store_multiplied(const float (&sums)[Room::N / 2], Epilogue &epilogue) {
-    constexpr int PITCH = Room::OUT_PITCH;
+    constexpr int HIGH = TURNED ? Room::N : WGMMA_ROWS, LONG = TURNED ? WGMMA_ROWS : Room::N;
+    constexpr int PITCH = TURNED ? LONG + WGMMA_TURNED_GAP : Room::OUT_PITCH;
+    constexpr int ROW = TURNED ? 1 : PITCH, COLUMN = TURNED ? PITCH : 1;
+    static_assert(HIGH * PITCH * 4 <= Room::BYTES, "the sums have no room");
     float *const laid = static_cast<float *>(dynamic_shared());
     const int thread = threadIdx.x - WARPGROUP, lane = thread % 32;
-    float *const mine = laid + (thread / 32 * 16 + lane / 4) * PITCH + lane % 4 * 2;
+    float *const mine = laid + (thread / 32 * 16 + lane / 4) * ROW + lane % 4 * 2 * COLUMN;
     meet<MULTIPLIERS>(1);   // the stages are read
 #pragma unroll
-    for (int i = 0; i < Room::N / 2; ++i) mine[i % 4 / 2 * 8 * PITCH + i / 4 * 8 + i % 2] = sums[i];
+    for (int i = 0; i < Room::N / 2; ++i) mine[i % 4 / 2 * 8 * ROW + (i / 4 * 8 + i % 2) * COLUMN] = sums[i];
     meet<MULTIPLIERS>(1);
-    hand_out_sums<typename Room::E, WGMMA_ROWS, Room::N, PITCH, MULTIPLIERS>(laid, thread, epilogue);
+    hand_out_sums<typename Room::E, HIGH, LONG, PITCH, MULTIPLIERS>(laid, thread, epilogue);
 }
 
 }   // namespace tilewise

@@ -1,0 +1,53 @@
+"""Operands of a convolution in the order of its product, on the GPU; src/conv_packing.cu says how."""
+
+from tilewise.kernels.channel_plan import ceil_div
+from tilewise.kernels.conv_geometry import Correlation, image_steps, pixels
+from tilewise.kernels.copying_plan import WORDS
+from tilewise.kernels.cupy.launch import Kernel
+
+_SIDE = 32  # conv_packing.cu's
+_pack = Kernel("conv_packing.cu", "conv_pack<{T}>", "P P 15q", dtypes=[WORDS[size].name for size in (2, 4, 8)])
+
+
+def whole_vectors(length: int, dtype) -> int:
+    """Rounded up to whole vectors of 16 bytes."""
+    width = 16 // dtype.itemsize
+    return ceil_div(length, width) * width
+
+
+def _start(place, source, target, sizes, padded, steps, to_row: int, batch):
+    """sizes, padded, steps: of rows and columns; batch: (many, elements to the next of source, of target) of each."""
+    many, from_, to = zip(*batch, strict=True)
+    tiles = ceil_div(padded[0], _SIDE) * ceil_div(padded[1], _SIDE) * many[0] * many[1] * many[2]
+    dtype = WORDS[target.dtype.itemsize]
+    _pack(place, tiles, source, target, *sizes, *padded, *steps, to_row, *many[:2], *from_, *to, dtype=dtype)
+
+
+def pack_weights(it: Correlation, weight, channels: int):
+    """(the weights as (group, row and column of the tap, `channels` channels, output), outputs in whole vectors)."""
+    outputs, kh, kw = whole_vectors(it.outputs, weight.dtype), it.rows.taps, it.columns.taps
+    packed = weight.place.empty((it.groups, kh, kw, channels, outputs), weight.dtype)
+    group, row, column, to_row, _ = (step // weight.dtype.itemsize for step in packed.strides)
+    first = it.rows.first_tap * it.width + it.columns.first_tap
+    _start(
+        weight.place, weight.pointer + first * weight.dtype.itemsize, packed, (it.channels, it.outputs),
+        (channels, outputs), (it.channel_step, it.output_step), to_row,
+        [(kw, it.columns.tap_step, column), (kh, it.rows.tap_step * it.width, row), (it.groups, it.group_step, group)],
+    )  # fmt: skip
+    return packed, outputs
+
+
+def in_vectors(x, layout: str, groups: int):
+    """(x with its channels last, each group's in whole vectors; channels of a group then): x itself where it is so."""
+    images, (height, width) = x.shape[0], pixels(x.shape, layout)
+    channels = x.shape[1 if layout == "NCHW" else 3] // groups
+    padded, area = whole_vectors(channels, x.dtype), height * width
+    if layout == "NHWC" and padded == channels:
+        return x, channels
+    turned = x.place.empty((images, height, width, groups * padded), x.dtype)
+    image, step, _, pixel = image_steps(x.shape, layout)
+    _start(
+        x.place, x, turned, (area, channels), (area, padded), (pixel, step), groups * padded,
+        [(groups, channels * step, padded), (images, image, area * groups * padded), (1, 0, 0)],
+    )  # fmt: skip
+    return turned, padded

@@ -1,0 +1,99 @@
+"""Convolution on tensor cores as an implicit matrix product; src/conv_tensor.cuh, conv_tensor.cu and conv_wgmma.cu say
+how."""
+
+from typing import NamedTuple
+
+from tilewise.kernels.channel_plan import ceil_div
+from tilewise.kernels.conv_geometry import Correlation, image_steps
+from tilewise.kernels.conv_plan import choose_tensor_tile
+from tilewise.kernels.cupy import conv_wgmma
+from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
+from tilewise.kernels.cupy.conv_packing import in_vectors, pack_weights, whole_vectors
+from tilewise.kernels.cupy.gemm_plan import NAMES_OF_WAYS, TOO_LITTLE, why_not
+from tilewise.kernels.cupy.gemm_tensor import AMPERE, DTYPES, LARGE, LITTLE, MATHS, MEDIUM, TensorTile
+from tilewise.kernels.cupy.gemm_wgmma import WgmmaTile
+from tilewise.kernels.cupy.launch import NAMES, Kernel
+from tilewise.kernels.cupy.module import OLDEST
+
+# Few outputs, by whether channels are last: tiles are pixels x outputs then, else outputs x pixels; and the same for
+# three products, which take more registers.
+NARROW = {False: TensorTile("Flat", 64, 128, 128, 3), True: TensorTile("Upright", 128, 64, 128, 3)}
+NARROW_PAIR = {False: TensorTile("FlatPair", 64, 128, 128, 2), True: TensorTile("UprightPair", 128, 64, 128, 2)}
+_FEW_CHANNELS = "its channels, filled up to whole vectors of 16 bytes, would be zeros for the greater part"
+
+
+def _make(way: str, tile: TensorTile, last: bool) -> Kernel:
+    names = ", ".join(f"{NAMES}{name}" for name in (MATHS[way], tile.name))
+    on_oldest = way == "half" and tile is LITTLE  # the stages of a larger one have no room there
+    loads = ("LDSM",) if way in ("half", "bfloat") else ("LDS",)
+    return Kernel(
+        "conv_tensor.cu", f"conv_tensor<{names}, {str(last).lower()}>", f"{CORRELATION} q q", threads=tile.threads,
+        blocks=tile.resident, dtypes=(DTYPES[way],), least=OLDEST if on_oldest else AMPERE,
+        shared=tile.shared_bytes((last, not last)),
+        promises=("HMMA", "STG.128", *loads, *(() if on_oldest else ("LDGSTS",))),
+    )  # fmt: skip
+
+
+def tiles_of(way: str, last: bool) -> tuple[TensorTile, ...]:
+    """From the largest on. Three products are for what has work enough."""
+    return (MEDIUM, NARROW_PAIR[last]) if way == "split" else (LARGE, NARROW[last], LITTLE)
+
+
+_kernels = {
+    (way, tile, last): _make(way, tile, last) for way in DTYPES for last in (False, True)
+    for tile in tiles_of(way, last)
+} | {("wgmma", *which): kernel for which, kernel in conv_wgmma.CONVOLUTIONS.items()}  # fmt: skip
+
+
+class Choice(NamedTuple):
+    """A way to multiply, gemm_tensor.py's or "wgmma", and the tile."""
+
+    way: str
+    tile: TensorTile | WgmmaTile
+
+
+def by_pixels(way: str, it: Correlation) -> bool:
+    """Whether the product is one of pixels x outputs, and not of outputs x pixels."""
+    return it.channels_last or way == "wgmma"
+
+
+def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | str:
+    """For this way, or why there is none."""
+    if way == "wgmma":
+        return _FEW_CHANNELS if it.channels == 1 else conv_wgmma.tile_for(it, engine)
+    if reason := why_not(way, engine.capability, it.taps * it.channels):
+        return reason
+    padded = whole_vectors(it.channels, dtype)
+    if it.channels == 1 or (way == "split" and 2 * padded > 3 * it.channels):
+        return _FEW_CHANNELS
+    tiles = tiles_of(way, it.channels_last)
+    if engine.capability < AMPERE:
+        return tiles[-1]
+    tile = choose_tensor_tile(it, engine.multiprocessors, *tiles[:2])
+    return tile or (tiles[2] if len(tiles) > 2 else TOO_LITTLE)
+
+
+def choose(it: Correlation, dtype, engine) -> tuple[Choice | None, dict[str, str]]:
+    """(the first way that can compute it, why not those before it)."""
+    reasons = {}
+    for way, of in (*(("wgmma", name) for name in conv_wgmma.DTYPES), *DTYPES.items()):
+        if of == dtype.name:
+            tile = _tile(it, way, dtype, engine)
+            if not isinstance(tile, str):
+                return Choice(way, tile), reasons
+            reasons[NAMES_OF_WAYS[way]] = tile
+    return None, reasons
+
+
+def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept: list, choice: Choice):
+    """y = activation(the correlation + bias + extra); bias and extra may be None. kept: of in_vectors for this x."""
+    if not kept:
+        kept.append(in_vectors(x, it.layout, it.groups))
+    image, channels = kept[0]
+    packed, padded = pack_weights(it, weight, channels)
+    tile, last = choice.tile, it.channels_last
+    outputs, pixels = (tile.columns, tile.rows) if by_pixels(choice.way, it) else (tile.rows, tile.columns)
+    grid = ceil_div(it.pixels, pixels), ceil_div(it.outputs, outputs), it.groups
+    steps = image_steps(image.shape, "NHWC")
+    given = operands(it, image, packed, y, bias, extra, code, steps, channels)
+    _kernels[choice.way, tile, last](x.place, grid, *given, it.pixels, padded)

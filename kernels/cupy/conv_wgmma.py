@@ -1,0 +1,33 @@
+"""Convolution on Hopper's tensor cores; src/conv_wgmma.cu says how, and conv_tensor.py launches it."""
+
+from tilewise.kernels.conv_geometry import Correlation
+from tilewise.kernels.cupy.conv_direct import CORRELATION
+from tilewise.kernels.cupy.gemm_plan import NEEDS_HOPPER, TOO_LITTLE
+from tilewise.kernels.cupy.gemm_tensor import LITTLE
+from tilewise.kernels.cupy.gemm_wgmma import HOPPER, NARROW, WIDE, WgmmaTile
+from tilewise.kernels.cupy.launch import Kernel
+from tilewise.kernels.gemm_plan import choose_tile
+
+_THREADS = 384
+DTYPES = "float16", "bfloat16"
+
+
+def _make(tile: WgmmaTile, last: bool) -> Kernel:
+    return Kernel(
+        "conv_wgmma.cu", f"conv_wgmma<{{T}}, {tile.columns}, {str(last).lower()}>", f"{CORRELATION} q q",
+        threads=_THREADS, dtypes=DTYPES, least=HOPPER, target="sm_90a", shared=tile.shared_bytes,
+        promises=("HGMMA", "LDGSTS", "STG.128", "USETMAXREG"),
+    )  # fmt: skip
+
+
+# (tile, whether channels are last) -> kernel; the tile is pixels x outputs in both layouts
+CONVOLUTIONS = {(tile, last): _make(tile, last) for tile in (WIDE, NARROW) for last in (False, True)}
+
+
+def tile_for(it: Correlation, engine) -> WgmmaTile | str:
+    """Or why there is none: a product of pixels x outputs whose depth is not split."""
+    if engine.capability != HOPPER:
+        return NEEDS_HOPPER
+    size = it.pixels, it.outputs, 1, it.groups, engine.multiprocessors
+    tile = choose_tile(*size, (WIDE, NARROW, LITTLE))
+    return tile if isinstance(tile, WgmmaTile) else TOO_LITTLE

@@ -1,0 +1,146 @@
+"""Convolution on Hopper's tensor cores, executed on the CPU, against the reference in float64."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conv_cases import LAYOUTS, Case, check, reference
+from test_cuda_conv import ACTIVATIONS, operands
+from test_cupy_bfloat import assert_rounded
+from test_cupy_gemm import need
+
+import tilewise
+from tilewise import kernels
+from tilewise.kernels.cupy import conv_wgmma
+from tilewise.kernels.cupy.gemm_wgmma import NARROW, WIDE
+
+GPU_BACKENDS = ("cupy",)
+B = np.dtype(ml_dtypes.bfloat16)
+DTYPES = [np.dtype(np.float16), B]
+# Tiles are 128 pixels x 128 or 256 outputs, of which more than half are filled; a step is 64 of k, of four stages.
+NARROW_CASES = [
+    Case(2, 16, 7, 9, 72, (3, 3), 1, 1),  # less than a tile; steps with several taps
+    Case(1, 72, 9, 8, 128, (3, 3), 1, 1),  # taps of more than a step; around the stages
+    Case(1, 5, 17, 19, 66, (3, 2), (2, 1), ((1, 0), (0, 1)), (1, 2)),  # no whole vectors anywhere; two tiles of pixels
+    Case(3, 24, 5, 9, 144, (3, 3), 1, 2, 2, 2),  # groups; three images in two tiles
+]
+WIDE_CASES = [
+    Case(1, 40, 8, 9, 130, (2, 3), 1, ((0, 1), (1, 1))),
+    Case(2, 64, 9, 8, 264, (1, 1)),  # two tiles of both; one step
+]
+CASES = [(case, 128) for case in NARROW_CASES] + [(case, 256) for case in WIDE_CASES]
+
+
+@pytest.fixture(autouse=True)
+def hopper(gpu, one_multiprocessor):
+    need(gpu, conv_wgmma.CONVOLUTIONS[WIDE, True])
+    gpu.launched.clear()
+
+
+def kernel_name(columns, layout):
+    return f"cupy conv_wgmma<T, {columns}, {str(layout == 'NHWC').lower()}>"
+
+
+def assert_near(actual, expected, reduction, what):
+    if actual.dtype == B:
+        assert_rounded(actual, expected, reduction, reduction**0.5)
+    else:
+        check(actual, expected, reduction, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward(gpu, rng, layout, dtype):
+    for number, (case, columns) in enumerate(CASES):
+        gpu.eager_copies = number % 2 == 0
+        x, weight, bias, add = operands(rng, case, dtype, layout)
+        bias, add = None if number % 3 == 1 else bias, None if number % 3 == 2 else add
+        options = case.options | {"layout": layout, "activation": ACTIVATIONS[number % len(ACTIVATIONS)]}
+        y = kernels.conv2d(x, weight, bias, add=add, **options)
+        added = {} if add is None else {"add": add.astype(np.float64)}
+        assert_near(y, reference(kernels.conv2d, x, weight, bias, **options, **added), case.taps, (case, options))
+        assert (kernel_name(columns, layout), dtype.name) in gpu.launched
+        gpu.launched.clear()
+
+
+# channels are outputs here: of the phases of stride 2 some fill a tile by more than half, and some do not
+BACKWARD = [
+    (Case(2, 72, 7, 8, 24, (3, 3), 1, 1), 128),
+    (Case(1, 80, 17, 18, 9, (3, 2), 2, 1), 128),
+    (Case(1, 272, 9, 15, 16, (3, 3), 1, 2, 2, 2), 256),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_x(gpu, rng, layout, dtype):
+    for number, (case, columns) in enumerate(BACKWARD):
+        gpu.eager_copies = number % 2 == 1
+        x, weight, _, grad = operands(rng, case, dtype, layout)
+        options = case.options | {"layout": layout, "needs": ("x",)}
+        actual, _, _ = kernels.conv2d_backward(grad, x, weight, **options)
+        expected, _, _ = reference(kernels.conv2d_backward, grad, x, weight, **options)
+        reduction = case.o // case.groups * case.kernel[0] * case.kernel[1]
+        assert_near(actual, expected, reduction, (case, layout))
+        assert (kernel_name(columns, layout), dtype.name) in gpu.launched
+        gpu.launched.clear()
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "shuffled", "warp by warp", "warps reversed"])
+def test_every_schedule_gives_the_same_bits(gpu, rng, schedule):
+    case = NARROW_CASES[1]
+    x, weight, *_ = operands(rng, case, np.float16, "NHWC")
+    results = []
+    for gpu.schedule in ("forward", schedule):
+        results.append(kernels.conv2d(x, weight, **case.options, layout="NHWC"))
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_and_inf_stay_in_their_windows(gpu, rng, layout):
+    """In a row or column of zeros beyond the image, in channels beyond the last, they would spread."""
+    case = NARROW_CASES[2]
+    x, weight, bias, _ = operands(rng, case, np.float16, layout)
+    x.flat[137], x.flat[401], weight.flat[5] = np.nan, -np.inf, np.inf
+    options = case.options | {"layout": layout}
+    y, expected = kernels.conv2d(x, weight, bias, **options), reference(kernels.conv2d, x, weight, bias, **options)
+    assert 0 < np.isfinite(expected).sum() < expected.size
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(y), np.isinf(expected))
+    assert (kernel_name(128, layout), "float16") in gpu.launched
+
+
+TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "case", "taken"),
+    [
+        ((9, 0), "float16", WIDE_CASES[1], "wgmma, tiles of 128 x 256 pixels x outputs"),
+        ((9, 0), "bfloat16", NARROW_CASES[0], "wgmma, tiles of 128 x 128 pixels x outputs"),
+        ((9, 0), "float16", Case(1, 16, 7, 9, 72, (3, 3), 1, 1), f"not wgmma: {TOO_LITTLE}"),
+        ((10, 0), "float16", WIDE_CASES[1], "not wgmma: needs compute capability 9.0, and no later one"),
+        ((9, 0), "float16", Case(2, 1, 9, 8, 264, (3, 3)), "tiles of few channels"),
+    ],
+)
+def test_explain(gpu, monkeypatch, capability, dtype, case, taken):
+    monkeypatch.setattr(gpu, "capability", capability)
+    x, weight, _ = case.arrays(np.random.default_rng(1), dict(zip(("float16", "bfloat16"), DTYPES, strict=True))[dtype])
+    decision = tilewise.explain(kernels.conv2d, x, weight, **case.options)
+    assert taken in decision.note
+    if taken.startswith("not"):
+        assert decision.note.startswith("mma, tiles of")
+
+
+def test_choice_of_the_tile(gpu, monkeypatch):
+    """The largest of which more than half is filled, and which occupies the device."""
+    from tilewise.kernels.conv_geometry import forward
+
+    monkeypatch.setattr(gpu, "multiprocessors", 132)
+    window = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1, "layout": "NCHW"}
+
+    def tile(pixels, outputs):
+        return conv_wgmma.tile_for(forward((1, 64, pixels, 1), (outputs, 64, 1, 1), (pixels, 1), **window), gpu)
+
+    assert tile(132 * 128, 256) is tile(66 * 128, 512) is tile(132 * 128, 129) is WIDE
+    assert tile(131 * 128, 256) is tile(132 * 128, 128) is tile(132 * 128, 65) is NARROW
+    assert tile(132 * 128, 64) == tile(65 * 128, 256) == TOO_LITTLE
