@@ -1,5 +1,6 @@
 """Convolution on the GPU; conv_plan.py chooses the algorithm."""
 
+from tilewise.kernels import conv_winograd_plan
 from tilewise.kernels.activation_plan import ACTIVATION_CODES
 from tilewise.kernels.conv_plan import Convolution, fits_a_grid, is_depthwise_weight, is_little
 from tilewise.kernels.cupy import (
@@ -9,14 +10,11 @@ from tilewise.kernels.cupy import (
     conv_product,
     conv_product_weight,
     conv_sums,
+    conv_winograd,
     driver,
 )
 
 HAS_BFLOAT16 = True  # operation.py asks
-
-
-def _why_not_winograd(it, dtype) -> str:
-    return "backend 'cupy' does not have it"
 
 
 def _weight_gradient(it, grad, x, shape):
@@ -37,9 +35,10 @@ def _describe(it, dtype, algorithm: str) -> str:
 
 _CONVOLUTION = Convolution(
     "cupy",
-    {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": conv_product.correlate},
+    {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": conv_product.correlate,
+     "winograd": conv_winograd.correlate},
     _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES,
-    why_not_winograd=_why_not_winograd, winograd_pays=lambda it: False, describe=_describe,
+    why_not_winograd=conv_winograd_plan.why_not, winograd_pays=conv_winograd_plan.pays, describe=_describe,
     prefers_direct=conv_direct.is_few, counts=lambda it: it.narrow,
     engine_of=lambda place: driver.engine(place.ordinal),
 )  # fmt: skip

@@ -19,10 +19,7 @@ _few = Kernel(
 
 def operands(it: Correlation, x, weight, y, bias, extra, code: int) -> tuple:
     """What CORRELATION stands for."""
-    return (
-        x, weight, y, bias, extra, code, LEAKY_SLOPE, *it.rows.numbers, *it.columns.numbers, *it.steps,
-        it.groups, it.outputs, it.channels, it.group_step, it.output_step, it.channel_step, it.width,
-    )  # fmt: skip
+    return x, weight, y, bias, extra, code, LEAKY_SLOPE, *it.axes, *it.steps, *it.filters
 
 
 def outputs_of_few(dtype) -> int:

@@ -43,23 +43,26 @@ class Choice(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """orders: of both operands, whether k is contiguous. aligned: whether both come in vectors of 16 bytes."""
+    """orders: of both operands, whether k is contiguous. aligned: whether both come in vectors of 16 bytes. tf32:
+    whether it may stand for float32."""
 
     dtype: np.dtype
     size: Size
     orders: tuple[bool, bool]
     aligned: bool
     capability: tuple[int, int]
+    tf32: bool
 
 
-def _product(left: Matrices, right: Matrices, matrices: int, engine) -> _Product:
+def _product(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None) -> _Product:
+    tf32 = settings.active().tf32 if tf32 is None else tf32
     size = left.rows, right.columns, left.columns, matrices, engine.multiprocessors
     orders = left.column_stride == 1, right.row_stride == 1
-    return _Product(left.array.dtype, size, orders, left.aligned() and right.aligned(), engine.capability)
+    return _Product(left.array.dtype, size, orders, left.aligned() and right.aligned(), engine.capability, tf32)
 
 
-def choose(left: Matrices, right: Matrices, matrices: int, engine) -> Choice:
-    product = _product(left, right, matrices, engine)
+def choose(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None) -> Choice:
+    product = _product(left, right, matrices, engine, tf32)
     for way in _ways(product.dtype).values():
         taken = way(product)
         if isinstance(taken, Choice):
@@ -79,7 +82,7 @@ def _tf32(product: _Product) -> Choice | str:
         return _NEEDS_AMPERE
     if not product.aligned:
         return _NO_VECTORS
-    if not settings.active().tf32:
+    if not product.tf32:
         return "using(tf32=True) would allow it"
     return _mma("mma in TF32", "tf32", choose_tile(*product.size, (LARGE, LITTLE)), product)
 
@@ -142,7 +145,7 @@ def _ways(dtype) -> dict[str, Callable[[_Product], Choice | str]]:
 
 
 def _by_tiles(product: _Product) -> Choice:
-    dtype, size, orders, aligned, capability = product
+    dtype, size, orders, aligned, capability, _ = product
     if dtype.kind in "iu":
         return Choice("tiles", WHOLE, SMALL, _BLOCK)
     if not aligned:
