@@ -1,5 +1,7 @@
 """Winograd's convolution of the GPU backends, executed on the CPU, against the reference in float64."""
 
+import re
+
 import numpy as np
 import pytest
 from conv_cases import LAYOUTS, Case, check, reference
@@ -51,6 +53,24 @@ def test_winograd_keeps_nan_and_inf_in_their_windows(gpu, rng, layout, value):
     y = kernels.conv2d(x, weight, bias, add=add, algorithm="winograd", **options)
     expected = reference(kernels.conv2d, x, weight, bias, add=add.astype(np.float64), **options)
     check(y, expected, case.taps, layout, np.float32, WINOGRAD_GROWTH)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("algorithm", ["winograd", "gemm"])
+def test_prepared_weights_are_transformed_once(gpu, rng, algorithm, layout):
+    case = Case(2, 16, 9, 10, 24, (3, 3), 1, 1, 1, 2)
+    x, weight, bias, add = operands(rng, case, np.float32, layout)
+    options = case.options | {"layout": layout, "algorithm": algorithm}
+    prepared = kernels.prepare_conv2d(weight, bias, **options)
+    np.testing.assert_array_equal(prepared(x, add=add), kernels.conv2d(x, weight, bias, add=add, **options))
+    kept = prepared.nbytes
+    assert kept >= weight.nbytes * (6 if algorithm == "winograd" else 3)  # the host's, the device's, and this
+    gpu.launched.clear()
+    y = prepared(x[:1])
+    assert not any(re.search("weight|pack|copy", name) for name, _ in gpu.launched)
+    assert any(algorithm in name or "product" in name or "implicit" in name for name, _ in gpu.launched)
+    np.testing.assert_array_equal(y, kernels.conv2d(x[:1], weight, bias, **options))
+    assert prepared.nbytes == kept
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

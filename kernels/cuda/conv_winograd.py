@@ -21,6 +21,7 @@ from dataclasses import replace
 from numba import cuda
 
 from tilewise.kernels.conv_geometry import Axis, Correlation
+from tilewise.kernels.conv_plan import made_of
 from tilewise.kernels.conv_winograd_plan import POINTS, tiles_of
 from tilewise.kernels.cuda import conv_product
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
@@ -213,12 +214,15 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int):
     padded_depth = ceil_div(it.channels, product_tile.depth) * product_tile.depth
     taps = rows.first_tap, rows.tap_step, columns.first_tap, columns.tap_step
     weight_steps = it.group_step, it.output_step, it.channel_step, it.width
-    packed = place.empty((it.groups * POINTS * padded_depth * padded_outputs,), x.dtype)
     size = it.groups * padded_depth * padded_outputs
-    winograd_weight(
-        place, ceil_div(size, _THREADS), weight, packed, size, padded_depth, it.channels, it.outputs, padded_outputs,
-        *weight_steps, *taps,
-    )  # fmt: skip
+
+    def write(packed):
+        winograd_weight(
+            place, ceil_div(size, _THREADS), weight, packed, size, padded_depth, it.channels, it.outputs,
+            padded_outputs, *weight_steps, *taps,
+        )  # fmt: skip
+
+    packed = made_of(weight, "winograd", (it.groups * POINTS, padded_depth, padded_outputs), x.dtype, write)
     values = place.empty((POINTS * most * all_channels,), x.dtype)
     products = place.empty((POINTS * most * all_outputs,), x.dtype)
     for first, tiles in tiling.parts(it.images):

@@ -4,7 +4,7 @@ import numpy as np
 
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation
-from tilewise.kernels.conv_plan import choose_tile
+from tilewise.kernels.conv_plan import choose_tile, made_of
 from tilewise.kernels.cupy import driver
 from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
 from tilewise.kernels.cupy.copying import copy_strided
@@ -49,16 +49,18 @@ def _packed(it: Correlation, weight, width: int):
     padded = ceil_div(it.outputs, width) * width
     kh, kw = it.rows.taps, it.columns.taps
     item, place = weight.dtype.itemsize, weight.place
-    packed = place.empty((it.groups, kh, kw, it.channels, padded), weight.dtype)
     shape = it.groups, kh, kw, it.channels, it.outputs
     steps = it.group_step, it.rows.tap_step * it.width, it.columns.tap_step, it.channel_step, it.output_step
     first = (it.rows.first_tap * it.width + it.columns.first_tap) * item
     source = DeviceArray(
         place, weight.pointer + first, shape, weight.dtype, weight.owner, tuple(s * item for s in steps)
     )
-    if source.size:
-        copy_strided(source, DeviceArray(place, packed.pointer, shape, weight.dtype, packed.owner, packed.strides))
-    return packed, padded
+
+    def write(packed):
+        if source.size:
+            copy_strided(source, DeviceArray(place, packed.pointer, shape, weight.dtype, packed.owner, packed.strides))
+
+    return made_of(weight, "gemm", (*shape[:-1], padded), weight.dtype, write), padded
 
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept=None):

@@ -6,6 +6,7 @@ Error: the transforms add numbers of different size, so single results may be of
 
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation
+from tilewise.kernels.conv_plan import made_of
 from tilewise.kernels.conv_winograd_plan import POINTS, tiles_of
 from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
 from tilewise.kernels.cupy.gemm import multiply
@@ -36,10 +37,12 @@ def _whole(count: int) -> int:
 def _transformed(it: Correlation, weight):
     """U of the weights."""
     channels, outputs = _whole(it.channels), _whole(it.outputs)
-    packed = weight.place.empty((it.groups * POINTS, channels, outputs), weight.dtype)
     blocks = ceil_div(it.groups * channels * outputs, _THREADS)
-    _weight(weight.place, blocks, weight, packed, *it.axes, *it.filters, channels, outputs)
-    return packed
+
+    def write(packed):
+        _weight(weight.place, blocks, weight, packed, *it.axes, *it.filters, channels, outputs)
+
+    return made_of(weight, "winograd", (it.groups * POINTS, channels, outputs), weight.dtype, write)
 
 
 def _multiply(it: Correlation, packed, values, tiles: int, products):
