@@ -206,8 +206,8 @@ class Convolution:
     def bind_conv2d(self, shapes, dtype, arrays, packs, **options):
         """conv2d with weight and bias, in `arrays`, given once: run(x, add=None).
 
-        The first run on a device sends them there, brings the weight into the algorithm's order, and waits; so call it
-        once before a stream is captured into a graph.
+        The first run on a device sends them there and waits, and so does one that wants the weight in another order, as
+        images of another size may; call it once with such images before a stream is captured into a graph.
         """
 
         def keep(place, name, shape, dtype, write):
@@ -224,14 +224,13 @@ class Convolution:
 
         def on_device(name, place):
             array = arrays[name]
-            if array is None:
-                return None
             write = self.engine_of(place).write
             return keep(place, name, array.shape, dtype, lambda to: write(to.owner, array.astype(dtype)))
 
         def run(x, add=None):
             weight = KeptWeight(on_device("weight", x.place), partial(keep, x.place))
-            return self.conv2d(x, weight, on_device("bias", x.place), add, **options)
+            bias = None if arrays["bias"] is None else on_device("bias", x.place)
+            return self.conv2d(x, weight, bias, add, **options)
 
         return run
 

@@ -25,10 +25,10 @@ def _weight_gradient(it, grad, x, shape):
     return module.weight_gradient(it, grad, x, shape)
 
 
-def _describe(it, dtype, algorithm: str) -> str:
-    """Of a call on the first device."""
+def _describe(it, dtype, algorithm: str, ordinal: int) -> str:
+    """Of a call on that device."""
     if algorithm == "gemm":
-        tile = conv_product.tile_for(it, dtype, driver.engine(0).capability)
+        tile = conv_product.tile_for(it, dtype, driver.engine(ordinal).capability)
         return f"tiles of {tile.rows} x {tile.columns} {'pixels x outputs' if it.channels_last else 'outputs x pixels'}"
     return "tiles of few channels" if algorithm == "direct" and conv_direct.is_few(it, dtype) else ""
 

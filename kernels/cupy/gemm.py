@@ -51,14 +51,14 @@ matmul, matmul_backward = _products.matmul, _products.matmul_backward
 linear, linear_backward = _products.linear, _products.linear_backward
 
 
-def _choose(name, shapes, dtype, options):
+def _choose(name, shapes, dtype, options, ordinal):
     if not settings.active().explaining:  # a launch chooses for the device that it goes to
         return name, {}
-    return gemm_plan.algorithm(name, shapes, dtype)
+    return gemm_plan.algorithm(name, shapes, dtype, ordinal)
 
 
-def _describe(name, shapes, dtype, options):
-    return gemm_plan.description(name, shapes, dtype)
+def _describe(name, shapes, dtype, options, ordinal):
+    return gemm_plan.description(name, shapes, dtype, ordinal)
 
 
 choose_matmul, choose_linear = partial(_choose, "matmul"), partial(_choose, "linear")

@@ -167,8 +167,8 @@ class _Explained(NamedTuple):
     rejected: dict[str, str]
 
 
-def _explained(name: str, shapes: list, dtype) -> _Explained:
-    """Of a call on the first device."""
+def _explained(name: str, shapes: list, dtype, ordinal: int) -> _Explained:
+    """Of a call on that device."""
     left, right, matrices = operands_of(name, shapes, dtype)
     ways = _ways(dtype)
     if not left.rows * right.columns * matrices:
@@ -176,7 +176,7 @@ def _explained(name: str, shapes: list, dtype) -> _Explained:
     if matrices == 1 and few_vectors(left, right) is not None:
         note = "a warp for each row of the matrix"
         return _Explained("few vectors", note, dict.fromkeys(ways, f"few vectors: {note}"))
-    engine = driver.engine()
+    engine = driver.engine(ordinal)
     taken, product = choose(left, right, matrices, engine), _product(left, right, matrices, engine)
     rejected = {}
     for algorithm, way in ways.items():
@@ -187,11 +187,11 @@ def _explained(name: str, shapes: list, dtype) -> _Explained:
     return _Explained(taken.algorithm, note, rejected)
 
 
-def algorithm(name: str, shapes: list, dtype) -> tuple[str, dict[str, str]]:
+def algorithm(name: str, shapes: list, dtype, ordinal: int) -> tuple[str, dict[str, str]]:
     """(algorithm, why not the others) of matmul or linear."""
-    explained = _explained(name, shapes, dtype)
+    explained = _explained(name, shapes, dtype, ordinal)
     return explained.algorithm, explained.rejected
 
 
-def description(name: str, shapes: list, dtype) -> str:
-    return _explained(name, shapes, dtype).note
+def description(name: str, shapes: list, dtype, ordinal: int) -> str:
+    return _explained(name, shapes, dtype, ordinal).note
