@@ -102,12 +102,10 @@ def is_bfloat16(dtype: np.dtype) -> bool:
     return dtype.name == "bfloat16"
 
 
-def common_dtype(
-    function: str, operands: dict[str, np.ndarray | None], allowed: tuple = FLOATS, on_gpu: bool = True
-) -> np.dtype:
+def common_dtype(function: str, operands: dict[str, np.ndarray | None], allowed: tuple = FLOATS) -> np.dtype:
     """The one dtype of the operands that are there.
 
-    on_gpu: whether they may be bfloat16. operation.py refuses that where the backend turns out to lack it.
+    It may be bfloat16 everywhere: operation.py refuses that where the backend turns out to lack it.
 
     Raises:
         TypeError: dtypes differ, or are not among `allowed`.
@@ -117,7 +115,7 @@ def common_dtype(
     for name, other in present.items():
         if other != dtype:
             raise TypeError(f"{function}: {name} is {other} but {first} is {dtype}; the dtypes must match")
-    if dtype in allowed or (on_gpu and is_bfloat16(dtype)):
+    if dtype in allowed or is_bfloat16(dtype):
         return dtype
     names = ", ".join(str(d) for d in allowed)
     raise TypeError(f"{function}: {first} is {dtype}, which is not supported; use one of {names}")

@@ -54,9 +54,6 @@ class Bound(Operation):
     def _choose(self, choose: Callable, shapes: list, dtype, options: dict) -> tuple[str, dict[str, str]]:
         return choose(self._all_shapes(shapes), dtype, options, packed=True)
 
-    def _describe(self, module, shapes: list, dtype, options: dict) -> str:
-        return super()._describe(module, self._all_shapes(shapes), dtype, options)
-
     def _implementation(self, module, dtype, shapes: list, options: dict) -> Callable:
         bind = getattr(module, f"bind_{self.name}", None)
         if bind is not None:

@@ -15,6 +15,7 @@ from tilewise.kernels.conv_checks import (
     check_preparation,
     check_prepared_conv2d,
 )
+from tilewise.kernels.device_arrays import on_host
 from tilewise.kernels.operation import Operation
 
 
@@ -77,8 +78,9 @@ def prepare_conv2d(
         y = prepared(x, add=shortcut)        # ... the same with add=shortcut
 
     Args:
-        weight, bias, stride, padding, dilation, groups, layout, activation, algorithm: as for `conv2d`. With "auto",
-            the choice counts with packed weights, so that it may be another one than that of `conv2d`.
+        weight, bias, stride, padding, dilation, groups, layout, activation, algorithm: as for `conv2d`; arrays on a
+            GPU are copied to the host, whence each device gets its own. With "auto", the choice counts with packed
+            weights, so that it may be another one than that of `conv2d`.
         batch_norm: (running_mean, running_var, weight, bias, eps) of an evaluation batch norm that follows the
             convolution, before `add` and the activation; weight and bias may be None. It is folded into weight and
             bias: weight[o] * s[o] and (bias[o] - running_mean[o]) * s[o] + batch norm's bias[o], with s = batch norm's
@@ -95,7 +97,9 @@ def prepare_conv2d(
     arrays.required(function, weight=weight)
     statistics, eps = _batch_norm_arrays(function, batch_norm)
     given = {"weight": weight, "bias": bias, **statistics}
-    views: dict[str, Any] = {n: None if a is None else arrays.host_view(function, n, a)[0] for n, a in given.items()}
+    views: dict[str, Any] = {
+        n: None if a is None else arrays.host_view(function, n, on_host(a))[0] for n, a in given.items()
+    }
     weight, bias, *vectors = views.values()
     statistics = dict(zip(statistics, vectors, strict=True))
     dtype, options = check_preparation(
@@ -173,7 +177,7 @@ def _folded(weight, bias, statistics: list, eps: float) -> tuple[np.ndarray, np.
     ]
     bias, mean, variance, scale, shift = vectors
     factor = scale / np.sqrt(variance + eps)
-    return weight * factor[:, None, None, None], (bias - mean) * factor + shift
+    return weight.astype(np.float64) * factor[:, None, None, None], (bias - mean) * factor + shift
 
 
 def conv2d_backward(

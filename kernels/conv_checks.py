@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 
 from tilewise.kernels import shapes
-from tilewise.kernels.arrays import FLOATS, common_dtype, required
+from tilewise.kernels.arrays import common_dtype, required
 from tilewise.kernels.operation import Problem
 
 # What `algorithm=` may name; which of them a problem allows is for the backend to say.
@@ -198,7 +198,7 @@ def check_preparation(
         raise ValueError(f"{function}: weight must have 4 dimensions, got shape {weight.shape}")
     if 0 in weight.shape:
         raise ValueError(f"{function}: weight must have at least one of everything, got shape {weight.shape}")
-    dtype = common_dtype(function, {"weight": weight, "bias": bias, **statistics}, FLOATS, on_gpu=False)
+    dtype = common_dtype(function, {"weight": weight, "bias": bias, **statistics})
     outputs, kernel = weight.shape[0], (weight.shape[2], weight.shape[3])
     shapes.check_bias(function, bias, outputs)
     for name, vector in statistics.items():

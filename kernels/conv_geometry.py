@@ -110,6 +110,18 @@ class Correlation:
         return self.shape_x[0]
 
     @property
+    def axes(self) -> tuple[int, ...]:
+        """Rows and columns, as kernels take them."""
+        return *self.rows.numbers, *self.columns.numbers
+
+    @property
+    def filters(self) -> tuple[int, ...]:
+        """The weight, as kernels take it."""
+        return (
+            self.groups, self.outputs, self.channels, self.group_step, self.output_step, self.channel_step, self.width
+        )  # fmt: skip
+
+    @property
     def taps(self) -> int:
         return self.rows.taps * self.columns.taps
 

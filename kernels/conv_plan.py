@@ -8,6 +8,8 @@ A backend gives its kernels; `Convolution` makes conv2d and its relatives of the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 from tilewise.kernels import conv_geometry, settings
 from tilewise.kernels.channel_plan import ceil_div
@@ -36,6 +38,26 @@ def split(pixels: int, blocks: int, least: int = _LEAST_PIXELS) -> tuple[int, in
     parts = max(1, min(ceil_div(pixels, least), ceil_div(_ENOUGH_BLOCKS, max(blocks, 1)), _MOST_PARTS))
     per_part = ceil_div(max(pixels, 1), parts)
     return ceil_div(max(pixels, 1), per_part), per_part
+
+
+class KeptWeight(DeviceArray):
+    """A weight for many calls. keep: `made_of` for it."""
+
+    __slots__ = ("keep",)
+
+    def __init__(self, array: DeviceArray, keep: Callable):
+        super().__init__(array.place, array.pointer, array.shape, array.dtype, array.owner)
+        self.keep = keep
+
+
+def made_of(weight: DeviceArray, name: str, shape: tuple[int, ...], dtype, write: Callable) -> DeviceArray:
+    """What `write` puts into an array of this shape: a weight as an algorithm wants it. Of a weight for many calls it
+    is made once for each name and shape."""
+    if isinstance(weight, KeptWeight):
+        return weight.keep(name, shape, dtype, write)
+    made = weight.place.empty(shape, dtype)
+    write(made)
+    return made
 
 
 def is_little(it: Correlation) -> bool:
@@ -108,7 +130,7 @@ class Convolution:
     y = activation(the correlation + bias + extra); bias and extra may be None. kept: a list in which it may leave what
     it made of x for the next correlation of the same x. why_not_winograd(it, dtype), winograd_pays(it): as their names
     say. weight_gradient(it, grad, x, shape): of the forward correlation. bias_gradient(grad, layout).
-    codes: of activations. describe(it, dtype, algorithm): what the algorithm's name does not tell.
+    codes: of activations. describe(it, dtype, algorithm, ordinal): what the algorithm's name does not tell.
     prefers_direct(it, dtype): whether its direct sum is faster than a product. counts(it): whether its product's
     kernels count so far. engine_of(place).
     """
@@ -120,13 +142,13 @@ class Convolution:
     codes: dict
     why_not_winograd: Callable
     winograd_pays: Callable
-    describe: Callable = lambda it, dtype, algorithm: ""
+    describe: Callable = lambda it, dtype, algorithm, ordinal: ""
     prefers_direct: Callable = lambda it, dtype: False
     counts: Callable = lambda it: True
     engine_of: Callable = lambda place: place.engine
 
-    def choose_conv2d(self, shapes, dtype, options, packed=False):
-        """(algorithm, why not the others); raises ValueError where the one asked for does not apply."""
+    def choose_conv2d(self, shapes, dtype, options, packed=False, ordinal=0):
+        """(algorithm, why not the others), on any device; raises ValueError where the one asked for does not apply."""
         it = _forward_of(shapes, options)
         why_not = {}
         reason = self.why_not_winograd(it, dtype)
@@ -147,8 +169,8 @@ class Convolution:
         reasons = _SLOWER | ({"winograd": "tensor cores are faster"} if settings.active().tf32 else {})
         return best, {name: reason for name, reason in reasons.items() if name != best} | why_not
 
-    def describe_conv2d(self, shapes, dtype, options) -> str:
-        return self.describe(_forward_of(shapes, options), dtype, options["algorithm"])
+    def describe_conv2d(self, shapes, dtype, options, ordinal) -> str:
+        return self.describe(_forward_of(shapes, options), dtype, options["algorithm"], ordinal)
 
     def _choose(self, it: Correlation, dtype) -> str:
         if is_depthwise(it, dtype):
@@ -194,26 +216,31 @@ class Convolution:
     def bind_conv2d(self, shapes, dtype, arrays, packs, **options):
         """conv2d with weight and bias, in `arrays`, given once: run(x, add=None).
 
-        The first run on a device sends them there and waits; so call it once before a stream is captured into a graph.
+        The first run on a device sends them there and waits, and so does one that wants the weight in another order, as
+        images of another size may; call it once with such images before a stream is captured into a graph.
         """
 
-        def on_device(name, place):
-            array = arrays[name]
-            if array is None:
-                return None
+        def keep(place, name, shape, dtype, write):
             engine = self.engine_of(place)
-            key = (self.backend, id(engine), name)
+            key = (self.backend, id(engine), name, shape)
             if key not in packs:
-                array = array.astype(dtype)
-                memory = engine.allocate(array.nbytes, every_stream=True)
-                engine.write(memory, array)
+                memory = engine.allocate(prod(shape) * dtype.itemsize, every_stream=True)
+                made = DeviceArray(place, memory.pointer, shape, dtype, memory)
+                write(made)
                 engine.synchronize()  # whatever stream reads it
-                packs[key] = DeviceArray(place, memory.pointer, array.shape, dtype, memory)
+                packs[key] = made
             kept = packs[key]
             return DeviceArray(place, kept.pointer, kept.shape, kept.dtype, kept.owner)
 
+        def on_device(name, place):
+            array = arrays[name]
+            write = self.engine_of(place).write
+            return keep(place, name, array.shape, dtype, lambda to: write(to.owner, array.astype(dtype)))
+
         def run(x, add=None):
-            return self.conv2d(x, on_device("weight", x.place), on_device("bias", x.place), add, **options)
+            weight = KeptWeight(on_device("weight", x.place), partial(keep, x.place))
+            bias = None if arrays["bias"] is None else on_device("bias", x.place)
+            return self.conv2d(x, weight, bias, add, **options)
 
         return run
 

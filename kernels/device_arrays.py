@@ -213,6 +213,16 @@ def is_on_device(value) -> bool:
     return hasattr(value, "__cuda_array_interface__") or isinstance(value, DeviceArray)
 
 
+def on_host(value):
+    """A copy of a GPU's array in the host's memory; what lies there already as it is."""
+    if not is_on_device(value):
+        return value
+    for method in ("get", "cpu", "copy_to_host"):  # CuPy's, PyTorch's, Numba's
+        if hasattr(value, method):
+            return getattr(value, method)()
+    return value  # of no library that tilewise knows
+
+
 def device_view(function: str, name: str, value) -> DeviceArray:
     """A view of a CUDA array's memory; nothing is copied.
 

@@ -191,7 +191,7 @@ class using:
 
 def explain(function: Callable, *args, **kwargs) -> Decision:
     """What `function(*args, **kwargs)` would do, without doing it: device, backend, algorithm, work, and for each
-    candidate not taken, why. Of several GPUs, what it tells of a kernel's tiles and tensor cores is the first one's.
+    candidate not taken, why. Of several GPUs, the one that the arrays lie on is meant; of host arrays, the first.
 
     Raises whatever the call itself would raise for wrong arguments; TypeError for a function that is not tilewise's.
     """

@@ -1,6 +1,6 @@
 """How a product of matrices is shared out on a GPU: batches, tiles, parts of the depth; the same in every backend."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple, Protocol, TypeVar
@@ -16,6 +16,9 @@ ENOUGH_BLOCKS, PART_DEPTH = 256, 256
 MANY_ROWS, SHORT_ROWS = 256, 2048
 FEW = 4  # vectors; with more of them, a tile's products hide behind its loads too
 MOST_MATRICES = (1 << 16) - 1  # the grid's z
+SUM_COLUMNS = 32  # of a block that sums rows: a warp reads neighbouring ones
+_SUM_ROWS = 512  # of a part: long enough to be worth a block, short enough to have many
+_MOST_PARTS = 1 << 15  # the grid's y is limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +151,21 @@ def few_vectors(left: Matrices, right: Matrices) -> Few | None:
     width = 16 // big.array.dtype.itemsize
     vectors = depth // width if strides[1] == 1 and depth % width == 0 else 0
     return Few(big.array, few.array, rows, count, depth, *strides, *to, *of_bias, vectors)
+
+
+def sum_rows(sum_part: Callable, add_parts: Callable, sum_dtype: Callable, x: DeviceArray) -> DeviceArray:
+    """(batch, rows, columns) -> (batch, columns), in fixed parts of the rows.
+
+    A backend's sum_part(place, grid, x, partial, rows, columns, tiles, batch, part) gives each part's sums, of
+    sum_dtype(x.dtype), and its add_parts(partial, result) adds those up.
+    """
+    batch, rows, columns = x.shape
+    result = x.place.empty((batch, columns), x.dtype)
+    if result.size == 0:
+        return result
+    part = max(_SUM_ROWS, ceil_div(rows, _MOST_PARTS))
+    parts, tiles = max(1, ceil_div(rows, part)), ceil_div(columns, SUM_COLUMNS)
+    partial = x.place.empty((parts, batch, columns), sum_dtype(x.dtype))
+    sum_part(x.place, (tiles * batch, parts, 1), x, partial, rows, columns, tiles, batch, part)
+    add_parts(partial, result)
+    return result

@@ -206,12 +206,13 @@ class Operation:
                 f"float32{other}"
             )
         shapes = _batched_shapes(operands, problem.unbatched)
+        where = {"ordinal": ordinal or 0} if on_gpu else {}  # host arrays go to the first GPU
         half = operands[0].dtype == _HALF and not on_gpu  # GPUs load and store it themselves
         dtype = _SINGLE if half else operands[0].dtype  # what is computed in
         choose = getattr(module, f"choose_{self.name}", None)
         algorithm = problem.options.get("algorithm", self.name)
         if choose is not None:
-            algorithm, others = self._choose(choose, shapes, dtype, problem.options)
+            algorithm, others = self._choose(partial(choose, **where), shapes, dtype, problem.options)
             rejected = rejected | others
             if "algorithm" in problem.options:
                 problem.options["algorithm"] = algorithm
@@ -219,7 +220,10 @@ class Operation:
             algorithm = backend
         if settings.explaining:
             device = settings_module.DEVICE_OF[backend]
-            note = "float16 is computed in float32" if half else self._describe(module, shapes, dtype, problem.options)
+            describe = getattr(module, f"describe_{self.name}", None)  # tells what the algorithm's name does not
+            note = "float16 is computed in float32" if half else ""
+            if describe is not None and not half:
+                note = describe(self._all_shapes(shapes), dtype, problem.options, **where)
             work = problem.flops, problem.bytes
             raise Explained(Decision(self.name, device, backend, algorithm, *work, rejected, note))
 
@@ -240,10 +244,9 @@ class Operation:
     def _choose(self, choose: Callable, shapes: list, dtype, options: dict) -> tuple[str, dict[str, str]]:
         return choose(shapes, dtype, options)
 
-    def _describe(self, module, shapes: list, dtype, options: dict) -> str:
-        """A backend's `describe_<op>` tells what the algorithm's name does not."""
-        describe = getattr(module, f"describe_{self.name}", None)
-        return "" if describe is None else describe(shapes, dtype, options)
+    def _all_shapes(self, shapes: list) -> list:
+        """Also those of operands that a call does not give."""
+        return shapes
 
     def _implementation(self, module, dtype, shapes: list, options: dict) -> Callable:
         """The backend's function for this signature."""

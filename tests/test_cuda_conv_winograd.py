@@ -1,4 +1,6 @@
-"""Winograd's convolution in numba.cuda, executed on the CPU, against the reference in float64."""
+"""Winograd's convolution of the GPU backends, executed on the CPU, against the reference in float64."""
+
+import re
 
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ from test_cuda_conv import backward, forward, operands
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels.cuda import conv, conv_winograd
+from tilewise.kernels import conv_winograd_plan
 
+GPU_BACKENDS = ("cuda", "cupy")
 WINOGRAD_GROWTH = 16.0  # of the error, against a direct sum
 SHORT_WINOGRAD = [
     Case(1, 1, 3, 3, 1, (3, 3)),
@@ -23,25 +26,21 @@ SHORT_WINOGRAD = [
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("room", [1 << 28, 1])
 def test_winograd(gpu, rng, monkeypatch, room, layout):
-    monkeypatch.setattr(conv_winograd, "_ROOM", room)
+    monkeypatch.setattr(conv_winograd_plan, "_ROOM", room)
     for number, case in enumerate(SHORT_WINOGRAD):
         forward(rng, case, np.float32, layout, number, "winograd", WINOGRAD_GROWTH)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_winograd_backward(gpu, rng, monkeypatch, layout):
-    monkeypatch.setattr(conv_winograd, "_LEAST_CHANNELS", 0)
-    monkeypatch.setattr(conv_winograd, "_LEAST_TILES", 1)
-    taken = []
-
-    def counting(*arguments):
-        taken.append(arguments)
-        conv_winograd.correlate(*arguments[:-1])
-
-    monkeypatch.setitem(conv._CONVOLUTION.algorithms, "winograd", counting)
+    monkeypatch.setattr(conv_winograd_plan, "_LEAST_CHANNELS", 0)
+    monkeypatch.setattr(conv_winograd_plan, "_LEAST_TILES", 1)
+    taken = 0
     for case in SHORT_WINOGRAD:
+        gpu.launched.clear()
         backward(rng, case, np.float32, layout, WINOGRAD_GROWTH)
-    assert len(taken) >= 5
+        taken += any("winograd" in name for name, _ in gpu.launched)
+    assert taken >= 5
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -54,6 +53,37 @@ def test_winograd_keeps_nan_and_inf_in_their_windows(gpu, rng, layout, value):
     y = kernels.conv2d(x, weight, bias, add=add, algorithm="winograd", **options)
     expected = reference(kernels.conv2d, x, weight, bias, add=add.astype(np.float64), **options)
     check(y, expected, case.taps, layout, np.float32, WINOGRAD_GROWTH)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("algorithm", ["winograd", "gemm"])
+def test_prepared_weights_are_transformed_once(gpu, rng, algorithm, layout):
+    case = Case(2, 16, 9, 10, 24, (3, 3), 1, 1, 1, 2)
+    x, weight, bias, add = operands(rng, case, np.float32, layout)
+    options = case.options | {"layout": layout, "algorithm": algorithm}
+    prepared = kernels.prepare_conv2d(weight, bias, **options)
+    np.testing.assert_array_equal(prepared(x, add=add), kernels.conv2d(x, weight, bias, add=add, **options))
+    kept = prepared.nbytes
+    assert kept >= weight.nbytes * (6 if algorithm == "winograd" else 3)  # the host's, the device's, and this
+    gpu.launched.clear()
+    y = prepared(x[:1])
+    assert not any(re.search("weight|pack|copy", name) for name, _ in gpu.launched)
+    assert any(algorithm in name or "product" in name or "implicit" in name for name, _ in gpu.launched)
+    np.testing.assert_array_equal(y, kernels.conv2d(x[:1], weight, bias, **options))
+    assert prepared.nbytes == kept
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_winograd_of_what_overflows_its_transforms(gpu, rng):
+    """Numbers whose multiples are infinite; and an infinite weight, which meets padding: 0 * inf is NaN."""
+    case = Case(1, 5, 9, 10, 6, (3, 3), 1, 1)
+    x, weight, bias, _ = operands(rng, case, np.float32, "NCHW")
+    large, small = x * np.float32(2.0**125), weight * np.float32(2.0**-20)
+    weight[1, 2, 0, 0] = np.inf
+    for images, filters in ((large, small), (x, weight)):
+        y = kernels.conv2d(images, filters, bias, padding=1, algorithm="winograd")
+        expected = reference(kernels.conv2d, images, filters, bias, padding=1)
+        check(y, expected, case.taps, "overflow", np.float32, WINOGRAD_GROWTH)
 
 
 def test_winograd_is_refused_where_it_does_not_apply(gpu, rng):

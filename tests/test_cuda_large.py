@@ -15,7 +15,7 @@ from tolerances import assert_close
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels.cuda import conv_winograd
+from tilewise.kernels import conv_winograd_plan
 from tilewise.kernels.device_arrays import DeviceArray, HostPlace
 
 MANY = 1 << 32
@@ -143,8 +143,7 @@ def reference(name, *operands, **options) -> tuple[np.ndarray, ...]:
 def on_backends(names: str, cases):
     """A test of each case (name, ..., options) on each backend that has it."""
     given = [(backend, *case) for backend in installed.BACKENDS for case in cases]
-    there = [c for c in given if c[0] == "cuda" or c[-1].get("algorithm") != "winograd"]
-    return pytest.mark.parametrize(f"gpu, {names}", there, indirect=["gpu"])
+    return pytest.mark.parametrize(f"gpu, {names}", given, indirect=["gpu"])
 
 
 on_both = pytest.mark.parametrize("gpu", installed.BACKENDS, indirect=True)
@@ -154,7 +153,7 @@ on_both = pytest.mark.parametrize("gpu", installed.BACKENDS, indirect=True)
 def test_images(place, gpu, rng, monkeypatch, name, dtype, shapes, options):
     if options.get("algorithm") == "winograd":  # in two goes, the second for two images
         of_image = 36 * 4 * 32 * dtype.itemsize
-        monkeypatch.setattr(conv_winograd, "_ROOM", (length(shapes[0]) - 2) * of_image)
+        monkeypatch.setattr(conv_winograd_plan, "_ROOM", (length(shapes[0]) - 2) * of_image)
     # A block of these has more to do, or a launch more blocks.
     if name in ("relu", "sigmoid_backward", "batch_norm", "matmul", "linear"):
         monkeypatch.setattr(gpu, "last_blocks", (1, 1, 1))

@@ -208,6 +208,37 @@ def test_convolution(gpu, rng, case, layout):
         assert_rounded(actual, expected_gradient, length, 4 * length**0.5)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prepared_convolution(gpu, rng, layout):
+    x, weight, bias = CONVOLUTIONS[2].arrays(rng, B, layout)
+    options = {"padding": 1, "layout": layout, "activation": "relu"}
+    prepared = kernels.prepare_conv2d(weight, bias, **options)
+    expected = kernels.conv2d(x, weight, bias, **options)
+    for _ in range(2):
+        np.testing.assert_array_equal(prepared(x), expected)
+    np.testing.assert_array_equal(prepared(x, add=expected), kernels.conv2d(x, weight, bias, add=expected, **options))
+    with pytest.raises(TypeError, match="weight is bfloat16 but x is float32"):
+        prepared(x.astype(np.float32))
+    mean, scale, shift = (normal(rng, len(bias)) for _ in range(3))
+    variance = (1 + rng.random(len(bias))).astype(B)
+    folded = kernels.prepare_conv2d(weight, bias, batch_norm=(mean, variance, scale, shift, 1e-5), **options)
+    y = reference(kernels.conv2d, x, weight, bias, padding=1, layout=layout)
+    wanted = reference(kernels.batch_norm, y, mean, variance, scale, shift, layout=layout, activation="relu")
+    error, size = np.abs(folded(x).astype(np.float64) - wanted), np.abs(wanted).max()
+    assert 0 < error.max() <= 2.0**-7 * size  # of the folded weights' rounding, and the result's
+
+
+def test_prepared_convolution_of_arrays_on_a_gpu(gpu, rng, monkeypatch):
+    if gpu.schedule == "real":
+        pytest.skip("the arrays are the emulator's")
+    place = FakePlace(gpu, 0)
+    monkeypatch.setattr(device_arrays, "place_of", lambda library, ordinal: place)
+    given = CONVOLUTIONS[2].arrays(rng, B)
+    x, weight, bias = map(place.array, given)
+    y = kernels.prepare_conv2d(weight, bias, padding=1)(x)
+    np.testing.assert_array_equal(y.get(), kernels.conv2d(*given, padding=1))
+
+
 def test_dropout(gpu, rng):
     """The choice is that of every dtype; what is kept is scaled in float32."""
     for size in (1, 7, 8, 2057):
@@ -266,5 +297,9 @@ def test_backends_without_it_say_so(rng):
             pytest.raises(NotImplementedError, match=f"relu: x is bfloat16, which the backend '{backend}' does not"),
         ):
             kernels.relu(x)
-    with pytest.raises(TypeError, match="prepare_conv2d: weight is bfloat16, which is not supported"):
-        tilewise.prepare_conv2d(x)
+        prepared = tilewise.prepare_conv2d(x)
+        with (
+            tilewise.using(backend=backend),
+            pytest.raises(NotImplementedError, match=f"conv2d: x is bfloat16, which the backend '{backend}' does not"),
+        ):
+            prepared(x)

@@ -1,15 +1,19 @@
 """Products that CUDA C++ alone has: bfloat16, and float32 by three products of TF32."""
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import pytest
+from fake_arrays import FakePlace
 from test_cuda_gemm import ORDERS, launched, product, random, reference, wide
 from test_cuda_gemm_tensor import assert_tf32
 from tolerances import assert_close, tolerance
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels.cupy import gemm_plan, gemm_tensor, gemm_wgmma
+from tilewise.kernels import conv_plan, device_arrays
+from tilewise.kernels.cupy import driver, gemm_plan, gemm_tensor, gemm_wgmma
 
 GPU_BACKENDS = ("cupy",)
 B = np.dtype(ml_dtypes.bfloat16)
@@ -220,6 +224,26 @@ def test_explain(gpu, monkeypatch, one_multiprocessor):
     assert decision.rejected["mma in 3xTF32"] == "predicted to be slower than float32 on this device"
     decision = explained(kernels.matmul, *square, dtype=np.float16)
     assert decision.rejected == {"wgmma": NO_HOPPER}
+
+
+def test_explain_looks_at_the_device_of_the_arrays(gpu, monkeypatch, one_multiprocessor):
+    if gpu.schedule == "real":
+        pytest.skip("the second device is made up")
+    monkeypatch.setattr(gpu, "capability", (9, 0))
+    old = SimpleNamespace(capability=(7, 5), multiprocessors=1, name="old")
+    monkeypatch.setattr(driver, "engine", lambda ordinal=0: (gpu, old)[ordinal])
+    places = FakePlace(gpu, 0), FakePlace(gpu, 1)
+    monkeypatch.setattr(device_arrays, "place_of", lambda library, ordinal: places[ordinal])
+    square, images = np.ones((256, 256), np.float32), np.ones((1, 128, 9, 9), np.float32)
+    monkeypatch.setattr(conv_plan, "ENOUGH_TILES", 1)
+    prepared = kernels.prepare_conv2d(np.ones((128, 128, 1, 1), np.float32))
+    for place, algorithm, side in ((places[0], "mma in 3xTF32", 128), (places[1], "tiles", 64)):
+        a, x = place.array(square), place.array(images)
+        for function in (kernels.matmul, kernels.linear):
+            assert tilewise.explain(function, a, a).algorithm == algorithm
+        assert tilewise.explain(prepared, x).note == f"tiles of {side} x {side} outputs x pixels"
+    assert set(tilewise.explain(kernels.matmul, a, a).rejected.values()) == {"needs compute capability 8.0"}
+    assert tilewise.explain(kernels.matmul, square, square).algorithm == "mma in 3xTF32"
 
 
 FEW = "few vectors: a warp for each row of the matrix"

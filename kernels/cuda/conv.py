@@ -1,5 +1,6 @@
 """Convolution on the GPU; conv_plan.py chooses the algorithm."""
 
+from tilewise.kernels import conv_winograd_plan
 from tilewise.kernels.activation_plan import ACTIVATION_CODES
 from tilewise.kernels.conv_plan import Convolution, fits_a_grid, is_depthwise_weight, is_little
 from tilewise.kernels.cuda import (
@@ -44,7 +45,8 @@ _CONVOLUTION = Convolution(
         "depthwise": _alone(conv_depthwise), "direct": _alone(conv_direct), "gemm": _by_product,
         "winograd": _alone(conv_winograd),
     },
-    _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES, conv_winograd.why_not, conv_winograd.pays,
+    _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES, conv_winograd_plan.why_not,
+    conv_winograd_plan.pays,
 )  # fmt: skip
 
 choose_conv2d, bind_conv2d, conv2d = _CONVOLUTION.choose_conv2d, _CONVOLUTION.bind_conv2d, _CONVOLUTION.conv2d

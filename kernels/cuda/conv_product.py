@@ -13,6 +13,8 @@ The loop is product.py's, with this loading: two pairs of tiles in shared memory
 next numbers come into registers.
 """
 
+from math import prod
+
 from llvmlite import ir
 from numba import cuda
 from numba.cuda import types
@@ -289,14 +291,17 @@ def packed_weights(it: Correlation, weight, block_outputs: int):
     """(the weights as `implicit` wants them, steps of the sum, padded outputs)."""
     depth = it.taps * it.channels
     steps, padded_outputs = ceil_div(depth, _DEPTH), ceil_div(it.outputs, block_outputs) * block_outputs
-    size = it.groups * steps * _DEPTH * padded_outputs
-    packed = weight.place.empty((size,), sum_dtype(weight.dtype))
-    pack_weights(
-        weight.place, ceil_div(size, _PACK_THREADS), weight, packed, size, depth, steps * _DEPTH, it.outputs,
-        padded_outputs, it.channels, it.group_step, it.output_step, it.channel_step, it.width, it.rows.first_tap,
-        it.rows.tap_step, it.columns.first_tap, it.columns.tap_step, max(it.columns.taps, 1),
-    )  # fmt: skip
-    return packed, steps, padded_outputs
+    shape = it.groups, steps * _DEPTH, padded_outputs
+    size = prod(shape)
+
+    def write(packed):
+        pack_weights(
+            weight.place, ceil_div(size, _PACK_THREADS), weight, packed, size, depth, steps * _DEPTH, it.outputs,
+            padded_outputs, it.channels, it.group_step, it.output_step, it.channel_step, it.width, it.rows.first_tap,
+            it.rows.tap_step, it.columns.first_tap, it.columns.tap_step, max(it.columns.taps, 1),
+        )  # fmt: skip
+
+    return conv_plan.made_of(weight, "gemm", shape, sum_dtype(weight.dtype), write), steps, padded_outputs
 
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int, tile: Tile | None = None):

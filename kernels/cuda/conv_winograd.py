@@ -18,10 +18,11 @@ Source: A. Lavin, S. Gray: Fast algorithms for convolutional neural networks, ar
 
 from dataclasses import replace
 
-import numpy as np
 from numba import cuda
 
 from tilewise.kernels.conv_geometry import Axis, Correlation
+from tilewise.kernels.conv_plan import made_of
+from tilewise.kernels.conv_winograd_plan import POINTS, tiles_of
 from tilewise.kernels.cuda import conv_product
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.conv_product import pick
@@ -29,12 +30,6 @@ from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div,
 from tilewise.kernels.cuda.memory import register_sums, zero
 
 _THREADS = 128
-_ROOM = 256 << 20  # bytes of V and M: more images go one part after the other
-# One product instead of four saves 13.5 C M FLOPs a pixel and moves 22 (C + M) bytes more: at the 40 TFLOP/s and 3.5
-# TB/s that a large GPU reaches, worth it from here on.
-_LEAST_CHANNELS = 24
-_LEAST_TILES = 128
-_MOST_GROUPS = 65_535  # of a product
 
 
 @device
@@ -198,63 +193,46 @@ def winograd_output(
             y[place] = finished(total, o, place, bias, has_bias, extra, has_extra, code, slope)
 
 
-def why_not(it: Correlation, dtype) -> str | None:
-    """Why F(4x4, 3x3) does not apply; None where it does."""
-    axes = it.rows, it.columns
-    if any(a.taps != 3 or a.stride != 1 or a.spacing != 1 or a.step != 1 for a in axes):
-        return "needs a 3x3 kernel with stride and dilation 1"
-    if 36 * it.groups > _MOST_GROUPS:
-        return "too many groups for a grid"
-    return None if dtype == np.float32 else "float32 only: its error is not small beside the rounding of float64"
-
-
-def pays(it: Correlation) -> bool:
-    """Whether it moves less time in products than it adds in memory."""
-    tiles = it.images * ceil_div(it.rows.count, 4) * ceil_div(it.columns.count, 4)
-    many = it.channels * it.outputs >= _LEAST_CHANNELS * (it.channels + it.outputs)
-    return many and tiles >= _LEAST_TILES
-
-
 def _products(it: Correlation, tiles: int) -> Correlation:
     """The 36 products, as a convolution by 1x1 kernels of 36 groups for each of its own."""
     one = Axis(1, 0, 1, 1, 0, 1, 1, 1, 0, 1)
     along = replace(one, size=tiles, count=tiles)
-    inputs, results = 36 * it.groups * it.channels, 36 * it.groups * it.outputs
+    inputs, results = POINTS * it.groups * it.channels, POINTS * it.groups * it.outputs
     shapes = ((1, 1, tiles, n) if it.channels_last else (1, n, 1, tiles) for n in (inputs, results))
     shape_x, shape_y = shapes
-    return replace(it, rows=one, columns=along, shape_x=shape_x, shape_y=shape_y, groups=36 * it.groups)
+    return replace(it, rows=one, columns=along, shape_x=shape_x, shape_y=shape_y, groups=POINTS * it.groups)
 
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int):
     """y = activation(the correlation + bias + extra); bias and extra may be None."""
     place, rows, columns = x.place, it.rows, it.columns
-    tile_rows, tile_columns = ceil_div(rows.count, 4), ceil_div(columns.count, 4)
-    image_tiles = tile_rows * tile_columns
+    tiling = tiles_of(it, x.dtype.itemsize)
+    most, tile_counts = tiling.at_once * tiling.of_image, (tiling.rows, tiling.columns)
     all_channels, all_outputs = it.groups * it.channels, it.groups * it.outputs
-    bytes_of_image = 36 * image_tiles * (all_channels + all_outputs) * x.dtype.itemsize
-    at_once = max(1, min(it.images, _ROOM // bytes_of_image))
-    product_tile = conv_product.choose_tile(_products(it, at_once * image_tiles), x.dtype)
+    product_tile = conv_product.choose_tile(_products(it, most), x.dtype)
     padded_outputs = ceil_div(it.outputs, product_tile.rows) * product_tile.rows
     padded_depth = ceil_div(it.channels, product_tile.depth) * product_tile.depth
     taps = rows.first_tap, rows.tap_step, columns.first_tap, columns.tap_step
     weight_steps = it.group_step, it.output_step, it.channel_step, it.width
-    packed = place.empty((it.groups * 36 * padded_depth * padded_outputs,), x.dtype)
     size = it.groups * padded_depth * padded_outputs
-    winograd_weight(
-        place, ceil_div(size, _THREADS), weight, packed, size, padded_depth, it.channels, it.outputs, padded_outputs,
-        *weight_steps, *taps,
-    )  # fmt: skip
-    values = place.empty((36 * at_once * image_tiles * all_channels,), x.dtype)
-    products = place.empty((36 * at_once * image_tiles * all_outputs,), x.dtype)
-    for first in range(0, it.images, at_once):
-        tiles = min(at_once, it.images - first) * image_tiles
-        input_steps = (36 * all_channels, 1) if it.channels_last else (1, tiles)
-        output_steps = (36 * all_outputs, 1) if it.channels_last else (1, tiles)
+
+    def write(packed):
+        winograd_weight(
+            place, ceil_div(size, _THREADS), weight, packed, size, padded_depth, it.channels, it.outputs,
+            padded_outputs, *weight_steps, *taps,
+        )  # fmt: skip
+
+    packed = made_of(weight, "winograd", (it.groups * POINTS, padded_depth, padded_outputs), x.dtype, write)
+    values = place.empty((POINTS * most * all_channels,), x.dtype)
+    products = place.empty((POINTS * most * all_outputs,), x.dtype)
+    for first, tiles in tiling.parts(it.images):
+        input_steps = (POINTS * all_channels, 1) if it.channels_last else (1, tiles)
+        output_steps = (POINTS * all_outputs, 1) if it.channels_last else (1, tiles)
         last = int(it.channels_last)
         window = rows.size, columns.size, rows.origin, columns.origin
         winograd_input(
-            place, ceil_div(tiles * all_channels, _THREADS), x, values, tiles * all_channels, first, tiles, tile_rows,
-            tile_columns, *window, all_channels, it.channels, *it.steps[:4], *input_steps, last,
+            place, ceil_div(tiles * all_channels, _THREADS), x, values, tiles * all_channels, first, tiles,
+            *tile_counts, *window, all_channels, it.channels, *it.steps[:4], *input_steps, last,
         )  # fmt: skip
         conv_product.multiply_packed(
             _products(it, tiles), values, packed, products, product_tile, padded_depth // product_tile.depth,
@@ -262,7 +240,7 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int):
         )  # fmt: skip
         winograd_output(
             place, ceil_div(tiles * all_outputs, _THREADS), products, y, x, weight,
-            *epilogue_arguments(bias, extra, code), tiles * all_outputs, first, tiles, tile_rows, tile_columns,
+            *epilogue_arguments(bias, extra, code), tiles * all_outputs, first, tiles, *tile_counts,
             rows.count, columns.count, *window, all_outputs, it.outputs, it.channels, *it.steps, *output_steps,
             *weight_steps, *taps, last,
         )  # fmt: skip

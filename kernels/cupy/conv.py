@@ -1,5 +1,6 @@
 """Convolution on the GPU; conv_plan.py chooses the algorithm."""
 
+from tilewise.kernels import conv_winograd_plan
 from tilewise.kernels.activation_plan import ACTIVATION_CODES
 from tilewise.kernels.conv_plan import Convolution, fits_a_grid, is_depthwise_weight, is_little
 from tilewise.kernels.cupy import (
@@ -10,15 +11,12 @@ from tilewise.kernels.cupy import (
     conv_product_weight,
     conv_sums,
     conv_tensor,
+    conv_winograd,
     driver,
 )
 from tilewise.kernels.cupy.gemm_plan import NAMES_OF_WAYS
 
 HAS_BFLOAT16 = True  # operation.py asks
-
-
-def _why_not_winograd(it, dtype) -> str:
-    return "backend 'cupy' does not have it"
 
 
 def _by_product(it, x, weight, y, bias, extra, code, kept):
@@ -37,24 +35,26 @@ def _weight_gradient(it, grad, x, shape):
     return module.weight_gradient(it, grad, x, shape)
 
 
-def _describe(it, dtype, algorithm: str) -> str:
-    """Of a call on the first device."""
+def _describe(it, dtype, algorithm: str, ordinal: int) -> str:
+    """Of a call on that device."""
     if algorithm != "gemm":
         return "tiles of few channels" if algorithm == "direct" and conv_direct.is_few(it, dtype) else ""
-    engine = driver.engine(0)
+    engine = driver.engine(ordinal)
     choice, reasons = conv_tensor.choose(it, dtype, engine)
     tile = conv_product.tile_for(it, dtype, engine.capability) if choice is None else choice.tile
     way = "" if choice is None else f"{NAMES_OF_WAYS[choice.way]}, "
-    order = "pixels x outputs" if conv_tensor.by_pixels("" if choice is None else choice.way, it) else "outputs x pixels"
+    pixels_first = conv_tensor.by_pixels("" if choice is None else choice.way, it)
+    order = "pixels x outputs" if pixels_first else "outputs x pixels"
     others = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
     return f"{way}tiles of {tile.rows} x {tile.columns} {order}{others}"
 
 
 _CONVOLUTION = Convolution(
     "cupy",
-    {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": _by_product},
+    {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": _by_product,
+     "winograd": conv_winograd.correlate},
     _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES,
-    why_not_winograd=_why_not_winograd, winograd_pays=lambda it: False, describe=_describe,
+    why_not_winograd=conv_winograd_plan.why_not, winograd_pays=conv_winograd_plan.pays, describe=_describe,
     prefers_direct=conv_direct.is_few, counts=lambda it: it.narrow,
     engine_of=lambda place: driver.engine(place.ordinal),
 )  # fmt: skip

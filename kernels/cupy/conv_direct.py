@@ -20,9 +20,8 @@ _few = Kernel(
 def operands(it: Correlation, x, weight, y, bias, extra, code: int, steps=None, channels: int = 0) -> tuple:
     """What CORRELATION stands for. steps, channels: of an x that lies in another order."""
     return (
-        x, weight, y, bias, extra, code, LEAKY_SLOPE, *it.rows.numbers, *it.columns.numbers,
-        *(steps or it.steps[:4]), *it.steps[4:], it.groups, it.outputs, channels or it.channels,
-        it.group_step, it.output_step, it.channel_step, it.width,
+        x, weight, y, bias, extra, code, LEAKY_SLOPE, *it.axes, *(steps or it.steps[:4]), *it.steps[4:],
+        it.groups, it.outputs, channels or it.channels, *it.filters[3:],
     )  # fmt: skip
 
 

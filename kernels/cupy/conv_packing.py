@@ -2,6 +2,7 @@
 
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation, image_steps, pixels
+from tilewise.kernels.conv_plan import made_of
 from tilewise.kernels.copying_plan import WORDS
 from tilewise.kernels.cupy.launch import Kernel
 
@@ -26,15 +27,18 @@ def _start(place, source, target, sizes, padded, steps, to_row: int, batch):
 def pack_weights(it: Correlation, weight, channels: int):
     """(the weights as (group, row and column of the tap, `channels` channels, output), outputs in whole vectors)."""
     outputs, kh, kw = whole_vectors(it.outputs, weight.dtype), it.rows.taps, it.columns.taps
-    packed = weight.place.empty((it.groups, kh, kw, channels, outputs), weight.dtype)
-    group, row, column, to_row, _ = (step // weight.dtype.itemsize for step in packed.strides)
     first = it.rows.first_tap * it.width + it.columns.first_tap
-    _start(
-        weight.place, weight.pointer + first * weight.dtype.itemsize, packed, (it.channels, it.outputs),
-        (channels, outputs), (it.channel_step, it.output_step), to_row,
-        [(kw, it.columns.tap_step, column), (kh, it.rows.tap_step * it.width, row), (it.groups, it.group_step, group)],
-    )  # fmt: skip
-    return packed, outputs
+
+    def write(packed):
+        group, row, column, to_row, _ = (step // weight.dtype.itemsize for step in packed.strides)
+        _start(
+            weight.place, weight.pointer + first * weight.dtype.itemsize, packed, (it.channels, it.outputs),
+            (channels, outputs), (it.channel_step, it.output_step), to_row,
+            [(kw, it.columns.tap_step, column), (kh, it.rows.tap_step * it.width, row),
+             (it.groups, it.group_step, group)],
+        )  # fmt: skip
+
+    return made_of(weight, "gemm", (it.groups, kh, kw, channels, outputs), weight.dtype, write), outputs
 
 
 def in_vectors(x, layout: str, groups: int):

@@ -18,10 +18,7 @@ _weight_sums = Kernel(_SOURCE, "conv_weight_sums<{T}>", f"{WEIGHT} q q q")
 
 def operands(it: Correlation, grad, x, parts) -> tuple:
     """What WEIGHT stands for; `it`: the forward correlation."""
-    return (
-        grad, x, parts, *it.rows.numbers, *it.columns.numbers, *it.steps,
-        it.groups, it.outputs, it.channels, it.group_step, it.output_step, it.channel_step, it.width,
-    )  # fmt: skip
+    return grad, x, parts, *it.axes, *it.steps, *it.filters
 
 
 def new_parts(place, many: int, count: int, dtype):

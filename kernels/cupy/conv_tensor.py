@@ -3,6 +3,7 @@ how."""
 
 from typing import NamedTuple
 
+from tilewise.kernels import settings
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation, image_steps
 from tilewise.kernels.conv_plan import choose_tensor_tile
@@ -61,7 +62,7 @@ def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | 
     """For this way, or why there is none."""
     if way == "wgmma":
         return _FEW_CHANNELS if it.channels == 1 else conv_wgmma.tile_for(it, engine)
-    if reason := why_not(way, engine.capability, it.taps * it.channels):
+    if reason := why_not(way, engine.capability, it.taps * it.channels, True, settings.active().tf32):
         return reason
     padded = whole_vectors(it.channels, dtype)
     if it.channels == 1 or (way == "split" and 2 * padded > 3 * it.channels):

@@ -16,20 +16,20 @@ from tilewise.kernels.gemm_plan import Launch, few_vectors, launches, split
 HAS_BFLOAT16 = True  # operation.py asks
 
 
-def multiply(left: Matrices, right: Matrices, lead: tuple, result, bias=None, code=NONE):
-    """result = activation(left @ right + bias), batch by batch."""
+def multiply(left: Matrices, right: Matrices, lead: tuple, result, bias=None, code=NONE, tf32: bool | None = None):
+    """result = activation(left @ right + bias), batch by batch. tf32: None for what `using` says."""
     for launch in launches(left, right, lead, result):
         few = few_vectors(launch.left, launch.right) if launch.matrices == 1 else None
         if few is None:
-            _by_tiles(launch, bias, code)
+            _by_tiles(launch, bias, code, tf32)
         else:
             multiply_few(few, launch.result, bias, code)
 
 
-def _by_tiles(launch: Launch, bias, code: int):
+def _by_tiles(launch: Launch, bias, code: int, tf32: bool | None):
     left, right, batch, matrices, result = launch
     dtype, place = left.array.dtype, left.array.place
-    _, kernel, tile, together = gemm_plan.choose(left, right, matrices, driver.engine(place.ordinal))
+    _, kernel, tile, together = gemm_plan.choose(left, right, matrices, driver.engine(place.ordinal), tf32)
     m, n, depth = left.rows, right.columns, left.columns
     blocks = ceil_div(m, tile.rows) * ceil_div(n, tile.columns)
     parts, part = split(depth, blocks * matrices)
@@ -51,14 +51,14 @@ matmul, matmul_backward = _products.matmul, _products.matmul_backward
 linear, linear_backward = _products.linear, _products.linear_backward
 
 
-def _choose(name, shapes, dtype, options):
+def _choose(name, shapes, dtype, options, ordinal):
     if not settings.active().explaining:  # a launch chooses for the device that it goes to
         return name, {}
-    return gemm_plan.algorithm(name, shapes, dtype)
+    return gemm_plan.algorithm(name, shapes, dtype, ordinal)
 
 
-def _describe(name, shapes, dtype, options):
-    return gemm_plan.description(name, shapes, dtype)
+def _describe(name, shapes, dtype, options, ordinal):
+    return gemm_plan.description(name, shapes, dtype, ordinal)
 
 
 choose_matmul, choose_linear = partial(_choose, "matmul"), partial(_choose, "linear")

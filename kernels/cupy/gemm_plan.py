@@ -44,23 +44,26 @@ class Choice(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """orders: of both operands, whether k is contiguous. aligned: whether both come in vectors of 16 bytes."""
+    """orders: of both operands, whether k is contiguous. aligned: whether both come in vectors of 16 bytes. tf32:
+    whether it may stand for float32."""
 
     dtype: np.dtype
     size: Size
     orders: tuple[bool, bool]
     aligned: bool
     capability: tuple[int, int]
+    tf32: bool
 
 
-def _product(left: Matrices, right: Matrices, matrices: int, engine) -> _Product:
+def _product(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None) -> _Product:
+    tf32 = settings.active().tf32 if tf32 is None else tf32
     size = left.rows, right.columns, left.columns, matrices, engine.multiprocessors
     orders = left.column_stride == 1, right.row_stride == 1
-    return _Product(left.array.dtype, size, orders, left.aligned() and right.aligned(), engine.capability)
+    return _Product(left.array.dtype, size, orders, left.aligned() and right.aligned(), engine.capability, tf32)
 
 
-def choose(left: Matrices, right: Matrices, matrices: int, engine) -> Choice:
-    product = _product(left, right, matrices, engine)
+def choose(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None) -> Choice:
+    product = _product(left, right, matrices, engine, tf32)
     for way in _ways(product.dtype).values():
         taken = way(product)
         if isinstance(taken, Choice):
@@ -77,23 +80,27 @@ TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy 
 NAMES_OF_WAYS = {"wgmma": "wgmma", "half": "mma", "bfloat": "mma", "tf32": "mma in TF32", "split": "mma in 3xTF32"}
 
 
-def why_not(way: str, capability: tuple[int, int], depth: int, aligned: bool = True) -> str | None:
-    """Why sums of so many products are not multiplied this way, if not; aligned: whether operands are in vectors."""
+def why_not(way: str, capability: tuple[int, int], depth: int, aligned: bool, tf32: bool) -> str | None:
+    """Why sums of so many products are not multiplied this way, if not; aligned and tf32: as of a _Product."""
     if capability < AMPERE and way != "half":
         return "needs compute capability 8.0"
     if way == "split" and capability not in SPLIT_ON:
         return "predicted to be slower than float32 on this device"
     if not aligned:
         return _NO_VECTORS
-    if way == "tf32" and not settings.active().tf32:
+    if way == "tf32" and not tf32:
         return "using(tf32=True) would allow it"
     if way == "split" and depth < SPLIT_DEPTH:
         return f"sums of fewer than {SPLIT_DEPTH} products"
     return None
 
 
+def _why_not(way: str, product: _Product) -> str | None:
+    return why_not(way, product.capability, product.size[2], product.aligned, product.tf32)
+
+
 def _mma(way: str, product: _Product) -> Choice | str:
-    if reason := why_not(way, product.capability, product.size[2], product.aligned):
+    if reason := _why_not(way, product):
         return reason
     if way == "split":
         tile = MEDIUM
@@ -106,7 +113,7 @@ def _mma(way: str, product: _Product) -> Choice | str:
 
 
 def _wgmma(way: str, product: _Product) -> Choice | str:
-    if reason := why_not(way, product.capability, product.size[2], product.aligned):
+    if reason := _why_not(way, product):
         return reason
     if product.capability != HOPPER:
         return NEEDS_HOPPER
@@ -138,7 +145,7 @@ def _ways(dtype) -> dict[str, Callable[[_Product], Choice | str]]:
 
 
 def _by_tiles(product: _Product) -> Choice:
-    dtype, size, orders, aligned, capability = product
+    dtype, size, orders, aligned, capability, _ = product
     if dtype.kind in "iu":
         return Choice("tiles", WHOLE, SMALL, _BLOCK)
     if not aligned:
@@ -160,8 +167,8 @@ class _Explained(NamedTuple):
     rejected: dict[str, str]
 
 
-def _explained(name: str, shapes: list, dtype) -> _Explained:
-    """Of a call on the first device."""
+def _explained(name: str, shapes: list, dtype, ordinal: int) -> _Explained:
+    """Of a call on that device."""
     left, right, matrices = operands_of(name, shapes, dtype)
     ways = _ways(dtype)
     if not left.rows * right.columns * matrices:
@@ -169,7 +176,7 @@ def _explained(name: str, shapes: list, dtype) -> _Explained:
     if matrices == 1 and few_vectors(left, right) is not None:
         note = "a warp for each row of the matrix"
         return _Explained("few vectors", note, dict.fromkeys(ways, f"few vectors: {note}"))
-    engine = driver.engine()
+    engine = driver.engine(ordinal)
     taken, product = choose(left, right, matrices, engine), _product(left, right, matrices, engine)
     rejected = {}
     for algorithm, way in ways.items():
@@ -180,11 +187,11 @@ def _explained(name: str, shapes: list, dtype) -> _Explained:
     return _Explained(taken.algorithm, note, rejected)
 
 
-def algorithm(name: str, shapes: list, dtype) -> tuple[str, dict[str, str]]:
+def algorithm(name: str, shapes: list, dtype, ordinal: int) -> tuple[str, dict[str, str]]:
     """(algorithm, why not the others) of matmul or linear."""
-    explained = _explained(name, shapes, dtype)
+    explained = _explained(name, shapes, dtype, ordinal)
     return explained.algorithm, explained.rejected
 
 
-def description(name: str, shapes: list, dtype) -> str:
-    return _explained(name, shapes, dtype).note
+def description(name: str, shapes: list, dtype, ordinal: int) -> str:
+    return _explained(name, shapes, dtype, ordinal).note
