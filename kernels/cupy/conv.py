@@ -10,6 +10,7 @@ from tilewise.kernels.cupy import (
     conv_product_weight,
     conv_sums,
     conv_tensor,
+    conv_tensor_weight,
     driver,
 )
 from tilewise.kernels.cupy.gemm_plan import NAMES_OF_WAYS
@@ -32,8 +33,12 @@ def _by_product(it, x, weight, y, bias, extra, code, kept):
 def _weight_gradient(it, grad, x, shape):
     if is_depthwise_weight(it):
         return conv_depthwise_weight.weight_gradient(it, grad, x, shape)
-    product = fits_a_grid(it) and conv_product_weight.applies(it) and not is_little(it)
-    module = conv_product_weight if product else conv_sums
+    if is_little(it) or not fits_a_grid(it) or not it.narrow:
+        return conv_sums.weight_gradient(it, grad, x, shape)
+    choice, _ = conv_tensor_weight.choose(it, x.dtype, driver.engine(x.place.ordinal))
+    if choice is not None:
+        return conv_tensor_weight.weight_gradient(it, grad, x, shape, choice)
+    module = conv_product_weight if conv_product_weight.applies(it) else conv_sums
     return module.weight_gradient(it, grad, x, shape)
 
 
