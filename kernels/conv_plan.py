@@ -89,6 +89,12 @@ def choose_tensor_tile(it: Correlation, multiprocessors: int, large, narrow):
     return None
 
 
+def choose_weight_tile(it: Correlation, *tiles):
+    """Of tiles of outputs x (tap, channel): the first that is filled by more than half, or None."""
+    columns = it.taps * it.channels
+    return next((tile for tile in tiles if 2 * it.outputs > tile.rows and 2 * columns > tile.columns), None)
+
+
 def fits_a_grid(it: Correlation) -> bool:
     return max(it.groups, ceil_div(it.outputs, _LEAST_TILE)) <= MOST_BLOCKS
 

@@ -119,7 +119,6 @@ TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy 
         ((9, 0), "bfloat16", NARROW_CASES[0], "wgmma, tiles of 128 x 128 pixels x outputs"),
         ((9, 0), "float16", Case(1, 16, 7, 9, 72, (3, 3), 1, 1), f"not wgmma: {TOO_LITTLE}"),
         ((10, 0), "float16", WIDE_CASES[1], "not wgmma: needs compute capability 9.0, and no later one"),
-        ((9, 0), "float16", Case(2, 1, 9, 8, 264, (3, 3)), "tiles of few channels"),
     ],
 )
 def test_explain(gpu, monkeypatch, capability, dtype, case, taken):
@@ -133,14 +132,12 @@ def test_explain(gpu, monkeypatch, capability, dtype, case, taken):
 
 def test_choice_of_the_tile(gpu, monkeypatch):
     """The largest of which more than half is filled, and which occupies the device."""
-    from tilewise.kernels.conv_geometry import forward
-
     monkeypatch.setattr(gpu, "multiprocessors", 132)
-    window = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1, "layout": "NCHW"}
 
-    def tile(pixels, outputs):
-        return conv_wgmma.tile_for(forward((1, 64, pixels, 1), (outputs, 64, 1, 1), (pixels, 1), **window), gpu)
+    def tile(rows, columns):
+        return conv_wgmma.choose_tile(rows, columns, 1, gpu)
 
     assert tile(132 * 128, 256) is tile(66 * 128, 512) is tile(132 * 128, 129) is WIDE
     assert tile(131 * 128, 256) is tile(132 * 128, 128) is tile(132 * 128, 65) is NARROW
     assert tile(132 * 128, 64) == tile(65 * 128, 256) == TOO_LITTLE
+    assert conv_wgmma.choose_tile(65 * 128, 256, 2, gpu) is NARROW

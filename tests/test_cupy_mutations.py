@@ -52,6 +52,10 @@ def weight_gradient(x):
     return kernels.conv2d_backward(x, x, x[0, :, None, :3, :3], padding=1, groups=len(x[0]), needs=("weight",))[1]
 
 
+def packed_weights(x):
+    return kernels.conv2d(x, x[:, :, :3, :3], algorithm="gemm")
+
+
 def many_taps(x):
     """More taps of few channels than the weights that a block keeps at a time; in NHWC threads change their results."""
     x = x.transpose(0, 2, 3, 1)
@@ -67,6 +71,7 @@ CALLS = {
     "channel_sums.cuh": (kernels.batch_norm, (3, 9, 9, 24), {"training": True, "layout": "NHWC"}),
     "conv_depthwise_weight.cu": (weight_gradient, (1, 2, 9, 20), {}),
     "conv_direct.cu": (many_taps, (1, 4, 9, 20), {}),
+    "conv_packing.cu": (packed_weights, (20, 16, 6, 6), {}),
     "gemm_sums.cu": (bias_gradient, (20, 20), {}),
     "product.cuh": (product_by_tiles, (128, 128), {}),
     "tensor.cuh": (product_of_half, (64, 200), {}),

@@ -11,7 +11,7 @@ from numba import cuda
 from numba.cuda.types import int32, int64
 
 from tilewise.kernels.conv_geometry import Correlation
-from tilewise.kernels.conv_plan import split
+from tilewise.kernels.conv_plan import choose_weight_tile, split
 from tilewise.kernels.cuda.conv_sums import add_parts, new_parts
 from tilewise.kernels.cuda.conv_tensor import NOWHERE, in_vectors, locate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, SUMS, ceil_div, device, kernel
@@ -128,16 +128,8 @@ def _make(tile: TensorTile):
 
 
 # TF32's large tile would take more registers than two blocks have.
+_LARGEST = {8: (LARGE[8],), 4: ()}
 weight_gradients = {tile: _make(tile) for tile in (LARGE[8], SMALL[8], SMALL[4])}
-
-
-def _choose_tile(outputs: int, columns: int, width: int) -> TensorTile:
-    large = LARGE[width]
-    return (
-        large
-        if large in weight_gradients and 2 * outputs > large.rows and 2 * columns > large.columns
-        else SMALL[width]
-    )
 
 
 def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
@@ -146,7 +138,7 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     grads, padded_outputs = in_vectors(grad, it.layout, it.groups)
     image, channels = in_vectors(x, it.layout, it.groups)
     columns = taps * channels
-    tile = _choose_tile(it.outputs, columns, width)
+    tile = choose_weight_tile(it, *_LARGEST[width]) or SMALL[width]
     column_tiles = ceil_div(columns, tile.columns)
     tiles = ceil_div(it.outputs, tile.rows) * column_tiles
     many, per_part = split(it.pixels, tiles * it.groups, _LEAST_PIXELS)

@@ -11,6 +11,7 @@ from tilewise.kernels.cupy import (
     conv_product_weight,
     conv_sums,
     conv_tensor,
+    conv_tensor_weight,
     conv_winograd,
     driver,
 )
@@ -30,8 +31,12 @@ def _by_product(it, x, weight, y, bias, extra, code, kept):
 def _weight_gradient(it, grad, x, shape):
     if is_depthwise_weight(it):
         return conv_depthwise_weight.weight_gradient(it, grad, x, shape)
-    product = fits_a_grid(it) and conv_product_weight.applies(it) and not is_little(it)
-    module = conv_product_weight if product else conv_sums
+    if is_little(it) or not fits_a_grid(it) or not it.narrow:
+        return conv_sums.weight_gradient(it, grad, x, shape)
+    choice, _ = conv_tensor_weight.choose(it, x.dtype, driver.engine(x.place.ordinal))
+    if choice is not None:
+        return conv_tensor_weight.weight_gradient(it, grad, x, shape, choice)
+    module = conv_product_weight if conv_product_weight.applies(it) else conv_sums
     return module.weight_gradient(it, grad, x, shape)
 
 
@@ -43,8 +48,8 @@ def _describe(it, dtype, algorithm: str, ordinal: int) -> str:
     choice, reasons = conv_tensor.choose(it, dtype, engine)
     tile = conv_product.tile_for(it, dtype, engine.capability) if choice is None else choice.tile
     way = "" if choice is None else f"{NAMES_OF_WAYS[choice.way]}, "
-    pixels_first = conv_tensor.by_pixels("" if choice is None else choice.way, it)
-    order = "pixels x outputs" if pixels_first else "outputs x pixels"
+    by_pixels = it.channels_last if choice is None else conv_tensor.by_pixels(choice.way, it)
+    order = "pixels x outputs" if by_pixels else "outputs x pixels"
     others = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
     return f"{way}tiles of {tile.rows} x {tile.columns} {order}{others}"
 

@@ -11,24 +11,28 @@ _SOURCE = "conv_sums.cu"
 # grad, x, parts, both axes, steps of x and grad, Filters
 WEIGHT = "P P P 10q 10q 4q 4q 7q"
 
-_sum_parts = Kernel(_SOURCE, "conv_sum_parts<{T}>", "P P q q q q")
+_sum_parts = Kernel(_SOURCE, "conv_sum_parts<{T}>", "P P q q q q q q")
 _sum_channel = Kernel(_SOURCE, "conv_sum_channel<{T}>", "P P q q q q")
 _weight_sums = Kernel(_SOURCE, "conv_weight_sums<{T}>", f"{WEIGHT} q q q")
 
 
-def operands(it: Correlation, grad, x, parts) -> tuple:
-    """What WEIGHT stands for; `it`: the forward correlation."""
-    return grad, x, parts, *it.axes, *it.steps, *it.filters
+def operands(it: Correlation, grad, x, parts, steps=None, channels: int = 0) -> tuple:
+    """What WEIGHT stands for; `it`: the forward correlation. steps, channels: of operands that lie in another order."""
+    of = it.groups, it.outputs, channels or it.channels, *it.filters[3:]
+    return grad, x, parts, *it.axes, *(steps or it.steps), *of
 
 
 def new_parts(place, many: int, count: int, dtype):
     return place.empty((many, count), sum_dtype(dtype))
 
 
-def add_parts(parts, result, taps: int = 1, channels: int = 1):
-    """The second stage; taps and channels, where the parts have them in the other order than the result."""
-    many, count = parts.shape
-    _sum_parts(result.place, blocks_of(count), parts, result, count, many, taps, channels, dtype=result.dtype)
+def add_parts(parts, result, taps: int = 1, channels: int = 1, padded: int = 0):
+    """The second stage; taps and channels, where the parts have them in the other order than the result, and `padded`
+    channels, where they have more."""
+    _sum_parts(
+        result.place, blocks_of(result.size), parts, result, result.size, *parts.shape, taps, channels,
+        padded or channels, dtype=result.dtype,
+    )  # fmt: skip
     return result
 
 

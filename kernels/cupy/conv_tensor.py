@@ -23,14 +23,14 @@ NARROW_PAIR = {False: TensorTile("FlatPair", 64, 128, 128, 2), True: TensorTile(
 _FEW_CHANNELS = "its channels, filled up to whole vectors of 16 bytes, would be zeros for the greater part"
 
 
-def _make(way: str, tile: TensorTile, last: bool) -> Kernel:
-    names = ", ".join(f"{NAMES}{name}" for name in (MATHS[way], tile.name))
+def make(name: str, way: str, tile: TensorTile, by_k: tuple[bool, bool], last: tuple, parameters: str) -> Kernel:
+    """The kernel of a source of that name. by_k: of both operands, whether k is contiguous."""
+    names = [f"{NAMES}{part}" for part in (MATHS[way], tile.name)] + [str(flag).lower() for flag in last]
     on_oldest = way == "half" and tile is LITTLE  # the stages of a larger one have no room there
     loads = ("LDSM",) if way in ("half", "bfloat") else ("LDS",)
     return Kernel(
-        "conv_tensor.cu", f"conv_tensor<{names}, {str(last).lower()}>", f"{CORRELATION} q q", threads=tile.threads,
-        blocks=tile.resident, dtypes=(DTYPES[way],), least=OLDEST if on_oldest else AMPERE,
-        shared=tile.shared_bytes((last, not last)),
+        f"{name}.cu", f"{name}<{', '.join(names)}>", parameters, threads=tile.threads, blocks=tile.resident,
+        dtypes=(DTYPES[way],), least=OLDEST if on_oldest else AMPERE, shared=tile.shared_bytes(by_k),
         promises=("HMMA", "STG.128", *loads, *(() if on_oldest else ("LDGSTS",))),
     )  # fmt: skip
 
@@ -41,8 +41,8 @@ def tiles_of(way: str, last: bool) -> tuple[TensorTile, ...]:
 
 
 _kernels = {
-    (way, tile, last): _make(way, tile, last) for way in DTYPES for last in (False, True)
-    for tile in tiles_of(way, last)
+    (way, tile, last): make("conv_tensor", way, tile, (last, not last), (last,), f"{CORRELATION} q q")
+    for way in DTYPES for last in (False, True) for tile in tiles_of(way, last)
 } | {("wgmma", *which): kernel for which, kernel in conv_wgmma.CONVOLUTIONS.items()}  # fmt: skip
 
 
@@ -58,15 +58,21 @@ def by_pixels(way: str, it: Correlation) -> bool:
     return it.channels_last or way == "wgmma"
 
 
+def why_not_way(way: str, dtype, engine, depth: int, *channels: int) -> str | None:
+    """Why a convolution is not multiplied this way, if not. depth: of its sums. channels: of a group, that come in
+    vectors."""
+    if reason := why_not(way, engine.capability, depth, True, settings.active().tf32):
+        return reason
+    wasted = any(n == 1 or (way == "split" and 2 * whole_vectors(n, dtype) > 3 * n) for n in channels)
+    return _FEW_CHANNELS if wasted else None
+
+
 def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | str:
     """For this way, or why there is none."""
-    if way == "wgmma":
-        return _FEW_CHANNELS if it.channels == 1 else conv_wgmma.tile_for(it, engine)
-    if reason := why_not(way, engine.capability, it.taps * it.channels, True, settings.active().tf32):
+    if reason := why_not_way(way, dtype, engine, it.taps * it.channels, it.channels):
         return reason
-    padded = whole_vectors(it.channels, dtype)
-    if it.channels == 1 or (way == "split" and 2 * padded > 3 * it.channels):
-        return _FEW_CHANNELS
+    if way == "wgmma":
+        return conv_wgmma.choose_tile(it.pixels, it.outputs, it.groups, engine)
     tiles = tiles_of(way, it.channels_last)
     if engine.capability < AMPERE:
         return tiles[-1]
@@ -74,16 +80,20 @@ def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | 
     return tile or (tiles[2] if len(tiles) > 2 else TOO_LITTLE)
 
 
-def choose(it: Correlation, dtype, engine) -> tuple[Choice | None, dict[str, str]]:
-    """(the first way that can compute it, why not those before it)."""
+def first_way(it: Correlation, dtype, engine, tile_for) -> tuple[Choice | None, dict[str, str]]:
     reasons = {}
     for way, of in (*(("wgmma", name) for name in conv_wgmma.DTYPES), *DTYPES.items()):
         if of == dtype.name:
-            tile = _tile(it, way, dtype, engine)
+            tile = tile_for(it, way, dtype, engine)
             if not isinstance(tile, str):
                 return Choice(way, tile), reasons
             reasons[NAMES_OF_WAYS[way]] = tile
     return None, reasons
+
+
+def choose(it: Correlation, dtype, engine) -> tuple[Choice | None, dict[str, str]]:
+    """(the first way that can compute it, or None; why not those before it)."""
+    return first_way(it, dtype, engine, _tile)
 
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept: list, choice: Choice):

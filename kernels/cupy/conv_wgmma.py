@@ -1,12 +1,11 @@
 """Convolution on Hopper's tensor cores; src/conv_wgmma.cu says how, and conv_tensor.py launches it."""
 
-from tilewise.kernels.conv_geometry import Correlation
+from tilewise.kernels import gemm_plan
 from tilewise.kernels.cupy.conv_direct import CORRELATION
-from tilewise.kernels.cupy.gemm_plan import NEEDS_HOPPER, TOO_LITTLE
+from tilewise.kernels.cupy.gemm_plan import TOO_LITTLE
 from tilewise.kernels.cupy.gemm_tensor import LITTLE
 from tilewise.kernels.cupy.gemm_wgmma import HOPPER, NARROW, WIDE, WgmmaTile
 from tilewise.kernels.cupy.launch import Kernel
-from tilewise.kernels.gemm_plan import choose_tile
 
 _THREADS = 384
 DTYPES = "float16", "bfloat16"
@@ -24,10 +23,8 @@ def _make(tile: WgmmaTile, last: bool) -> Kernel:
 CONVOLUTIONS = {(tile, last): _make(tile, last) for tile in (WIDE, NARROW) for last in (False, True)}
 
 
-def tile_for(it: Correlation, engine) -> WgmmaTile | str:
-    """Or why there is none: a product of pixels x outputs whose depth is not split."""
-    if engine.capability != HOPPER:
-        return NEEDS_HOPPER
-    size = it.pixels, it.outputs, 1, it.groups, engine.multiprocessors
-    tile = choose_tile(*size, (WIDE, NARROW, LITTLE))
+def choose_tile(rows: int, columns: int, groups: int, engine) -> WgmmaTile | str:
+    """The largest tile that the product of a group fills by more than half, where they occupy the device; or why there
+    is none."""
+    tile = gemm_plan.choose_tile(rows, columns, 1, groups, engine.multiprocessors, (WIDE, NARROW, LITTLE))
     return tile if isinstance(tile, WgmmaTile) else TOO_LITTLE

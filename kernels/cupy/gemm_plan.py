@@ -74,7 +74,6 @@ def choose(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | 
 # ---- on tensor cores: the choice, or why there is none
 
 _NO_VECTORS = "rows of an operand are not whole vectors of 16 bytes"
-NEEDS_HOPPER = "needs compute capability 9.0, and no later one"
 TOO_LITTLE = "too few rows or columns for its tiles, or too few tiles to occupy the device"
 # ways to multiply, gemm_tensor.py's and Hopper's, as explain calls them
 NAMES_OF_WAYS = {"wgmma": "wgmma", "half": "mma", "bfloat": "mma", "tf32": "mma in TF32", "split": "mma in 3xTF32"}
@@ -82,6 +81,8 @@ NAMES_OF_WAYS = {"wgmma": "wgmma", "half": "mma", "bfloat": "mma", "tf32": "mma 
 
 def why_not(way: str, capability: tuple[int, int], depth: int, aligned: bool, tf32: bool) -> str | None:
     """Why sums of so many products are not multiplied this way, if not; aligned and tf32: as of a _Product."""
+    if way == "wgmma" and capability != HOPPER:
+        return "needs compute capability 9.0, and no later one"
     if capability < AMPERE and way != "half":
         return "needs compute capability 8.0"
     if way == "split" and capability not in SPLIT_ON:
@@ -113,10 +114,8 @@ def _mma(way: str, product: _Product) -> Choice | str:
 
 
 def _wgmma(way: str, product: _Product) -> Choice | str:
-    if reason := _why_not(way, product):
+    if reason := _why_not(way, product) or _why_not("wgmma", product):
         return reason
-    if product.capability != HOPPER:
-        return NEEDS_HOPPER
     tile = choose_tile(*product.size, (NARROW, LITTLE) if way == "split" else (WIDE, NARROW, LITTLE))
     if not isinstance(tile, WgmmaTile):
         return TOO_LITTLE

@@ -44,6 +44,29 @@ struct Pixel {
     }
 };
 
+// The same for a thread that goes on by counting; in numbers that fit 32 bits.
+struct PixelCounter {
+    int image, row, column;
+
+    __device__ __forceinline__ PixelCounter() {}
+    __device__ __forceinline__ PixelCounter(long long number, long long rows, long long columns) {
+        const Pixel pixel(number, rows, columns);
+        image = static_cast<int>(pixel.image);
+        row = static_cast<int>(pixel.row);
+        column = static_cast<int>(pixel.column);
+    }
+    __device__ __forceinline__ void advance(int pixels, long long rows, long long columns) {
+        column += pixels;
+        while (column >= columns) {
+            column -= static_cast<int>(columns);
+            if (++row == rows) {
+                row = 0;
+                ++image;
+            }
+        }
+    }
+};
+
 __device__ __forceinline__ long long place_of(const Pixel &p, const Axis &rows, const Axis &columns, const Steps &y) {
     return p.image * y.image + (rows.first + p.row * rows.step) * y.row +
            (columns.first + p.column * columns.step) * y.column;

@@ -29,7 +29,8 @@ template <class T, class Tile, int SIZE, bool LAST, bool TAPPED> struct PixelSum
     const Steps &steps;
     int offsets[OWN], down[OWN], across[OWN];   // in an image, of less than 2^31 elements
     long long k;
-    int i, j, n, place;
+    PixelCounter pixel;
+    int place;
 
     // first: the group's first channel in the first image; begin: the block's first pixel.
     __device__ __forceinline__ PixelSums(const T *first, const Axis &rows_, const Axis &columns_, const Steps &steps_,
@@ -59,21 +60,19 @@ template <class T, class Tile, int SIZE, bool LAST, bool TAPPED> struct PixelSum
         }
         place = own_k * PITCH + own;
         k = begin + own_k;
-        const Pixel pixel(k, rows.count, columns.count);
-        n = static_cast<int>(pixel.image);
-        i = static_cast<int>(pixel.row);
-        j = static_cast<int>(pixel.column);
+        pixel = PixelCounter(k, rows.count, columns.count);
     }
 
     template <class S> __device__ __forceinline__ void fetch(S *, long long, long long end) {
 #pragma unroll
         for (int e = 0; e < COUNT; ++e) {
             const int own = LAST ? 0 : e;
-            const int row = TAPPED ? i * static_cast<int>(rows.stride) + down[own] : i;
-            const int column = TAPPED ? j * static_cast<int>(columns.stride) + across[own] : j;
+            const int row = TAPPED ? pixel.row * static_cast<int>(rows.stride) + down[own] : pixel.row;
+            const int column =
+                TAPPED ? pixel.column * static_cast<int>(columns.stride) + across[own] : pixel.column;
             const bool inside = k < end && (!TAPPED || (within(row, rows.size) && within(column, columns.size)));
             const int offset = offsets[own] + row * static_cast<int>(steps.row) + column * static_cast<int>(steps.column);
-            kept[e] = inside ? image[n * steps.image + offset] : T{};
+            kept[e] = inside ? image[pixel.image * steps.image + offset] : T{};
             if (LAST) advance(1);
         }
         advance(LAST ? STEP - COUNT : STEP);
@@ -87,14 +86,7 @@ template <class T, class Tile, int SIZE, bool LAST, bool TAPPED> struct PixelSum
 private:
     __device__ __forceinline__ void advance(int pixels) {
         k += pixels;
-        j += pixels;
-        while (j >= columns.count) {
-            j -= static_cast<int>(columns.count);
-            if (++i == rows.count) {
-                i = 0;
-                ++n;
-            }
-        }
+        pixel.advance(pixels, rows.count, columns.count);
     }
 };
 

@@ -7,17 +7,19 @@
 
 namespace tilewise {
 
-// result[o, c, t] = parts[0, o, t, c] + ... + parts[many - 1, o, t, c]; `count` elements of a part.
+// result[o, c, t] = parts[0, o, t, c] + ... + parts[many - 1, o, t, c]; `count` elements of the result, `size` of a part,
+// which may have more channels: `padded`.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1)
-conv_sum_parts(const Sum<T> *__restrict__ parts, T *__restrict__ result, long long count, long long many, long long taps,
-          long long channels) {
+conv_sum_parts(const Sum<T> *__restrict__ parts, T *__restrict__ result, long long count, long long many, long long size,
+               long long taps, long long channels, long long padded) {
     const long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= count) return;
-    Sum<T> total = 0;
-    for (long long part = 0; part < many; ++part) total += parts[part * count + i];
     long long o = i;
     const long long c = take_axis(o, channels), t = take_axis(o, taps);
+    const long long place = (o * taps + t) * padded + c;
+    Sum<T> total = 0;
+    for (long long part = 0; part < many; ++part) total += parts[part * size + place];
     result[(o * channels + c) * taps + t] = narrow<T>(total);
 }
 

@@ -48,8 +48,8 @@ template <class E, class Tile, int SIZE> struct PixelVectors {
         const TapPlace place = tap.next(rows, columns, from);
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            const E *const source = windows[i].find(place, rows, columns);
-            copy_16_bytes(mine + i * APART * PITCH, source ? source : image, source != nullptr);
+            const bool inside = windows[i].sees(place, rows, columns);
+            copy_16_bytes(mine + i * APART * PITCH, inside ? windows[i].origin + place.offset : image, inside);
         }
     }
 };

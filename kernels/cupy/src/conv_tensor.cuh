@@ -7,7 +7,7 @@
 //     TapCounter<STEP> tap(columns, channels, first_k);                      // the thread's k in the first step
 //     const auto window = PixelWindow<E>::of(image, number, rows, columns, from);   // for each of its pixels
 //     for each step:  const TapPlace place = tap.next(rows, columns, from);
-//                     const E *const vector = window.find(place, rows, columns);   // or null: zeros
+//                     window.sees(place, rows, columns) ? window.origin + place.offset : zeros
 #pragma once
 #include "conv.cuh"
 
@@ -55,9 +55,9 @@ template <class E> struct PixelWindow {
         const int column = static_cast<int>(columns.origin + pixel.column * columns.stride);
         return {image + pixel.image * from.image + row * from.row + column * from.column, row, column};
     }
-    __device__ __forceinline__ const E *find(const TapPlace &tap, const Axis &rows, const Axis &columns) const {
-        const bool inside = within(row + tap.down, rows.size) && within(column + tap.across, columns.size);
-        return tap.there && inside ? origin + tap.offset : nullptr;
+    __device__ __forceinline__ bool sees(const TapPlace &tap, const Axis &rows, const Axis &columns) const {
+        const unsigned i = row + tap.down, j = column + tap.across;   // before the image they are large
+        return tap.there && i < static_cast<unsigned>(rows.size) && j < static_cast<unsigned>(columns.size);
     }
 };
 

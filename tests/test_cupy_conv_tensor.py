@@ -1,0 +1,255 @@
+"""Convolution on tensor cores in CUDA C++, executed on the CPU, against the reference in float64."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import test_cuda_conv_tensor as shared
+from conv_cases import LAYOUTS, Case, check, reference
+from test_cupy_bfloat import assert_rounded
+
+import tilewise
+from tilewise import kernels
+from tilewise.kernels.cupy import conv_tensor, conv_tensor_weight, gemm_plan
+from tilewise.kernels.cupy.gemm_tensor import LARGE, MATHS, MEDIUM
+
+GPU_BACKENDS = ("cupy",)
+B = np.dtype(ml_dtypes.bfloat16)
+FEW = shared.CASES[1]  # 7 channels of 8, 33 outputs
+# more than half of 128 pixels and of 64 outputs: float32 goes by three products
+WORK = [Case(1, 12, 9, 10, 40, (3, 3), 1, 1), Case(2, 16, 12, 13, 72, (3, 2), 2, 1)]
+TILES = {
+    f"{way} {tile.name} {'NHWC' if last else 'NCHW'}": (way, tile, last)
+    for way in MATHS for last in (False, True)
+    for tile in conv_tensor.tiles_of(way, last)
+}  # fmt: skip
+
+
+def names(gpu) -> set[str]:
+    """What was launched of the kernels on tensor cores, and what of the product without."""
+    return {name.removeprefix("cupy ") for name, _ in gpu.launched if "tensor" in name or "product" in name}
+
+
+def rounded_forward(rng, case, layout, number=0):
+    """In bfloat16."""
+    x, weight, bias, add = shared.operands(rng, case, B, layout)
+    options = case.options | {"layout": layout, "activation": shared.ACTIVATIONS[number % 6]}
+    y = kernels.conv2d(x, weight, bias, add=add, algorithm="gemm", **options)
+    expected = reference(kernels.conv2d, x, weight, bias, add=add.astype(np.float64), **options)
+    assert_rounded(y, expected, case.taps, case.taps**0.5)
+
+
+def rounded_backward(rng, case, layout):
+    x, weight, _, grad = shared.operands(rng, case, B, layout)
+    options = case.options | {"layout": layout, "needs": ("x", "weight")}
+    got = kernels.conv2d_backward(grad, x, weight, **options)
+    expected = reference(kernels.conv2d_backward, grad, x, weight, **options)
+    for mine, right in zip(got[:2], expected[:2], strict=True):
+        assert_rounded(mine, right, grad.size // case.o, grad.size**0.5)
+
+
+def whole_forward(rng, case, layout, number=0):
+    """In float32 without leave to round."""
+    x, weight, bias, _ = shared.operands(rng, case, np.float32, layout)
+    y = kernels.conv2d(x, weight, bias, algorithm="gemm", layout=layout, **case.options)
+    check(y, reference(kernels.conv2d, x, weight, bias, layout=layout, **case.options), case.taps, case, np.float32)
+
+
+def whole_backward(rng, case, layout):
+    x, weight, _, grad = shared.operands(rng, case, np.float32, layout)
+    options = case.options | {"layout": layout, "needs": ("x", "weight")}
+    got = kernels.conv2d_backward(grad, x, weight, **options)
+    expected = reference(kernels.conv2d_backward, grad, x, weight, **options)
+    for name, mine, right in zip("xw", got[:2], expected[:2], strict=True):
+        check(mine, right, max(case.taps, grad.size // case.o), (name, case), np.float32)
+
+
+FORWARD = {
+    "half": lambda rng, case, layout, number=0: shared.forward(rng, case, np.float16, layout, number),
+    "bfloat": rounded_forward,
+    "tf32": lambda rng, case, layout, number=0: shared.forward(rng, case, np.float32, layout, number),
+    "split": whole_forward,
+}
+BACKWARD = {
+    "half": lambda rng, case, layout: shared.backward(rng, case, np.float16, layout),
+    "bfloat": rounded_backward,
+    "tf32": lambda rng, case, layout: shared.backward(rng, case, np.float32, layout),
+    "split": whole_backward,
+}
+
+
+@pytest.mark.parametrize("way", ["half", "bfloat", "tf32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_and_backward(gpu, rng, layout, way):
+    for number, case in enumerate(shared.CASES if way != "bfloat" else shared.CASES[1::2]):
+        gpu.eager_copies = number % 2 == 0
+        gpu.launched.clear()
+        FORWARD[way](rng, case, layout, number)
+        BACKWARD[way](rng, case, layout)
+        assert {name.partition("<")[0] for name in names(gpu)} == {"conv_tensor", "conv_tensor_weight"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float32_by_three_products(gpu, rng, one_multiprocessor, layout):
+    for case in WORK:
+        gpu.launched.clear()
+        whole_forward(rng, case, layout)
+        assert all("conv_tensor<SplitMath" in name for name in names(gpu)), names(gpu)
+        gpu.launched.clear()
+        whole_backward(rng, case, layout)
+        assert any("conv_tensor_weight<SplitMath" in name for name in names(gpu))
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile(gpu, rng, monkeypatch, tile):
+    """160 pixels and 130 outputs, or 65 and 63: beyond and beside a tile's."""
+    way, shape, last = TILES[tile]
+    monkeypatch.setattr(conv_tensor, "choose", lambda *arguments: (conv_tensor.Choice(way, shape), {}))
+    gpu.launched.clear()
+    case = shared.EDGES[1 if shape in (LARGE, MEDIUM) else 0]
+    FORWARD[way](rng, case, LAYOUTS[last], 1)
+    assert [name.partition("<")[2].split(", ")[1] for name in names(gpu)] == [shape.name]
+
+
+@pytest.mark.parametrize("way", BACKWARD)
+def test_every_tile_of_the_weight_gradient(gpu, rng, monkeypatch, way):
+    for tile in conv_tensor.tiles_of(way, False):
+        choice = conv_tensor.Choice(way, tile)
+        monkeypatch.setattr(conv_tensor_weight, "choose", lambda *arguments, choice=choice: (choice, {}))
+        gpu.launched.clear()
+        BACKWARD[way](rng, Case(2, 12, 6, 7, 72, (3, 3), 1, 1), "NHWC")
+        assert any(f"conv_tensor_weight<{MATHS[way]}, {tile.name}>" in name for name in names(gpu))
+
+
+@pytest.mark.parametrize("kind", ["normal", "positive", "wide"])
+def test_three_products_are_as_good_as_float32(gpu, rng, one_multiprocessor, monkeypatch, kind):
+    """At most twice the error of FFMA, although what tensor cores add is cut off: at worst what has one sign."""
+    draw = {
+        "normal": lambda *s: rng.standard_normal(s),
+        "positive": lambda *s: rng.random(s),
+        "wide": lambda *s: rng.standard_normal(s) * np.exp(4 * rng.standard_normal(s)),
+    }[kind]
+    x, weight, grad = draw(1, 16, 22, 22), draw(40, 16, 3, 3), draw(1, 40, 20, 20)
+    operands = [a.astype(np.float32) for a in (grad, x, weight)]
+
+    def results():
+        gpu.launched.clear()
+        y = kernels.conv2d(*operands[1:], algorithm="gemm")
+        return y, kernels.conv2d_backward(*operands, needs=("weight",))[1]
+
+    sizes = [np.abs(a) for a in operands]
+    exact = reference(kernels.conv2d, *operands[1:]), reference(kernels.conv2d_backward, *operands)[1]
+    scale = reference(kernels.conv2d, *sizes[1:]), reference(kernels.conv2d_backward, *sizes)[1]
+    split = results()
+    assert len(names(gpu)) == 2
+    assert all("SplitMath" in name for name in names(gpu))
+    with monkeypatch.context() as plain:
+        plain.setattr(gemm_plan, "SPLIT_ON", ())
+        whole = results()
+        assert not any("tensor" in name for name in names(gpu))
+    for ours, theirs, right, size in zip(split, whole, exact, scale, strict=True):
+        error, usual = np.abs(ours - right) / size, np.abs(theirs - right) / size
+        assert error.max() <= 2 * usual.max()
+        assert np.sqrt((error**2).mean()) <= 2 * np.sqrt((usual**2).mean())
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "shuffled", "warps reversed"])
+def test_the_same_bits_in_every_schedule(gpu, rng, schedule):
+    x, weight, _, grad = shared.operands(rng, shared.CASES[4], np.float16, "NCHW")
+
+    def results():
+        y = kernels.conv2d(x, weight, padding=1)
+        return y, kernels.conv2d_backward(grad, x, weight, padding=1, needs=("weight",))[1]
+
+    gpu.schedule = "forward"
+    expected = results()
+    gpu.schedule = schedule
+    for mine, right in zip(results(), expected, strict=True):
+        np.testing.assert_array_equal(mine, right)
+
+
+def test_before_asynchronous_copies(gpu, rng, monkeypatch):
+    """float16 has tensor cores then, the others none."""
+    monkeypatch.setattr(gpu, "capability", (7, 5))
+    for layout in LAYOUTS:
+        for way, expected in (("half", {"conv_tensor", "conv_tensor_weight"}), ("bfloat", set()), ("tf32", set())):
+            gpu.launched.clear()
+            if way == "tf32":
+                whole_forward(rng, FEW, layout)
+                whole_backward(rng, FEW, layout)
+            else:
+                FORWARD[way](rng, FEW, layout)
+                BACKWARD[way](rng, FEW, layout)
+            found = {name.partition("<")[0] for name in names(gpu)}
+            assert found == (expected or {"conv_product", "conv_product_weight"})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_inf_stay_in_their_windows(gpu, rng, one_multiprocessor, value):
+    """Also in channels that were filled up to a vector, and in what three products make of them."""
+    for case, dtype in ((FEW, np.float16), (WORK[0], np.float32)):
+        x, weight, bias, _ = shared.operands(rng, case, dtype, "NCHW")
+        x.flat[137], x.flat[401] = value, -value
+        y = kernels.conv2d(x, weight, bias, padding=1, algorithm="gemm")
+        expected = reference(kernels.conv2d, x, weight, bias, padding=1)
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
+        np.testing.assert_array_equal(np.isinf(y), np.isinf(expected))
+
+
+FEW_CHANNELS = "its channels, filled up to whole vectors of 16 bytes, would be zeros for the greater part"
+NO_HOPPER = "not wgmma: needs compute capability 9.0, and no later one"
+LEAVE = "not mma in TF32: using(tf32=True) would allow it"
+
+
+@pytest.mark.parametrize(
+    ("capability", "tf32", "dtype", "case", "note"),
+    [
+        ((9, 0), False, "float16", Case(1, 64, 56, 56, 256), "wgmma, tiles of 128 x 256 pixels x outputs"),
+        ((8, 0), False, "float16", Case(1, 64, 56, 56, 256), f"mma, tiles of 128 x 128 pixels x outputs; {NO_HOPPER}"),
+        ((9, 0), False, "bfloat16", Case(1, 64, 56, 56, 64),
+         f"mma, tiles of 128 x 64 pixels x outputs; not wgmma: {gemm_plan.TOO_LITTLE}"),
+        ((9, 0), False, "float16", Case(1, 64, 8, 8, 64),
+         f"mma, tiles of 64 x 64 pixels x outputs; not wgmma: {gemm_plan.TOO_LITTLE}"),
+        ((7, 5), False, "float16", Case(1, 64, 56, 56, 256), f"mma, tiles of 64 x 64 pixels x outputs; {NO_HOPPER}"),
+        ((7, 5), False, "bfloat16", Case(1, 64, 8, 8, 64),
+         f"tiles of 64 x 64 pixels x outputs; {NO_HOPPER}; not mma: needs compute capability 8.0"),
+        ((8, 6), True, "float32", Case(1, 64, 56, 56, 256), "mma in TF32, tiles of 128 x 128 pixels x outputs"),
+        ((9, 0), False, "float32", Case(1, 64, 56, 56, 256),
+         f"mma in 3xTF32, tiles of 128 x 128 pixels x outputs; {LEAVE}"),
+        ((8, 6), False, "float32", Case(1, 64, 8, 8, 64),
+         f"tiles of 64 x 64 pixels x outputs; {LEAVE}; not mma in 3xTF32: predicted to be slower than float32 on this "
+         "device"),
+        ((9, 0), False, "float32", Case(1, 64, 8, 8, 64),
+         f"tiles of 64 x 64 pixels x outputs; {LEAVE}; not mma in 3xTF32: {gemm_plan.TOO_LITTLE}"),
+        ((9, 0), False, "float32", Case(1, 5, 56, 56, 64),
+         f"tiles of 64 x 64 pixels x outputs; {LEAVE}; not mma in 3xTF32: sums of fewer than 64 products"),
+        ((9, 0), False, "float32", Case(1, 5, 56, 56, 64, (5, 5)),
+         f"tiles of 64 x 64 pixels x outputs; {LEAVE}; not mma in 3xTF32: {FEW_CHANNELS}"),
+        ((9, 0), False, "float64", Case(1, 64, 8, 8, 64), "tiles of 64 x 64 pixels x outputs"),
+    ],
+)  # fmt: skip
+def test_explain(gpu, monkeypatch, capability, tf32, dtype, case, note):
+    monkeypatch.setattr(gpu, "capability", capability)
+    x = np.empty((case.n, case.h, case.w, case.c), B if dtype == "bfloat16" else dtype)
+    weight = np.empty((case.o, case.c, *case.kernel), x.dtype)
+    with tilewise.using(tf32=tf32):
+        decision = tilewise.explain(kernels.conv2d, x, weight, layout="NHWC")
+    assert (decision.algorithm, decision.note) == ("gemm", note)
+
+
+def test_the_choice_is_the_launch(gpu, rng):
+    """What explain says is what is launched."""
+    for case, dtype in ((FEW, np.float16), (FEW, np.float32), (WORK[1], np.float16)):
+        x, weight, _, _ = shared.operands(rng, case, dtype, "NHWC")
+        note = tilewise.explain(kernels.conv2d, x, weight, layout="NHWC", **case.options).note
+        gpu.launched.clear()
+        kernels.conv2d(x, weight, layout="NHWC", **case.options)
+        assert note.startswith("mma") == any("conv_tensor<" in name for name in names(gpu))
+
+
+def test_x_is_turned_once_for_all_phases_of_its_gradient(gpu, rng, monkeypatch):
+    turned = []
+    in_vectors = conv_tensor.in_vectors
+    monkeypatch.setattr(conv_tensor, "in_vectors", lambda *given: turned.append(1) or in_vectors(*given))
+    x, weight, _, grad = shared.operands(rng, Case(1, 8, 9, 9, 16, (3, 3), 2, 1), np.float16, "NCHW")
+    kernels.conv2d_backward(grad, x, weight, stride=2, padding=1, needs=("x",))
+    assert len(turned) == 1
