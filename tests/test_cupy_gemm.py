@@ -237,7 +237,7 @@ def test_explain_looks_at_the_device_of_the_arrays(gpu, monkeypatch, one_multipr
     square, images = np.ones((256, 256), np.float32), np.ones((1, 128, 9, 9), np.float32)
     monkeypatch.setattr(conv_plan, "ENOUGH_TILES", 1)
     prepared = kernels.prepare_conv2d(np.ones((128, 128, 1, 1), np.float32))
-    for place, algorithm, side in ((places[0], "mma in 3xTF32", 128), (places[1], "tiles", 64)):
+    for place, algorithm, side in ((places[0], "wgmma in 3xTF32", 128), (places[1], "tiles", 64)):
         a, x = place.array(square), place.array(images)
         for function in (kernels.matmul, kernels.linear):
             assert tilewise.explain(function, a, a).algorithm == algorithm
