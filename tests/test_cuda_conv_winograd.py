@@ -24,7 +24,7 @@ SHORT_WINOGRAD = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("room", [1 << 28, 1])
+@pytest.mark.parametrize("room", [1 << 28, 400_000, 1])  # for all images, for two of three, for one
 def test_winograd(gpu, rng, monkeypatch, room, layout):
     monkeypatch.setattr(conv_winograd_plan, "_ROOM", room)
     for number, case in enumerate(SHORT_WINOGRAD):

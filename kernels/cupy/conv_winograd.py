@@ -36,7 +36,7 @@ def _whole(count: int) -> int:
 
 def _transformed(it: Correlation, weight):
     """U of the weights."""
-    channels, outputs = _whole(it.channels), _whole(it.outputs)
+    channels, outputs = _whole(it.channels) if it.channels_last else it.channels, _whole(it.outputs)
     blocks = ceil_div(it.groups * channels * outputs, _THREADS)
 
     def write(packed):
@@ -50,15 +50,11 @@ def _multiply(it: Correlation, packed, values, tiles: int, products):
     matrices, channels, outputs = packed.shape
     lead = (matrices,)
     if it.channels_last:
-        left, right = (
-            Matrices(values, lead, tiles, channels, channels, 1),
-            Matrices(packed, lead, channels, outputs, outputs, 1),
-        )
+        left = Matrices(values, lead, tiles, channels, channels, 1)
+        right = Matrices(packed, lead, channels, outputs, outputs, 1)
     else:
-        left, right = (
-            Matrices(packed, lead, outputs, channels, 1, outputs),
-            Matrices(values, lead, channels, tiles, tiles, 1),
-        )
+        left = Matrices(packed, lead, outputs, channels, 1, outputs)
+        right = Matrices(values, lead, channels, tiles, tiles, 1)
     multiply(left, right, lead, products, tf32=False)
 
 

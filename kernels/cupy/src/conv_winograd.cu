@@ -6,7 +6,7 @@
 //     y              = A^T m A, then bias, summand and activation                               conv_winograd_output
 //
 // A group's 36 matrices follow each other, U as channels x outputs, V and M in the order of the images: neighbouring threads
-// read and write neighbouring numbers, and a product's rows are whole vectors, since all three are padded to that:
+// read and write neighbouring numbers. What lies side by side is padded, so that a product's rows are whole vectors:
 //
 //     NCHW   V: channels x tiles, M: outputs x tiles         lanes run along tiles
 //     NHWC   V: tiles x channels, M: tiles x outputs         lanes run along channels, or outputs
@@ -19,7 +19,7 @@ namespace tilewise {
 constexpr int WINOGRAD_THREADS = 128, POINTS = 36, TILE = 4;
 
 // Those of a launch: `count`, of the images from first_image on, down x across an image. padded, channels, outputs: tiles,
-// channels and outputs of a group in whole vectors.
+// and channels and outputs of a group, as the matrices have them.
 struct Tiles {
     long long first_image, count, padded, down, across, channels, outputs;
     int channels_last;
@@ -83,7 +83,7 @@ __device__ __forceinline__ long long place_of_tap(const Axis &rows, const Axis &
     return (rows.first_tap + t * rows.tap_step) * filters.width + columns.first_tap + u * columns.tap_step;
 }
 
-// U of one channel and output to a thread, and zeros in the padding. channels, outputs: of a group, padded.
+// U of one channel and output to a thread, and zeros in the padding. channels, outputs: of a group in U.
 template <class T>
 __global__ void __launch_bounds__(WINOGRAD_THREADS, 1)
 conv_winograd_weight(const T *__restrict__ weight, T *packed, const Axis rows, const Axis columns, const Filters filters,
