@@ -85,14 +85,58 @@ def test_gradient_of_x(gpu, rng, layout, dtype):
         gpu.launched.clear()
 
 
-@pytest.mark.parametrize("schedule", ["reverse", "shuffled", "warp by warp", "warps reversed"])
+# outputs x (tap, channel), summed over pixels; a step is 64 of them
+WEIGHTS = [
+    (Case(1, 72, 9, 15, 70, (1, 1)), 128),  # outputs that are no whole vectors; part of a step
+    (Case(1, 12, 17, 19, 66, (3, 2), (2, 1), ((1, 0), (0, 1)), (1, 2)), 128),  # channels that are none
+    (Case(2, 8, 17, 17, 72, (3, 3), 1, 1), 128),  # two parts of the sums, around the stages
+    (Case(3, 48, 5, 9, 144, (3, 3), 1, 2, 2, 2), 256),  # groups
+    (Case(1, 32, 9, 9, 136, (3, 3)), 256),  # two tiles of both
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_the_weight(gpu, rng, layout, dtype):
+    for number, (case, columns) in enumerate(WEIGHTS):
+        gpu.eager_copies = number % 2 == 0
+        x, weight, _, grad = operands(rng, case, dtype, layout)
+        options = case.options | {"layout": layout, "needs": ("weight",)}
+        _, actual, _ = kernels.conv2d_backward(grad, x, weight, **options)
+        _, expected, _ = reference(kernels.conv2d_backward, grad, x, weight, **options)
+        assert_near(actual, expected, grad.size // case.o, (case, layout))
+        assert (f"cupy conv_wgmma_weight<T, {columns}>", dtype.name) in gpu.launched
+        gpu.launched.clear()
+
+
+def test_infinity_in_the_last_pixel(gpu, rng):
+    """Nothing that follows it in a step, where grad is 0, may meet it."""
+    case = WEIGHTS[2][0]
+    x, weight, _, grad = operands(rng, case, np.float16, "NHWC")
+    x[-1, -1, -1, :3] = np.inf
+    options = case.options | {"layout": "NHWC", "needs": ("weight",)}
+    _, actual, _ = kernels.conv2d_backward(grad, x, weight, **options)
+    _, expected, _ = reference(kernels.conv2d_backward, grad, x, weight, **options)
+    np.testing.assert_array_equal(np.isinf(actual), np.isinf(expected))
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    assert np.isinf(expected).any()
+    assert ("cupy conv_wgmma_weight<T, 128>", "float16") in gpu.launched
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "shuffled", "warps reversed"])
 def test_every_schedule_gives_the_same_bits(gpu, rng, schedule):
-    case = NARROW_CASES[1]
+    """Of sums that go around the stages."""
+    case, summed = NARROW_CASES[1], WEIGHTS[2][0]
     x, weight, *_ = operands(rng, case, np.float16, "NHWC")
+    image, other, _, grad = operands(rng, summed, np.float16, "NHWC")
     results = []
     for gpu.schedule in ("forward", schedule):
-        results.append(kernels.conv2d(x, weight, **case.options, layout="NHWC"))
-    np.testing.assert_array_equal(*results)
+        y = kernels.conv2d(x, weight, **case.options, layout="NHWC")
+        gradients = kernels.conv2d_backward(grad, image, other, **summed.options, layout="NHWC", needs=("weight",))
+        results.append((y, gradients[1]))
+    for mine, right in zip(*results, strict=True):
+        np.testing.assert_array_equal(mine, right)
+    assert {kernel_name(128, "NHWC"), "cupy conv_wgmma_weight<T, 128>"} <= {name for name, _ in gpu.launched}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -47,6 +47,13 @@ def convolution_of_half(x):
     return kernels.conv2d(half, half.reshape(72, -1, 1, 1), layout="NHWC")
 
 
+def weight_gradient_of_half(x):
+    """By wgmma; in steps of different pixels."""
+    half = x.astype(np.float16)
+    weight = half.reshape(-1)[: 80 * 80].reshape(80, 80, 1, 1)
+    return kernels.conv2d_backward(half, half, weight, layout="NHWC", needs=("weight",))[1]
+
+
 def weight_gradient(x):
     """Of a depthwise convolution: a block has several taps, one after the other."""
     return kernels.conv2d_backward(x, x, x[0, :, None, :3, :3], padding=1, groups=len(x[0]), needs=("weight",))[1]
@@ -77,6 +84,7 @@ CALLS = {
     "tensor.cuh": (product_of_half, (64, 200), {}),
     "gemm_wgmma.cu": (products_by_wgmma, (72, 400), {}),
     "conv_wgmma.cu": (convolution_of_half, (1, 8, 9, 80), {}),
+    "conv_wgmma_weight.cu": (weight_gradient_of_half, (1, 14, 14, 80), {}),
     "wgmma_product.cuh": (product_of_half, (72, 400), {}),
     "wgmma_single.cuh": (product_by_three, (72, 200), {}),
 }
@@ -84,7 +92,7 @@ OPERANDS = {kernels.batch_norm: lambda x: (x, None, None), kernels.softmax_backw
 # What orders threads, or a thread and its copies: without any one of these a kernel is wrong.
 BARRIER = re.compile(
     r"(?:__syncthreads|(?:wait|commit|begin)_(?:copies|products)(?:<[^>]*>)?|show_to_products)\(\);"
-    r"|(?:arrive|wait_phase)\(stages[^;]*\);|meet<\w+>\(1\);"
+    r"|(?:arrive|wait_phase)\(stages[^;]*\);|meet<\w+>\(\d\);"
 )
 BARRIERS = [(name, i) for name, text in module.sources().items() for i in range(len(BARRIER.findall(text)))]
 

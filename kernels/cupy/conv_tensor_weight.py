@@ -1,29 +1,32 @@
-"""The weight gradient on tensor cores as an implicit matrix product; src/conv_tensor_weight.cu says how."""
+"""The weight gradient on tensor cores as an implicit matrix product; src/conv_tensor_weight.cu and conv_wgmma_weight.cu
+say how."""
 
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation, image_steps
 from tilewise.kernels.conv_plan import choose_weight_tile, split
-from tilewise.kernels.cupy import conv_tensor
-from tilewise.kernels.cupy.conv_packing import in_vectors
+from tilewise.kernels.cupy import conv_tensor, conv_wgmma
+from tilewise.kernels.cupy.conv_packing import in_vectors, whole_vectors
 from tilewise.kernels.cupy.conv_sums import WEIGHT, add_parts, new_parts, operands
 from tilewise.kernels.cupy.conv_tensor import Choice, first_way, tiles_of
 from tilewise.kernels.cupy.gemm_plan import TOO_LITTLE
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, DTYPES, TensorTile
+from tilewise.kernels.cupy.gemm_wgmma import WgmmaTile
 
 _LEAST_PIXELS = 512  # of a part
 _kernels = {
     (way, tile): conv_tensor.make("conv_tensor_weight", way, tile, (False, False), (), f"{WEIGHT} q q q")
     for way in DTYPES for tile in tiles_of(way, False)
-}  # fmt: skip
+} | {("wgmma", tile): kernel for tile, kernel in conv_wgmma.WEIGHT_GRADIENTS.items()}  # fmt: skip
 
 
-def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | str:
+def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | str:
     """For this way, or why there is none."""
     reason = conv_tensor.why_not_way(way, dtype, engine, it.pixels, it.channels, it.outputs)
     if reason:
         return reason
     if way == "wgmma":
-        return TOO_LITTLE
+        columns = it.taps * whole_vectors(it.channels, dtype)
+        return conv_wgmma.choose_tile(it.outputs, columns, it.groups, engine, ceil_div(it.pixels, _LEAST_PIXELS))
     tiles = tiles_of(way, False)
     if engine.capability < AMPERE:
         return tiles[-1]

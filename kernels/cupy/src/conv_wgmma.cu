@@ -14,8 +14,7 @@
 // A step of 128 x 256 in the machine code for sm_90a: 257 instructions of each warp that brings, 24 of them LDGSTS; 94 of
 // each that multiplies, 4 of them HGMMA. Of 128 x 128: 231 with 16, and 90 with 4.
 #include "conv_result.cuh"
-#include "conv_tensor.cuh"
-#include "wgmma_product.cuh"
+#include "conv_wgmma.cuh"
 
 namespace tilewise {
 
@@ -51,33 +50,6 @@ template <class E> struct PixelLines {
     }
 };
 
-// The right operand: outputs of the packed weights, zeros beyond them and beyond the depth.
-template <class E, int N> struct PackedLines {
-    using Shape = SwizzledTile<N, false>;
-    static constexpr int LINE = N / LANES<E>, APART = WARPGROUP / LINE;   // of a thread's k
-
-    const E *mine;
-    long long stride;
-    int k, unit;
-    bool there;
-
-    // packed: the tile's first output in the group's first row; outputs: from there on, in whole vectors.
-    __device__ __forceinline__ PackedLines(const E *packed, long long outputs, long long stride_) : stride(stride_) {
-        const int thread = threadIdx.x % WARPGROUP;
-        k = thread / LINE;
-        unit = thread % LINE;
-        there = unit * LANES<E> < outputs;
-        mine = packed + (there ? k * stride + unit * LANES<E> : 0);
-    }
-    __device__ __forceinline__ void copy(char *tile, int, long long begin, long long end) {
-        const int room = !there ? 0 : end - begin < WGMMA_STEP ? static_cast<int>(end - begin) : WGMMA_STEP;
-#pragma unroll
-        for (int i = 0; i < Shape::VECTORS; ++i)
-            copy_16_bytes(tile + Shape::place(k + i * APART, unit), mine + i * APART * stride, k + i * APART < room);
-        mine += WGMMA_STEP * stride;
-    }
-};
-
 // Block (tile of pixels, tile of outputs, group). filters.channels, padded_outputs: of packed.
 template <class E, int N, bool LAST>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1)
@@ -104,8 +76,8 @@ conv_wgmma(const E *__restrict__ x, const E *__restrict__ packed, E *y, const Ep
     if (threadIdx.x < WARPGROUP) {
         give_registers_up<88>();
         PixelLines<E> left(image, rows, columns, from, filters.channels, windows);
-        PackedLines<E, N> right(packed + group * depth * padded_outputs + first_output, padded_outputs - first_output,
-                                padded_outputs);
+        RowLines<E, N> right(packed + group * depth * padded_outputs + first_output, padded_outputs - first_output,
+                             padded_outputs);
         bring<Room>(left, right, stages, 0, depth);
     } else {
         take_registers<208>();
