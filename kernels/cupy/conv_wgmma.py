@@ -16,7 +16,7 @@ DTYPES = "float16", "bfloat16"
 def _make(name: str, tile: WgmmaTile, last: str, parameters: str) -> Kernel:
     return Kernel(
         f"{name}.cu", f"{name}<{{T}}, {tile.columns}{last}>", parameters, threads=_THREADS, dtypes=DTYPES, least=HOPPER,
-        target="sm_90a", shared=tile.shared_bytes, promises=("HGMMA", "LDGSTS", "STG.128", "USETMAXREG"),
+        target="sm_90a", shared=tile.shared_bytes(), promises=("HGMMA", "LDGSTS", "STG.128", "USETMAXREG"),
     )  # fmt: skip
 
 
