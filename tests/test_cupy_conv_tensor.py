@@ -167,7 +167,7 @@ def test_the_same_bits_in_every_schedule(gpu, rng, schedule):
         np.testing.assert_array_equal(mine, right)
 
 
-def test_before_asynchronous_copies(gpu, rng, monkeypatch):
+def test_before_asynchronous_copies(gpu, rng, one_multiprocessor, monkeypatch):
     """float16 has tensor cores then, the others none."""
     monkeypatch.setattr(gpu, "capability", (7, 5))
     for layout in LAYOUTS:

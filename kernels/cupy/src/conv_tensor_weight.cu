@@ -27,17 +27,16 @@ template <class E, class Tile> struct TapVectors {
     const Steps &from;
     PixelCounter pixel;
     int down, across, c;
-    bool there;
 
     // image: the first channel of the group in the first image; begin: the block's first pixel.
     __device__ __forceinline__ TapVectors(const E *image_, const Axis &rows_, const Axis &columns_, const Steps &from_,
                                           long long channels, long long first_column, long long begin)
         : image(image_), rows(rows_), columns(columns_), from(from_),
           pixel(begin + threadIdx.x / LINE, rows_.count, columns_.count) {
+        // what a thread finds beyond the last column meets only sums that belong to none
         long long t = first_column + threadIdx.x % LINE * WIDTH;
         c = static_cast<int>(take_axis(t, channels));
         const long long u = take_axis(t, columns.taps);
-        there = t < rows.taps;
         down = static_cast<int>(rows.origin + t * rows.spacing);
         across = static_cast<int>(columns.origin + u * columns.spacing);
     }
@@ -49,8 +48,7 @@ template <class E, class Tile> struct TapVectors {
         for (int i = 0; i < COUNT; ++i) {
             const int row = pixel.row * static_cast<int>(rows.stride) + down;
             const int column = pixel.column * static_cast<int>(columns.stride) + across;
-            const bool inside =
-                there && k + own + i * APART < end && within(row, rows.size) && within(column, columns.size);
+            const bool inside = k + own + i * APART < end && within(row, rows.size) && within(column, columns.size);
             const long long offset = pixel.image * from.image + row * from.row + column * from.column + c;
             copy_16_bytes(mine + i * APART * PITCH, image + (inside ? offset : 0), inside);
             pixel.advance(APART, rows.count, columns.count);
