@@ -58,13 +58,32 @@ def test_inner_loop_of_the_large_tile():
         assert not any(name.startswith(("LDL", "STL")) for name in loop)
 
 
-def _longest_loop(code: str) -> Counter:
-    """The instructions between a label and a branch back to it."""
+def test_loops_of_hopper():
+    """A step's products, wgmma, to what the multipliers load of the left operand, without a wait in between where there
+    need not be one; and no more registers than the block has got: the warps that take some would wait for ever."""
+    from tilewise.kernels.cupy.gemm_wgmma import MATMULS, NARROW, SINGLES, WIDE
+
+    for kernels, counts in (
+        (MATMULS[WIDE], [4, 0, 0, 1]),
+        (SINGLES["tf32", WIDE], [4, 16, 0, 1]),
+        (SINGLES["split", NARROW], [12, 16, 128 + 2 * 16, 2]),  # 16 numbers are split in one of two ways
+    ):
+        kernel = kernels[True, False]
+        said, code = assemble(kernel, kernel.dtypes[0], BY_NAME["sm_90a"])
+        loop = _longest_loop(code, "HGMMA")
+        assert [count_promised(p, loop) for p in ("HGMMA", "LDS", "FADD", "WARPGROUP.DEPBAR")] == counts
+        registers = int(re.findall(r"Used (\d+) registers", said)[0])
+        (kept,), (taken,) = (re.findall(rf"USETMAXREG\.{what}.* 0x(\w+) ;", code) for what in ("DEALLOC", "TRY_ALLOC"))
+        assert 128 * int(kept, 16) + 256 * int(taken, 16) <= 384 * registers
+
+
+def _longest_loop(code: str, of: str = "FFMA") -> Counter:
+    """The instructions between a label and a branch back to it: of the loop that has most of one."""
     lines = code.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))}
     branches = [(i, m[1]) for i, line in enumerate(lines) if (m := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))]
     loops = [instructions("\n".join(lines[labels[name] : i + 1])) for i, name in branches if labels[name] < i]
-    return max(loops, key=lambda loop: loop["FFMA"])
+    return max(loops, key=lambda loop: count_promised(of, loop))
 
 
 # ---- the gate itself

@@ -156,7 +156,7 @@ def test_a_missing_barrier_is_noticed(changed, rng, name, which):
          "sums that were written since wgmma.fence"),
         ("wgmma_product.cuh", "begin_products();", "{ if (s == 0) begin_products(); sums[7] += 1; }",
          "sums that were written since wgmma.fence"),
-        ("wgmma_single.cuh", "Room::load(a[i + 1],", "Room::load(a[i],",
+        ("wgmma_single.cuh", "commit_products();", "{ commit_products(); a[i].big[0] ^= 1; }",
          "registers of a product's left operand were written before it was waited for"),
     ],
 )  # fmt: skip

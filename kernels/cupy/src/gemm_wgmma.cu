@@ -73,10 +73,13 @@ template <class Room, bool BY_K> struct SingleLoader {
         const long long before = first + row;
         rows = static_cast<int>(count - before < Room::N ? count - before : Room::N);
         pointer = b + (BY_K ? before * stride + 4 * unit : 4 * unit * stride + before);
+        const float *from = pointer + (BY_K ? k : k * stride);
 #pragma unroll
-        for (int i = 0; i < COUNT; i += 4) fetch(i, k, end);
+        for (int i = 0; i < COUNT; i += 4) fetch(i, from, end - k);
     }
     __device__ __forceinline__ void copy(char *tile, int, long long k, long long end) {
+        const long long next = k + Room::STEP;
+        const float *from = pointer + (BY_K ? next : next * stride);
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) {
 #pragma unroll
@@ -86,20 +89,21 @@ template <class Room, bool BY_K> struct SingleLoader {
                 for (int e = 0; e < 4; ++e) values[e] = BY_K ? held[i + j].lane[e] : held[i + e].lane[j];
                 Room::store(tile, row + (BY_K ? (i + j) * VECTOR_ROWS : i / 4 * FOUR_ROWS + j), unit, values);
             }
-            fetch(i, k + Room::STEP, end);
+            fetch(i, from, end - next);
         }
     }
 
 private:
-    __device__ __forceinline__ void fetch(int i, long long k, long long end) {
-        const int there = static_cast<int>(end - k < Room::STEP ? end - k : Room::STEP) - 4 * unit;   // k from the unit on
-        const float *const from = pointer + (BY_K ? k : k * stride);
+    // The i-th vector on; from: to the first one, or where k is contiguous this one, which it leaves at the next. depth: what
+    // there still is of k.
+    __device__ __forceinline__ void fetch(int i, const float *&from, long long depth) {
+        const int there = static_cast<int>(depth < Room::STEP ? depth : Room::STEP) - 4 * unit;   // from the unit on
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int further = BY_K ? (i + j) * VECTOR_ROWS : i / 4 * FOUR_ROWS;
             held[i + j] = {};
-            if (further < rows && (BY_K ? 0 : j) < there)
-                held[i + j] = load<4>(from + (BY_K ? further * stride : j * stride + further));
+            if (further < rows && (BY_K ? 0 : j) < there) held[i + j] = load<4>(BY_K ? from : from + j * stride + further);
+            if constexpr (BY_K) from += VECTOR_ROWS * stride;
         }
     }
 };
@@ -115,14 +119,14 @@ matmul_wgmma_single(const float *__restrict__ a, const float *__restrict__ b, fl
     if (threadIdx.x == 0) stages.make();
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
-        give_registers_up<136>();
+        give_registers_up<Room::BRINGER_REGISTERS>();
         const LineLoader<float, typename Room::Left, WGMMA_ROWS, LEFT_BY_K> left{
             a + block.left, it.m, LEFT_BY_K ? it.a_row : it.a_k, block.first_row};
         SingleLoader<Room, RIGHT_BY_K> right(b + block.right, it.n, RIGHT_BY_K ? it.b_column : it.b_k,
                                              block.first_column, block.begin, block.end);
         bring<Room>(left, right, stages, block.begin, block.end);
     } else {
-        take_registers<184>();
+        take_registers<Room::MULTIPLIER_REGISTERS>();
         float sums[N / 2];
         multiply_single<Room>(sums, stages, block.begin, block.end);
         const MatrixResult<float, float, Finish<float>> result{

@@ -63,6 +63,10 @@ template <class E, int DEPTH_> struct PlainMath {
     static __device__ __forceinline__ void set(Operand &operand, int i, float value) {
         operand.words[i] = word(value);
     }
+    static __device__ __forceinline__ void set_all(Operand &operand, const float (&values)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) set(operand, i, values[i]);
+    }
     static __device__ __forceinline__ void add(float (&sums)[4], const Operand &a, const Operand &b, int j) {
         multiply_add(sums, a.words, b.words[2 * j], b.words[2 * j + 1], E{});
     }
@@ -99,6 +103,26 @@ struct SplitMath {
         }
         operand.big[i] = big;
         operand.small[i] = small;
+    }
+    // The same of four, with fewer instructions where all are less than what rounding makes Infinity of, and none is NaN: half
+    // a step added before bits are cut off rounds to nearest, ties away from 0; those of small tensor cores cut off.
+    static __device__ __forceinline__ void set_all(Operand &operand, const float (&values)[4]) {
+        constexpr unsigned HALF_STEP = 0x1000u, TF32 = 0xffffe000u;
+        constexpr float INFINITE = 0x1.ffep127f;
+        bool ordinary = true;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ordinary &= fabsf(values[i]) < INFINITE;
+        if (ordinary) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                operand.big[i] = (__float_as_int(values[i]) + HALF_STEP) & TF32;
+                const float rest = values[i] - __int_as_float(static_cast<int>(operand.big[i]));
+                operand.small[i] = __float_as_int(rest) + HALF_STEP;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) set(operand, i, values[i]);
+        }
     }
     static __device__ __forceinline__ void add(float (&sums)[4], const Operand &a, const Operand &b, int j) {
         float part[4] = {};
@@ -142,11 +166,13 @@ __device__ __forceinline__ void load_operand(typename Math::Operand &operand, co
     } else {
         const int row_step = BY_K ? pitch : 1, k_step = BY_K ? 1 : pitch;
         const E *const mine = tile + (row + lane / 4) * row_step + (k + lane % 4) * k_step;
+        float values[4];
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
             const int r = LEFT ? word % 2 : word / 2, s = LEFT ? word / 2 : word % 2;
-            Math::set(operand, word, mine[8 * r * row_step + 4 * s * k_step]);
+            values[word] = mine[8 * r * row_step + 4 * s * k_step];
         }
+        Math::set_all(operand, values);
     }
 }
 

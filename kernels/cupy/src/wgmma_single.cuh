@@ -11,8 +11,16 @@
 //              lines of 32 k for the instruction's swizzle of 128 bytes; of SplitMath a second tile for the small parts
 //
 // Of 128 x 256 sums a multiplier has 128 in registers. Three products have 128 x 128: tensor cores cut off what they add,
-// so that every 8 of the depth are summed from 0, in 64 registers, and added to the 64 of the sums (SplitMath tells why).
-// While one warpgroup waits for its products, and adds or rounds, those of the other one run.
+// so that every 16 of the depth are summed from 0, in 64 registers, the small products first, and added to the 64 of the
+// sums (SplitMath tells why). While one warpgroup waits for its products, and adds or rounds, those of the other one run.
+//
+// In the machine code (sm_90a, A B of two matrices by rows), for a step, a warp's instructions, products and accesses:
+//
+//                          a multiplier                                    the bringer
+//     TF32, 128 x 256      177: 4 products, 16 loads from shared memory    659: 16 loads, 16 stores, 8 cp.async
+//     3xTF32, 128 x 128    689: 12 products, 16 loads, 128 additions       1151: 8 loads, 16 stores, 8 cp.async
+//
+// of which in 3xTF32 about 20 of each number are for those that are not ordinary (SplitMath), and jumped over.
 //
 // Banks, for which 16-byte accesses of a warp count by eight lanes:
 //
@@ -52,8 +60,11 @@ template <class Math_, int N_, bool LEFT_BY_K_> struct SingleRoom {
     using Left = PlainTile<WGMMA_ROWS, LEFT_BY_K_>;
     using Right = SwizzledTile<N_, true>;
     static constexpr int N = N_, STEP = LINE_BYTES / 4;
-    static constexpr int PARTS = sizeof(Operand) / 16;   // tiles of the right operand
+    static constexpr int PARTS = sizeof(Operand) / 16;       // tiles of the right operand
+    static constexpr int TOGETHER = PARTS == 1 ? 1 : 2;      // instructions' depths of a sum from 0
     static constexpr int STAGE = Left::BYTES + PARTS * Right::BYTES, OUT_PITCH = N + WGMMA_OUT_GAP;
+    // a thread's, of both kinds: 65,536 in all, less what the launch leaves over
+    static constexpr int BRINGER_REGISTERS = PARTS == 1 ? 136 : 104, MULTIPLIER_REGISTERS = PARTS == 1 ? 184 : 200;
     // what the launch has to give: gemm_wgmma.py
     static constexpr int BYTES = FILLING * STAGE;
     static_assert(WGMMA_ROWS * OUT_PITCH * 4 <= BYTES, "the sums have no room");
@@ -61,8 +72,7 @@ template <class Math_, int N_, bool LEFT_BY_K_> struct SingleRoom {
     // Stores 4 k of a row of the right operand, as words for the instruction.
     static __device__ __forceinline__ void store(char *right, int row, int unit, const float (&values)[4]) {
         Operand operand;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) Math::set(operand, i, values[i]);
+        Math::set_all(operand, values);
         unsigned words[4 * PARTS];
         memcpy(words, &operand, sizeof operand);
 #pragma unroll
@@ -73,11 +83,11 @@ template <class Math_, int N_, bool LEFT_BY_K_> struct SingleRoom {
         }
     }
     // What the thread has of 64 rows of the left operand for an instruction.
-    static __device__ __forceinline__ void load(Operand &operand, const char *left, unsigned row, unsigned k) {
+    static __device__ __forceinline__ void load(float (&values)[4], const char *left, unsigned row, unsigned k) {
         const unsigned lane = threadIdx.x % 32, first = row + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
 #pragma unroll
         for (int word = 0; word < 4; ++word)
-            Math::set(operand, word, Left::number(left, first + word % 2 * 8, k + lane % 4 + word / 2 * 4));
+            values[word] = Left::number(left, first + word % 2 * 8, k + lane % 4 + word / 2 * 4);
     }
     // After the wait.
     static __device__ __forceinline__ void hold(Operand &operand) {
@@ -88,16 +98,24 @@ template <class Math_, int N_, bool LEFT_BY_K_> struct SingleRoom {
             hold_registers(operand.small);
         }
     }
-    // sums, or of three products part, by the products of a depth of 8, from k on.
-    static __device__ __forceinline__ void start(float (&sums)[N / 2], float (&part)[N / 2], const Operand &a,
+    // sums, or of three products part, by the products of TOGETHER times 8 of the depth, from k on; the small ones first.
+    static __device__ __forceinline__ void start(float (&sums)[N / 2], float (&part)[N / 2], const Operand *a,
                                                  const char *right, int k) {
-        const unsigned long long b = Right::descriptor(right, 0, 2 * k);   // which counts in 16 bits
+        const auto tile = [&](int which, int i) {   // the descriptor counts in 16 bits
+            return Right::descriptor(right + which * Right::BYTES, 0, 2 * (k + i * SINGLE_DEPTH));
+        };
         if constexpr (PARTS == 1) {
-            start_product<true>(sums, a.words, b);
+            start_product<true>(sums, a[0].words, tile(0, 0));
         } else {
-            start_product<false>(part, a.small, b);
-            start_product<true>(part, a.big, Right::descriptor(right + Right::BYTES, 0, 2 * k));
-            start_product<true>(part, a.big, b);
+            start_product<false>(part, a[0].small, tile(0, 0));
+            start_product<true>(part, a[0].big, tile(1, 0));
+#pragma unroll
+            for (int i = 1; i < TOGETHER; ++i) {
+                start_product<true>(part, a[i].small, tile(0, i));
+                start_product<true>(part, a[i].big, tile(1, i));
+            }
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) start_product<true>(part, a[i].big, tile(0, i));
         }
     }
 };
@@ -106,7 +124,7 @@ template <class Math_, int N_, bool LEFT_BY_K_> struct SingleRoom {
 template <class Room>
 __device__ __forceinline__ void multiply_single(float (&sums)[Room::N / 2], const Stages &stages, long long begin,
                                                 long long end) {
-    constexpr int COUNT = Room::STEP / SINGLE_DEPTH;
+    constexpr int COUNT = Room::STEP / SINGLE_DEPTH, TOGETHER = Room::TOGETHER;
     const char *const tiles = static_cast<const char *>(dynamic_shared());
     const int row = threadIdx.x / WARPGROUP * 64 - 64, lane = threadIdx.x % 32;
     const int steps = static_cast<int>((end - begin + Room::STEP - 1) / Room::STEP);
@@ -119,24 +137,31 @@ __device__ __forceinline__ void multiply_single(float (&sums)[Room::N / 2], cons
         const char *const left = tiles + stage * Room::STAGE, *const right = left + Room::Left::BYTES;
         typename Room::Operand a[COUNT];
         wait_phase(stages.filled + stage, s / FILLING % 2);
-        Room::load(a[0], left, row, 0);
+        float next[TOGETHER][4];
+        const auto load = [&](int first) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
+            for (int i = 0; i < TOGETHER; ++i) Room::load(next[i], left, row, (first + i) * SINGLE_DEPTH);
+        };
+        load(0);
+#pragma unroll
+        for (int i = 0; i < COUNT; i += TOGETHER) {
+            const bool last = i + TOGETHER == COUNT;
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j) Room::Math::set_all(a[i + j], next[j]);
             begin_products();
-            Room::start(sums, part, a[i], right, i * SINGLE_DEPTH);
+            Room::start(sums, part, a + i, right, i * SINGLE_DEPTH);
             commit_products();
-            if (i + 1 < COUNT) Room::load(a[i + 1], left, row, (i + 1) * SINGLE_DEPTH);
-            if (Room::PARTS > 1 || i + 1 == COUNT) wait_products<0>();
+            if (!last) load(i + TOGETHER);
+            if (Room::PARTS > 1 || last) wait_products<0>();
             if constexpr (Room::PARTS > 1) {
                 hold_registers(part);
-                Room::hold(a[i]);
 #pragma unroll
                 for (int j = 0; j < Room::N / 2; ++j) sums[j] += part[j];
             }
-        }
-        if constexpr (Room::PARTS == 1) {
+            if (Room::PARTS > 1 || last) {
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) Room::hold(a[i]);
+                for (int j = Room::PARTS > 1 ? i : 0; j < i + TOGETHER; ++j) Room::hold(a[j]);
+            }
         }
         if (lane == 0) arrive(stages.emptied + stage);
     }
