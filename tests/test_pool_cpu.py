@@ -242,6 +242,18 @@ def test_a_maximum_outside_its_window_still_gets_its_gradient(rng, channels, lay
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_index_beyond_32_bits_is_refused(rng, layout):
+    """Its lower half lies inside the window, and is all that is compared where windows overlap."""
+    x = laid(rng.standard_normal((1, 19, 6, 7)).astype(np.float32), layout)  # a vector of channels, and a rest
+    y, indices = kernels.max_pool2d(x, 3, 1, 1, return_indices=True, layout=layout)
+    for place in (0, -1):
+        indices.flat[place] += 2**32
+        with pytest.raises(ValueError, match="indices must lie in 0 to 41"):
+            kernels.max_pool2d_backward(y, indices, x.shape, 3, 1, 1, layout=layout)
+        indices.flat[place] -= 2**32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_bins_taller_than_a_group_of_rows(rng, layout):
     for height, bins in ((53, 1), (57, 1), (64, 1), (53, (2, 3)), (57, (5, 6))):  # 57: a last group of one row
         x = laid(rng.standard_normal((2, 3, height, 6)).astype(np.float32), layout)
