@@ -161,6 +161,10 @@ def _convolutions(a, layout: str) -> Calls:
     depthwise, same = a(8, 1, 3, 3), at | {"padding": 1, "groups": 8}
     yield "conv2d of each channel, same size", lambda: t.conv2d(x(), depthwise, **same)
     yield "conv2d_backward of each channel, same size", lambda: t.conv2d_backward(x(), x(), depthwise, **same)
+    if layout == "NCHW":
+        half = same | {"stride": 2}
+        yield "conv2d of each channel, half the size", lambda: t.conv2d(x(), depthwise, **half)
+        yield "conv2d_backward of each channel, half the size", lambda: t.conv2d_backward(x(5), x(), depthwise, **half)
     for algorithm in ("gemm", "direct"):
         yield f"conv2d {algorithm}", lambda f=algorithm: t.conv2d(x(), a(8, 8, 3, 3), algorithm=f, **at)
     for size in (9, 33) if a(1).dtype == np.float32 else ():  # few tiles and many
@@ -194,6 +198,7 @@ def _pools(a, layout: str) -> Calls:
     yield "max_pool2d indices", lambda: t.max_pool2d(x(), 3, return_indices=True, **at)
     yield "max_pool2d dilated", lambda: t.max_pool2d(x(), 3, dilation=2, **at)
     yield "max_pool2d_backward", lambda: t.max_pool2d_backward(x(3), indices(3), shape, 3, **at)
+    yield "max_pool2d_backward s1", lambda: t.max_pool2d_backward(x(7), indices(7), shape, 3, 1, **at)
     yield "avg_pool2d_backward", lambda: t.avg_pool2d_backward(x(3), shape, 3, **at)
     yield "adaptive_avg_pool2d", lambda: t.adaptive_avg_pool2d(x(), 2, **at)
     yield "adaptive_avg_pool2d_backward", lambda: t.adaptive_avg_pool2d_backward(x(2), shape, **at)

@@ -6,7 +6,7 @@ from conv_cases import FLOATS, LAYOUTS, Case, both, check, laid, nchw, reference
 
 import tilewise
 from tilewise import explain, kernels
-from tilewise.kernels.cpu import conv_depthwise_nchw, conv_depthwise_same
+from tilewise.kernels.cpu import conv_depthwise_nchw, conv_depthwise_rows, conv_depthwise_same
 from tilewise.kernels.cpu.depthwise_vector import TILE
 
 
@@ -69,6 +69,8 @@ CASES = {
     "blocks": [
         depthwise(2, 70, 75, n=2),
         depthwise(2, 141, 70, stride=2),
+        depthwise(9, 90, 93),  # a plane of 32 KB: row after row
+        depthwise(4, 89, 97, padding=((0, 1), (1, 0)), n=2),
         depthwise(2, 6, 1100),
         depthwise(40, 30, 40),
         depthwise(67, 5, 6, n=3),
@@ -229,9 +231,14 @@ def test_the_cases_reach_every_path():
         strips = conv_depthwise_nchw.Strips(case.n * case.c, size, case.kernel[1], axes, stride, np.dtype("f4"))
         seen |= {("stride", stride[1]), ("square", strips.square, stride[0])}
         seen |= {("bands", strips.constants[1] > 1), ("rows", size[0] < TILE)}
-        if conv_depthwise_same.is_same(axes, stride, case.o // case.c, (case.h, case.w), size):
+        problem = axes, stride, case.o // case.c, (case.h, case.w), size
+        if conv_depthwise_rows.by_rows(case.n * case.c, *problem, 4):
+            lengths = "short" if size[1] < 16 else "whole" if size[1] % 16 == 0 else "overlapping"
+            seen.add(("rows", stride[0], lengths))
+        if conv_depthwise_same.is_same(*problem):
             cuts = conv_depthwise_same.channel_cuts(case.n, size, case.c, np.dtype("f4"))
             seen.add(("same", cuts is not None))
     assert seen >= {("stride", 1), ("stride", 2), ("stride", 3), ("square", 3, 1), ("square", 3, 2), ("square", 0, 1)}
     assert seen >= {("bands", True), ("bands", False), ("rows", True), ("rows", False)}
-    assert seen >= {("same", True), ("same", False)}
+    assert seen >= {("same", True), ("same", False), ("rows", 1, "overlapping")}
+    assert seen >= {("rows", 2, "short"), ("rows", 2, "whole"), ("rows", 2, "overlapping")}

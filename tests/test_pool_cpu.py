@@ -116,6 +116,21 @@ def test_adaptive_pools(rng, bins, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [*FLOATS, np.int8, np.uint16], ids=lambda t: t.__name__)
+def test_quads(rng, dtype, layout):
+    """2x2 windows with stride 2 take a kernel of their own from one vector of windows or channels on: 16 float32."""
+    for wide in (7, 8, 9, 15, 16, 17, 31, 33, 64, 65):
+        shape = (2, 3, 6, 2 * wide + wide % 2) if layout == "NCHW" else (2, 6, 5, wide)  # a column too many, too
+        x = np.round(rng.standard_normal(shape) * 40).astype(dtype)
+        np.testing.assert_array_equal(*both(kernels.max_pool2d, x, 2, layout=layout))
+        if np.dtype(dtype).kind == "f":
+            y, expected = both(kernels.avg_pool2d, x, 2, layout=layout)
+            assert_close(y, expected, reduction=4)
+            x[0, 1, 2, 0], x[1, 2, 3, -2] = np.nan, np.inf
+            np.testing.assert_array_equal(*both(kernels.max_pool2d, x, 2, layout=layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_longer_than_a_part_are_cut(rng, layout):
     shape = (1, 1, 4, 9001) if layout == "NCHW" else (1, 4, 61, 300)
     x = rng.standard_normal(shape).astype(np.float32)
@@ -224,6 +239,18 @@ def test_a_maximum_outside_its_window_still_gets_its_gradient(rng, channels, lay
         for where in (strange, rng.integers(0, 60, indices.shape)):
             ours, theirs = both(kernels.max_pool2d_backward, y, where, x.shape, *options, layout=layout)
             assert_close(ours, theirs, reduction=60)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_index_beyond_32_bits_is_refused(rng, layout):
+    """Its lower half lies inside the window, and is all that is compared where windows overlap."""
+    x = laid(rng.standard_normal((1, 19, 6, 7)).astype(np.float32), layout)  # a vector of channels, and a rest
+    y, indices = kernels.max_pool2d(x, 3, 1, 1, return_indices=True, layout=layout)
+    for place in (0, -1):
+        indices.flat[place] += 2**32
+        with pytest.raises(ValueError, match="indices must lie in 0 to 41"):
+            kernels.max_pool2d_backward(y, indices, x.shape, 3, 1, 1, layout=layout)
+        indices.flat[place] -= 2**32
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -72,11 +72,13 @@ for layout, shape in (("NCHW", (2, 9, 15, 17)), ("NHWC", (2, 15, 17, 9))):
     square = normal(2, 32, 32, 32)  # by Winograd
     check(kernels.conv2d_backward, square, square, normal(32, 32, 3, 3), padding=1, layout=layout)
     depthwise = normal(9, 1, 3, 3)
-    y = check(kernels.conv2d, x, depthwise, padding=1, groups=9, layout=layout)
-    check(kernels.conv2d_backward, y, x, depthwise, padding=1, groups=9, layout=layout)
+    for stride in (1, 2):
+        options = {"stride": stride, "padding": 1, "groups": 9, "layout": layout}
+        y = check(kernels.conv2d, x, depthwise, **options)
+        check(kernels.conv2d_backward, y, x, depthwise, **options)
 """,
     "pooling": """
-for layout, shape in (("NCHW", (2, 5, 14, 29)), ("NHWC", (2, 14, 29, 5)), ("NHWC", (1, 9, 9, 16))):
+for layout, shape in (("NCHW", (2, 5, 14, 29)), ("NHWC", (2, 14, 29, 5)), ("NHWC", (1, 10, 9, 16))):
     x = normal(*shape)
     for window in ((2, 2), (3, 2, 1), (3, 1, 1), (5, 3)):
         y = check(kernels.max_pool2d, x, *window, layout=layout)

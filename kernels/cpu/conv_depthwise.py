@@ -13,7 +13,8 @@ dealt out to two half rows, so that every tap is a contiguous load and no border
 NHWC: the image is cut into regions whose outputs have the same taps inside the image: with padding 1, nine of them, the
 inner one with nearly all pixels. Nothing is copied and nothing tested in the inner loop.
 
-3x3 kernels with stride 1 whose result is as large as x, which most networks have, need neither: conv_depthwise_same.py.
+3x3 kernels need neither where the result is as large as x, as in most networks (conv_depthwise_same.py), nor with
+stride 2 or for large planes in NCHW (conv_depthwise_rows.py).
 
 The transpose (the gradient with respect to x) has a phase for every (row, column) within a stride, each a convolution
 of its own with some of the taps (see conv.py); one pass over a band computes them all and puts y's columns together.
@@ -25,6 +26,7 @@ import numpy as np
 
 from tilewise.kernels.cpu.conv_depthwise_nchw import Strips, ceil_ratio, convolve_nchw
 from tilewise.kernels.cpu.conv_depthwise_nhwc import BAND_BYTES, Regions, convolve_nhwc, row_bands
+from tilewise.kernels.cpu.conv_depthwise_rows import by_rows, convolve_doubled_nchw, convolve_rows_nchw, is_doubled
 from tilewise.kernels.cpu.conv_depthwise_same import (
     channel_cuts,
     convolve_same_nchw,
@@ -53,7 +55,7 @@ class Depthwise:
         self.no_extra = np.empty(0, dtype)
         n, all_taps, phases = x[0], prod(weight[2:]), [len(axis) for axis in taps]
         work = 2 * prod(y) * all_taps / prod(phases) * COST
-        self.same = None  # the kernel for 3x3 and stride 1, which knows of no extra
+        self.same = None  # the kernel for 3x3 and stride 1 or 2, which knows of no extra
         if layout == "NHWC":
             _, h, w, channels = x
             oh, ow = y[1:3]
@@ -73,10 +75,19 @@ class Depthwise:
             self.kernel = convolve_nchw.sized(work)
             head = (n * channels, channels, weight[0] // channels, h, w, oh, ow, *phases, strips.constants)
             self.constants = (*head, strips.table, strips.starts, all_taps, strips.square, activation)
-            if is_same(taps, stride, weight[0] // channels, (h, w), (oh, ow)):
+            numbers = tap_numbers(taps, weight[3]) if all_taps == 9 else None
+            problem = n * channels, taps, stride, weight[0] // channels, (h, w), (oh, ow)
+            if by_rows(*problem, dtype.itemsize):
+                self.same = convolve_rows_nchw.sized(work)
+                padding = [-int(axis[0][1][0]) for axis in taps]
+                self.same_constants = (n * channels, channels, h, w, oh, ow, *padding, stride[0], numbers, activation)
+            elif is_same(*problem[1:]):
                 self.same = convolve_same_nchw.sized(work)
                 group = planes_together((h, w), dtype)
-                self.same_constants = (n * channels, channels, h, w, tap_numbers(taps, weight[3]), group, activation)
+                self.same_constants = (n * channels, channels, h, w, numbers, group, activation)
+            elif is_doubled(*problem):
+                self.same = convolve_doubled_nchw.sized(work)
+                self.same_constants = (n * channels, channels, h, w, oh, ow, activation)
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
         if self.same is not None and (extra is None or extra.size == 0):

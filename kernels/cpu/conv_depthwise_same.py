@@ -165,6 +165,25 @@ def add_parts(sums, parts, size):
             sums[i] += sums[part * size + i]
 
 
+@device(fastmath=EXACT_ORDER)
+def sum_lanes(sums, totals, channels, all_taps, width):
+    """Each channel's sums of all_taps taps and of grad, from ten vectors of them."""
+    for c in range(channels):
+        for t in range(all_taps):
+            sums[c * (all_taps + 1) + t] = sum_of_lanes(step(totals, (c * 10 + t) * width))
+        sums[c * (all_taps + 1) + all_taps] = sum_of_lanes(step(totals, (c * 10 + 9) * width))
+
+
+@device(fastmath=EXACT_ORDER)
+def write_gradients(sums, parts, channels, all_taps, result, bias):
+    size = all_taps + 1
+    add_parts(sums, parts, channels * size)
+    for c in range(channels):
+        for t in range(all_taps):
+            result[c * all_taps + t] = sums[c * size + t]
+        bias[c] = sums[c * size + all_taps]
+
+
 @kernel(fastmath=EXACT_ORDER)
 def weight_gradient_same_nchw(x, grad, result, bias, n, channels, h, w, numbers, all_taps, blocks, parts):
     """result: (channels, 9), bias: (channels), flat; h is at least 2. all_taps: 0 for the bias alone."""
@@ -189,12 +208,6 @@ def weight_gradient_same_nchw(x, grad, result, bias, n, channels, h, w, numbers,
                         slide_products(
                             0, into, address(x, plane + j), address(grad, plane + j), j, w, address(numbers, 0), h
                         )
-        for c in range(count):
-            for t in range(all_taps):
-                sums[(part * channels + first + c) * size + t] = sum_of_lanes(address(totals, (c * 10 + t) * width))
-            sums[(part * channels + first + c) * size + all_taps] = sum_of_lanes(address(totals, (c * 10 + 9) * width))
-    add_parts(sums, parts, channels * size)
-    for c in range(channels):
-        for t in range(all_taps):
-            result[c * all_taps + t] = sums[c * size + t]
-        bias[c] = sums[c * size + all_taps]
+        sum_lanes(address(sums, (part * channels + first) * size), address(totals, 0), count, all_taps, width)
+        keep(totals)
+    write_gradients(sums, parts, channels, all_taps, result, bias)

@@ -18,6 +18,7 @@ from numba import prange
 
 from tilewise.kernels.cpu.conv_depthwise_nchw import FEWEST, Strips, fill_strip
 from tilewise.kernels.cpu.conv_depthwise_nhwc import Regions, row_bands
+from tilewise.kernels.cpu.conv_depthwise_rows import by_rows, weight_gradient_rows_nchw
 from tilewise.kernels.cpu.conv_depthwise_same import (
     add_parts,
     channels_copied,
@@ -315,7 +316,13 @@ class WeightGradient:
             blocks = min(groups, BLOCKS)
             parts = 1 if blocks >= FEWEST else min(n, -(-FEWEST // blocks))
             self.last = (blocks, parts)
-            if h > 1 and is_same(axes, stride, weight[0] // groups, (h, w), (oh, ow)):
+            problem = n * groups, axes, stride, weight[0] // groups, (h, w), (oh, ow)
+            if by_rows(*problem, dtype.itemsize):
+                self.kernel = weight_gradient_rows_nchw.sized(work)
+                padding = [-int(offsets[0]) for offsets in taps]
+                self.constants = (n, groups, h, w, oh, ow, *padding, stride[0], tap_numbers(axes, weight[3]))
+                return
+            if h > 1 and is_same(*problem[1:]):
                 self.kernel = weight_gradient_same_nchw.sized(work)
                 self.constants = (n, groups, h, w, tap_numbers(axes, weight[3]))
                 return

@@ -89,13 +89,17 @@ def prepare_max_pool2d_backward(
         return scattered
     pixels, counts = _plane(input_shape, layout), _plane(shapes[0], layout)
     table = pool_match.table_of(pixels, _bounds(counts, pixels, kernel_size, stride, padding))
-    kernel = pool_match.match.sized(prod(input_shape) * dtype.itemsize * _BYTE + prod(shapes[0]) * _INDEXED)
+    limit, arguments = pool_match.limit_of(pixels, counts, kernel_size, dtype.itemsize), (table,)
+    kernel = pool_match.match
+    if limit is not None:
+        kernel, arguments = pool_match.match_narrowed, (table, limit)
+    kernel = kernel.sized(prod(input_shape) * dtype.itemsize * _BYTE + prod(shapes[0]) * _INDEXED)
 
     new = _allocator(input_shape, dtype)
 
     def run(grad, indices):
         result = new(input_shape, dtype)
-        return scattered(grad, indices) if kernel(grad, indices, result, table) else result
+        return scattered(grad, indices) if kernel(grad, indices, result, *arguments) else result
 
     return run
 

@@ -18,7 +18,7 @@ is in `plan`, an array of integers made once per signature (`plan_of`).
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu import pool_planes
+from tilewise.kernels.cpu import pool_planes, pool_quads
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.pool_fold import MAXIMA, SUMS, fill_rows, move
 from tilewise.kernels.cpu.scratch import keep, scratch
@@ -39,11 +39,12 @@ CHUNK = 32768
 # can be read in whole vectors without leaving x. OVERSHOOT: the last rows of a chunk, whose whole vectors would write
 # behind it. BLOCK: output columns done at once; PITCH, GROUP: the distance of folded rows, and how many are folded down
 # before they are folded across. FLAT: windows follow each other through all folded rows without a gap. SMALL: if not 0,
-# averages are left to pool_planes, a row of windows is so many vectors, and chunks own whole planes.
+# averages are left to pool_planes, a row of windows is so many vectors, and chunks own whole planes. QUADS: all is left
+# to pool_quads.
 (
     ROWS, PER_CHUNK, H, W, OH, OW, C, KH, KW, SH, SW, TOP, LEFT, DH, DW, INNER_FIRST, INNER_LAST,
-    READABLE, OVERSHOOT, BLOCK, PITCH, GROUP, FLAT, SMALL,
-) = range(24)  # fmt: skip
+    READABLE, OVERSHOOT, BLOCK, PITCH, GROUP, FLAT, SMALL, QUADS,
+) = range(25)  # fmt: skip
 
 
 def plan_of(x_shape, y_shape, itemsize, layout, kernel_size, stride, padding, dilation):
@@ -58,6 +59,7 @@ def plan_fields(x_shape, y_shape, itemsize, nhwc, kernel_size, stride, starts, d
     top, left = starts
     (n, a, b, d), (_, e, f, g) = x_shape, y_shape
     planes, h, w, oh, ow, c = (n, a, b, e, f, d) if nhwc else (n * a, b, d, f, g, 1)
+    quads = pool_quads.serves((h, w), (oh, ow), c, kernel_size, stride, starts, dilation, itemsize)
     if planes and top == 0 and dh * (kh - 1) < sh and h == oh * sh:
         planes, h, oh = 1, planes * h, planes * oh  # windows apart: planes are one tall plane
     rows, tall = planes * oh, dh * (kh - 1) + 1
@@ -92,7 +94,7 @@ def plan_fields(x_shape, y_shape, itemsize, nhwc, kernel_size, stride, starts, d
         per_chunk = _rounded(per_chunk, oh)
     return (
         rows, per_chunk, h, w, oh, ow, c, kh, kw, sh, sw, top, left, dh, dw, inner_first, inner_last,
-        readable, overshoot, block, pitch, group, int(flat), small,
+        readable, overshoot, block, pitch, group, int(flat), small, int(quads),
     )  # fmt: skip
 
 
@@ -212,6 +214,11 @@ def max_values(x, y, lowest, plan):
     for chunk in prange((rows + per_chunk - 1) // per_chunk):
         first = chunk * per_chunk
         last = min(first + per_chunk, rows)
+        if plan[QUADS]:
+            ow_n, width, c = plan[OW], plan[W] * plan[C], plan[C]
+            out, source = address(y, first * ow_n * c), address(x, first * 2 * width)
+            pool_quads.max_of_quads(out, source, last - first, ow_n, width, c)
+            continue
         memory, half = _scratch(x, plan)
         part, dense = address(memory, 0), address(memory, half)
         for r in range(first, last, group):
@@ -244,6 +251,12 @@ def averages(x, y, plan, divisors):
         if plan[SMALL]:
             _sum_planes(x, y, plan, first, last)
             divide(address(y, first * ow_n * c), divisors, first, last - first, ow_n, c)
+            continue
+        if plan[QUADS]:
+            for r in range(first, last, group):
+                g, width, out = min(group, last - r), plan[W] * c, address(y, r * ow_n * c)
+                pool_quads.sum_of_quads(out, address(x, r * 2 * width), g, ow_n, width, c)
+                divide(out, divisors, r, g, ow_n, c)
             continue
         memory, half = _scratch(x, plan)
         part, dense = address(memory, 0), address(memory, half)

@@ -6,14 +6,15 @@ The plans' functions are the ones that the Python calls use; they are compiled a
 from numba.core.errors import TypingError
 from numba.extending import overload, register_jitable
 
-from tilewise.kernels.cpu import pool_planes, pool_windows, simd
+from tilewise.kernels.cpu import pool_planes, pool_quads, pool_windows, simd
 from tilewise.kernels.cpu.jit import device
 from tilewise.kernels.njit.arguments import WrongShape
 from tilewise.kernels.njit.linking import contiguous, shaped
 from tilewise.kernels.shapes import output_size
 
 for function in (
-    simd.lane_count, pool_planes.vectors, pool_windows._rounded, pool_windows.plan_fields, output_size
+    simd.lane_count, pool_planes.vectors, pool_quads.serves, pool_windows._rounded, pool_windows.plan_fields,
+    output_size,
 ):  # fmt: skip
     register_jitable(error_model="numpy")(function)
 
