@@ -79,3 +79,13 @@ def test_outputs_in_parts(rng, dtype, monkeypatch):
         assert (pixels > whole) == (outputs % MR == 0)
         check(rng, case, dtype, "relu", True)
     operation.forget_plans()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("activation", "with_add"), [(None, True), ("relu6", False), ("tanh", True)])
+@pytest.mark.parametrize("channels", [5, 3 * CHANNELS, 12 * CHANNELS])
+def test_panels_that_pass_by_a_tile_together(rng, dtype, activation, with_add, channels):
+    """Whole ones together, as many as PACKED_BYTES hold, or each alone; then the one that is not whole."""
+    lane = lane_count(np.dtype(dtype).itemsize)
+    for pixels in (5 * NV * lane, 5 * NV * lane + lane + 3):
+        check(rng, Case(8, channels, 1, pixels, 2 * MR + 1, (1, 1)), dtype, activation, with_add)

@@ -7,6 +7,8 @@ from tolerances import assert_close
 
 import tilewise
 from tilewise import kernels
+from tilewise.kernels.cpu import gemm_plan, threads
+from tilewise.kernels.cpu.simd import NV, lane_count
 
 FLOATS = (np.float32, np.float64)
 
@@ -68,6 +70,34 @@ def test_products_at_the_edges(rng, sizes, orders, dtype):
             assert_close(y, a.astype(np.float64) @ b.astype(np.float64), reduction=depth)
         except AssertionError as error:
             raise AssertionError(f"M={m}, N={n}, K={depth}: {error}") from None
+
+
+# with just enough work for two threads; of each way
+SHARED = {
+    "in place": [(60, 130, 170), (24, 250, 260), (112, 128, 94)],
+    "few rows": [(16, 300, 300), (9, 1024, 200)],
+    "dots": [(16, 120, 800), (64, 120, 400), (8, 252, 700), (30, 63, 700), (90, 8, 4000)],
+    "blocks": [(128, 128, 128), (112, 40, 400), (70, 64, 300), (112, 250, 100), (256, 256, 256)],
+}
+
+
+@pytest.mark.parametrize("way", SHARED)
+def test_two_threads_find_two_chunks(way):
+    """What is launched on threads must not be a single chunk, or the launch is lost."""
+    float32 = np.dtype(np.float32)
+    for m, n, depth in SHARED[way]:
+        work = gemm_plan._work(m, n, depth, 4)
+        assert work >= threads.SERIAL_BELOW
+        if way == "blocks":
+            rows, columns = gemm_plan._blocks(m, n, NV * lane_count(4), 1, work)
+        elif way == "dots":
+            _, (rows, columns, _) = gemm_plan.dots(m, n, depth, 4)
+        else:
+            assert gemm_plan.fits_in_place(m, n, depth, True, 4)
+            _, geometry = gemm_plan.in_place(m, n, depth, True, float32)
+            rows, columns = geometry[5], geometry[6]
+        chunks = -(-m // rows) * -(-n // columns)
+        assert chunks >= 2, (m, n, depth)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -156,8 +186,8 @@ def test_no_way_depends_on_the_thread_count(rng, split_everything, dtype):
     ]
     stacks = rng.standard_normal((70, 16, 20)).astype(dtype), rng.standard_normal((70, 20, 17)).astype(dtype)
     results = []
-    for threads in (1, 2, 3):
-        with tilewise.using(backend="cpu", threads=threads):
+    for count in (1, 2, 3):
+        with tilewise.using(backend="cpu", threads=count):
             some = [kernels.matmul(a, np.asfortranarray(b) if i % 2 else b) for i, (a, b) in enumerate(operands)]
             swapped = kernels.matmul(stacks[0], np.ascontiguousarray(stacks[1].swapaxes(1, 2)).swapaxes(1, 2))
             results.append([*some, kernels.matmul(*stacks), swapped])

@@ -13,11 +13,12 @@ import numpy as np
 
 from tilewise.kernels.cpu import threads
 from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, multiply_blocks
-from tilewise.kernels.cpu.gemm_dots import BLOCK, ROWS, STEP_BYTES, finish, multiply_dots, multiply_stack_dots
+from tilewise.kernels.cpu.gemm_dots import BLOCK, COLUMNS, ROWS, STEP_BYTES, finish, multiply_dots, multiply_stack_dots
 from tilewise.kernels.cpu.gemm_in_place import multiply_in_place, multiply_stack_in_place
 from tilewise.kernels.cpu.gemm_panels import KC
 from tilewise.kernels.cpu.gemm_parts import multiply_parts
-from tilewise.kernels.cpu.gemm_vector import COLUMNS, FEWEST_STEPS, PARTS, STREAMS, multiply_vector
+from tilewise.kernels.cpu.gemm_vector import COLUMNS as VECTOR_COLUMNS
+from tilewise.kernels.cpu.gemm_vector import FEWEST_STEPS, PARTS, STREAMS, multiply_vector
 from tilewise.kernels.cpu.simd import MR, NV, VECTOR_BYTES, lane_count
 
 _ONE_START = np.zeros(1, np.int64)
@@ -35,8 +36,8 @@ FEW_ROWS, STEP_ROWS = 16, 16
 DOT_ROWS, DOT_COLUMNS, DOT_BOTH = (48, 8, 128) if VECTOR_BYTES == 32 else (96, 8, 0)
 # Bytes of one matrix in a stack up to which both are read in place.
 IN_STACK = 64 << 10
-# Chunks of the result that threads share, if there are that many.
-CHUNKS = 8
+# Chunks of the result that threads share, if there are that many, and the fewest of one that is worth sharing.
+CHUNKS, FEWEST_CHUNKS = 8, 2
 # Rows and columns of a result up to which a sum is split into parts, and the fewest steps of a part.
 IN_PARTS, PART_DEPTH = 256, 4 * KC
 
@@ -51,6 +52,14 @@ def _chunk(size, unit, most):
     """Equal chunks of whole units, at most `most` (in elements) each."""
     count = -(-size // most)
     return -(-size // (count * unit)) * unit
+
+
+def _shared(size, unit, most, work):
+    """The same, but two chunks where one would do and there is work for two threads.
+
+    They depend on the problem, never on the threads at hand.
+    """
+    return _chunk(size, unit, min(most, -(-size // FEWEST_CHUNKS)) if work >= threads.SERIAL_BELOW else most)
 
 
 def plan(*problem):
@@ -91,9 +100,10 @@ def by_dots(m, n):
 def dots(m, n, depth, itemsize):
     """The kernel of dot products, and its rows and columns a chunk and step of the sum."""
     step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // itemsize
-    rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else _chunk(m, ROWS, 64)
-    columns = _chunk(n, BLOCK, max(4 * BLOCK, n // 4))
-    return multiply_dots.sized(_work(m, n, depth, itemsize)), (rows, columns, max(step, 1))
+    work = _work(m, n, depth, itemsize)
+    rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else _shared(m, ROWS, 64, work)
+    columns = _shared(n, COLUMNS, 4 * BLOCK, work) if n <= 4 * BLOCK else _chunk(n, BLOCK, max(4 * BLOCK, n // 4))
+    return multiply_dots.sized(work), (rows, columns, max(step, 1))
 
 
 def _plan_dots(m, n, depth, itemsize):
@@ -106,12 +116,13 @@ def in_place(m, n, depth, a_by_rows, dtype):
     like, work = np.empty((0, 0), dtype), _work(m, n, depth, dtype.itemsize)
     if m == 1 and n * depth * dtype.itemsize > IN_CACHE and depth >= 2 * FEWEST_STEPS:
         part = _chunk(depth, STREAMS, max(FEWEST_STEPS, -(-depth // PARTS)))
-        geometry = np.array((n, depth, _chunk(n, lane_count(dtype.itemsize), COLUMNS), part), np.int64)
+        geometry = np.array((n, depth, _chunk(n, lane_count(dtype.itemsize), VECTOR_COLUMNS), part), np.int64)
         return multiply_vector.bound(work, like, like, like, geometry), geometry
     steps = (depth, 1) if a_by_rows else (1, m)
     step = depth if n * depth * dtype.itemsize <= IN_CACHE else STEP_ROWS
-    rows = _chunk(m, MR, 8 * MR)
-    columns = n if m > FEW_ROWS else _chunk(n, NV * lane_count(dtype.itemsize), 1024)
+    few = m <= FEW_ROWS
+    rows = m if few else _shared(m, MR, 8 * MR, work)
+    columns = _shared(n, NV * lane_count(dtype.itemsize), 1024, work) if few else n
     geometry = np.array((m, n, depth, *steps, rows, columns, max(step, 1)), np.int64)
     return multiply_in_place.bound(work, like, like, like, geometry), geometry
 
@@ -140,7 +151,7 @@ def _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts=None)
         part = _chunk(depth, KC, max(PART_DEPTH, -(-depth // CHUNKS)))
         product = multiply_parts.sized(work)
         return lambda a, b, c, *rest: product(a, *steps_a, b, *steps_b, c, m, n, depth, part, *rest)
-    rows, columns = _blocks(m, n, NV * lane_count(itemsize), 1 if starts is None else starts[0].size)
+    rows, columns = _blocks(m, n, NV * lane_count(itemsize), 1 if starts is None else starts[0].size, work)
     kernel_ = multiply_blocks.sized(work)
     a_starts, b_starts = (_ONE_START, _ONE_START) if starts is None else starts
 
@@ -150,14 +161,28 @@ def _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts=None)
     return run
 
 
-def _blocks(m, n, panel, matrices):
-    """Rows and columns of a task's block: as large as the caches allow, as small as CHUNKS tasks demand."""
+def _blocks(m, n, panel, matrices, work):
+    """Rows and columns of a task's block: as large as the caches allow, as small as CHUNKS tasks demand.
+
+    Columns are halved first: B is packed by one task each then, and panels divide more evenly than tiles (of 256 rows,
+    two tasks of whole tiles have 140 and 116). What is too little for two threads stays whole.
+    """
     rows, columns = _chunk(m, MR, BLOCK_ROWS), _chunk(n, panel, BLOCK_COLUMNS)
-    while -(-m // rows) * -(-n // columns) * matrices < CHUNKS and max(rows, columns) > 256:
-        if columns >= rows:
+
+    def tasks():
+        return -(-m // rows) * -(-n // columns) * matrices
+
+    while tasks() < CHUNKS and max(rows - MR, columns) > 256:
+        if 2 * columns > rows:
             columns = _chunk(columns, panel, columns // 2)
         else:
             rows = _chunk(rows, MR, rows // 2)
+    if work < threads.SERIAL_BELOW:
+        return rows, columns
+    while tasks() < CHUNKS and columns >= 4 * panel:
+        columns = _chunk(columns, panel, columns // 2)
+    if tasks() < FEWEST_CHUNKS:
+        rows = _chunk(rows, MR, -(-rows // 2))
     return rows, columns
 
 

@@ -1,4 +1,4 @@
-"""Matrix products whose operands lie as they are; the first tile packs the panel for the others (conv_pointwise.py)."""
+"""Matrix products whose operands lie as they are; the first tiles pack panels for the others (conv_pointwise.py)."""
 
 from numba import types
 from numba.extending import intrinsic
@@ -9,26 +9,33 @@ from tilewise.kernels.cpu.simd import _I1, _I64, _Emitter, _literal
 
 @intrinsic(prefer_literal=True)
 def panel_product_to(
-    typingctx, rows, vectors, a, b, b_step, panel, depth, outputs, columns, y, y_step, bias, extra, has_extra, bounds
+    typingctx, rows, vectors, a, b, b_step, panel, depth, outputs, panels, columns, y, y_step, bias, extra, has_extra,
+    bounds,
 ):  # fmt: skip
     """y[i * y_step + j] = f(bias[i] + extra[i * y_step + j] + sum over k < depth of a[i * depth + k] * b[k * b_step +
-    j]), i < outputs, j < columns; f keeps to `Bounds`.
+    j]), i < outputs, j < (panels - 1) * width + columns, width = vectors * lanes; f keeps to `Bounds`.
 
-    In tiles of rows x vectors * lanes. The first reads b and leaves it in `panel`, its rows vectors * lanes apart; the
-    others read that, and ask for b's next panel. bias: for all rows of all tiles. extra: read where has_extra is not 0.
+    In tiles of rows x width; the last panel's has `columns` <= width, and so have the others, if there are any. The
+    first tiles read b and leave it in `panel`, one panel after another, its rows a width apart; the others read that,
+    and ask for b's next panels. bias: for all rows of all tiles. extra: read where has_extra is not 0.
     """
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
-    signature = types.void(rows, vectors, a, b, intp, panel, intp, intp, intp, y, intp, bias, extra, intp, intp)
+    signature = types.void(rows, vectors, a, b, intp, panel, *[intp] * 4, y, intp, bias, extra, intp, intp)
 
     def codegen(context, builder, signature, args):
-        a, b, b_step, panel, depth, outputs, columns, y, y_step, bias, extra, has_extra, bounds = args[2:]
+        a, b, b_step, panel, depth, outputs, panels, columns, y, y_step, bias, extra, has_extra, bounds = args[2:]
         tile = Tile(_Emitter(builder, signature.args[2].dtype), *shape)
         way = _WayThrough(
             tile, columns, y_step, builder.icmp_signed("!=", has_extra, _I64(0)), Bounds(tile.emit, bounds)
         )
-        step = _I64(shape[0])
-        way.write(way.sums(way.start(bias, extra, outputs), a, b, b_step, depth, outputs, panel), y, outputs)
+        step, width = _I64(shape[0]), _I64(shape[1] * tile.emit.lanes)
+        more, size = builder.select(way.has_extra, width, _I64(0)), builder.mul(depth, width)
+        beside = Loop(builder, panels, 1, "first")
+        _, b_now, panel_now, y_now, extra_now = beside.begin((b, width), (panel, size), (y, width), (extra, more))
+        begun = way.start(bias, extra_now, outputs)
+        way.write(way.sums(begun, a, b_now, b_step, depth, outputs, panel_now), y_now, outputs)
+        beside.close()
         rest = builder.sub(outputs, step)
         with builder.if_then(builder.icmp_signed(">", rest, _I64(0))):
             a_tile, y_tile = builder.mul(depth, step), builder.mul(y_step, step)
@@ -37,11 +44,16 @@ def panel_product_to(
             loop = Loop(builder, rest, shape[0], "tile")
             o, a, y, bias, extra = loop.begin(*((builder.gep(pointer, [by]), by) for pointer, by in moving))
             left = builder.sub(rest, o)
-            width = _I64(shape[1] * tile.emit.lanes)
             asking = builder.icmp_signed("<", o, _I64(shape[0] * shape[1]))
-            ahead = builder.gep(b, [builder.add(width, builder.mul(builder.sdiv(o, step), _I64(tile.emit.lanes)))])
-            ahead = ahead, builder.select(asking, b_step, _I64(0))
-            way.write(way.sums(way.start(bias, extra, left), a, panel, width, depth, left, ahead=ahead), y, left)
+            vector = builder.mul(builder.sdiv(o, step), _I64(tile.emit.lanes))
+            ahead = builder.gep(b, [builder.add(builder.mul(panels, width), vector)])
+            apart = builder.select(asking, b_step, _I64(0))
+            further = builder.select(asking, width, _I64(0))
+            beside = Loop(builder, panels, 1, "beside")
+            _, panel, y, extra, ahead = beside.begin((panel, size), (y, width), (extra, more), (ahead, further))
+            begun = way.start(bias, extra, left)
+            way.write(way.sums(begun, a, panel, width, depth, left, ahead=(ahead, apart)), y, left)
+            beside.close()
             loop.close()
         return context.get_dummy_value()
 

@@ -24,9 +24,19 @@ import numba
 
 from tilewise.kernels import settings
 
-# Estimated serial time in nanoseconds below which a kernel is not split: a launch costs 2 to 6 microseconds, and the
-# second core's caches start cold.
-SERIAL_BELOW = 50_000
+# Estimated serial time in nanoseconds below which a kernel is not split. A launch costs 2.5 microseconds while TBB's
+# thread waits for work, 6 to 14 once it sleeps, and the second core's caches start cold. Squares of n in halves, best
+# and median microseconds on two cores of Zen 4, serial -> two threads:
+#
+#     n     one after another      a millisecond apart
+#     64     5.0 ->  6.8  ( 7.8)    5.1 (6.0) -> 15.3 (18.7)
+#     80     9.4 ->  9.4  ( 9.7)    9.5 (11)  -> 16.1 (22.8)
+#     112   26   -> 18.9  (19.3)    26  (28)  -> 22.4 (33.7)
+#     128   38   -> 25.6  (26.8)    39  (40)  -> 30.2 (41.4)
+#     256  300   -> 165    (170)   293 (302)  -> 197   (234)
+#
+# So the least that pays in a row of calls is 10 microseconds, and what also costs little apart is three times that.
+SERIAL_BELOW = 25_000
 
 # Estimated serial time in nanoseconds from which chunks are handed out one by one: asking for it costs 3 microseconds.
 ONE_BY_ONE_FROM = 1_000_000
@@ -68,7 +78,7 @@ def launch(kernel, args: tuple, one_by_one: bool = False):
 
 def _run(kernel, args: tuple):
     wanted = settings.active().threads
-    if wanted is None:
+    if wanted is None or wanted == numba.get_num_threads():
         return kernel(*args)
     with _thread_count(wanted):
         return kernel(*args)
