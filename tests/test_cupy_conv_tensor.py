@@ -89,6 +89,16 @@ def test_forward_and_backward(gpu, rng, layout, way):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_one_pixel_have_their_channels_last(gpu, rng, layout):
+    for channels in (16, 7):  # in whole vectors, and to be filled up
+        case = Case(33, channels, 1, 1, 24, (3, 3), 1, 1)
+        gpu.launched.clear()
+        FORWARD["half"](rng, case, layout)
+        assert {name.partition("<")[0] for name in names(gpu)} == {"conv_tensor"}
+        BACKWARD["half"](rng, case, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_float32_by_three_products(gpu, rng, one_multiprocessor, layout):
     for case in WORK:
         gpu.launched.clear()

@@ -45,13 +45,14 @@ def in_vectors(x, layout: str, groups: int):
     """(x with its channels last, each group's in whole vectors; channels of a group then): x itself where it is so."""
     images, (height, width) = x.shape[0], pixels(x.shape, layout)
     channels = x.shape[1 if layout == "NCHW" else 3] // groups
-    padded, area = whole_vectors(channels, x.dtype), height * width
-    if layout == "NHWC" and padded == channels:
-        return x, channels
+    padded, area, last = whole_vectors(channels, x.dtype), height * width, layout == "NHWC" or height * width == 1
+    if last and padded == channels:
+        return x.reshape(images, height, width, groups * channels), channels
     turned = x.place.empty((images, height, width, groups * padded), x.dtype)
-    image, step, _, pixel = image_steps(x.shape, layout)
+    image, channel, _, pixel = (0, 1, 0, groups * channels) if last else image_steps(x.shape, layout)
+    many, rows = (1, images * area) if last else (images, area)
     _start(
-        x.place, x, turned, (area, channels), (area, padded), (pixel, step), groups * padded,
-        [(groups, channels * step, padded), (images, image, area * groups * padded), (1, 0, 0)],
+        x.place, x, turned, (rows, channels), (rows, padded), (pixel, channel), groups * padded,
+        [(groups, channels * channel, padded), (many, image, area * groups * padded), (1, 0, 0)],
     )  # fmt: skip
     return turned, padded
