@@ -47,10 +47,10 @@ def assert_near(actual, expected, reduction, what):
         check(actual, expected, reduction, what)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_forward(gpu, rng, layout, dtype):
+def test_forward(gpu, rng, layout):
     for number, (case, columns) in enumerate(CASES):
+        dtype = DTYPES[(number + LAYOUTS.index(layout)) % 2]
         gpu.eager_copies = number % 2 == 0
         x, weight, bias, add = operands(rng, case, dtype, layout)
         bias, add = None if number % 3 == 1 else bias, None if number % 3 == 2 else add
@@ -66,14 +66,15 @@ def test_forward(gpu, rng, layout, dtype):
 BACKWARD = [
     (Case(2, 72, 7, 8, 24, (3, 3), 1, 1), 128),
     (Case(1, 80, 17, 18, 9, (3, 2), 2, 1), 128),
+    (Case(1, 72, 17, 18, 16, (1, 1), 2), 128),  # three phases without a tap
     (Case(1, 272, 9, 15, 16, (3, 3), 1, 2, 2, 2), 256),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_of_x(gpu, rng, layout, dtype):
+def test_gradient_of_x(gpu, rng, layout):
     for number, (case, columns) in enumerate(BACKWARD):
+        dtype = DTYPES[(number + LAYOUTS.index(layout)) % 2]
         gpu.eager_copies = number % 2 == 1
         x, weight, _, grad = operands(rng, case, dtype, layout)
         options = case.options | {"layout": layout, "needs": ("x",)}
@@ -95,10 +96,10 @@ WEIGHTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_of_the_weight(gpu, rng, layout, dtype):
+def test_gradient_of_the_weight(gpu, rng, layout):
     for number, (case, columns) in enumerate(WEIGHTS):
+        dtype = DTYPES[(number + LAYOUTS.index(layout)) % 2]
         gpu.eager_copies = number % 2 == 0
         x, weight, _, grad = operands(rng, case, dtype, layout)
         options = case.options | {"layout": layout, "needs": ("weight",)}
@@ -139,6 +140,7 @@ def test_every_schedule_gives_the_same_bits(gpu, rng, schedule):
     assert {kernel_name(128, "NHWC"), "cupy conv_wgmma_weight<T, 128>"} <= {name for name, _ in gpu.launched}
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_and_inf_stay_in_their_windows(gpu, rng, layout):
     """In a row or column of zeros beyond the image, in channels beyond the last, they would spread."""
