@@ -77,9 +77,9 @@ using Tf32Math = PlainMath<float, 8>;
 
 // float as the sum of two TF32 numbers, which have 11 digits each: big * big + big * small + small * big lacks what is
 // beyond the last digit of float. Tensor cores cut off what they add, so that a long sum would come out too small: each
-// 8 of the depth is summed from 0 there, the small products first, and added to the rest in float, to nearest. So the
-// error is float's, in the tests at most twice that of one product each, down to 2^-113: below, small would be less than
-// TF32's least step, 2^-136, and digits are lost.
+// 8 of the depth (wgmma: 16) are summed from 0 there, the small products first, and added to the rest in float, to nearest.
+// So the error is float's, in the tests at most twice that of one product each, down to 2^-113: below, small would be less
+// than TF32's least step, 2^-136, and digits are lost.
 //
 // H. Ootomo, R. Yokota: Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
 // performance, International Journal of High Performance Computing Applications 36(4), 2022.
