@@ -113,21 +113,20 @@ def fold_rows(
     taps,
     count,
     ahead,
-    apart,
 ):
     """`fold` for many rows: row r reads from source + r * source_pitch and goes to out + r * out_pitch.
 
     Whole vectors only, which is what makes short rows fast: `count` is rounded up to a multiple of the lanes, in
     reading and in writing. What is written behind a row is overwritten by the next one, as rows are done in order; the
     caller sees to what lies behind the last. unrolled: a literal; the number of taps where it is known, else 0. ahead:
-    the distance of an element that will be wanted soon, from the one that is read. asked: a literal; how many elements,
-    `apart` from each other, are asked for there.
+    the distance, from a row's start, of elements that will be wanted soon. asked: a literal; how many vectors of them
+    are asked for, in the order of the memory, for each vector that is written.
     """
     kind, every, known, lines = (_literal(value) for value in (operation, stride, unrolled, asked))
-    signature = types.void(operation, stride, unrolled, asked, out, types.intp, source, *[types.intp] * 7)
+    signature = types.void(operation, stride, unrolled, asked, out, types.intp, source, *[types.intp] * 6)
 
     def codegen(context, builder, signature, args):
-        _, _, _, _, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart = args
+        _, _, _, _, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead = args
         element = signature.args[4].dtype
         lanes = lane_count(element.bitwidth // 8)
 
@@ -149,10 +148,9 @@ def fold_rows(
                     with cgutils.for_range_slice(builder, _I64(1), taps, _I64(1), inc=True) as (t, _):
                         builder.store(_combine(builder, element, kind, tap(first, t), builder.load(total)), total)
                     value = builder.load(total)
-                wanted = builder.gep(first, [ahead])
-                for _ in range(lines):
-                    _prefetch(builder, wanted)
-                    wanted = builder.gep(wanted, [apart])
+                wanted = builder.gep(start, [builder.add(builder.mul(i, _I64(max(lines, 1))), ahead)])
+                for k in range(lines):
+                    _prefetch(builder, builder.gep(wanted, [_I64(k * lanes)]))
                 _store(builder, value, builder.gep(target, [i]))
         return context.get_dummy_value()
 
@@ -368,40 +366,39 @@ def folds(operation):
     @device()
     def contiguous_rows(out, out_pitch, source, source_pitch, rows, step, taps, count):
         if taps == 2:
-            fold_rows(operation, 1, 2, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
+            fold_rows(operation, 1, 2, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
         elif taps == 3:
-            fold_rows(operation, 1, 3, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
+            fold_rows(operation, 1, 3, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
         elif taps == 5:
-            fold_rows(operation, 1, 5, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
+            fold_rows(operation, 1, 5, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
         else:
-            fold_rows(operation, 1, 0, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
+            fold_rows(operation, 1, 0, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
 
     @device()
-    def down(out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart):
-        """The same for rows from memory. apart: 0, or the distance of the next row, where windows move by two rows and
-        more: of every two rows that are read both are asked for."""
-        if apart == 0 and taps == 3:
-            fold_rows(operation, 1, 3, 1, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, 0)
-        elif apart == 0:
-            fold_rows(operation, 1, 0, 1, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, 0)
+    def down(out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, asked):
+        """The same for rows from memory. asked: 2 where windows move by two rows and more, else 1."""
+        if asked == 1 and taps == 3:
+            fold_rows(operation, 1, 3, 1, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
+        elif asked == 1:
+            fold_rows(operation, 1, 0, 1, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
         elif taps == 2:
-            fold_rows(operation, 1, 2, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart)
+            fold_rows(operation, 1, 2, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
         elif taps == 3:
-            fold_rows(operation, 1, 3, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart)
+            fold_rows(operation, 1, 3, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
         else:
-            fold_rows(operation, 1, 0, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead, apart)
+            fold_rows(operation, 1, 0, 2, out, out_pitch, source, source_pitch, rows, step, taps, count, ahead)
 
     @device()
     def every_second_rows(out, out_pitch, source, source_pitch, rows, step, taps, count):
         if taps == 3:
-            fold_rows(operation, 2, 3, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
+            fold_rows(operation, 2, 3, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
         else:
-            fold_rows(operation, 2, 0, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0, 0)
+            fold_rows(operation, 2, 0, 0, out, out_pitch, source, source_pitch, rows, step, taps, count, 0)
 
     @device()
     def pick_rows(out, out_pitch, source, source_pitch, rows, count):
         """Every third element."""
-        fold_rows(operation, 3, 1, 0, out, out_pitch, source, source_pitch, rows, 1, 1, count, 0, 0)
+        fold_rows(operation, 3, 1, 0, out, out_pitch, source, source_pitch, rows, 1, 1, count, 0)
 
     return contiguous, every_second, down, contiguous_rows, every_second_rows, pick_rows
 

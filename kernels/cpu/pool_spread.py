@@ -216,9 +216,9 @@ def _add_pixels(out, part, c, width, whole, near, taps):
             for i in range(c):
                 target[i] = 0
         elif w < whole and taps[w] == 1:
-            fold_rows(SUM, 1, 1, 0, target, c, source, 0, 1, c, 1, c, 0, 0)
+            fold_rows(SUM, 1, 1, 0, target, c, source, 0, 1, c, 1, c, 0)
         elif w < whole and taps[w] == 2:
-            fold_rows(SUM, 1, 2, 0, target, c, source, 0, 1, c, 2, c, 0, 0)
+            fold_rows(SUM, 1, 2, 0, target, c, source, 0, 1, c, 2, c, 0)
         else:
             sum_contiguous(target, source, c, taps[w], c)
 

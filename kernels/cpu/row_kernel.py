@@ -42,7 +42,7 @@ def row_product_to(
     Row i < count goes to y[places[i]], its first `columns` lanes. bias: one number a column, read where has_bias is not
     0; extra: laid out as y, read where has_extra is not 0; bounds: as in `Bounds`.
     Asking for y's lines before few sums, as `offset_product_to` does, and code without tests for tiles that are whole
-    gained nothing with 27 steps (Zen 3).
+    gained nothing with 27 steps (Zen 3); nor did a branch around bounds and summand, here and there (Zen 4).
     """
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
