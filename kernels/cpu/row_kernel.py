@@ -143,9 +143,11 @@ def _asks(builder, segments, length):
 def _row_sums(tile, a, bases, a_step, starts, segments, length, b, b_step, begun, asking=None):
     """A loop over segments around one over steps; the accumulators stay in registers through both.
 
-    asking: whether to ask for the next tile's rows, which lie behind one another, meanwhile.
+    asking: whether to ask for the next tile's rows, which lie behind one another, meanwhile; then `bases` has room for
+    one more than the tiles, and any number may stand there: asking for what is not there does nothing.
     """
     builder = tile.builder
+    ahead = each = None
     if asking is not None:
         ahead = builder.gep(a, [builder.load(builder.gep(bases, [_I64(tile.rows)]))])
         each = builder.select(asking, _I64(tile.rows), _I64(0))
@@ -164,7 +166,7 @@ def _row_sums(tile, a, bases, a_step, starts, segments, length, b, b_step, begun
     builder.position_at_end(inner)
     k, place, b_now = builder.phi(_I64), builder.phi(_I64), builder.phi(b.type)
     sums = tile.phis(outer_sums, outer)
-    if asking is not None:
+    if ahead is not None:
         tile.emit.prefetch(builder.gep(ahead, [builder.mul(k, each)]), 3)
     total = tile.step(sums, [builder.gep(row, [place]) for row in left], tile.loads(b_now))
     k_next, b_next = builder.add(k, _I64(1)), builder.gep(b_now, [b_step])
