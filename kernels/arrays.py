@@ -23,7 +23,7 @@ def host_view(function: str, name: str, value) -> tuple[np.ndarray, Callable]:
     if isinstance(value, np.ndarray):
         return np.asarray(value), identity
     if hasattr(value, "__cuda_array_interface__"):
-        raise TypeError(f"{function}: {name} lies on the GPU, where this version has no kernels; copy it to the host")
+        raise TypeError(f"{function}: {name} lies on the GPU and others on the host; copy it to the host")
     if type(value).__module__.partition(".")[0] == "torch":
         return _torch_view(function, name, value)
     raise TypeError(f"{function}: {name} must be a NumPy array or a CPU torch tensor, got {type(value).__name__}")
@@ -31,7 +31,7 @@ def host_view(function: str, name: str, value) -> tuple[np.ndarray, Callable]:
 
 def _torch_view(function: str, name: str, tensor) -> tuple[np.ndarray, Callable]:
     if tensor.device.type != "cpu":
-        raise TypeError(f"{function}: {name} is on {tensor.device}, where this version has no kernels; use .cpu()")
+        raise TypeError(f"{function}: {name} is on {tensor.device}, not where the call is computed; use .cpu()")
     if tensor.requires_grad:
         raise TypeError(f"{function}: {name} requires grad, which these kernels do not record; pass {name}.detach()")
     import torch

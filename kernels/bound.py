@@ -14,12 +14,13 @@ class Constants:
 
     arrays: by the operand's name, in the dtype computed in (float32 for float16); nobody else may change them. None, or
         a name that is missing, is an operand that is absent.
-    packs: what a backend made of them, by the backend's own keys; signatures and operations share what they can.
+    packs: what a backend made of them, by its own keys: NumPy arrays, on a GPU DeviceArrays; signatures and operations
+        share what they can.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray | None]):
         self.arrays = arrays
-        self.packs: dict[Any, np.ndarray] = {}
+        self.packs: dict[Any, Any] = {}
         self.lock = Lock()
 
     @property

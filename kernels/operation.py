@@ -290,7 +290,7 @@ class Operation:
             kind = _nested_kind(_kind(*options), options)
         except TypeError:
             kind = _UNHASHABLE
-        signature = (None if v is None else (v.shape, v.dtype) for v in views)
+        signature = (None if v is None else (v.shape, v.dtype, v.place.ordinal) for v in views)
         key = (_current_settings(), kind, DeviceArray, *signature)
         return self.plans.get(key) or self._new_plan(key, views, options)
 

@@ -6,8 +6,9 @@ from conv_cases import FLOATS, LAYOUTS, Case, both, check, laid, nchw, reference
 
 import tilewise
 from tilewise import explain, kernels
-from tilewise.kernels.cpu import conv_depthwise_nchw, conv_depthwise_rows, conv_depthwise_same
+from tilewise.kernels.cpu import conv_depthwise_nchw, conv_depthwise_rows, conv_depthwise_same, conv_transposed
 from tilewise.kernels.cpu.depthwise_vector import TILE
+from tilewise.kernels.cpu.simd import lane_count
 
 
 def depthwise(c, h, w, kernel=(3, 3), stride=1, padding: object = 1, dilation=1, n=1, outputs=1):
@@ -59,6 +60,8 @@ CASES = {
         depthwise(7, 14, 40, (5, 4), (1, 3), 2),
         depthwise(7, 9, 9, (2, 2), 3, 0),  # pixels of x that no window sees
         depthwise(7, 14, 40, (5, 5), 5, ((0, 3), (4, 4))),
+        # one row of outputs: the transpose's only phase has taps [4, 2, 0] of rows, one row apart like a 3x3 kernel's
+        depthwise(4, 1, 9, (5, 3), (2, 1), (2, 1), n=2),
     ],
     "outputs": [
         depthwise(3, 9, 17, outputs=2),
@@ -192,20 +195,24 @@ def test_nothing_around_the_operands_is_read_or_written(rng, layout):
         depthwise(17, 6, 13),
         depthwise(512, 4, 5),
         depthwise(5, 9, 17, stride=2),
+        depthwise(9, 9, 37, stride=2),  # enough planes for row after row, and large ones for it with stride 1
+        depthwise(9, 90, 93),
         depthwise(3, 5, 5, (5, 5), padding=2),
     ):
+        around = 64 + case.w * case.c  # more than a row
         x, weight, bias = case.arrays(rng, np.float32, layout)
         options = case.options | {"layout": layout}
         y = reference(kernels.conv2d, x, weight, bias, **options).astype(np.float32)
         grad = rng.standard_normal(y.shape, dtype=np.float32)
-        memory = {name: np.full(a.size + 128, np.nan, np.float32) for name, a in (("x", x), ("y", y), ("grad", grad))}
-        inside = {name: memory[name][64:-64].reshape(a.shape) for name, a in (("x", x), ("y", y), ("grad", grad))}
+        arrays = {"x": x, "y": y, "grad": grad}
+        memory = {name: np.full(a.size + 2 * around, np.nan, np.float32) for name, a in arrays.items()}
+        inside = {name: memory[name][around:-around].reshape(a.shape) for name, a in arrays.items()}
         inside["x"][...], inside["grad"][...] = x, grad
         with tilewise.using(backend="cpu"):
             kernels.conv2d(inside["x"], weight, bias, **options, out=inside["y"])
             gradients = kernels.conv2d_backward(inside["grad"], inside["x"], weight, **options)
         check(inside["y"], y, case.taps + 1, case)
-        assert all(np.isnan(m[:64]).all() and np.isnan(m[-64:]).all() for m in memory.values())
+        assert all(np.isnan(m[:around]).all() and np.isnan(m[-around:]).all() for m in memory.values())
         expected = reference(kernels.conv2d_backward, grad, x, weight, **options)
         for actual, right in zip(gradients, expected, strict=True):
             check(actual, right, y.size // case.o, case)
@@ -221,7 +228,7 @@ def test_chosen_where_it_applies():
 
 def test_the_cases_reach_every_path():
     """Less than a tile, the code for 3x3 kernels at both strides, several bands, and every way of dealing columns."""
-    seen = set()
+    seen, width = set(), lane_count(4)
     for case in (case for cases in CASES.values() for case in cases):
         pads, stride, dilation = np.array(case.pads()), both(case.stride), both(case.dilation)
         offsets = [np.arange(k) * d - p for k, d, p in zip(case.kernel, dilation, pads[:, 0], strict=True)]
@@ -230,15 +237,21 @@ def test_the_cases_reach_every_path():
         size = tuple(int(n + p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
         strips = conv_depthwise_nchw.Strips(case.n * case.c, size, case.kernel[1], axes, stride, np.dtype("f4"))
         seen |= {("stride", stride[1]), ("square", strips.square, stride[0])}
-        seen |= {("bands", strips.constants[1] > 1), ("rows", size[0] < TILE)}
+        seen |= {("bands", strips.constants[1] > 1), ("a tile", size[0] >= TILE)}
         problem = axes, stride, case.o // case.c, (case.h, case.w), size
+        # forward and, by the same condition, the weights' gradient
         if conv_depthwise_rows.by_rows(case.n * case.c, *problem, 4):
-            lengths = "short" if size[1] < 16 else "whole" if size[1] % 16 == 0 else "overlapping"
+            lengths = "short" if size[1] < width else "whole" if size[1] % width == 0 else "overlapping"
             seen.add(("rows", stride[0], lengths))
         if conv_depthwise_same.is_same(*problem):
             cuts = conv_depthwise_same.channel_cuts(case.n, size, case.c, np.dtype("f4"))
             seen.add(("same", cuts is not None))
+        sides = zip(stride, pads[:, 0].tolist(), dilation, case.kernel, (case.h, case.w), strict=True)
+        phases = [[conv_transposed._phase(i, s, p, d, k) for i in range(min(s, n))] for s, p, d, k, n in sides]
+        transposed = phases, (1, 1), case.o // case.c, size, (case.h, case.w)
+        seen.add(("doubled", conv_depthwise_rows.is_doubled(case.n * case.c, *transposed)))
     assert seen >= {("stride", 1), ("stride", 2), ("stride", 3), ("square", 3, 1), ("square", 3, 2), ("square", 0, 1)}
-    assert seen >= {("bands", True), ("bands", False), ("rows", True), ("rows", False)}
+    assert seen >= {("bands", True), ("bands", False), ("a tile", True), ("a tile", False)}
     assert seen >= {("same", True), ("same", False), ("rows", 1, "overlapping")}
     assert seen >= {("rows", 2, "short"), ("rows", 2, "whole"), ("rows", 2, "overlapping")}
+    assert seen >= {("doubled", True), ("doubled", False)}

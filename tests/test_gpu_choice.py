@@ -8,8 +8,9 @@ import pytest
 
 import tilewise
 from tilewise.benchmarks import gpu_choices
-from tilewise.kernels import dispatch, estimate, gpu_choice, machine, operation
+from tilewise.kernels import activation, dispatch, estimate, gpu_choice, machine, operation
 from tilewise.kernels.arrays import bfloat16
+from tilewise.kernels.device_arrays import DeviceArray
 from tilewise.kernels.gpu_choice import Call, Measurements, Row
 
 DEVICE = "Made Up 1000"
@@ -135,6 +136,17 @@ def test_the_faster_one_by_the_table(machine_with, seconds, backend):
         f"from the table: measured on {DEVICE} by make gpu-check, 2026-01-02: {KIND}, cuda {seconds['cuda'] * 1e6:.3g}"
     )
     assert decision.rejected[other].startswith(told)
+
+
+def test_arrays_on_two_devices_have_two_plans(machine_with, monkeypatch):
+    one, other = table(cuda=2e-5, cupy=1e-5)[DEVICE], table(cuda=1e-5, cupy=2e-5)[DEVICE]
+    machine_with({DEVICE: one, "Made Up 2000": other})
+    monkeypatch.setattr(machine, "cuda_devices", lambda: ((DEVICE, "Made Up 2000"), None))
+    lying = [DeviceArray(SimpleNamespace(ordinal=n), 0, SMALL.shape, SMALL.dtype, None) for n in (0, 1, 0)]
+    with tilewise.using(device="gpu"):
+        plans = [activation._RELU.device_plan((x,), ()) for x in lying]
+    assert [plan.backend for plan in plans] == ["cupy", "cuda", "cupy"]
+    assert plans[0] is plans[2]
 
 
 def test_what_the_table_does_not_tell(machine_with):

@@ -45,7 +45,7 @@ def same(results, wanted):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_windows(rng, function, dtype):
     layout = "NHWC" if function is pooled_nhwc else "NCHW"
-    for shape in ((2, 6, 13, 17), (1, 1, 40, 8), (0, 3, 9, 9)):
+    for shape in ((2, 6, 13, 17), (1, 1, 40, 8), (1, 2, 40, 40), (0, 3, 9, 9)):  # 2x2 in NCHW by quads: 40 x 40
         x = rng.standard_normal(shape).astype(dtype)
         x = np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if layout == "NHWC" else x
         for window in ((2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 3, 2), (4, 4, 0)):

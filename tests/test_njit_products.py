@@ -7,8 +7,11 @@ from numba.core.errors import TypingError
 
 import tilewise as t
 
-# (m, depth, n): by dot products, in place, in blocks, and the sum in parts
-SIZES = [(5, 30, 6), (1, 300, 40), (130, 100, 150), (200, 500, 300), (40, 5000, 30), (300, 64, 3), (4, 0, 3), (0, 4, 3)]
+# (m, depth, n): by dot products, in place, in blocks, and the sum in parts; with AVX2 by dot products, others by blocks
+SIZES = [
+    (5, 30, 6), (1, 300, 40), (130, 100, 150), (200, 500, 300), (40, 5000, 30), (300, 64, 3), (4, 0, 3), (0, 4, 3),
+    (100, 500, 100),
+]  # fmt: skip
 
 
 @njit

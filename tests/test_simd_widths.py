@@ -76,6 +76,9 @@ for layout, shape in (("NCHW", (2, 9, 15, 17)), ("NHWC", (2, 15, 17, 9))):
         options = {"stride": stride, "padding": 1, "groups": 9, "layout": layout}
         y = check(kernels.conv2d, x, depthwise, **options)
         check(kernels.conv2d_backward, y, x, depthwise, **options)
+        wide = normal(1, 9, 5, 37) if layout == "NCHW" else normal(1, 5, 37, 9)
+        y = check(kernels.conv2d, wide, depthwise, **options)
+        check(kernels.conv2d_backward, y, wide, depthwise, **options)
 """,
     "pooling": """
 for layout, shape in (("NCHW", (2, 5, 14, 29)), ("NHWC", (2, 14, 29, 5)), ("NHWC", (1, 10, 9, 16))):

@@ -47,7 +47,7 @@ class Depthwise:
     of (numbers, offsets); see Strips. A convolution has one phase, its transpose as many as its stride.
     """
 
-    __slots__ = ("constants", "kernel", "no_extra", "same", "same_constants")
+    __slots__ = ("constants", "kernel", "no_extra", "square", "square_constants")
 
     packing = None  # nothing to prepare: the weights are few and read as they lie, or packed in no time
 
@@ -55,7 +55,9 @@ class Depthwise:
         self.no_extra = np.empty(0, dtype)
         n, all_taps, phases = x[0], prod(weight[2:]), [len(axis) for axis in taps]
         work = 2 * prod(y) * all_taps / prod(phases) * COST
-        self.same = None  # the kernel for 3x3 and stride 1 or 2, which knows of no extra
+        self.square = None  # the kernel for 3x3 and stride 1 or 2, which knows of no extra
+        # A transpose's only phase may have three rows of taps, one apart, of a kernel with five.
+        numbers, is_square = tap_numbers(taps, weight[3]), all_taps == 9
         if layout == "NHWC":
             _, h, w, channels = x
             oh, ow = y[1:3]
@@ -64,10 +66,10 @@ class Depthwise:
             self.kernel = convolve_nhwc.sized(work)
             head = (n, channels, h, w, oh, ow, *phases, bands, *stride)
             self.constants = (*head, plan.regions, plan.table, all_taps, activation)
-            if is_same(taps, stride, weight[0] // channels, (h, w), (oh, ow)):
-                self.same = convolve_same_nhwc.sized(work)
+            if is_square and is_same(taps, stride, weight[0] // channels, (h, w), (oh, ow)):
+                self.square = convolve_same_nhwc.sized(work)
                 cuts = channel_cuts(n, (h, w), channels, dtype) or (bands, channels)
-                self.same_constants = (n, channels, h, w, tap_numbers(taps, weight[3]), *cuts, activation)
+                self.square_constants = (n, channels, h, w, numbers, *cuts, activation)
         else:
             _, channels, h, w = x
             oh, ow = y[2:4]
@@ -75,23 +77,22 @@ class Depthwise:
             self.kernel = convolve_nchw.sized(work)
             head = (n * channels, channels, weight[0] // channels, h, w, oh, ow, *phases, strips.constants)
             self.constants = (*head, strips.table, strips.starts, all_taps, strips.square, activation)
-            numbers = tap_numbers(taps, weight[3]) if all_taps == 9 else None
             problem = n * channels, taps, stride, weight[0] // channels, (h, w), (oh, ow)
-            if by_rows(*problem, dtype.itemsize):
-                self.same = convolve_rows_nchw.sized(work)
+            if is_square and by_rows(*problem, dtype.itemsize):
+                self.square = convolve_rows_nchw.sized(work)
                 padding = [-int(axis[0][1][0]) for axis in taps]
-                self.same_constants = (n * channels, channels, h, w, oh, ow, *padding, stride[0], numbers, activation)
-            elif is_same(*problem[1:]):
-                self.same = convolve_same_nchw.sized(work)
+                self.square_constants = (n * channels, channels, h, w, oh, ow, *padding, stride[0], numbers, activation)
+            elif is_square and is_same(*problem[1:]):
+                self.square = convolve_same_nchw.sized(work)
                 group = planes_together((h, w), dtype)
-                self.same_constants = (n * channels, channels, h, w, numbers, group, activation)
+                self.square_constants = (n * channels, channels, h, w, numbers, group, activation)
             elif is_doubled(*problem):
-                self.same = convolve_doubled_nchw.sized(work)
-                self.same_constants = (n * channels, channels, h, w, oh, ow, activation)
+                self.square = convolve_doubled_nchw.sized(work)
+                self.square_constants = (n * channels, channels, h, w, oh, ow, activation)
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
-        if self.same is not None and (extra is None or extra.size == 0):
-            self.same(x.ravel(), weight.ravel(), y.ravel(), bias, *self.same_constants)
+        if self.square is not None and (extra is None or extra.size == 0):
+            self.square(x.ravel(), weight.ravel(), y.ravel(), bias, *self.square_constants)
             return
         extra = self.no_extra if extra is None else extra
         self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, *self.constants)

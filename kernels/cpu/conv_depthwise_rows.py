@@ -1,10 +1,10 @@
 """3x3 depthwise convolution in NCHW row after row, its weights' gradient and, for stride 2, its transpose.
 
 With stride 2: the layers of a mobile network that halve their image. Strips (conv_depthwise_nchw.py), which serve all
-other strides and sizes, copy x first: 2.3 ms where this takes 1.3 (8x64x112x112, Zen 4, a thread), the transpose 3.6
-where it takes 1.2. With stride 1: large planes, which loops down the columns (conv_depthwise_same.py) fetch anew for
-each vector of a row: 18.7 ms where this takes 10.5 (64x32x112x112). Planes in L1 are faster down the columns, with a
-third of the loads: 1.0 for 1.4 (8x128x56x56). The inner loops: depthwise_rows.py.
+other strides and sizes, copy x first, which takes nearly twice as long (`make bench-peers ARGS='--batch 8 --only dw2'`
+prints what this takes), and three times as long for the transpose. With stride 1: large planes, which loops down the
+columns (conv_depthwise_same.py) fetch anew for each vector of a row, again nearly twice as long. Planes in L1 are
+faster down the columns, with a third of the loads. The inner loops: depthwise_rows.py.
 """
 
 from math import prod

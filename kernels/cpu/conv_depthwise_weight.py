@@ -4,7 +4,7 @@
 
 The sums of nine taps stay in registers while a vector of grad is multiplied with the nine vectors of x that its taps
 see. Where x comes from is as in the forward pass (conv_depthwise.py): a strip of padded rows in NCHW, regions without
-borders in NHWC.
+borders in NHWC, and x itself for most 3x3 kernels in NCHW (conv_depthwise_same.py, conv_depthwise_rows.py).
 
 A chunk owns some channels (NCHW) or some rows of all images (NHWC), the latter with sums of its own, which are added in
 order. The chunks follow from the shapes, and within one the lanes are explicit: the bits do not depend on the number of

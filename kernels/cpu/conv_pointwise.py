@@ -13,8 +13,8 @@ As many panels as PACKED_BYTES hold pass by one tile of outputs before the next:
     x, packed: in L2      y: 8 runs of up to 3 KB at a time, not 192 bytes here and there in each of 64 to 256 planes
 
 Writing y is half of the time otherwise, for neither the processor's prefetchers nor memory's open rows follow so many
-places: 8x32x112x112 -> 64 takes 4.4 ms instead of 6.6 on one thread of Zen 4, 2.2 instead of 3.4 on two, and 8x64x56x56
--> 256 7.9 instead of 11.1, 3.9 instead of 6.8. (The products alone are 3.6 and 7.1.)
+places. In long runs it takes little beside the products (`make bench-peers ARGS='--batch 8 --only pw1'` prints the sum
+of both).
 
 Few pixels left over beyond whole vectors, one of 7x7 or four of 14x14, are dot products along the channels: a panel
 of one vector would take more than a third of the time of a full one.

@@ -151,7 +151,8 @@ def _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts=None)
         part = _chunk(depth, KC, max(PART_DEPTH, -(-depth // CHUNKS)))
         product = multiply_parts.sized(work)
         return lambda a, b, c, *rest: product(a, *steps_a, b, *steps_b, c, m, n, depth, part, *rest)
-    rows, columns = _blocks(m, n, NV * lane_count(itemsize), 1 if starts is None else starts[0].size, work)
+    matrices = 1 if starts is None else starts[0].size
+    rows, columns = _shared_blocks(m, n, NV * lane_count(itemsize), matrices, work)
     kernel_ = multiply_blocks.sized(work)
     a_starts, b_starts = (_ONE_START, _ONE_START) if starts is None else starts
 
@@ -161,27 +162,33 @@ def _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize, starts=None)
     return run
 
 
-def _blocks(m, n, panel, matrices, work):
+def _tasks(m, n, rows, columns, matrices):
+    return -(-m // rows) * -(-n // columns) * matrices
+
+
+def _blocks(m, n, panel, matrices):
     """Rows and columns of a task's block: as large as the caches allow, as small as CHUNKS tasks demand.
 
     Columns are halved first: B is packed by one task each then, and panels divide more evenly than tiles (of 256 rows,
-    two tasks of whole tiles have 140 and 116). What is too little for two threads stays whole.
+    two tasks of whole tiles have 140 and 116).
     """
     rows, columns = _chunk(m, MR, BLOCK_ROWS), _chunk(n, panel, BLOCK_COLUMNS)
-
-    def tasks():
-        return -(-m // rows) * -(-n // columns) * matrices
-
-    while tasks() < CHUNKS and max(rows - MR, columns) > 256:
+    while _tasks(m, n, rows, columns, matrices) < CHUNKS and max(rows - MR, columns) > 256:
         if 2 * columns > rows:
             columns = _chunk(columns, panel, columns // 2)
         else:
             rows = _chunk(rows, MR, rows // 2)
+    return rows, columns
+
+
+def _shared_blocks(m, n, panel, matrices, work):
+    """The same, but smaller ones where there is work for two threads. What is too little for them stays whole."""
+    rows, columns = _blocks(m, n, panel, matrices)
     if work < threads.SERIAL_BELOW:
         return rows, columns
-    while tasks() < CHUNKS and columns >= 4 * panel:
+    while _tasks(m, n, rows, columns, matrices) < CHUNKS and columns >= 4 * panel:
         columns = _chunk(columns, panel, columns // 2)
-    if tasks() < FEWEST_CHUNKS:
+    if _tasks(m, n, rows, columns, matrices) < FEWEST_CHUNKS:
         rows = _chunk(rows, MR, -(-rows // 2))
     return rows, columns
 

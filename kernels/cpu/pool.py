@@ -1,8 +1,8 @@
 """Pooling on the CPU: the results' sizes, the estimate of the work, and what is worked out once per signature.
 
-The kernels: pool_windows (maxima and averages of windows), pool_indices (maxima with their places), pool_bins (adaptive
-forms), pool_spread (gradient of averages), pool_match and pool_scatter (gradient of maxima, unpooling); pool_fold has
-the vector loops under them.
+The kernels: pool_windows (maxima and averages of windows; pool_planes and pool_quads for the commonest of them),
+pool_indices (maxima with their places), pool_bins (adaptive forms), pool_spread (gradient of averages), pool_match and
+pool_scatter (gradient of maxima, unpooling); pool_fold has the vector loops under them.
 """
 
 from math import prod

@@ -311,13 +311,6 @@ def _load(builder, pointer, every, lanes):
     return builder.shuffle_vector(value, ir.Constant(vector, ir.Undefined), chosen)
 
 
-def _even_and_odd(builder, value):
-    """Every second element from the first and from the second on."""
-    count = value.type.count
-    orders = [ir.Constant(ir.VectorType(_I32, count // 2), list(range(q, count, 2))) for q in (0, 1)]
-    return [builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), order) for order in orders]
-
-
 def _store(builder, value, pointer):
     scalar = pointer.type.pointee
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = _itemsize(scalar)

@@ -7,17 +7,18 @@ arithmetic here, and costs a way through L1.
            row 1   i j k l m n o p  ->  y   max(y, max(i j)) ...                row 1   pixel 2 | pixel 3
 
 NCHW reads x in the order of the memory, and y's row keeps what row 0 gave: row 0 and row 1 side by side, in registers,
-are two short streams that no processor follows for long, 11 ms where this takes 5 (8x64x224x224 from memory, Zen 4, a
-thread). NHWC has long rows, and makes a vector of channels in registers from its four pixels.
+are two short streams that no processor follows for long, twice as slow where x comes from memory. NHWC has long rows,
+and makes a vector of channels in registers from its four pixels.
 """
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device
-from tilewise.kernels.cpu.pool_fold import MAXIMUM, SUM, _combine, _even_and_odd, _load, _prefetch, _store
-from tilewise.kernels.cpu.simd import _I64, _literal, lane_count
+from tilewise.kernels.cpu.pool_fold import MAXIMUM, SUM, _combine, _load, _prefetch, _store
+from tilewise.kernels.cpu.simd import _I32, _I64, _literal, lane_count
 
 # Bytes between what is read and what is asked for. Asking for y's lines too is slower, for nothing a little.
 AHEAD = 8192
@@ -30,6 +31,13 @@ def serves(plane, counts, c, kernel_size, stride, starts, dilation, itemsize):
     wide = ow if c == 1 else c
     square = kh == kw == sh == sw == 2 and dh == dw == 1 and top == left == 0
     return square and h == 2 * oh and w >= 2 * ow and wide >= lane_count(itemsize)
+
+
+def _even_and_odd(builder, value):
+    """Every second element from the first and from the second on."""
+    count = value.type.count
+    orders = [ir.Constant(ir.VectorType(_I32, count // 2), list(range(q, count, 2))) for q in (0, 1)]
+    return [builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), order) for order in orders]
 
 
 @intrinsic(prefer_literal=True)

@@ -35,7 +35,8 @@ from tilewise.kernels import settings
 #     128   38   -> 25.6  (26.8)    39  (40)  -> 30.2 (41.4)
 #     256  300   -> 165    (170)   293 (302)  -> 197   (234)
 #
-# So the least that pays in a row of calls is 10 microseconds, and what also costs little apart is three times that.
+# So the least that pays in a row of calls is 10 microseconds, and what also costs little apart is two and
+# a half times that.
 SERIAL_BELOW = 25_000
 
 # Estimated serial time in nanoseconds from which chunks are handed out one by one: asking for it costs 3 microseconds.

@@ -1,6 +1,7 @@
 """Matrix products inside @njit: `matmul` of vectors, matrices and stacks, `linear`, and their gradients; all native.
 
-Which kernel multiplies follows gemm_plan.py.
+Which kernel multiplies follows gemm_plan.py, but for a vector and a large matrix, which take the kernel of other rows.
+The chunks are those of one thread.
 """
 
 from typing import Any
@@ -18,11 +19,10 @@ from tilewise.kernels.njit.arguments import WrongShape, check_arrays, check_unsu
 from tilewise.kernels.njit.linking import call_kernel, contiguous, optional, shaped
 from tilewise.kernels.shapes import EPILOGUES
 
-for function in (simd.lane_count, gemm_plan._chunk, gemm_plan.fits_in_place, gemm_plan._blocks):
+lane_count, chunk, blocks_of = simd.lane_count, gemm_plan._chunk, gemm_plan._blocks
+fits_in_place, fits_dots = gemm_plan.fits_in_place, gemm_plan.by_dots
+for function in (lane_count, chunk, gemm_plan._tasks, blocks_of, fits_in_place, fits_dots):
     register_jitable(error_model="numpy")(function)
-chunk, fits_in_place, blocks_of, lane_count = (
-    gemm_plan._chunk, gemm_plan.fits_in_place, gemm_plan._blocks, simd.lane_count
-)  # fmt: skip
 DOT_ROWS, DOT_COLUMNS, ROWS, BLOCK, STEP_BYTES = (
     gemm_plan.DOT_ROWS, gemm_plan.DOT_COLUMNS, gemm_plan.ROWS, gemm_plan.BLOCK, gemm_plan.STEP_BYTES
 )  # fmt: skip
@@ -35,7 +35,7 @@ MR, NV, SMALL_BACKWARD = simd.MR, simd.NV, cpu.SMALL_BACKWARD
 
 @kernel(parallel=False)
 def by_dots(a, b, c, bias, code):
-    """c = activation(a b^T + bias); as gemm_plan.dots."""
+    """c = activation(a b^T + bias); see gemm_plan.dots."""
     (m, depth), n = a.shape, b.shape[0]
     step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // a.itemsize
     rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else chunk(m, ROWS, 64)
@@ -45,7 +45,7 @@ def by_dots(a, b, c, bias, code):
 
 @kernel(parallel=False)
 def in_place(a, a_by_rows, b, c, bias, code):
-    """As gemm_plan.in_place."""
+    """c = activation(a b + bias), packing nothing; see gemm_plan.in_place."""
     (m, n), depth = c.shape, b.shape[0]
     steps = (depth, 1) if a_by_rows else (1, m)
     step = depth if n * depth * c.itemsize <= IN_CACHE else STEP_ROWS
@@ -59,7 +59,7 @@ def in_place(a, a_by_rows, b, c, bias, code):
 
 @kernel(parallel=False)
 def by_blocks(a, a_starts, a_by_rows, b, b_starts, b_by_rows, c, m, n, depth, bias, code):
-    """As gemm_plan._plan_blocks."""
+    """c = activation(a b + bias), copying blocks; see gemm_plan._plan_blocks."""
     a_row, a_column = (depth, 1) if a_by_rows else (1, m)
     b_row, b_column = (n, 1) if b_by_rows else (1, depth)
     if a_starts.size == 1 and max(m, n) <= IN_PARTS and depth >= 2 * PART_DEPTH:
@@ -78,12 +78,12 @@ def by_blocks(a, a_starts, a_by_rows, b, b_starts, b_by_rows, c, m, n, depth, bi
 
 @kernel(parallel=False)
 def multiply(a, a_by_rows, b, b_by_rows, c, bias, code):
-    """c = activation(a b + bias), as gemm_plan.plan has it; a and b as they lie: transposed where not by rows."""
+    """c = activation(a b + bias); see gemm_plan.plan. a and b as they lie: transposed where not by rows."""
     m, n = c.shape
     depth = a.shape[1] if a_by_rows else a.shape[0]
     if m == 0 or n == 0:
         return
-    if a_by_rows and not b_by_rows and (m <= DOT_ROWS or n <= DOT_COLUMNS):
+    if a_by_rows and not b_by_rows and fits_dots(m, n):
         call_kernel("njit.gemm.by_dots", (a, b, c, bias, code))
     elif b_by_rows and fits_in_place(m, n, depth, a_by_rows, c.itemsize):
         call_kernel("njit.gemm.in_place", (a, a_by_rows, b, c, bias, code))
@@ -123,7 +123,7 @@ def _starts(own, lead, size):
 
 @kernel(parallel=False)
 def multiply_stack(a, a_lead, b, b_lead, c, lead, m, n, depth):
-    """Many products c = a b of matrices by rows, one below the other; as gemm_plan.plan_stack."""
+    """Many products c = a b of matrices by rows, one below the other; see gemm_plan.plan_stack."""
     a_starts, b_starts = _starts(a_lead, lead, m * depth), _starts(b_lead, lead, depth * n)
     count = a_starts.size
     if max(m, n) * depth * c.itemsize <= IN_STACK:
