@@ -241,6 +241,7 @@ class Convolution:
         def on_device(name, place):
             array = arrays[name]
             write = self.engine_of(place).write
+                engine.synchronize()  # a pool may hand out what kernels of another stream than `write`'s still use
             return keep(place, name, array.shape, dtype, lambda to: write(to.owner, array.astype(dtype)))
 
         def run(x, add=None):
