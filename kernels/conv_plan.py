@@ -31,6 +31,7 @@ DEPTHWISE_COLUMNS = 4  # in NHWC: results of a thread
 DEPTHWISE_ROWS = {(3, 4): 3, (3, 8): 3, (5, 4): 5, (5, 8): 1, (7, 4): 1, (7, 8): 1}
 # Blocks that keep a large GPU busy, and pixels below which another part of a sum costs more than it brings.
 _ENOUGH_BLOCKS, _LEAST_PIXELS, _MOST_PARTS = 1024, 1024, 1 << 15
+TILED_PIXELS = 512  # the same for a sum by tiles of a product
 
 
 def split(pixels: int, blocks: int, least: int = _LEAST_PIXELS) -> tuple[int, int]:
