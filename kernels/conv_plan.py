@@ -164,7 +164,7 @@ class Convolution:
         if not fits_a_grid(it):
             why_not["gemm"] = "too many groups or outputs for a grid"
         elif not self.counts(it):
-            why_not["gemm"] = "rows, columns or taps that its kernels, which count in 32 bits, cannot count"
+            why_not["gemm"] = "images, rows, columns or taps that its kernels, which count in 32 bits, cannot count"
         if not is_depthwise(it, dtype):
             why_not["depthwise"] = "needs groups of one channel, and a kernel and a layout that there is a tile for"
         wanted = options["algorithm"]

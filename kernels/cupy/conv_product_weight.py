@@ -25,7 +25,7 @@ _kernels = {(tile, last): _make(tile, last) for tile in (SMALL, NARROW) for last
 
 def applies(it: Correlation) -> bool:
     """Whether places in an image fit 32 bits."""
-    return it.narrow and max(prod(it.shape_x[1:]), prod(it.shape_y[1:]), it.images) < 1 << 31
+    return it.narrow and max(prod(it.shape_x[1:]), prod(it.shape_y[1:])) < 1 << 31
 
 
 def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):

@@ -19,7 +19,7 @@ from tilewise.kernels.cupy.launch import Kernel
 # three products, which take more registers.
 NARROW = {False: TensorTile("Flat", 64, 128, 128, 3), True: TensorTile("Upright", 128, 64, 128, 3)}
 NARROW_PAIR = {False: TensorTile("FlatPair", 64, 128, 128, 2), True: TensorTile("UprightPair", 128, 64, 128, 2)}
-_FEW_CHANNELS = "its channels, filled up to whole vectors of 16 bytes, would be zeros for the greater part"
+FEW_CHANNELS = "its channels or outputs, filled up to whole vectors of 16 bytes, would be zeros for too great a part"
 
 
 def make(name: str, way: str, tile: TensorTile, by_k: tuple[bool, bool], last: tuple, parameters: str) -> Kernel:
@@ -57,7 +57,7 @@ def why_not_way(way: str, dtype, engine, depth: int, *channels: int) -> str | No
     if reason := why_not(way, engine.capability, depth, True, settings.active().tf32):
         return reason
     wasted = any(n == 1 or (way == "split" and 2 * whole_vectors(n, dtype) > 3 * n) for n in channels)
-    return _FEW_CHANNELS if wasted else None
+    return FEW_CHANNELS if wasted else None
 
 
 def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | str:
