@@ -260,17 +260,17 @@ def _make(tile: TensorTile):
 convolutions = {tile: _make(tile) for width in (8, 4) for tile in (LARGE[width], NARROW[width], SMALL[width])}
 
 
-def applies(it: Correlation, x) -> bool:
+def applies(it: Correlation, dtype, engine) -> bool:
     """Whether tensor cores may and can compute it; pixels of one image are counted in 32 bits."""
     axes = it.rows, it.columns
     if it.rows.count * it.columns.count >> 32 or any(max(a.size, a.count * a.stride) > -NOWHERE // 2 for a in axes):
         return False
-    width = VECTOR_BYTES // x.dtype.itemsize
+    width = VECTOR_BYTES // dtype.itemsize
     if it.groups * ceil_div(max(it.channels, it.outputs), width) * width > MOST_CHANNELS:
         return False
-    rounded = x.dtype.name == "float32" and settings.active().tf32
-    allowed = x.dtype.name == "float16" or rounded
-    return allowed and x.place.engine.capability >= (8, 0) and it.channels >= _LEAST_CHANNELS
+    rounded = dtype.name == "float32" and settings.active().tf32
+    allowed = dtype.name == "float16" or rounded
+    return allowed and engine.capability >= (8, 0) and it.channels >= _LEAST_CHANNELS
 
 
 def choose_tile(it: Correlation, width: int, multiprocessors: int) -> TensorTile:
