@@ -151,7 +151,7 @@ on_both = pytest.mark.parametrize("gpu", installed.BACKENDS, indirect=True)
 
 @on_backends("name, dtype, shapes, options", OF_IMAGES)
 def test_images(place, gpu, rng, monkeypatch, name, dtype, shapes, options):
-    if options.get("algorithm") == "winograd":  # in two goes, the second for two images
+    if options.get("algorithm") == "winograd":  # in two goes, the second for few images
         of_image = 36 * 4 * 32 * dtype.itemsize
         monkeypatch.setattr(conv_winograd_plan, "_ROOM", (length(shapes[0]) - 2) * of_image)
     # A block of these has more to do, or a launch more blocks.

@@ -46,9 +46,11 @@ def _weight_gradient(it, grad, x, shape):
 
 def _describe(it, dtype, algorithm: str, ordinal: int) -> str:
     """Of a call on that device."""
+    engine = driver.engine(ordinal)
+    if algorithm == "winograd":
+        return conv_winograd.describe(it, dtype, engine)
     if algorithm != "gemm":
         return "tiles of few channels" if algorithm == "direct" and conv_direct.is_few(it, dtype) else ""
-    engine = driver.engine(ordinal)
     choice, reasons = conv_tensor.choose(it, dtype, engine)
     tile = conv_product.tile_for(it, dtype, engine.capability) if choice is None else choice.tile
     way = "" if choice is None else f"{NAMES_OF_WAYS[choice.way]}, "
