@@ -33,7 +33,7 @@ def tiles_of(way: str, last: bool) -> tuple[TensorTile, ...]:
     return (MEDIUM, NARROW_PAIR[last]) if way == "split" else (LARGE, NARROW[last], LITTLE)
 
 
-_kernels = {
+_kernels: dict[tuple, Kernel] = {
     (way, tile, last): make("conv_tensor", way, tile, (last, not last), (last,), f"{CORRELATION} q q")
     for way in DTYPES for last in (False, True) for tile in tiles_of(way, last)
 } | {("wgmma", *which): kernel for which, kernel in conv_wgmma.CONVOLUTIONS.items()}  # fmt: skip

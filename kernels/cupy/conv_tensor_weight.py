@@ -11,8 +11,9 @@ from tilewise.kernels.cupy.conv_tensor import Choice, first_way, tiles_of
 from tilewise.kernels.cupy.gemm_plan import TOO_LITTLE
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, DTYPES, TensorTile
 from tilewise.kernels.cupy.gemm_wgmma import WgmmaTile
+from tilewise.kernels.cupy.launch import Kernel
 
-_kernels = {
+_kernels: dict[tuple, Kernel] = {
     (way, tile): conv_tensor.make("conv_tensor_weight", way, tile, (False, False), (), f"{WEIGHT} q q q")
     for way in DTYPES for tile in tiles_of(way, False)
 } | {("wgmma", tile): kernel for tile, kernel in conv_wgmma.WEIGHT_GRADIENTS.items()}  # fmt: skip
