@@ -84,7 +84,8 @@ def prepare_conv2d(
         batch_norm: (running_mean, running_var, weight, bias, eps) of an evaluation batch norm that follows the
             convolution, before `add` and the activation; weight and bias may be None. It is folded into weight and
             bias: weight[o] * s[o] and (bias[o] - running_mean[o]) * s[o] + batch norm's bias[o], with s = batch norm's
-            weight / sqrt(running_var + eps), computed in float64 and rounded once.
+            weight / sqrt(running_var + eps), computed in float64 and rounded once; where x is float16,
+            that is to float32, in which the CPU multiplies, and for a GPU once more, to float16.
 
     Returns:
         A `PreparedConv2d`. It keeps copies: later changes of the arrays given do not reach it.

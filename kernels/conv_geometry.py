@@ -141,9 +141,9 @@ class Correlation:
 
     @property
     def narrow(self) -> bool:
-        """Whether rows, columns and taps, and the numbers on the way to them, fit 32 bits."""
+        """Whether images, rows, columns and taps, and the numbers on the way to them, fit 32 bits."""
         most = (a.size + a.count * a.stride + abs(a.origin) + a.spacing * a.taps for a in (self.rows, self.columns))
-        return max(*most, self.channels * self.taps) < _NARROW_BELOW
+        return max(*most, self.channels * self.taps, self.images) < _NARROW_BELOW
 
     @property
     def channels_last(self) -> bool:

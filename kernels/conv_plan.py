@@ -31,6 +31,7 @@ DEPTHWISE_COLUMNS = 4  # in NHWC: results of a thread
 DEPTHWISE_ROWS = {(3, 4): 3, (3, 8): 3, (5, 4): 5, (5, 8): 1, (7, 4): 1, (7, 8): 1}
 # Blocks that keep a large GPU busy, and pixels below which another part of a sum costs more than it brings.
 _ENOUGH_BLOCKS, _LEAST_PIXELS, _MOST_PARTS = 1024, 1024, 1 << 15
+TILED_PIXELS = 512  # the same for a sum by tiles of a product
 
 
 def split(pixels: int, blocks: int, least: int = _LEAST_PIXELS) -> tuple[int, int]:
@@ -137,6 +138,7 @@ class Convolution:
     it made of x for the next correlation of the same x. why_not_winograd(it, dtype), winograd_pays(it): as their names
     say. weight_gradient(it, grad, x, shape): of the forward correlation. bias_gradient(grad, layout).
     codes: of activations. describe(it, dtype, algorithm, ordinal): what the algorithm's name does not tell.
+    by_tensor_cores(it, dtype, ordinal): whether its product goes to that device's tensor cores.
     prefers_direct(it, dtype): whether its direct sum is faster than a product. counts(it): whether its product's
     kernels count so far. engine_of(place).
     """
@@ -148,6 +150,7 @@ class Convolution:
     codes: dict
     why_not_winograd: Callable
     winograd_pays: Callable
+    by_tensor_cores: Callable
     describe: Callable = lambda it, dtype, algorithm, ordinal: ""
     prefers_direct: Callable = lambda it, dtype: False
     counts: Callable = lambda it: True
@@ -163,7 +166,7 @@ class Convolution:
         if not fits_a_grid(it):
             why_not["gemm"] = "too many groups or outputs for a grid"
         elif not self.counts(it):
-            why_not["gemm"] = "rows, columns or taps that its kernels, which count in 32 bits, cannot count"
+            why_not["gemm"] = "images, rows, columns or taps that its kernels, which count in 32 bits, cannot count"
         if not is_depthwise(it, dtype):
             why_not["depthwise"] = "needs groups of one channel, and a kernel and a layout that there is a tile for"
         wanted = options["algorithm"]
@@ -171,25 +174,31 @@ class Convolution:
             if wanted in why_not:
                 raise ValueError(f"conv2d: algorithm {wanted!r} does not apply: {why_not[wanted]}")
             return wanted, why_not
-        best = self._choose(it, dtype)
-        reasons = _SLOWER | ({"winograd": "tensor cores are faster"} if settings.active().tf32 else {})
+        best = self._choose(it, dtype, ordinal)
+        by_tf32 = best == "gemm" and self._goes_by_tf32(it, dtype, ordinal)
+        reasons = _SLOWER | ({"winograd": "tensor cores are faster"} if by_tf32 else {})
         return best, {name: reason for name, reason in reasons.items() if name != best} | why_not
 
     def describe_conv2d(self, shapes, dtype, options, ordinal) -> str:
         return self.describe(_forward_of(shapes, options), dtype, options["algorithm"], ordinal)
 
-    def _choose(self, it: Correlation, dtype) -> str:
+    def _goes_by_tf32(self, it: Correlation, dtype, ordinal: int) -> bool:
+        """Whether a product of float32 would be one of TF32."""
+        return settings.active().tf32 and self.by_tensor_cores(it, dtype, ordinal)
+
+    def _choose(self, it: Correlation, dtype, ordinal: int) -> str:
         if is_depthwise(it, dtype):
             return "depthwise"
         no_product = is_little(it) or is_thin(it) or not fits_a_grid(it) or not self.counts(it)
         if no_product or self.prefers_direct(it, dtype):
             return "direct"
-        if settings.active().tf32:  # tensor cores multiply faster than Winograd's transforms save
+        if self.why_not_winograd(it, dtype) is not None or not self.winograd_pays(it):
             return "gemm"
-        return "winograd" if self.why_not_winograd(it, dtype) is None and self.winograd_pays(it) else "gemm"
+        # tensor cores multiply faster than Winograd's transforms save
+        return "gemm" if self._goes_by_tf32(it, dtype, ordinal) else "winograd"
 
     def _correlate(self, it, x, weight, y, bias, extra, code, algorithm, kept):
-        name = self._choose(it, x.dtype) if algorithm == "auto" else algorithm
+        name = self._choose(it, x.dtype, x.place.ordinal) if algorithm == "auto" else algorithm
         self.algorithms[name](it, x, weight, y, bias, extra, code, kept)
 
     def _forward(self, x, weight, size, bias, extra, code, algorithm, **window):
@@ -232,6 +241,7 @@ class Convolution:
             if key not in packs:
                 memory = engine.allocate(prod(shape) * dtype.itemsize, every_stream=True)
                 made = DeviceArray(place, memory.pointer, shape, dtype, memory)
+                engine.synchronize()  # a pool may hand out what kernels of another stream than `write`'s still use
                 write(made)
                 engine.synchronize()  # whatever stream reads it
                 packs[key] = made

@@ -86,7 +86,7 @@ class Place:
     @property
     def engine(self) -> Any:
         """What compiles and starts numba.cuda's kernels there; kernels/cupy asks for its own by the ordinal."""
-        return _engine("cuda", self.ordinal)
+        return engine_at("cuda", self.ordinal)
 
     def stream(self) -> int:
         """The stream that the library's next work goes to, as the driver's handle."""
@@ -100,7 +100,8 @@ class Place:
         raise NotImplementedError
 
 
-def _engine(backend: str, ordinal: int) -> Any:
+def engine_at(backend: str, ordinal: int) -> Any:
+    """A backend's engine on a device."""
     return _driver_module(backend).engine(ordinal)
 
 
@@ -203,7 +204,7 @@ def place_of(library: str, ordinal: int) -> Place:
 
 def host_place(backend: str = "cuda") -> HostPlace:
     """The device that host arrays are sent to for a backend."""
-    return HostPlace(_engine(backend, 0))
+    return HostPlace(engine_at(backend, 0))
 
 
 def is_on_device(value) -> bool:

@@ -179,7 +179,7 @@ def promised_blocks(kernel, architecture: Architecture, shared: int, dtype: np.d
     shall = kernel.bounds(architecture.capability, dtype)[1]
     if architecture.shared >= BY_NAME["sm_90"].shared or not shared:
         return shall
-    return min(shall, resident_blocks(architecture, 32, 0, shared))
+    return min(shall, max(1, resident_blocks(architecture, 32, 0, shared)))
 
 
 def inspect(kernel, dtype: np.dtype, architecture: Architecture) -> Report:

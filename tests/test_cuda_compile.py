@@ -215,6 +215,7 @@ def test_small_shared_memory_allows_fewer_blocks_than_promised():
     assert shalls == [1, 3, 2]
     assert promised_blocks(kernel, BY_NAME["sm_90"], 100 << 10) == 3, "what sm_90 cannot hold is a fault"
     assert promised_blocks(kernel, BY_NAME["sm_120"], 0) == 3
+    assert promised_blocks(kernel, BY_NAME["sm_75"], 65 << 10) == 1, "what it cannot hold is a fault there too"
 
 
 def test_kernel_refuses_a_dtype_it_is_not_for():

@@ -9,7 +9,7 @@ from test_cuda_conv import backward, forward, operands
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels import conv_winograd_plan
+from tilewise.kernels import conv_geometry, conv_winograd_plan
 
 GPU_BACKENDS = ("cuda", "cupy")
 WINOGRAD_GROWTH = 16.0  # of the error, against a direct sum
@@ -24,11 +24,38 @@ SHORT_WINOGRAD = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("room", [1 << 28, 400_000, 1])  # for all images, for two of three, for one
-def test_winograd(gpu, rng, monkeypatch, room, layout):
+@pytest.mark.parametrize(("room", "together"), [(1 << 28, 32), (400_000, 32), (1, 5)])  # parts begin within images
+def test_winograd(gpu, rng, monkeypatch, room, together, layout):
     monkeypatch.setattr(conv_winograd_plan, "_ROOM", room)
+    monkeypatch.setattr(conv_winograd_plan, "_TOGETHER", together)
     for number, case in enumerate(SHORT_WINOGRAD):
         forward(rng, case, np.float32, layout, number, "winograd", WINOGRAD_GROWTH)
+
+
+def test_memory_of_large_images():
+    """V and M take as much as is stated, however large an image is."""
+    window = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1, "layout": "NCHW"}
+    it = conv_geometry.forward((3, 64, 4096, 4096), (64, 64, 3, 3), (4096, 4096), **window)
+    parts = list(conv_winograd_plan.tiles_of(it, 4).parts(it.images))
+    assert sum(tiles for _, tiles in parts) == 3 * 1024 * 1024
+    assert max(tiles for _, tiles in parts) * 36 * (64 + 64) * 4 <= 256 << 20
+
+
+@pytest.mark.parametrize(("capability", "algorithm"), [((7, 5), "winograd"), ((8, 0), "gemm")])
+def test_tf32_where_there_is_none(gpu, rng, monkeypatch, capability, algorithm):
+    """Leave to round products does not make Winograd's the slower ones on a device that cannot."""
+    monkeypatch.setattr(gpu, "capability", capability)
+    monkeypatch.setattr(conv_winograd_plan, "_LEAST_TILES", 1)
+    x, weight, _, _ = operands(rng, Case(1, 48, 8, 7, 48, (3, 3), 1, 1), np.float32, "NCHW")
+    with tilewise.using(tf32=True):
+        decision = tilewise.explain(kernels.conv2d, x, weight, padding=1)
+        alone = tilewise.explain(kernels.conv2d, x, weight[:, :1], padding=1, groups=48)
+        gpu.launched.clear()
+        kernels.conv2d_backward(x, x, weight, padding=1, needs=("x",))
+    assert (decision.algorithm, alone.algorithm) == (algorithm, "depthwise")
+    assert decision.rejected.get("winograd") == (None if algorithm == "winograd" else "tensor cores are faster")
+    assert alone.rejected["winograd"] == "too few channels or tiles"
+    assert any("winograd" in name for name, _ in gpu.launched) == (algorithm == "winograd")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -56,10 +83,10 @@ def test_winograd_keeps_nan_and_inf_in_their_windows(gpu, rng, layout, value):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("algorithm", ["winograd", "gemm"])
-def test_prepared_weights_are_transformed_once(gpu, rng, algorithm, layout):
+@pytest.mark.parametrize(("algorithm", "dtype"), [("winograd", np.float32), ("gemm", np.float32), ("gemm", np.float16)])
+def test_prepared_weights_are_transformed_once(gpu, rng, algorithm, dtype, layout):
     case = Case(2, 16, 9, 10, 24, (3, 3), 1, 1, 1, 2)
-    x, weight, bias, add = operands(rng, case, np.float32, layout)
+    x, weight, bias, add = operands(rng, case, dtype, layout)
     options = case.options | {"layout": layout, "algorithm": algorithm}
     prepared = kernels.prepare_conv2d(weight, bias, **options)
     np.testing.assert_array_equal(prepared(x, add=add), kernels.conv2d(x, weight, bias, add=add, **options))
@@ -67,8 +94,11 @@ def test_prepared_weights_are_transformed_once(gpu, rng, algorithm, layout):
     assert kept >= weight.nbytes * (6 if algorithm == "winograd" else 3)  # the host's, the device's, and this
     gpu.launched.clear()
     y = prepared(x[:1])
-    assert not any(re.search("weight|pack|copy", name) for name, _ in gpu.launched)
-    assert any(algorithm in name or "product" in name or "implicit" in name for name, _ in gpu.launched)
+    names = {name for name, _ in gpu.launched}
+    if dtype == np.float16 and layout == "NCHW":
+        names.discard("cupy conv_pack<T>")  # of x: it packs weights, too, but those of both layouts
+    assert not any(re.search("weight|pack|copy", name) for name in names)
+    assert any(re.search(f"{algorithm}|product|implicit|tensor", name) for name in names)
     np.testing.assert_array_equal(y, kernels.conv2d(x[:1], weight, bias, **options))
     assert prepared.nbytes == kept
 

@@ -151,7 +151,7 @@ on_both = pytest.mark.parametrize("gpu", installed.BACKENDS, indirect=True)
 
 @on_backends("name, dtype, shapes, options", OF_IMAGES)
 def test_images(place, gpu, rng, monkeypatch, name, dtype, shapes, options):
-    if options.get("algorithm") == "winograd":  # in two goes, the second for two images
+    if options.get("algorithm") == "winograd":  # in two goes, the second for few images
         of_image = 36 * 4 * 32 * dtype.itemsize
         monkeypatch.setattr(conv_winograd_plan, "_ROOM", (length(shapes[0]) - 2) * of_image)
     # A block of these has more to do, or a launch more blocks.
@@ -282,9 +282,8 @@ def test_images_whose_pixels_32_bits_cannot_count_leave_tensor_cores(gpu):
     from tilewise.kernels import conv_geometry
     from tilewise.kernels.cuda import conv_tensor
 
-    x = HostPlace(gpu).empty((1,), HALF)
     answers = []
     for shape in ((1, 8, 1 << 16, (1 << 16) - 1), (1, 8, 1 << 16, 1 << 16), (1, 8, 1 << 30, 1)):
         window = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1, "layout": "NCHW"}
-        answers.append(conv_tensor.applies(conv_geometry.forward(shape, (8, 8, 1, 1), shape[2:], **window), x))
+        answers.append(conv_tensor.applies(conv_geometry.forward(shape, (8, 8, 1, 1), shape[2:], **window), HALF, gpu))
     assert answers == [True, False, False]

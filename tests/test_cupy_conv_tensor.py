@@ -1,15 +1,28 @@
 """Convolution on tensor cores in CUDA C++, executed on the CPU, against the reference in float64."""
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import pytest
 import test_cuda_conv_tensor as shared
 from conv_cases import LAYOUTS, Case, check, reference
+from simt import emulator
 from test_cupy_bfloat import assert_rounded
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels.cupy import conv_tensor, conv_tensor_weight, gemm_plan
+from tilewise.kernels import conv_geometry
+from tilewise.kernels.cupy import (
+    conv,
+    conv_packing,
+    conv_product_weight,
+    conv_sums,
+    conv_tensor,
+    conv_tensor_weight,
+    gemm_plan,
+    gemm_tile,
+)
 from tilewise.kernels.cupy.gemm_tensor import LARGE, MATHS, MEDIUM
 
 GPU_BACKENDS = ("cupy",)
@@ -205,7 +218,7 @@ def test_nan_and_inf_stay_in_their_windows(gpu, rng, one_multiprocessor, value):
         np.testing.assert_array_equal(np.isinf(y), np.isinf(expected))
 
 
-FEW_CHANNELS = "its channels, filled up to whole vectors of 16 bytes, would be zeros for the greater part"
+FEW_CHANNELS = "its channels or outputs, filled up to whole vectors of 16 bytes, would be zeros for too great a part"
 NO_HOPPER = "not wgmma: needs compute capability 9.0, and no later one"
 LEAVE = "not mma in TF32: using(tf32=True) would allow it"
 
@@ -246,14 +259,56 @@ def test_explain(gpu, monkeypatch, capability, tf32, dtype, case, note):
     assert (decision.algorithm, decision.note) == ("gemm", note)
 
 
-def test_the_choice_is_the_launch(gpu, rng):
-    """What explain says is what is launched."""
-    for case, dtype in ((FEW, np.float16), (FEW, np.float32), (WORK[1], np.float16)):
-        x, weight, _, _ = shared.operands(rng, case, dtype, "NHWC")
-        note = tilewise.explain(kernels.conv2d, x, weight, layout="NHWC", **case.options).note
+TILE_OF_NAME = {
+    tile.name: (tile.rows, tile.columns)
+    for tile in (*(shape for _, shape, _ in TILES.values()), gemm_tile.BIG, gemm_tile.TALL, gemm_tile.SMALL)
+} | {"128": (128, 128), "256": (128, 256)}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_choice_is_the_launch(gpu, rng, one_multiprocessor, layout):
+    """What explain says is what is launched: the way, and the tile."""
+    ways = []
+    for case, dtype in ((FEW, np.float16), (FEW, np.float32), (WORK[0], np.float32), (shared.EDGES[1], np.float16)):
+        x, weight, _, _ = shared.operands(rng, case, dtype, layout)
+        options = case.options | {"layout": layout, "algorithm": "gemm"}
+        note = tilewise.explain(kernels.conv2d, x, weight, **options).note
         gpu.launched.clear()
-        kernels.conv2d(x, weight, layout="NHWC", **case.options)
-        assert note.startswith("mma") == any("conv_tensor<" in name for name in names(gpu))
+        kernels.conv2d(x, weight, **options)
+        (launched,) = (name for name, _ in gpu.launched if "pack" not in name)
+        kernel, _, arguments = launched.removeprefix("cupy ").partition("<")
+        way = {"conv_wgmma": "wgmma", "conv_tensor": "mma", "conv_product": ""}[kernel]
+        tile = TILE_OF_NAME[arguments.split(", ")[1].rstrip(">")]
+        assert note.startswith(f"{way}" if way else "tiles")
+        assert f"tiles of {tile[0]} x {tile[1]} " in note
+        ways.append(way)
+    assert ways == ["mma", "", "mma", "wgmma"]
+
+
+def window(layout):
+    return {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1, "layout": layout}
+
+
+def test_images_that_32_bits_cannot_count(gpu, monkeypatch):
+    """The tiles of the weight's gradient count them so."""
+    taken = []
+    for module in (conv_tensor_weight, conv_product_weight, conv_sums):
+        monkeypatch.setattr(module, "weight_gradient", lambda *given, module=module: taken.append(module))
+    x = SimpleNamespace(dtype=np.dtype(np.float16), place=SimpleNamespace(ordinal=0))
+    for images in (1 << 30, 1 << 31):
+        it = conv_geometry.forward((images, 16, 2, 2), (16, 16, 1, 1), (2, 2), **window("NCHW"))
+        conv._weight_gradient(it, x, x, (16, 16, 1, 1))
+    assert taken == [conv_tensor_weight, conv_sums]
+
+
+def test_images_that_a_grid_has_no_room_for(gpu, rng, monkeypatch):
+    """They are turned in parts."""
+    monkeypatch.setattr(conv_packing, "_MOST_BLOCKS", 30)
+    monkeypatch.setattr(emulator, "_MOST_BLOCKS", (30, 30, 30))
+    case = Case(40, 16, 2, 3, 8, (3, 3), 1, 1)
+    FORWARD["half"](rng, case, "NCHW")
+    BACKWARD["half"](rng, case, "NCHW")
+    assert {"conv_tensor", "conv_tensor_weight"} <= {name.partition("<")[0] for name in names(gpu)}
 
 
 def test_x_is_turned_once_for_all_phases_of_its_gradient(gpu, rng, monkeypatch):

@@ -7,6 +7,7 @@ from test_cupy_gemm import need
 
 import tilewise
 from tilewise import kernels
+from tilewise.kernels import gemm_plan as batches
 from tilewise.kernels.cupy import gemm_plan, gemm_tensor
 
 GPU_BACKENDS = ("cupy",)
@@ -63,3 +64,28 @@ def test_never_by_one_product_of_tf32(gpu, rng, split):
         assert error(gpu, rng, LARGE, "NCHW") <= NORMWISE
     assert launched(gpu, "SplitMath")
     assert not launched(gpu, "Tf32Math")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_explain_tells_of_the_products(gpu, rng, split, monkeypatch, layout):
+    for ways, part, note in (
+        ((gpu.capability,), "SplitMath", "36 products: mma in 3xTF32, tiles of 128 x 128"),
+        ((), "matmul<T, Big", "36 products: tiles of 128 x 128"),
+    ):
+        monkeypatch.setattr(gemm_plan, "SPLIT_ON", ways)
+        x, weight, _ = LARGE.arrays(rng, np.float32, layout)
+        options = LARGE.options | {"layout": layout, "algorithm": "winograd"}
+        told = tilewise.explain(kernels.conv2d, x, weight, **options).note
+        assert told.replace("wgmma", "mma") == note
+        gpu.launched.clear()
+        kernels.conv2d(x, weight, **options)
+        assert launched(gpu, part)
+        assert launched(gpu, "wgmma") == ("wgmma" in told)
+
+
+def test_more_groups_than_a_grid_has_room_for(gpu, rng, monkeypatch):
+    x, weight = np.empty((1, 3642, 8, 8), np.float32), np.empty((3642, 2, 3, 3), np.float32)
+    options = {"groups": 1821, "padding": 1, "algorithm": "winograd"}  # 36 products of each group
+    assert tilewise.explain(kernels.conv2d, x, weight, **options).algorithm == "winograd"
+    monkeypatch.setattr(batches, "MOST_MATRICES", 50)
+    assert error(gpu, rng, Case(2, 6, 9, 10, 8, (3, 3), 1, 1, 1, 2), "NCHW") <= NORMWISE

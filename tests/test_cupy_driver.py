@@ -26,6 +26,7 @@ class FakeMemory:
         self.events.append(f"free {self.bytes.size}")
 
     def copy_from_host(self, pointer, nbytes):
+        self.events.append(f"write {nbytes}")
         ctypes.memmove(self.ptr, pointer, nbytes)
 
     def copy_to_host(self, pointer, nbytes):
@@ -39,7 +40,8 @@ class FakeCupy:
         self.launched, self.loaded, self.current, fake = [], [], 0, self
         self.capture_modes = [0]  # of this thread, the last one now
         self.allowed = []  # (function, attribute, value)
-        self.events = []  # of waiting for a device, and of giving memory back
+        self.events = []  # of writing, of waiting for a device, and of giving memory back
+        self.stream, self.allocated_on = 40, []  # the current one, and those whose memory was asked for
 
         class Device:
             compute_capability = capability
@@ -77,8 +79,20 @@ class FakeCupy:
             getDevice=lambda: self.current,
             getDeviceProperties=lambda ordinal: {"name": b"Fake GPU", "multiProcessorCount": 132},
         )
+
+        class Null:
+            def __enter__(self):
+                self.before, fake.stream = fake.stream, 0
+
+            def __exit__(self, *error):
+                fake.stream = self.before
+
+        def alloc(nbytes):
+            fake.allocated_on.append(fake.stream)
+            return FakeMemory(nbytes, self.events)
+
         self.cuda = SimpleNamespace(
-            Device=Device, runtime=runtime, alloc=lambda nbytes: FakeMemory(nbytes, self.events),
+            Device=Device, runtime=runtime, alloc=alloc, Stream=SimpleNamespace(null=Null()),
             driver=SimpleNamespace(launchKernel=launch, funcSetAttribute=allow),
             function=SimpleNamespace(Module=Module),
             get_current_stream=lambda ordinal: SimpleNamespace(ptr=40 + ordinal),
@@ -160,6 +174,7 @@ def test_host_arrays_go_there_and_back(cupy):
     (launch,) = cupy.launched
     sent = np.ctypeslib.as_array((ctypes.c_float * 16).from_address(launch[-1][0]))
     assert (y.shape, launch[4]) == ((1, 1, 2, 2), 0)
+    assert cupy.allocated_on == [0, 0]  # another stream's kernels may still use what its pool hands out
     np.testing.assert_array_equal(sent, x.ravel())
 
 
@@ -198,10 +213,11 @@ def test_prepared_weights_are_given_back_when_no_stream_reads_them(cupy):
     x = FakeArray(np.ones((1, 3, 2, 2), np.float32), ordinal=1)
     for _ in range(2):
         assert prepared(x).shape == (1, 1, 2, 2)
-    assert cupy.events == ["synchronize 1"]  # once they have arrived, whatever stream reads them
+    # the memory may be in use in another stream; and once they have arrived, whatever stream reads them
+    assert cupy.events == ["synchronize 1", "write 12", "synchronize 1"]
     del prepared
     gc.collect()
-    assert cupy.events[1:] == ["synchronize 1", "free 12"]
+    assert cupy.events[3:] == ["synchronize 1", "free 12"]
 
 
 def test_what_the_backend_lacks_says_so(cupy, monkeypatch):

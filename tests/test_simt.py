@@ -280,10 +280,14 @@ def test_grid_of_blocks_with_dynamic_shared_memory(place, rng):
     np.testing.assert_array_equal(y, x.sum(1) / 2)
 
 
-def test_more_shared_memory_than_a_gpu_has_is_an_error():
-    place = HostPlace(_with(Emulator()))
-    with pytest.raises(EmulatedFault, match=r"at most 232448"):
-        run(place, sum_of_block, np.ones(64, SINGLE), np.zeros(1, SINGLE), 1.0, shared=228 << 10, threads=64)
+@pytest.mark.parametrize(("capability", "most"), [((7, 5), 64), ((8, 0), 163), ((8, 6), 99), ((9, 0), 227)])
+def test_more_shared_memory_than_a_gpu_has_is_an_error(monkeypatch, capability, most):
+    emulator = _with(Emulator())
+    monkeypatch.setattr(emulator, "capability", capability)
+    x, y = np.ones(64, SINGLE), np.zeros(1, SINGLE)
+    run(HostPlace(emulator), sum_of_block, x, y, 1.0, shared=most << 10, threads=64)
+    with pytest.raises(EmulatedFault, match=f"at most {most << 10}"):
+        run(HostPlace(emulator), sum_of_block, x, y, 1.0, shared=(most << 10) + 16, threads=64)
 
 
 def exits_early(x: ELEMENTS, y: ELEMENTS, n: INT32):

@@ -14,10 +14,11 @@ from tilewise.kernels.cuda import (
     conv_tensor_weight,
     conv_winograd,
 )
+from tilewise.kernels.device_arrays import engine_at
 
 
 def _by_product(it, x, weight, y, bias, extra, code, kept):
-    if not conv_tensor.applies(it, x):
+    if not conv_tensor.applies(it, x.dtype, x.place.engine):
         conv_product.correlate(it, x, weight, y, bias, extra, code)
         return
     if not kept:
@@ -35,7 +36,7 @@ def _weight_gradient(it, grad, x, shape):
         return conv_depthwise_weight.weight_gradient(it, grad, x, shape)
     if is_little(it) or not fits_a_grid(it):
         return conv_sums.weight_gradient(it, grad, x, shape)
-    module = conv_tensor_weight if conv_tensor.applies(it, x) else conv_product_weight
+    module = conv_tensor_weight if conv_tensor.applies(it, x.dtype, x.place.engine) else conv_product_weight
     return module.weight_gradient(it, grad, x, shape)
 
 
@@ -45,8 +46,8 @@ _CONVOLUTION = Convolution(
         "depthwise": _alone(conv_depthwise), "direct": _alone(conv_direct), "gemm": _by_product,
         "winograd": _alone(conv_winograd),
     },
-    _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES, conv_winograd_plan.why_not,
-    conv_winograd_plan.pays,
+    _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES, conv_winograd.why_not, conv_winograd_plan.pays,
+    by_tensor_cores=lambda it, dtype, ordinal: conv_tensor.applies(it, dtype, engine_at("cuda", ordinal)),
 )  # fmt: skip
 
 choose_conv2d, bind_conv2d, conv2d = _CONVOLUTION.choose_conv2d, _CONVOLUTION.bind_conv2d, _CONVOLUTION.conv2d

@@ -13,7 +13,7 @@ from numba import cuda
 from numba.cuda import types
 
 from tilewise.kernels.conv_geometry import Correlation, image_steps
-from tilewise.kernels.conv_plan import split
+from tilewise.kernels.conv_plan import TILED_PIXELS, split
 from tilewise.kernels.cuda.conv_sums import add_parts, new_parts
 from tilewise.kernels.cuda.launch import ELEMENTS, INT64, SUMS, ceil_div, kernel
 from tilewise.kernels.cuda.memory import at, register_sums, shared_sums, widen, zero
@@ -22,7 +22,6 @@ from tilewise.kernels.cuda.product import PAD, Tile, make_first_element, make_mu
 _DEPTH = 8
 TILE = Tile((2, 1), (8, 8), _DEPTH, blocks=3)
 DOUBLE_TILE = Tile((2, 1), (4, 4), _DEPTH, blocks=3)  # 64 sums in float64 would not fit the registers
-_LEAST_PIXELS = 512
 
 
 def _make(tile: Tile, channels_last: bool):
@@ -143,7 +142,7 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     tile = DOUBLE_TILE if grad.dtype.itemsize == 8 else TILE
     column_tiles = ceil_div(columns, tile.columns)
     tiles = ceil_div(it.outputs, tile.rows) * column_tiles
-    many, per_part = split(it.pixels, tiles * it.groups, _LEAST_PIXELS)
+    many, per_part = split(it.pixels, tiles * it.groups, TILED_PIXELS)
     parts = new_parts(grad.place, many, all_outputs * columns, grad.dtype)
     rows, across = it.rows, it.columns
     weight_kernels[tile, it.channels_last](

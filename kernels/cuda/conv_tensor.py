@@ -14,7 +14,7 @@ from numba.cuda.types import int32, uint32
 
 from tilewise.kernels import settings
 from tilewise.kernels.conv_geometry import Correlation, pixels
-from tilewise.kernels.conv_plan import choose_tensor_tile
+from tilewise.kernels.conv_plan import choose_tensor_tile, made_of
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, REAL, ceil_div, device, kernel
 from tilewise.kernels.cuda.memory import (
@@ -260,17 +260,17 @@ def _make(tile: TensorTile):
 convolutions = {tile: _make(tile) for width in (8, 4) for tile in (LARGE[width], NARROW[width], SMALL[width])}
 
 
-def applies(it: Correlation, x) -> bool:
+def applies(it: Correlation, dtype, engine) -> bool:
     """Whether tensor cores may and can compute it; pixels of one image are counted in 32 bits."""
     axes = it.rows, it.columns
     if it.rows.count * it.columns.count >> 32 or any(max(a.size, a.count * a.stride) > -NOWHERE // 2 for a in axes):
         return False
-    width = VECTOR_BYTES // x.dtype.itemsize
+    width = VECTOR_BYTES // dtype.itemsize
     if it.groups * ceil_div(max(it.channels, it.outputs), width) * width > MOST_CHANNELS:
         return False
-    rounded = x.dtype.name == "float32" and settings.active().tf32
-    allowed = x.dtype.name == "float16" or rounded
-    return allowed and x.place.engine.capability >= (8, 0) and it.channels >= _LEAST_CHANNELS
+    rounded = dtype.name == "float32" and settings.active().tf32
+    allowed = dtype.name == "float16" or rounded
+    return allowed and engine.capability >= (8, 0) and it.channels >= _LEAST_CHANNELS
 
 
 def choose_tile(it: Correlation, width: int, multiprocessors: int) -> TensorTile:
@@ -304,13 +304,15 @@ def correlate(it: Correlation, x_and_channels, weight, y, bias, extra, code: int
     rows, columns, kw = it.rows, it.columns, max(it.columns.taps, 1)
     depth = ceil_div(it.taps * channels, tile.depth) * tile.depth
     padded_outputs = ceil_div(it.outputs, tile.columns) * tile.columns
-    size = it.groups * depth * padded_outputs
-    packed = x.place.empty((size,), x.dtype)
-    pack_tensor_weights(
-        x.place, ceil_div(size, _THREADS), weight, packed, size, depth, it.outputs, padded_outputs, it.channels,
-        channels, it.taps, it.group_step, it.output_step, it.channel_step, it.width, rows.first_tap, rows.tap_step,
-        columns.first_tap, columns.tap_step, kw,
-    )  # fmt: skip
+
+    def write(packed):
+        pack_tensor_weights(
+            x.place, ceil_div(packed.size, _THREADS), weight, packed, packed.size, depth, it.outputs, padded_outputs,
+            it.channels, channels, it.taps, it.group_step, it.output_step, it.channel_step, it.width, rows.first_tap,
+            rows.tap_step, columns.first_tap, columns.tap_step, kw,
+        )  # fmt: skip
+
+    packed = made_of(weight, "tensor", (it.groups, depth, padded_outputs), x.dtype, write)
     all_channels = it.groups * channels
     steps = rows.size * columns.size * all_channels, columns.size * all_channels, all_channels
     vectors = it.channels_last and it.outputs % width == 0

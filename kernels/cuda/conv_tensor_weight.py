@@ -11,7 +11,7 @@ from numba import cuda
 from numba.cuda.types import int32, int64
 
 from tilewise.kernels.conv_geometry import Correlation
-from tilewise.kernels.conv_plan import choose_weight_tile, split
+from tilewise.kernels.conv_plan import TILED_PIXELS, choose_weight_tile, split
 from tilewise.kernels.cuda.conv_sums import add_parts, new_parts
 from tilewise.kernels.cuda.conv_tensor import NOWHERE, in_vectors, locate
 from tilewise.kernels.cuda.launch import ELEMENTS, INT32, INT64, SUMS, ceil_div, device, kernel
@@ -27,8 +27,6 @@ from tilewise.kernels.cuda.tensor_product import (
     make_tensor_product,
     matrix_loader,
 )
-
-_LEAST_PIXELS = 512  # of a part
 
 
 def tap_loader(tile: TensorTile) -> TensorLoader:
@@ -141,7 +139,7 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     tile = choose_weight_tile(it, *_LARGEST[width]) or SMALL[width]
     column_tiles = ceil_div(columns, tile.columns)
     tiles = ceil_div(it.outputs, tile.rows) * column_tiles
-    many, per_part = split(it.pixels, tiles * it.groups, _LEAST_PIXELS)
+    many, per_part = split(it.pixels, tiles * it.groups, TILED_PIXELS)
     parts = new_parts(x.place, many, it.groups * it.outputs * columns, x.dtype)
     rows, across, all_channels = it.rows, it.columns, it.groups * channels
     weight_gradients[tile](

@@ -20,8 +20,9 @@ from dataclasses import replace
 
 from numba import cuda
 
+from tilewise.kernels import conv_winograd_plan
 from tilewise.kernels.conv_geometry import Axis, Correlation
-from tilewise.kernels.conv_plan import made_of
+from tilewise.kernels.conv_plan import MOST_BLOCKS, made_of
 from tilewise.kernels.conv_winograd_plan import POINTS, tiles_of
 from tilewise.kernels.cuda import conv_product
 from tilewise.kernels.cuda.conv_direct import epilogue_arguments, finished
@@ -102,11 +103,11 @@ def winograd_weight(
 
 @kernel(threads=_THREADS, dtypes=("float32",))
 def winograd_input(
-    x: ELEMENTS, values: ELEMENTS, size: INT64, first_image: INT64, tiles: INT64, tile_rows: INT64,
+    x: ELEMENTS, values: ELEMENTS, size: INT64, first: INT64, tiles: INT64, tile_rows: INT64,
     tile_columns: INT64, h: INT64, w: INT64, top: INT64, left: INT64, all_channels: INT64, channels: INT64,
     xn: INT64, xc: INT64, xh: INT64, xw: INT64, tile_step: INT64, channel_step: INT64, channels_last: INT32,
 ):  # fmt: skip
-    """V of one tile and channel a thread."""
+    """V of one tile and channel a thread; tiles are counted through all images, from `first` on."""
     number = cuda.blockIdx.x * _THREADS + cuda.threadIdx.x
     if number >= size:
         return
@@ -114,10 +115,10 @@ def winograd_input(
         c, tile = number % all_channels, number // all_channels
     else:
         tile, c = number % tiles, number // tiles
-    column, rest = tile % tile_columns, tile // tile_columns
+    column, rest = (first + tile) % tile_columns, (first + tile) // tile_columns
     row, n = rest % tile_rows, rest // tile_rows
     v = register_sums(x, 36)
-    source = (first_image + n) * xn + c * xc
+    source = n * xn + c * xc
     for i in range(6):
         r = row * 4 + i + top
         for j in range(6):
@@ -137,7 +138,7 @@ def winograd_input(
 @kernel(threads=_THREADS, dtypes=("float32",))
 def winograd_output(
     products: ELEMENTS, y: ELEMENTS, x: ELEMENTS, weight: ELEMENTS, bias: ELEMENTS, has_bias: INT32, extra: ELEMENTS,
-    has_extra: INT32, code: INT32, slope: REAL, size: INT64, first_image: INT64, tiles: INT64, tile_rows: INT64,
+    has_extra: INT32, code: INT32, slope: REAL, size: INT64, first: INT64, tiles: INT64, tile_rows: INT64,
     tile_columns: INT64, oh: INT64, ow: INT64, h: INT64, w: INT64, top: INT64, left: INT64, all_outputs: INT64,
     outputs: INT64, channels: INT64, xn: INT64, xc: INT64, xh: INT64, xw: INT64, yn: INT64, yc: INT64, yh: INT64,
     yw: INT64, tile_step: INT64, output_place: INT64, group_step: INT64, output_step: INT64, channel_step: INT64,
@@ -151,8 +152,8 @@ def winograd_output(
         o, tile = number % all_outputs, number // all_outputs
     else:
         tile, o = number % tiles, number // tiles
-    column, rest = tile % tile_columns * 4, tile // tile_columns
-    row, n = rest % tile_rows * 4, first_image + rest // tile_rows
+    column, rest = (first + tile) % tile_columns * 4, (first + tile) // tile_columns
+    row, n = rest % tile_rows * 4, rest // tile_rows
     group = o // outputs
     v = register_sums(y, 36)
     source = tile * tile_step + (group * 36 * outputs + o - group * outputs) * output_place
@@ -193,6 +194,12 @@ def winograd_output(
             y[place] = finished(total, o, place, bias, has_bias, extra, has_extra, code, slope)
 
 
+def why_not(it: Correlation, dtype) -> str | None:
+    """conv_winograd_plan.why_not; and a grid must have room for all products."""
+    too_many = "too many groups for a grid" if POINTS * it.groups > MOST_BLOCKS else None
+    return conv_winograd_plan.why_not(it, dtype) or too_many
+
+
 def _products(it: Correlation, tiles: int) -> Correlation:
     """The 36 products, as a convolution by 1x1 kernels of 36 groups for each of its own."""
     one = Axis(1, 0, 1, 1, 0, 1, 1, 1, 0, 1)
@@ -207,7 +214,7 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int):
     """y = activation(the correlation + bias + extra); bias and extra may be None."""
     place, rows, columns = x.place, it.rows, it.columns
     tiling = tiles_of(it, x.dtype.itemsize)
-    most, tile_counts = tiling.at_once * tiling.of_image, (tiling.rows, tiling.columns)
+    most, tile_counts = tiling.at_once, (tiling.rows, tiling.columns)
     all_channels, all_outputs = it.groups * it.channels, it.groups * it.outputs
     product_tile = conv_product.choose_tile(_products(it, most), x.dtype)
     padded_outputs = ceil_div(it.outputs, product_tile.rows) * product_tile.rows

@@ -20,6 +20,10 @@ from tilewise.kernels.cupy.gemm_plan import NAMES_OF_WAYS
 HAS_BFLOAT16 = True  # operation.py asks
 
 
+def _by_tensor_cores(it, dtype, ordinal: int) -> bool:
+    return conv_tensor.choose(it, dtype, driver.engine(ordinal))[0] is not None
+
+
 def _by_product(it, x, weight, y, bias, extra, code, kept):
     choice, _ = conv_tensor.choose(it, x.dtype, driver.engine(x.place.ordinal))
     if choice is None:
@@ -42,9 +46,11 @@ def _weight_gradient(it, grad, x, shape):
 
 def _describe(it, dtype, algorithm: str, ordinal: int) -> str:
     """Of a call on that device."""
+    engine = driver.engine(ordinal)
+    if algorithm == "winograd":
+        return conv_winograd.describe(it, dtype, engine)
     if algorithm != "gemm":
         return "tiles of few channels" if algorithm == "direct" and conv_direct.is_few(it, dtype) else ""
-    engine = driver.engine(ordinal)
     choice, reasons = conv_tensor.choose(it, dtype, engine)
     tile = conv_product.tile_for(it, dtype, engine.capability) if choice is None else choice.tile
     way = "" if choice is None else f"{NAMES_OF_WAYS[choice.way]}, "
@@ -59,7 +65,8 @@ _CONVOLUTION = Convolution(
     {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": _by_product,
      "winograd": conv_winograd.correlate},
     _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES,
-    why_not_winograd=conv_winograd_plan.why_not, winograd_pays=conv_winograd_plan.pays, describe=_describe,
+    why_not_winograd=conv_winograd_plan.why_not, winograd_pays=conv_winograd_plan.pays,
+    by_tensor_cores=_by_tensor_cores, describe=_describe,
     prefers_direct=conv_direct.is_few, counts=lambda it: it.narrow,
     engine_of=lambda place: driver.engine(place.ordinal),
 )  # fmt: skip

@@ -7,6 +7,7 @@ from tilewise.kernels.copying_plan import WORDS
 from tilewise.kernels.cupy.launch import Kernel
 
 _SIDE = 32  # conv_packing.cu's
+_MOST_BLOCKS = (1 << 31) - 1  # of a grid's x
 _pack = Kernel("conv_packing.cu", "conv_pack<{T}>", "P P 15q", dtypes=[WORDS[size].name for size in (2, 4, 8)])
 
 
@@ -17,11 +18,17 @@ def whole_vectors(length: int, dtype) -> int:
 
 
 def _start(place, source, target, sizes, padded, steps, to_row: int, batch):
-    """sizes, padded, steps: of rows and columns; batch: (many, elements to the next of source, of target) of each."""
+    """source: its address. sizes, padded, steps: of rows and columns; batch: (many, elements to the next of source, of
+    target) of each. What a grid has no room for goes in parts of the batch's second axis."""
     many, from_, to = zip(*batch, strict=True)
-    tiles = ceil_div(padded[0], _SIDE) * ceil_div(padded[1], _SIDE) * many[0] * many[1] * many[2]
-    dtype = WORDS[target.dtype.itemsize]
-    _pack(place, tiles, source, target, *sizes, *padded, *steps, to_row, *many[:2], *from_, *to, dtype=dtype)
+    item, of_one = target.dtype.itemsize, ceil_div(padded[0], _SIDE) * ceil_div(padded[1], _SIDE) * many[0] * many[2]
+    at_once = max(1, min(many[1], _MOST_BLOCKS // max(of_one, 1)))
+    for first in range(0, many[1], at_once):
+        some = min(at_once, many[1] - first)
+        _pack(
+            place, of_one * some, source + first * from_[1] * item, target.pointer + first * to[1] * item, *sizes,
+            *padded, *steps, to_row, many[0], some, *from_, *to, dtype=WORDS[item],
+        )  # fmt: skip
 
 
 def pack_weights(it: Correlation, weight, channels: int):
@@ -52,7 +59,7 @@ def in_vectors(x, layout: str, groups: int):
     image, channel, _, pixel = (0, 1, 0, groups * channels) if last else image_steps(x.shape, layout)
     many, rows = (1, images * area) if last else (images, area)
     _start(
-        x.place, x, turned, (rows, channels), (rows, padded), (pixel, channel), groups * padded,
+        x.place, x.pointer, turned, (rows, channels), (rows, padded), (pixel, channel), groups * padded,
         [(groups, channels * channel, padded), (many, image, area * groups * padded), (1, 0, 0)],
     )  # fmt: skip
     return turned, padded

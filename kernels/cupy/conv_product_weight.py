@@ -4,12 +4,11 @@ from math import prod
 
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation
-from tilewise.kernels.conv_plan import split
+from tilewise.kernels.conv_plan import TILED_PIXELS, split
 from tilewise.kernels.cupy.conv_sums import WEIGHT, add_parts, new_parts, operands
 from tilewise.kernels.cupy.gemm_tile import SMALL, Tile
 from tilewise.kernels.cupy.launch import NAMES, Kernel
 
-_LEAST_PIXELS = 512
 NARROW = Tile("Narrow", 32, 64, 128, 2)  # for float64
 
 
@@ -26,7 +25,7 @@ _kernels = {(tile, last): _make(tile, last) for tile in (SMALL, NARROW) for last
 
 def applies(it: Correlation) -> bool:
     """Whether places in an image fit 32 bits."""
-    return it.narrow and max(prod(it.shape_x[1:]), prod(it.shape_y[1:]), it.images) < 1 << 31
+    return it.narrow and max(prod(it.shape_x[1:]), prod(it.shape_y[1:])) < 1 << 31
 
 
 def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
@@ -34,7 +33,7 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
     columns = it.channels * it.taps
     tile = NARROW if grad.dtype.itemsize == 8 else SMALL
     tiles = ceil_div(it.outputs, tile.rows) * ceil_div(columns, tile.columns)
-    many, per_part = split(it.pixels, tiles * it.groups, _LEAST_PIXELS)
+    many, per_part = split(it.pixels, tiles * it.groups, TILED_PIXELS)
     parts = new_parts(grad.place, many, prod(shape), grad.dtype)
     grid = tiles, it.groups, many
     _kernels[tile, it.channels_last](grad.place, grid, *operands(it, grad, x, parts), it.pixels, per_part)

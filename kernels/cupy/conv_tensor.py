@@ -7,32 +7,25 @@ from tilewise.kernels import settings
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation, image_steps
 from tilewise.kernels.conv_plan import choose_tensor_tile
-from tilewise.kernels.cupy import conv_wgmma
+from tilewise.kernels.cupy import conv_wgmma, gemm_tensor
 from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
 from tilewise.kernels.cupy.conv_packing import in_vectors, pack_weights, whole_vectors
 from tilewise.kernels.cupy.gemm_plan import NAMES_OF_WAYS, TOO_LITTLE, why_not
-from tilewise.kernels.cupy.gemm_tensor import AMPERE, DTYPES, LARGE, LITTLE, MATHS, MEDIUM, TensorTile
+from tilewise.kernels.cupy.gemm_tensor import AMPERE, DTYPES, LARGE, LITTLE, MEDIUM, TensorTile
 from tilewise.kernels.cupy.gemm_wgmma import WgmmaTile
-from tilewise.kernels.cupy.launch import NAMES, Kernel
-from tilewise.kernels.cupy.module import OLDEST
+from tilewise.kernels.cupy.launch import Kernel
 
 # Few outputs, by whether channels are last: tiles are pixels x outputs then, else outputs x pixels; and the same for
 # three products, which take more registers.
 NARROW = {False: TensorTile("Flat", 64, 128, 128, 3), True: TensorTile("Upright", 128, 64, 128, 3)}
 NARROW_PAIR = {False: TensorTile("FlatPair", 64, 128, 128, 2), True: TensorTile("UprightPair", 128, 64, 128, 2)}
-_FEW_CHANNELS = "its channels, filled up to whole vectors of 16 bytes, would be zeros for the greater part"
+FEW_CHANNELS = "its channels or outputs, filled up to whole vectors of 16 bytes, would be zeros for too great a part"
 
 
 def make(name: str, way: str, tile: TensorTile, by_k: tuple[bool, bool], last: tuple, parameters: str) -> Kernel:
-    """The kernel of a source of that name. by_k: of both operands, whether k is contiguous."""
-    names = [f"{NAMES}{part}" for part in (MATHS[way], tile.name)] + [str(flag).lower() for flag in last]
-    on_oldest = way == "half" and tile is LITTLE  # the stages of a larger one have no room there
-    loads = ("LDSM",) if way in ("half", "bfloat") else ("LDS",)
-    return Kernel(
-        f"{name}.cu", f"{name}<{', '.join(names)}>", parameters, threads=tile.threads, blocks=tile.resident,
-        dtypes=(DTYPES[way],), least=OLDEST if on_oldest else AMPERE, shared=tile.shared_bytes(by_k),
-        promises=("HMMA", "STG.128", *loads, *(() if on_oldest else ("LDGSTS",))),
-    )  # fmt: skip
+    """The kernel of a source of that name; see gemm_tensor.make."""
+    loads = "LDSM" if way in ("half", "bfloat") else "LDS"
+    return gemm_tensor.make(f"{name}.cu", name, way, tile, by_k, last, parameters, ("STG.128", loads))
 
 
 def tiles_of(way: str, last: bool) -> tuple[TensorTile, ...]:
@@ -65,7 +58,7 @@ def why_not_way(way: str, dtype, engine, depth: int, *channels: int) -> str | No
     if reason := why_not(way, engine.capability, depth, True, settings.active().tf32):
         return reason
     wasted = any(n == 1 or (way == "split" and 2 * whole_vectors(n, dtype) > 3 * n) for n in channels)
-    return _FEW_CHANNELS if wasted else None
+    return FEW_CHANNELS if wasted else None
 
 
 def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | str:

@@ -3,7 +3,7 @@ say how."""
 
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation, image_steps
-from tilewise.kernels.conv_plan import choose_weight_tile, split
+from tilewise.kernels.conv_plan import TILED_PIXELS, choose_weight_tile, split
 from tilewise.kernels.cupy import conv_tensor, conv_wgmma
 from tilewise.kernels.cupy.conv_packing import in_vectors, whole_vectors
 from tilewise.kernels.cupy.conv_sums import WEIGHT, add_parts, new_parts, operands
@@ -13,7 +13,6 @@ from tilewise.kernels.cupy.gemm_tensor import AMPERE, DTYPES, TensorTile
 from tilewise.kernels.cupy.gemm_wgmma import WgmmaTile
 from tilewise.kernels.cupy.launch import Kernel
 
-_LEAST_PIXELS = 512  # of a part
 _kernels: dict[tuple[str, TensorTile | WgmmaTile], Kernel] = {
     (way, tile): conv_tensor.make("conv_tensor_weight", way, tile, (False, False), (), f"{WEIGHT} q q q")
     for way in DTYPES for tile in tiles_of(way, False)
@@ -28,7 +27,7 @@ def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | 
         return reason
     if way == "wgmma":
         columns = it.taps * whole_vectors(it.channels, dtype)
-        return conv_wgmma.choose_tile(it.outputs, columns, it.groups, engine, ceil_div(it.pixels, _LEAST_PIXELS))
+        return conv_wgmma.choose_tile(it.outputs, columns, it.groups, engine, ceil_div(it.pixels, TILED_PIXELS))
     tiles = tiles_of(way, False)
     if engine.capability < AMPERE:
         return tiles[-1]
@@ -48,7 +47,7 @@ def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...], choice: Ch
     image, channels = in_vectors(x, it.layout, it.groups)
     columns = it.taps * channels
     tiles = ceil_div(it.outputs, tile.rows) * ceil_div(columns, tile.columns)
-    many, per_part = split(it.pixels, tiles * it.groups, _LEAST_PIXELS)
+    many, per_part = split(it.pixels, tiles * it.groups, TILED_PIXELS)
     parts = new_parts(grad.place, many, it.groups * it.outputs * columns, grad.dtype)
     steps = image_steps(image.shape, "NHWC") + image_steps(grads.shape, "NHWC")
     given = operands(it, grads, image, parts, steps, channels)

@@ -6,16 +6,15 @@ from tilewise.kernels.cupy.conv_direct import CORRELATION
 from tilewise.kernels.cupy.conv_sums import WEIGHT
 from tilewise.kernels.cupy.gemm_plan import TOO_LITTLE
 from tilewise.kernels.cupy.gemm_tensor import LITTLE
-from tilewise.kernels.cupy.gemm_wgmma import HOPPER, NARROW, WIDE, WgmmaTile
+from tilewise.kernels.cupy.gemm_wgmma import HOPPER, NARROW, THREADS, WIDE, WgmmaTile
 from tilewise.kernels.cupy.launch import Kernel
 
-_THREADS = 384
 DTYPES = "float16", "bfloat16"
 
 
 def _make(name: str, tile: WgmmaTile, last: str, parameters: str) -> Kernel:
     return Kernel(
-        f"{name}.cu", f"{name}<{{T}}, {tile.columns}{last}>", parameters, threads=_THREADS, dtypes=DTYPES, least=HOPPER,
+        f"{name}.cu", f"{name}<{{T}}, {tile.columns}{last}>", parameters, threads=THREADS, dtypes=DTYPES, least=HOPPER,
         target="sm_90a", shared=tile.shared_bytes(), promises=("HGMMA", "LDGSTS", "STG.128", "USETMAXREG"),
     )  # fmt: skip
 

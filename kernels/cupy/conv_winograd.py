@@ -5,15 +5,19 @@ Error: the transforms add numbers of different size, so single results may be of
 TF32. TF32 alone would lose too much.
 """
 
+from types import SimpleNamespace
+
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation
 from tilewise.kernels.conv_plan import made_of
 from tilewise.kernels.conv_winograd_plan import POINTS, tiles_of
+from tilewise.kernels.cupy import gemm_plan
 from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
 from tilewise.kernels.cupy.gemm import multiply
 from tilewise.kernels.cupy.gemm_tile import SINGLE
 from tilewise.kernels.cupy.launch import Kernel
 from tilewise.kernels.gemm_matrices import Matrices
+from tilewise.kernels.gemm_plan import MOST_MATRICES
 
 _THREADS = 128
 _WIDTH = 4  # float32 of 16 bytes
@@ -35,28 +39,41 @@ def _whole(count: int) -> int:
     return ceil_div(count, _WIDTH) * _WIDTH
 
 
+def _shape(it: Correlation) -> tuple[int, int, int]:
+    """Of U: matrices, channels, outputs."""
+    return it.groups * POINTS, _whole(it.channels) if it.channels_last else it.channels, _whole(it.outputs)
+
+
 def _transformed(it: Correlation, weight):
     """U of the weights."""
-    channels, outputs = _whole(it.channels) if it.channels_last else it.channels, _whole(it.outputs)
+    shape = _, channels, outputs = _shape(it)
     blocks = ceil_div(it.groups * channels * outputs, _THREADS)
 
     def write(packed):
         _weight(weight.place, blocks, weight, packed, *it.axes, *it.filters, channels, outputs)
 
-    return made_of(weight, "winograd", (it.groups * POINTS, channels, outputs), weight.dtype, write)
+    return made_of(weight, "winograd", shape, weight.dtype, write)
 
 
-def _multiply(it: Correlation, packed, values, tiles: int, products):
-    """products = packed and values multiplied, in the order of the images; tiles: padded."""
+def _factors(it: Correlation, packed, values, tiles: int) -> tuple[Matrices, Matrices]:
+    """What is multiplied, in the order of the images; tiles: padded."""
     matrices, channels, outputs = packed.shape
     lead = (matrices,)
     if it.channels_last:
         left = Matrices(values, lead, tiles, channels, channels, 1)
-        right = Matrices(packed, lead, channels, outputs, outputs, 1)
-    else:
-        left = Matrices(packed, lead, outputs, channels, 1, outputs)
-        right = Matrices(values, lead, channels, tiles, tiles, 1)
-    multiply(left, right, lead, products, tf32=False)
+        return left, Matrices(packed, lead, channels, outputs, outputs, 1)
+    left = Matrices(packed, lead, outputs, channels, 1, outputs)
+    return left, Matrices(values, lead, channels, tiles, tiles, 1)
+
+
+def describe(it: Correlation, dtype, engine) -> str:
+    """Which product the largest part takes."""
+    shape = _shape(it)
+    packed, values = (SimpleNamespace(shape=s, dtype=dtype) for s in (shape, ()))
+    left, right = _factors(it, packed, values, _whole(tiles_of(it, dtype.itemsize).at_once))
+    name, _, tile, _ = gemm_plan.choose(left, right, min(shape[0], MOST_MATRICES), engine, tf32=False)
+    way = "" if name == "tiles" else f"{name}, "
+    return f"{shape[0]} products: {way}tiles of {tile.rows} x {tile.columns}"
 
 
 def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept=None):
@@ -64,12 +81,12 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept=None):
     place, tiling = x.place, tiles_of(it, x.dtype.itemsize)
     packed = _transformed(it, weight)
     matrices, channels, outputs = packed.shape
-    most = _whole(tiling.at_once * tiling.of_image)
+    most = _whole(tiling.at_once)
     values, products = (place.empty((matrices, most, n), x.dtype) for n in (channels, outputs))
     for first, count in tiling.parts(it.images):
         tiles = _whole(count)
         about = first, count, tiles, tiling.rows, tiling.columns, channels, outputs, it.channels_last
         blocks = (ceil_div(it.groups * tiles * n, _THREADS) for n in (channels, outputs))
         _input(place, next(blocks), x, values, *it.axes, *it.steps[:4], *it.filters, *about)
-        _multiply(it, packed, values, tiles, products)
+        multiply(*_factors(it, packed, values, tiles), (matrices,), products, tf32=False)
         _output(place, next(blocks), products, *operands(it, x, weight, y, bias, extra, code), *about)

@@ -88,8 +88,9 @@ class Driver:
         return nullcontext() if self._current() == self.ordinal else self._device
 
     def allocate(self, nbytes: int, every_stream: bool = False) -> Memory:
-        """every_stream: for kernels in any stream; giving it back waits for them."""
-        with self.current():
+        """every_stream: for kernels in any stream; giving it back waits for them. Else it is for the default stream,
+        whichever is CuPy's current one: a pool hands out what kernels of the same stream may still use."""
+        with self.current(), self._cupy.cuda.Stream.null:
             owner = self._cupy.cuda.alloc(max(nbytes, 1))
         return MemoryOfEveryStream(owner, nbytes, self._device) if every_stream else Memory(owner, nbytes)
 

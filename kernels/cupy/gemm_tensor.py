@@ -38,15 +38,22 @@ MATHS = {"half": "HalfMath", "bfloat": "BfloatMath", "tf32": "Tf32Math", "split"
 _ORDERS = [(p, q) for p in (True, False) for q in (True, False)]
 
 
-def _matmul(way: str, tile: TensorTile, order: tuple[bool, bool]) -> Kernel:
-    names = ", ".join(f"{NAMES}{name}" for name in (MATHS[way], tile.name))
+def make(
+    source: str, function: str, way: str, tile: TensorTile, by_k: tuple[bool, bool], flags: tuple[bool, ...],
+    parameters: str, promises: tuple[str, ...] = (),
+) -> Kernel:  # fmt: skip
+    """The function's instance for this way and tile. by_k: of both operands, whether k is contiguous."""
+    names = [f"{NAMES}{name}" for name in (MATHS[way], tile.name)] + [str(flag).lower() for flag in flags]
     on_oldest = way == "half" and tile is LITTLE  # the stages of a larger one have no room there
-    moves = () if on_oldest else ("LDGSTS",)
     return Kernel(
-        "gemm_tensor.cu", f"matmul_tensor<{names}, {', '.join(str(by_k).lower() for by_k in order)}>",
-        f"P P P P P f {GEMM}", threads=tile.threads, blocks=tile.resident, dtypes=(DTYPES[way],),
-        least=OLDEST if on_oldest else AMPERE, shared=tile.shared_bytes(order), promises=("HMMA", *moves),
+        source, f"{function}<{', '.join(names)}>", parameters, threads=tile.threads, blocks=tile.resident,
+        dtypes=(DTYPES[way],), least=OLDEST if on_oldest else AMPERE, shared=tile.shared_bytes(by_k),
+        promises=("HMMA", *promises, *(() if on_oldest else ("LDGSTS",))),
     )  # fmt: skip
+
+
+def _matmul(way: str, tile: TensorTile, order: tuple[bool, bool]) -> Kernel:
+    return make("gemm_tensor.cu", "matmul_tensor", way, tile, order, order, f"P P P P P f {GEMM}")
 
 
 # (way, tile) -> {(A, B) of whether k is contiguous: kernel}

@@ -7,7 +7,7 @@ from tilewise.kernels.cupy.launch import NAMES, Kernel
 
 HOPPER = (9, 0)
 _STAGES, _LINE_BYTES = 4, 128  # wgmma_product.cuh's FILLING, LINE_BYTES
-_THREADS = 384
+THREADS = 384
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def _matmul(template: str, tile: WgmmaTile, order: tuple[bool, bool], dtypes: tu
     # float32's right operand goes through registers
     moves = ("LDG.128", "STS.128") if dtypes == ("float32",) else ()
     return Kernel(
-        "gemm_wgmma.cu", f"{template}, {tile.columns}, {orders}>", f"P P P P P r {GEMM}", threads=_THREADS,
+        "gemm_wgmma.cu", f"{template}, {tile.columns}, {orders}>", f"P P P P P r {GEMM}", threads=THREADS,
         dtypes=dtypes, least=HOPPER, target="sm_90a", shared=tile.shared_bytes(parts),
         promises=("HGMMA", "LDGSTS", *moves, "STG.128", "USETMAXREG"),
     )  # fmt: skip

@@ -37,6 +37,8 @@ FENCE = 256  # bytes before and after each array
 _PATTERN = 0xFF
 _LARGE = 1 << 28  # bytes from which a memory is made of pages that are there only once they are touched
 _MOST_BLOCKS = (1 << 31) - 1, 65_535, 65_535  # of a grid's x, y, z (CUDA C++ Programming Guide)
+# KB of shared memory that a block may have, by compute capability (the same)
+_MOST_SHARED = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 
 
 class EmulatedFault(RuntimeError):
@@ -243,12 +245,15 @@ class Emulator:
 
     def __init__(self, capability=(9, 0), schedule="forward", eager_copies=False):
         self.capability, self.multiprocessors = capability, 4
-        self.most_shared = 227 << 10 if capability >= (9, 0) else 163 << 10
         self.schedule, self.eager_copies = schedule, eager_copies
         self.launched: set[tuple[str, str]] = set()
         self.last_blocks: tuple[int, int, int] | None = None
         self._codes: dict = {}
         self._memories: list = []
+
+    @property
+    def most_shared(self) -> int:
+        return _MOST_SHARED[self.capability] << 10
 
     def allocate(self, nbytes, every_stream=False):
         memory = Memory(nbytes, self.last_blocks is not None)

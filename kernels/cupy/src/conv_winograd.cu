@@ -18,10 +18,10 @@ namespace tilewise {
 
 constexpr int WINOGRAD_THREADS = 128, POINTS = 36, TILE = 4;
 
-// Those of a launch: `count`, of the images from first_image on, down x across an image. padded, channels, outputs: tiles,
-// and channels and outputs of a group, as the matrices have them.
+// Those of a launch: `count` from `first` on, counted through all images, down x across an image. padded, channels, outputs:
+// tiles, and channels and outputs of a group, as the matrices have them.
 struct Tiles {
-    long long first_image, count, padded, down, across, channels, outputs;
+    long long first, count, padded, down, across, channels, outputs;
     int channels_last;
 };
 
@@ -118,9 +118,9 @@ conv_winograd_input(const T *__restrict__ x, T *values, const Axis rows, const A
     if (number >= filters.groups * tiles.channels * tiles.padded) return;
     const TileOfChannel mine(number, tiles, filters.groups, tiles.channels);
     const bool there = mine.tile < tiles.count && mine.channel < filters.channels;
-    const Pixel tile(mine.tile, tiles.down, tiles.across);
-    const T *const image = x + (tiles.first_image + tile.image) * from.image +
-                           (mine.group * filters.channels + mine.channel) * from.channel;
+    const Pixel tile(tiles.first + mine.tile, tiles.down, tiles.across);
+    const T *const image =
+        x + tile.image * from.image + (mine.group * filters.channels + mine.channel) * from.channel;
     T v[POINTS];
 #pragma unroll
     for (int i = 0; i < 6; ++i) {
@@ -167,7 +167,7 @@ conv_winograd_output(const T *__restrict__ products, const T *__restrict__ x, co
     if (number >= filters.groups * tiles.outputs * tiles.padded) return;
     const TileOfChannel mine(number, tiles, filters.groups, tiles.outputs);
     if (mine.tile >= tiles.count || mine.channel >= filters.outputs) return;
-    const Pixel tile(mine.tile, tiles.down, tiles.across);
+    const Pixel tile(tiles.first + mine.tile, tiles.down, tiles.across);
     const T *const source = products + mine.place(tiles, tiles.outputs);
     T v[POINTS];
 #pragma unroll
@@ -182,8 +182,8 @@ conv_winograd_output(const T *__restrict__ products, const T *__restrict__ x, co
         for (int i = 0; i < TILE; ++i) check += v[6 * i + j] * 0;
     }
     const bool finite = check == 0;
-    const long long image = tiles.first_image + tile.image, o = mine.group * filters.outputs + mine.channel;
-    const T *const first = x + image * from.image + mine.group * filters.channels * from.channel;
+    const long long o = mine.group * filters.outputs + mine.channel;
+    const T *const first = x + tile.image * from.image + mine.group * filters.channels * from.channel;
     const T *const own = weight + mine.group * filters.group_step + mine.channel * filters.output_step;
 #pragma unroll 1
     for (int k = 0; k < TILE * TILE; ++k) {   // as a loop, or the epilogue would be there sixteen times
@@ -195,7 +195,7 @@ conv_winograd_output(const T *__restrict__ products, const T *__restrict__ x, co
             total = k == other ? v[6 * (other / TILE) + other % TILE] : total;
         if (!finite)
             total = defined(first, own, rows, columns, from, filters, rows.origin + row, columns.origin + column);
-        const long long place = image * to.image + o * to.channel + row * to.row + column * to.column;
+        const long long place = tile.image * to.image + o * to.channel + row * to.row + column * to.column;
         y[place] = finish(total, o, place);
     }
 }

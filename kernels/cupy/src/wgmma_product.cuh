@@ -121,6 +121,7 @@ __device__ __forceinline__ void multiply_filled(float (&sums)[Room::N / 2], cons
         if (s > 0 && lane == 0) arrive(stages.emptied + (s - 1) % FILLING);
     }
     wait_products<0>();
+    hold_registers(sums);
 }
 
 // The multipliers lay their sums out as a matrix where the stages were, and hand them out in 16 bytes of the result:
