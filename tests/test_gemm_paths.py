@@ -89,7 +89,7 @@ def test_two_threads_find_two_chunks(way):
         work = gemm_plan._work(m, n, depth, 4)
         assert work >= threads.SERIAL_BELOW
         if way == "blocks":
-            rows, columns = gemm_plan._blocks(m, n, NV * lane_count(4), 1, work)
+            rows, columns = gemm_plan._shared_blocks(m, n, NV * lane_count(4), 1, work)
         elif way == "dots":
             _, (rows, columns, _) = gemm_plan.dots(m, n, depth, 4)
         else:
