@@ -29,8 +29,8 @@ from tilewise.kernels.cpu.simd import address, fused, lane_count
 PART = 16384
 # Bytes to prefetch ahead of the second row of a window: far enough for memory's latency (100 ns at 20 GB/s are 2 KB),
 # near enough for L1. Of NCHW's short rows, of which processors fetch few ahead, those of the next windows are asked for
-# in the order of the memory where windows move by two: 3x3 windows of 112x112 planes take 1.85 ms; 2.2 where both rows
-# of a window were asked for side by side (Zen 4). In NHWC that gains nothing.
+# in the order of the memory where windows move by two, which is faster than asking for both rows of a window side by
+# side (`make bench-peers ARGS='--only "pool forward"'`, ResNet's pool1, Zen 4). In NHWC that gains nothing.
 AHEAD = 4096
 # Elements that a chunk reads: some tens of microseconds, well above what handing out a chunk costs.
 CHUNK = 32768

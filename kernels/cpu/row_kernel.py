@@ -45,9 +45,9 @@ def row_product_to(
     Row i < count goes to y[places[i]], its first `columns` lanes. bias: one number a column, read where has_bias is not
     0; extra: laid out as y, read where has_extra is not 0; bounds: as in `Bounds`.
     With one piece of few steps, a 1x1 convolution, memory is half of the time: a tile asks for its lines of y and for
-    the next tile's rows of a (AVX-512 only: not measured with AVX2). On Zen 4, one thread and two, 8x112x112x32 -> 64
-    takes 5.6 and 2.8 ms instead of 7.0 and 3.6, 8x56x56x64 -> 256 9.5 and 4.9 instead of 10.9 and 5.4; asked for with
-    more steps or pieces as well, stride 2 lost 1 to 5 %. All panels of outputs for 16 KB of y before the next pixels
+    the next tile's rows of a (AVX-512 only: not measured with AVX2). It pays for MobileNet's first 1x1 and ResNet's
+    expanding ones (`make bench-peers ARGS='--only "pw1|expand"'`, Zen 4); asked for with more steps or pieces as well,
+    it cost stride 2 a little. All panels of outputs for 16 KB of y before the next pixels
     gained nothing, nor did asking for y alone with 27 steps on Zen 3, nor code without tests for tiles that are whole,
     nor a branch around bounds and summand (Zen 4).
     """
