@@ -18,7 +18,7 @@ PaddingLike = int | str | Sequence[int] | Sequence[Sequence[int]]
 
 
 # Weights up to this many elements are compared one by one, of larger ones about that many are looked at.
-_COMPARED, _SAMPLED = 4096, 2048
+_COMPARED, _SAMPLED = 4096, 512
 # Uses of one layer whose prepared weights are kept, such as before one batch norm and before another.
 _USES = 2
 
@@ -33,7 +33,7 @@ class Conv2d(Affine):
     that follows, and later ones use that: a copy and a packed form, together two to five times the weights' memory.
     train() and load_state_dict() drop it, and it is made anew after an optimiser's step, and when a parameter or
     statistic is another array or has changed in place. Changes in place are looked for in all of a small array, in some
-    2048 elements spread over a large one, two of each filter at least: loading, scaling or zeroing a filter shows
+    512 elements spread over a large one, one of each filter at least: loading, scaling or zeroing a filter shows
     there, but single numbers changed by hand in more than 4096 may not: call release() then, of the layer or of the
     network.
 
@@ -170,16 +170,18 @@ class Conv2d(Affine):
 class _Source:
     """What a prepared convolution is made of, to see whether that has changed."""
 
-    __slots__ = ("arrays", "options", "samples")
+    __slots__ = ("arrays", "numbers", "options", "samples")
 
     def __init__(self, parameters: tuple[Parameter | None, ...], statistics: tuple | None, options: tuple):
         *vectors, eps = (None,) if statistics is None else statistics
-        self.arrays = (*(None if p is None else p.data for p in parameters), *vectors)
-        self.options = (*options, eps, *(p.version for p in parameters if p is not None))
-        self.samples: tuple[bytes, ...] = ()
+        self.arrays = [None if p is None else p.data for p in parameters] + vectors
+        self.options = (*options, eps, *[p.version for p in parameters if p is not None])
+        self.samples: list[np.ndarray] = []
+        self.numbers: list[bytes] = []
 
     def sample(self):
-        self.samples = tuple(b"" if array is None else _sample(array) for array in self.arrays)
+        self.samples = [_sample(array) for array in self.arrays if array is not None]
+        self.numbers = [sample.tobytes() for sample in self.samples]
 
     def is_as(self, found: "_Source") -> bool:
         """Whether this is what it was found to be."""
@@ -187,19 +189,22 @@ class _Source:
             return False
         if not all(map(is_, self.arrays, found.arrays)):
             return False
-        return all(a is None or _sample(a) == s for a, s in zip(self.arrays, found.samples, strict=True))
+        return [sample.tobytes() for sample in found.samples] == found.numbers
 
 
-def _sample(array: np.ndarray) -> bytes:
-    """Every element of a small array, about _SAMPLED of a large one, and of each filter two at least."""
+def _sample(array: np.ndarray) -> np.ndarray:
+    """A view of every element of a small array, of about _SAMPLED of a large one, and of each filter one at least.
+
+    Each element of a large one is a cache line that nothing else in evaluation reads, so they are few.
+    """
     if array.size <= _COMPARED:
-        return array.tobytes()
-    step, most = array.size // _SAMPLED, max(1, array.size // len(array) // 2)
-    while step % 2 == 0 or step % 3 == 0:  # the sizes of axes seldom share a factor with it
-        step += 1
-    while step > most or step % 2 == 0 or step % 3 == 0:
+        return array
+    most = array.size // len(array)
+    step = min(array.size // _SAMPLED, most)
+    while step > 1 and (step % 2 == 0 or step % 3 == 0):  # the sizes of axes seldom share a factor with it
         step -= 1
-    return array.ravel("K")[::step].tobytes()
+    flat = array.ravel("K")
+    return flat[::step] if np.may_share_memory(flat, array) else array  # rather all of it than numbers of a copy
 
 
 def check_images(function: str, x: np.ndarray, layout: str):

@@ -299,6 +299,14 @@ class TestNeverStale:
             layer.weight.data[i] = 0
             assert layer(x)[0, i] == 0
 
+    def test_a_filter_of_a_view_set_to_zero_is_noticed(self, rng):
+        layer = nn.Conv2d(64, 128, 1, bias=False, rng=0).eval()
+        layer.weight.data = rng.standard_normal((128, 128, 1, 1), dtype=np.float32)[:, ::2]
+        x = images(rng, 1, 64, 3, 3)
+        layer(x)
+        layer.weight.data[77] = 0
+        assert layer(x)[0, 77].max() == 0
+
     def test_no_longer_used_it_goes_at_once(self, rng):
         model = nn.models.resnet18(3, width=8, rng=0).eval()
         model(images(rng, 1, 3, 32, 32))
