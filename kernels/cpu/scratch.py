@@ -4,6 +4,7 @@ A vector load that straddles two cache lines costs two accesses: with panels at 
 at 118 GFLOP/s, at 64 bytes at 148 (Cascade Lake, one core).
 """
 
+import ctypes
 import math
 
 import numpy as np
@@ -73,15 +74,16 @@ def large(shape: tuple[int, ...], dtype) -> tuple[np.ndarray, bool]:
     size = math.prod(shape) * dtype.itemsize
     if size >= recycling.FROM and recycling.AVAILABLE:
         return recycling.empty(shape, dtype, size)
-    return _at_alignment(size).view(dtype).reshape(shape), False
+    return _at_alignment(shape, dtype, size), False
 
 
 def aligned(count: int, dtype) -> np.ndarray:
     """What `scratch` gives, from Python: for what is kept between calls, such as packed weights."""
-    return _at_alignment(count * dtype.itemsize + ALIGNMENT).view(dtype)
+    size = count * dtype.itemsize + ALIGNMENT
+    return _at_alignment((size // dtype.itemsize,), dtype, size)
 
 
-def _at_alignment(size: int) -> np.ndarray:
+def _at_alignment(shape: tuple[int, ...], dtype, size: int) -> np.ndarray:
     memory = np.empty(size + ALIGNMENT + APART, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT + APART
-    return memory[start : start + size]
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))  # a third of the time of memory.ctypes.data
+    return np.ndarray(shape, dtype, memory, -address % ALIGNMENT + APART)
