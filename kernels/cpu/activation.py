@@ -33,8 +33,8 @@ from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import large
 from tilewise.kernels.cpu.simd import address
 
-# Elements in one unit of parallel work: 64 kB of float32, a few microseconds, so that a launch is worth it. Whole pages,
-# so that every chunk of an aligned result is aligned.
+# Elements in one unit of parallel work: 64 kB of float32, a few microseconds, so that a launch is worth it; whole
+# vectors, so that every chunk of an aligned result is aligned.
 CHUNK = 16384
 # Serial nanoseconds for one element, measured roughly; they only decide between serial and parallel.
 _NANOSECONDS = {RELU: 0.25, LEAKY_RELU: 0.25, SIGMOID: 0.5, TANH: 0.5, STEP: 0.25, SIGN: 0.25}
@@ -58,7 +58,7 @@ def _forward_kernel(x, y, code, slope, past):
     for chunk in prange((x.size + CHUNK - 1) // CHUNK):
         start = np.int64(chunk) * CHUNK
         count = min(CHUNK, x.size - start)
-        if code == SIGMOID or code == TANH:
+        if code in (SIGMOID, TANH):
             _forward_exponential(x[start : start + count], y[start : start + count], code)
         else:
             forward_run(address(x, start), address(y, start), count, code, x.dtype.type(slope), past)

@@ -62,13 +62,12 @@ _BACKWARD = {
 
 def _emit_runs(emit, functions, operands, result, count, code, slope, past):
     """result = the function of `code` of the operands, over a run."""
-    factor = emit.splat(slope)
+    builder, factor = emit.builder, emit.splat(slope)
     for known, function in functions.items():
-        with emit.builder.if_then(emit.builder.icmp_signed("==", code, _I64(known))):
-            with emit.builder.if_else(emit.builder.icmp_signed("!=", past, _I64(0))) as branches:
-                for branch, streamed in zip(branches, (True, False), strict=True):
-                    with branch:
-                        _emit_run(emit, function, operands, result, count, factor, streamed)
+        chosen = builder.icmp_signed("==", code, _I64(known))
+        for streamed in (0, 1):
+            with builder.if_then(builder.and_(chosen, builder.icmp_signed("==", past, _I64(streamed)))):
+                _emit_run(emit, function, operands, result, count, factor, bool(streamed))
 
 
 def _emit_run(emit, function, operands, result, count, factor, streamed):
