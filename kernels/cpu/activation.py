@@ -61,8 +61,9 @@ def _forward_kernel(x, y, code, slope, past):
         if code in (SIGMOID, TANH):
             _forward_exponential(x[start : start + count], y[start : start + count], code)
         else:
-            forward_run(address(x, start), address(y, start), count, code, x.dtype.type(slope), past)
-            if past:
+            streamed = past if count == CHUNK else 0
+            forward_run(address(x, start), address(y, start), count, code, x.dtype.type(slope), streamed)
+            if streamed:
                 settle_stores()
 
 
@@ -71,10 +72,11 @@ def _backward_kernel(grad, y, result, code, slope, past):
     for chunk in prange((y.size + CHUNK - 1) // CHUNK):
         start = np.int64(chunk) * CHUNK
         count = min(CHUNK, y.size - start)
+        streamed = past if count == CHUNK else 0
         backward_run(
-            address(grad, start), address(y, start), address(result, start), count, code, y.dtype.type(slope), past
+            address(grad, start), address(y, start), address(result, start), count, code, y.dtype.type(slope), streamed
         )
-        if past:
+        if streamed:
             settle_stores()
 
 

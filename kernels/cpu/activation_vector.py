@@ -83,7 +83,7 @@ def _emit_run(emit, function, operands, result, count, factor, streamed):
 def forward_run(typingctx, x, y, count, code, slope, past):
     """y[:count] = f(x[:count]), f one of RELU, LEAKY_RELU, STEP and SIGN; y is not x.
 
-    past: 1 where y is aligned to a vector and written past the caches, 0 elsewhere. settle_stores() must follow a 1.
+    past: 1 writes past the caches, for which the run must be whole, aligned vectors of y, and settle_stores() follow.
     """
 
     def emission(emit, args):

@@ -12,10 +12,10 @@ from tilewise.kernels.cpu.vector_move import _transposed, copy_lanes, copy_vecto
 # KC steps of the sum: a panel of B (KC * NR * 4 = 32 KB) stays in L1 while A's rows (KC * MR * 4 = 14 KB a tile) come
 # from L2. With AVX2's smaller tiles, 16 and 6 KB.
 KC = 256
-# Panels packed together, so that longer runs are read and fewer pages visited: KC * GROUP * NR * 4 = 256 KB of L2 (with
-# AVX2, which packs more of A, 64 KB), and how many rows ahead they are asked for. On two cores of Zen 4, 64x576 @
-# 576x16384, whose rows are pages apart: 7.4 ms with 16 panels and nothing asked for, 6.9 with 8 and four rows.
-GROUP, ROWS_AHEAD = (4, 0) if VECTOR_BYTES == 32 else (8, 4)
+# Panels packed together, so that longer runs are read and fewer pages visited: KC * GROUP * NR * 4 = 256 KB of L2 with
+# AVX-512 (AVX2, which packs A as well, 64 KB); and how many rows ahead they are asked for: rows pages apart are runs
+# too short for the processor's own prefetcher, and rows a power of two apart leave room in L2 for a few only.
+GROUP, ROWS_AHEAD = (8, 4) if VECTOR_BYTES == 64 else (4, 0)
 
 
 @device()
