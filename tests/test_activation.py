@@ -173,6 +173,32 @@ def test_one_specialisation_for_each_dtype(rng):
         assert len(kernel.serial.signatures) == 2
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, dtype):
+    """From the second call on the memory has been used before: only then are they."""
+    from tilewise.kernels.cpu import activation as cpu
+    from tilewise.kernels.operation import forget_plans
+
+    size = cpu.ALIGNED // dtype().itemsize + 37  # the last chunk ends within a vector
+    x, grad = rng.standard_normal((2, size)).astype(dtype)
+    calls = [(name, (x,)) for name in ("relu", "leaky_relu", "step", "sign")]
+    calls += [(f"{name}_backward", (grad, x)) for name in ELEMENTWISE]
+    past = []
+    monkeypatch.setattr(cpu, "_result", lambda *given, result=cpu._result: past.append(result(*given)) or past[-1])
+    with tilewise.using(backend="cpu"):
+        expected = [getattr(kernels, name)(*operands) for name, operands in calls]
+        assert not any(streamed for _, streamed in past)
+        monkeypatch.setattr(cpu, "memory_from", lambda: cpu.ALIGNED)
+        forget_plans()
+        for (name, operands), values in zip(calls, expected, strict=True):
+            past.clear()
+            getattr(kernels, name)(*operands)
+            past.clear()
+            np.testing.assert_array_equal(getattr(kernels, name)(*operands), values, err_msg=name)
+            assert [streamed for _, streamed in past] == [1]
+    forget_plans()
+
+
 @pytest.mark.parametrize("name", ["relu", "tanh", "softmax", "log_softmax"])
 def test_bits_do_not_depend_on_the_thread_count(rng, name):
     function, backward = getattr(kernels, name), getattr(kernels, f"{name}_backward")
@@ -330,8 +356,8 @@ def test_loops_over_exponentials_are_vector_code():
     for kernel in (cpu._forward_kernel, cpu.softmax_rows):
         fresh = numba.njit(fastmath=set(FASTMATH), error_model="numpy")(kernel.function)
         arrays = [numba.types.Array(numba.float32, 1, "C")] * 2
-        last = numba.float64 if kernel is cpu._forward_kernel else numba.boolean
-        fresh.compile((*arrays, numba.int64, last))
+        rest = (numba.float64, numba.int64) if kernel is cpu._forward_kernel else (numba.boolean,)
+        fresh.compile((*arrays, numba.int64, *rest))
         assembly = fresh.inspect_asm(fresh.signatures[0])
         polynomials = re.findall(rf"vfmadd\w+ps.*{register}", assembly)
         assert len(polynomials) >= 14, f"{kernel.__name__}: {len(polynomials)} vector multiply-adds"

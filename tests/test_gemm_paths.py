@@ -29,7 +29,7 @@ DOTS = [
     (1, 71, 40), (5, 73, 50), (9, 80, 24),
 ]  # fmt: skip
 # 448 rows and 1024 columns a block, 256 steps; from 1024 steps on the sums are collected beside C;
-# beyond 512 columns (float32) 4 panels of B are packed together
+# beyond 512 columns (float32) 8 panels of B are packed together (AVX2: 4)
 BLOCKS = [
     (97, 96, 96), (98, 127, 255), (112, 128, 256), (113, 129, 257), (449, 65, 100), (100, 1030, 97), (99, 70, 1024),
     (98, 33, 1025), (105, 95, 1300), (97, 2100, 100), (64, 1100, 130), (65, 639, 200), (97, 640, 257), (70, 641, 100),
@@ -91,7 +91,7 @@ def test_two_threads_find_two_chunks(way):
         if way == "blocks":
             rows, columns = gemm_plan._shared_blocks(m, n, NV * lane_count(4), 1, work)
         elif way == "dots":
-            _, (rows, columns, _) = gemm_plan.dots(m, n, depth, 4)
+            _, (rows, columns, _) = gemm_plan.dots(m, n, depth, float32)
         else:
             assert gemm_plan.fits_in_place(m, n, depth, True, 4)
             _, geometry = gemm_plan.in_place(m, n, depth, True, float32)

@@ -40,6 +40,15 @@ def test_matmul(rng, dtype):
                 np.testing.assert_allclose(product(left, right), a @ b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_vector_times_a_large_matrix(rng, dtype):
+    """By its own kernel, whose order of summing is not that of other rows."""
+    a, b = rng.standard_normal((1, 700)).astype(dtype), rng.standard_normal((700, 300)).astype(dtype)
+    expected = t.matmul(a, b)
+    np.testing.assert_array_equal(product(a, b), expected)
+    np.testing.assert_array_equal(product(a[0], b), expected[0])
+
+
 def test_matmul_of_vectors_and_stacks(rng):
     shapes = [((5,), (5,)), ((5,), (5, 4)), ((3, 5), (5,)), ((6, 4, 5), (5, 3)), ((2, 1, 4, 5), (3, 5, 6))]
     for a, b in [*shapes, ((3, 200, 150), (3, 150, 160)), ((4, 5), (3, 5, 2)), ((0, 4, 5), (5, 3))]:

@@ -194,6 +194,29 @@ def test_gradient_of_averages_of_wide_windows_and_of_large_planes(rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [1, 3, 7, 14])
+def test_short_rows_of_a_gradient_end_with_their_chunk(rng, width, dtype):
+    """They are written in whole vectors, but not into rows that belong to another chunk, or to nobody."""
+    from tilewise.kernels.cpu import pool_spread
+
+    options = {"kernel_size": (5, 1), "stride": (3, 1)}
+    shape, bands = (1, 1, 40, width), 9
+    grad = rng.standard_normal((1, 1, 12, width)).astype(dtype)
+    expected = both(kernels.avg_pool2d_backward, grad, shape, **options)[1]
+    rows, columns = pool_spread.windows(12, 40, 5, 3, 0), pool_spread.windows(width, width, 1, 1, 0)
+    weights = np.full(12, 0.2), np.ones(width)
+    plan, table, *rest = pool_spread.plan_of(
+        shape, grad.shape, np.dtype(dtype), "NCHW", (*rows, weights[0]), (*columns, weights[1]), 1, 0
+    )
+    plan[pool_spread.BANDS] = bands
+    ours = np.full(shape, np.nan, dtype)
+    pool_spread.averages_backward.serial(grad, ours, plan, table, *rest)
+    end = table[4 * bands]
+    assert_close(ours[:, :, :end], expected[:, :, :end], reduction=5)
+    assert np.isnan(ours[:, :, end:]).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_gradient_of_one_window_to_a_plane(rng, dtype):
     """Planes shorter than a vector, as long as one or two, and one pixel longer or shorter; powers of two are exact."""
     for size in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 49):

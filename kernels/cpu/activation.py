@@ -1,7 +1,7 @@
 """Activations and their gradients in Numba.
 
-The elementwise ones are one pass at copy speed; sigmoid and tanh owe that to the exp of epilogue.py. For softmax see
-activation_softmax.py.
+The elementwise ones are one pass at copy speed (activation_vector.py); sigmoid and tanh owe that to the exp of
+epilogue.py. For softmax see activation_softmax.py.
 """
 
 import math
@@ -16,15 +16,26 @@ from tilewise.kernels.cpu.activation_softmax import (
     softmax_columns,
     softmax_rows,
 )
+from tilewise.kernels.cpu.activation_vector import (
+    LEAKY_RELU,
+    RELU,
+    SIGMOID,
+    SIGN,
+    STEP,
+    TANH,
+    backward_run,
+    forward_run,
+)
+from tilewise.kernels.cpu.batchnorm_vector import settle_stores
+from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.epilogue import prefer_widest_vectors
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.scratch import empty
+from tilewise.kernels.cpu.scratch import large
+from tilewise.kernels.cpu.simd import address
 
-CHUNK = (
-    16384  # elements in one unit of parallel work: 64 kB of float32, a few microseconds, so that a launch is worth it
-)
-
-RELU, LEAKY_RELU, SIGMOID, TANH, STEP, SIGN = range(1, 7)
+# Elements in one unit of parallel work: 64 kB of float32, a few microseconds, so that a launch is worth it; whole
+# vectors, so that every chunk of an aligned result is aligned.
+CHUNK = 16384
 # Serial nanoseconds for one element, measured roughly; they only decide between serial and parallel.
 _NANOSECONDS = {RELU: 0.25, LEAKY_RELU: 0.25, SIGMOID: 0.5, TANH: 0.5, STEP: 0.25, SIGN: 0.25}
 _SOFTMAX_NANOSECONDS = 2.0
@@ -32,74 +43,53 @@ ALIGNED = 1 << 22  # bytes of a result from which on aligned memory, used before
 
 
 @device()
-def _threshold(x):
-    return type(x)(1) if x > 0 else (type(x)(0) if x <= 0 else x)
-
-
-@device()
-def _signum(x):
-    return type(x)(1) if x > 0 else (type(x)(-1) if x < 0 else x)
-
-
-@device()
-def _forward_run(x, y, code, slope):
+def _forward_exponential(x, y, code):
     prefer_widest_vectors()
-    if code == RELU:
-        for i in range(x.size):
-            y[i] = epilogue.relu(x[i])
-    elif code == LEAKY_RELU:
-        for i in range(x.size):
-            y[i] = epilogue.leaky_relu(x[i], slope)
-    elif code == SIGMOID:
+    if code == SIGMOID:
         for i in range(x.size):
             y[i] = epilogue.sigmoid(x[i])
-    elif code == TANH:
+    else:
         for i in range(x.size):
             y[i] = epilogue.tanh(x[i])
-    elif code == STEP:
-        for i in range(x.size):
-            y[i] = _threshold(x[i])
-    else:
-        for i in range(x.size):
-            y[i] = _signum(x[i])
-
-
-@device()
-def _backward_run(grad, y, result, code, slope):
-    zero, one = y.dtype.type(0), y.dtype.type(1)
-    factor = y.dtype.type(slope)
-    if code == RELU:
-        for i in range(y.size):
-            result[i] = zero if y[i] <= zero else grad[i]
-    elif code == LEAKY_RELU:
-        for i in range(y.size):
-            result[i] = grad[i] if y[i] > zero else grad[i] * factor
-    elif code == SIGMOID:
-        for i in range(y.size):
-            result[i] = grad[i] * y[i] * (one - y[i])
-    else:
-        for i in range(y.size):
-            result[i] = grad[i] * (one - y[i] * y[i])
 
 
 @kernel()
-def _forward_kernel(x, y, code, slope):
+def _forward_kernel(x, y, code, slope, past):
     for chunk in prange((x.size + CHUNK - 1) // CHUNK):
-        start = chunk * CHUNK
-        stop = min(start + CHUNK, x.size)
-        _forward_run(x[start:stop], y[start:stop], code, slope)
+        start = np.int64(chunk) * CHUNK
+        count = min(CHUNK, x.size - start)
+        if code in (SIGMOID, TANH):
+            _forward_exponential(x[start : start + count], y[start : start + count], code)
+        else:
+            streamed = past if count == CHUNK else 0
+            forward_run(address(x, start), address(y, start), count, code, x.dtype.type(slope), streamed)
+            if streamed:
+                settle_stores()
 
 
 @kernel()
-def _backward_kernel(grad, y, result, code, slope):
+def _backward_kernel(grad, y, result, code, slope, past):
     for chunk in prange((y.size + CHUNK - 1) // CHUNK):
-        start = chunk * CHUNK
-        stop = min(start + CHUNK, y.size)
-        _backward_run(grad[start:stop], y[start:stop], result[start:stop], code, slope)
+        start = np.int64(chunk) * CHUNK
+        count = min(CHUNK, y.size - start)
+        streamed = past if count == CHUNK else 0
+        backward_run(
+            address(grad, start), address(y, start), address(result, start), count, code, y.dtype.type(slope), streamed
+        )
+        if streamed:
+            settle_stores()
 
 
-def _allocator(shape, dtype):
-    return empty if math.prod(shape) * dtype.itemsize >= ALIGNED else np.empty
+def _result(shape, dtype, streamed):
+    """(a large result, whether to write it past the caches). Of fresh pages they hold what the system has cleared."""
+    result, used = large(shape, dtype)
+    return result, int(used and streamed)
+
+
+def _size(shape, dtype) -> tuple[bool, bool]:
+    """Is a result large, and so large that no cache holds it?"""
+    size = math.prod(shape) * dtype.itemsize
+    return size >= ALIGNED, size >= memory_from()
 
 
 def _prepare_forward(code: int):
@@ -108,12 +98,12 @@ def _prepare_forward(code: int):
     def prepare(shapes, dtype, *, negative_slope=0.0):
         (shape,) = shapes
         like = np.empty(0, dtype)
-        kernel = _forward_kernel.bound(math.prod(shape) * _NANOSECONDS[code], like, like, code, negative_slope)
-        new = _allocator(shape, dtype)
+        kernel = _forward_kernel.bound(math.prod(shape) * _NANOSECONDS[code], like, like, code, negative_slope, 0)
+        is_large, streamed = _size(shape, dtype)
 
         def run(x):
-            y = new(shape, dtype)
-            kernel(x.ravel(), y.ravel(), code, negative_slope)
+            y, past = _result(shape, dtype, streamed) if is_large else (np.empty(shape, dtype), 0)
+            kernel(x.ravel(), y.ravel(), code, negative_slope, past)
             return y
 
         return run
@@ -125,12 +115,12 @@ def _prepare_backward(code: int):
     def prepare(shapes, dtype, *, negative_slope=0.0):
         shape = shapes[1]
         like = np.empty(0, dtype)
-        kernel = _backward_kernel.bound(math.prod(shape) * 0.3, like, like, like, code, negative_slope)
-        new = _allocator(shape, dtype)
+        kernel = _backward_kernel.bound(math.prod(shape) * 0.3, like, like, like, code, negative_slope, 0)
+        is_large, streamed = _size(shape, dtype)
 
         def run(grad, y):
-            result = new(shape, dtype)
-            kernel(grad.ravel(), y.ravel(), result.ravel(), code, negative_slope)
+            result, past = _result(shape, dtype, streamed) if is_large else (np.empty(shape, dtype), 0)
+            kernel(grad.ravel(), y.ravel(), result.ravel(), code, negative_slope, past)
             return result
 
         return run

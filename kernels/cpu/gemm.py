@@ -231,7 +231,7 @@ def prepare_linear(shapes, dtype, *, activation):
     # a constant of this closure, not a closure of its own: a tenth of a microsecond
     product, sizes = plan(x[0], weight[0], x[1], True, False, dtype), ()
     if by_dots(x[0], weight[0]):
-        product, sizes = dots(x[0], weight[0], x[1], dtype.itemsize)
+        product, sizes = dots(x[0], weight[0], x[1], dtype)
     empty = _allocator(shape, dtype)
 
     def run(x, weight, bias, *, out=None):

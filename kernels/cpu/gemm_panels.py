@@ -6,14 +6,16 @@ from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device
 from tilewise.kernels.cpu.scratch import scratch
-from tilewise.kernels.cpu.simd import _I64, NV, _Emitter, _literal, address, lanes
+from tilewise.kernels.cpu.simd import _I64, NV, VECTOR_BYTES, _Emitter, _literal, address, lanes
 from tilewise.kernels.cpu.vector_move import _transposed, copy_lanes, copy_vector, transpose_block, transpose_whole
 
 # KC steps of the sum: a panel of B (KC * NR * 4 = 32 KB) stays in L1 while A's rows (KC * MR * 4 = 14 KB a tile) come
 # from L2. With AVX2's smaller tiles, 16 and 6 KB.
 KC = 256
-# Panels packed together, so that longer runs are read and fewer pages visited: KC * GROUP * NR * 4 = 128 KB of L2.
-GROUP = 4
+# Panels packed together, so that longer runs are read and fewer pages visited: KC * GROUP * NR * 4 = 256 KB of L2 with
+# AVX-512 (AVX2, which packs A as well, 64 KB); and how many rows ahead they are asked for: rows pages apart are runs
+# too short for the processor's own prefetcher, and rows a power of two apart leave room in L2 for a few only.
+GROUP, ROWS_AHEAD = (8, 4) if VECTOR_BYTES == 64 else (4, 0)
 
 
 @device()
@@ -114,6 +116,17 @@ def transpose_square(stage, source, start, offsets, lows, highs, k):
         )
 
 
+@intrinsic
+def prefetch(typingctx, pointer):
+    """Ask for the cache line there, which need not exist, into L2."""
+
+    def codegen(context, builder, signature, args):
+        _Emitter(builder, signature.args[0].dtype).prefetch(args[0], 2)
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
 @device()
 def pack_right_group(b, b_at, b_row, depth, panels, panels_at):
     """GROUP whole panels of B, each KC rows behind the one before."""
@@ -121,6 +134,9 @@ def pack_right_group(b, b_at, b_row, depth, panels, panels_at):
     count = NV * width
     for k in range(depth):
         target, source = panels_at + k * count, b_at + k * b_row
+        if ROWS_AHEAD > 0:
+            for j in range(0, GROUP * count, width):
+                prefetch(address(b, source + ROWS_AHEAD * b_row + j))
         for number in range(GROUP):
             for j in range(0, count, width):
                 place, origin = target + number * count * KC + j, source + number * count + j

@@ -76,11 +76,11 @@ def _cached_plan(_, m, n, depth, a_by_rows, b_by_rows, dtype):
     itemsize = dtype.itemsize
     work = _work(m, n, depth, itemsize)
     if a_by_rows and not b_by_rows and by_dots(m, n):
-        return _plan_dots(m, n, depth, itemsize)
+        return _plan_dots(m, n, depth, dtype)
     if b_by_rows and fits_in_place(m, n, depth, a_by_rows, itemsize):
         return _plan_in_place(m, n, depth, a_by_rows, dtype, work)
     if a_by_rows and n <= DOT_COLUMNS:
-        turned = _plan_dots(m, n, depth, itemsize)
+        turned = _plan_dots(m, n, depth, dtype)
         return lambda a, b, *rest: turned(a, np.ascontiguousarray(b.T), *rest)
     return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize)
 
@@ -97,17 +97,18 @@ def by_dots(m, n):
     return m <= DOT_ROWS or n <= DOT_COLUMNS or max(m, n) <= DOT_BOTH
 
 
-def dots(m, n, depth, itemsize):
+def dots(m, n, depth, dtype):
     """The kernel of dot products, and its rows and columns a chunk and step of the sum."""
+    itemsize, like, no_bias = dtype.itemsize, np.empty((0, 0), dtype), np.empty(0, dtype)
     step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // itemsize
     work = _work(m, n, depth, itemsize)
     rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else _shared(m, ROWS, 64, work)
     columns = _shared(n, COLUMNS, 4 * BLOCK, work) if n <= 4 * BLOCK else _chunk(n, BLOCK, max(4 * BLOCK, n // 4))
-    return multiply_dots.sized(work), (rows, columns, max(step, 1))
+    return multiply_dots.bound(work, like, like, like, no_bias, 0, 0, 0, 0), (rows, columns, max(step, 1))
 
 
-def _plan_dots(m, n, depth, itemsize):
-    product, sizes = dots(m, n, depth, itemsize)
+def _plan_dots(m, n, depth, dtype):
+    product, sizes = dots(m, n, depth, dtype)
     return lambda *args: product(*args, *sizes)
 
 

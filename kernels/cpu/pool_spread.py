@@ -97,23 +97,26 @@ def weighted_rows(typingctx, known, out, out_pitch, source, source_pitch, planes
 
 @intrinsic(prefer_literal=True)
 def spread_columns(
-    typingctx, way, known, out, out_pitch, planes, rows, width, part, part_pitch, table, index, taps, vectors
+    typingctx, way, known, out, out_pitch, planes, rows, width, room, part, part_pitch, table, index, taps, vectors
 ):
     """In each of `planes` planes, for each of `vectors` vectors of columns, in `rows` rows of `width`: out[first + i] =
     the sum over taps of part[base + index[i]], where an index below zero stands for 0.
 
     way: PERMUTE, where every index is less than the lanes, or GATHER. known: the number of taps where it is known, else
     0; the indices then stay in registers for all planes. table: first and base of each vector; index: its `taps`
-    vectors of indices, integers as wide as the elements. Only rows shorter than a vector are written under a mask: on
-    Zen 3, AVX2's masked store takes 12 cycles.
+    vectors of indices, integers as wide as the elements.
+
+    room: elements of a plane from `out` on that are the caller's to write, row after row. A row shorter than a vector
+    is written as a whole one, into the rows behind it, while that stays within the room, and else under a mask: on Zen
+    3, AVX2's masked store takes 12 cycles; on Zen 4, AVX-512's holds up the loads that follow.
     """
     how, unrolled = _literal(way), _literal(known)
-    signature = types.void(way, known, out, *[types.intp] * 4, part, types.intp, table, index, types.intp, types.intp)
+    signature = types.void(way, known, out, *[types.intp] * 5, part, types.intp, table, index, types.intp, types.intp)
 
     def codegen(context, builder, signature, args):
-        _, _, out, out_pitch, planes, rows, width, part, part_pitch, table, index, taps, vectors = args
+        _, _, out, out_pitch, planes, rows, width, room, part, part_pitch, table, index, taps, vectors = args
         emit = _Emitter(builder, signature.args[2].dtype)
-        places = _Emitter(builder, signature.args[10].dtype)
+        places = _Emitter(builder, signature.args[11].dtype)
         total = cgutils.alloca_once(builder, emit.vector)
 
         def entry(v, k):
@@ -142,7 +145,8 @@ def spread_columns(
                 builder.store(emit.add(builder.load(total), value), total)
             return builder.load(total)
 
-        def spread(store):
+        def spread(stores):
+            """stores: (first row, end, how to store a vector of those) each."""
             with cgutils.for_range(builder, vectors) as loop:
                 first, base = entry(loop.index, 0), entry(loop.index, 1)
                 chosen = [indices(loop.index, _I64(t)) for t in range(unrolled)]
@@ -150,18 +154,29 @@ def spread_columns(
                     source = builder.gep(part, [builder.add(builder.mul(plane.index, part_pitch), base)])
                     target = builder.gep(out, [builder.add(builder.mul(plane.index, out_pitch), first)])
                     value = add_up(source, loop.index, chosen)
-                    with cgutils.for_range(builder, rows) as row:
-                        store(value, target, builder.mul(row.index, width))
+                    for begin, end, store in stores:
+                        with cgutils.for_range_slice(builder, begin, end, _I64(1), inc=True) as (row, _):
+                            store(value, target, builder.mul(row, width))
 
         with builder.if_else(builder.icmp_signed(">=", width, _I64(emit.lanes))) as (wide, narrow):
             with wide:
-                spread(emit.store)
+                spread([(_I64(0), rows, emit.store)])
             with narrow:
-                mask = emit.mask(_I64(0), width)
-                spread(lambda *place: emit.masked_store(*place, mask))
+                mask, whole = emit.mask(_I64(0), width), _rows_of_whole_vectors(emit, rows, width, room)
+                under_mask = whole, rows, lambda *place: emit.masked_store(*place, mask)
+                spread([(_I64(0), whole, emit.store), under_mask])
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _rows_of_whole_vectors(emit, rows, width, room):
+    """How many of the rows have a vector's room from their beginning on."""
+    builder = emit.builder
+    spare = builder.sub(room, _I64(emit.lanes))
+    fitting = builder.add(builder.sdiv(spare, width), _I64(1))
+    fitting = builder.select(builder.icmp_signed("<", spare, _I64(0)), _I64(0), fitting)
+    return builder.select(builder.icmp_signed("<", fitting, rows), fitting, rows)
 
 
 @intrinsic
@@ -234,22 +249,26 @@ def _weighted(out, out_pitch, source, source_pitch, planes, step, heights, taps,
 
 
 @device()
-def _spread(out, planes, rows, part, plan, table, index):
-    """The parts of one band, spread over the columns of its rows in each of some planes."""
+def _spread(out, planes, rows, left, part, plan, table, index):
+    """The parts of one band, spread over the columns of its rows in each of some planes.
+
+    left: rows from there on that the same chunk writes, afterwards."""
     h_n, w_n, c, pitch, way, taps, whole, vectors = (
         plan[H], plan[W], plan[C], plan[PITCH], plan[WAY], plan[TAPS], plan[WHOLE], plan[VECTORS]
     )  # fmt: skip
     width = w_n * c
-    size = h_n * width
+    size, room = h_n * width, left * width
     if way == PERMUTE:
         if taps == 1:
-            spread_columns(_REGISTERS, 1, out, size, planes, rows, width, part, pitch, table, index, 1, vectors)
+            spread_columns(_REGISTERS, 1, out, size, planes, rows, width, room, part, pitch, table, index, 1, vectors)
         elif taps == 2:
-            spread_columns(_REGISTERS, 2, out, size, planes, rows, width, part, pitch, table, index, 2, vectors)
+            spread_columns(_REGISTERS, 2, out, size, planes, rows, width, room, part, pitch, table, index, 2, vectors)
         else:
-            spread_columns(_REGISTERS, 0, out, size, planes, rows, width, part, pitch, table, index, taps, vectors)
+            spread_columns(
+                _REGISTERS, 0, out, size, planes, rows, width, room, part, pitch, table, index, taps, vectors
+            )  # fmt: skip
     elif way == GATHER:
-        spread_columns(GATHER, 0, out, size, planes, rows, width, part, pitch, table, index, taps, vectors)
+        spread_columns(GATHER, 0, out, size, planes, rows, width, room, part, pitch, table, index, taps, vectors)
     else:
         for p in range(planes):
             target, source = move(out, p * size), move(part, p * pitch)
@@ -284,14 +303,16 @@ def averages_backward(g, gx, plan, bands, table, index, weights):
         memory = scratch(pitch * group + 2 * margin, g)
         memory[:] = 0  # windows that slide over the part's ends find zeros
         part, heights = address(memory, margin), address(weights, 0)
+        last = min(band + own_bands, band_n) - 1
+        bottom = bands[4 * last] + bands[4 * last + 1]
         widths = move(heights, oh_n)
         for p in range(start, end, group):
             count = min(group, end - p)
-            for b in range(band, min(band + own_bands, band_n)):
+            for b in range(band, last + 1):
                 row, rows, top, taps = bands[4 * b], bands[4 * b + 1], bands[4 * b + 2], bands[4 * b + 3]
                 source, out = address(g, (p * oh_n + top) * size), address(gx, (p * h_n + row) * w_n * c)
                 _weighted(part, pitch, source, oh_n * size, count, size, move(heights, top), taps, widths, size)
-                _spread(out, count, rows, part, plan, address(table, 0), address(index, 0))
+                _spread(out, count, rows, bottom - row, part, plan, address(table, 0), address(index, 0))
         keep(memory)
 
 

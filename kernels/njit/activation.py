@@ -18,7 +18,7 @@ def _forward(name: str, code: int):
         def implementation(x):
             source, y = contiguous(x), np.empty(x.shape, x.dtype)
             operands = shaped(source, (x.size,)), shaped(y, (x.size,))
-            call_kernel("cpu.activation._forward_kernel", (*operands, code, 0.0))
+            call_kernel("cpu.activation._forward_kernel", (*operands, code, 0.0, 0))
             return y
 
         return implementation
@@ -37,7 +37,7 @@ def _backward(name: str, code: int):
                 raise WrongShape(message, grad.shape, y.shape)
             slopes, values, result = contiguous(grad), contiguous(y), np.empty(y.shape, y.dtype)
             operands = shaped(slopes, (y.size,)), shaped(values, (y.size,)), shaped(result, (y.size,))
-            call_kernel("cpu.activation._backward_kernel", (*operands, code, 0.0))
+            call_kernel("cpu.activation._backward_kernel", (*operands, code, 0.0, 0))
             return result
 
         return implementation
@@ -68,7 +68,7 @@ def leaky_relu(x, negative_slope=0.01):
             raise WrongShape("leaky_relu: negative_slope must be finite, got {}", slope)
         source, y = contiguous(x), np.empty(x.shape, x.dtype)
         operands = shaped(source, (x.size,)), shaped(y, (x.size,))
-        call_kernel("cpu.activation._forward_kernel", (*operands, _LEAKY_RELU, slope))
+        call_kernel("cpu.activation._forward_kernel", (*operands, _LEAKY_RELU, slope, 0))
         return y
 
     return implementation
@@ -88,7 +88,7 @@ def leaky_relu_backward(grad, y, negative_slope=0.01):
             raise WrongShape("leaky_relu_backward: negative_slope must be finite and not negative, got {}", slope)
         slopes, values, result = contiguous(grad), contiguous(y), np.empty(y.shape, y.dtype)
         operands = shaped(slopes, (y.size,)), shaped(values, (y.size,)), shaped(result, (y.size,))
-        call_kernel("cpu.activation._backward_kernel", (*operands, _LEAKY_RELU, slope))
+        call_kernel("cpu.activation._backward_kernel", (*operands, _LEAKY_RELU, slope, 0))
         return result
 
     return implementation

@@ -1,7 +1,7 @@
 """Matrix products inside @njit: `matmul` of vectors, matrices and stacks, `linear`, and their gradients; all native.
 
-Which kernel multiplies follows gemm_plan.py, but for a vector and a large matrix, which take the kernel of other rows.
-The chunks are those of one thread.
+Which kernel multiplies follows gemm_plan.py, so that a call gives the same bits as from Python. The chunks are those of
+one thread.
 """
 
 from typing import Any
@@ -29,6 +29,9 @@ DOT_ROWS, DOT_COLUMNS, ROWS, BLOCK, STEP_BYTES = (
 IN_CACHE, FEW_ROWS, STEP_ROWS, IN_STACK = (
     gemm_plan.IN_CACHE, gemm_plan.FEW_ROWS, gemm_plan.STEP_ROWS, gemm_plan.IN_STACK
 )  # fmt: skip
+FEWEST_STEPS, PARTS, STREAMS, VECTOR_COLUMNS = (
+    gemm_plan.FEWEST_STEPS, gemm_plan.PARTS, gemm_plan.STREAMS, gemm_plan.VECTOR_COLUMNS
+)  # fmt: skip
 IN_PARTS, PART_DEPTH, CHUNKS, KC = gemm_plan.IN_PARTS, gemm_plan.PART_DEPTH, gemm_plan.CHUNKS, gemm_plan.KC
 MR, NV, SMALL_BACKWARD = simd.MR, simd.NV, cpu.SMALL_BACKWARD
 
@@ -47,12 +50,17 @@ def by_dots(a, b, c, bias, code):
 def in_place(a, a_by_rows, b, c, bias, code):
     """c = activation(a b + bias), packing nothing; see gemm_plan.in_place."""
     (m, n), depth = c.shape, b.shape[0]
-    steps = (depth, 1) if a_by_rows else (1, m)
-    step = depth if n * depth * c.itemsize <= IN_CACHE else STEP_ROWS
-    rows = chunk(m, MR, 8 * MR)
-    columns = n if m > FEW_ROWS else chunk(n, NV * lane_count(c.itemsize), 1024)
-    geometry = np.array((m, n, depth, steps[0], steps[1], rows, columns, max(step, 1)))
-    call_kernel("cpu.gemm_in_place.multiply_in_place", (a, b, c, geometry))
+    if m == 1 and n * depth * c.itemsize > IN_CACHE and depth >= 2 * FEWEST_STEPS:
+        part = chunk(depth, STREAMS, max(FEWEST_STEPS, -(-depth // PARTS)))
+        geometry = np.array((n, depth, chunk(n, lane_count(c.itemsize), VECTOR_COLUMNS), part))
+        call_kernel("cpu.gemm_vector.multiply_vector", (a, b, c, geometry))
+    else:
+        steps = (depth, 1) if a_by_rows else (1, m)
+        step = depth if n * depth * c.itemsize <= IN_CACHE else STEP_ROWS
+        rows = chunk(m, MR, 8 * MR)
+        columns = n if m > FEW_ROWS else chunk(n, NV * lane_count(c.itemsize), 1024)
+        geometry = np.array((m, n, depth, steps[0], steps[1], rows, columns, max(step, 1)))
+        call_kernel("cpu.gemm_in_place.multiply_in_place", (a, b, c, geometry))
     if bias.size > 0 or code != 0:
         call_kernel("cpu.gemm_dots.finish", (c, bias, code))
 
