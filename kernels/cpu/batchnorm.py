@@ -160,7 +160,7 @@ def prepare_batch_norm_half(shapes, *, training, activation, **options):
     single: Any = prepare_batch_norm(shapes, BITS, training=training, activation=activation, **options)
 
     def run(x, *vectors):
-        floats = [None if vector is None else widened(vector) for vector in vectors]
+        floats = _floats(vectors)
         result = single(x.view(BITS), *floats)
         if training and vectors[0] is not None:
             narrowed(floats[0], vectors[0])
@@ -170,6 +170,10 @@ def prepare_batch_norm_half(shapes, *, training, activation, **options):
         return result[0].view(HALF), narrowed(result[1]), narrowed(result[2])
 
     return run
+
+
+def _floats(vectors: tuple) -> list[Any]:
+    return [None if vector is None else widened(vector) for vector in vectors]
 
 
 def batch_norm(
@@ -236,7 +240,7 @@ def prepare_batch_norm_backward_half(shapes, **options):
     single: Any = prepare_batch_norm_backward(shapes, BITS, **options)
 
     def run(grad, x, *vectors):
-        floats = [None if vector is None else widened(vector) for vector in vectors]
+        floats = _floats(vectors)
         result, grad_weight, grad_bias = single(grad.view(BITS), x.view(BITS), *floats)
         return result.view(HALF), narrowed(grad_weight), narrowed(grad_bias)
 
