@@ -238,9 +238,12 @@ class Operation:
                 device_call.run_from_host, backend, prepared(shapes, problem.options), changed, problem.values
             )
         elif half:
-            dtypes = [None if a is None else a.dtype for a in operands]
-            prepare_half = implementation_module(backend, "half").prepare
-            run = prepare_half(self.name, prepared, dtypes, shapes, problem.options, changed)
+            in_registers = getattr(module, f"prepare_{self.name}_half", None)  # kernels that convert themselves
+            run = in_registers and in_registers(shapes, **problem.options)
+            if run is None:
+                dtypes = [None if a is None else a.dtype for a in operands]
+                prepare_half = implementation_module(backend, "half").prepare
+                run = prepare_half(self.name, prepared, dtypes, shapes, problem.options, changed)
         else:
             run = prepared(shapes, problem.options)
         return Plan(run, backend == "cpu" and not self.any_strides, not problem.unbatched, problem, backend)

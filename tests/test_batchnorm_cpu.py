@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from batchnorm_cases import ACTIVATIONS, LAYOUTS, laid, statistics
+from batchnorm_cases import ACTIVATIONS, LAYOUTS, laid, plain, statistics
 
 import tilewise
 from tilewise import kernels
@@ -13,7 +13,7 @@ from tilewise import kernels
 
 def test_bits_do_not_depend_on_the_thread_count(rng):
     shapes = [(4, 64, 40, 40), (8, 3, 120, 120), (40, 100, 7, 7)]
-    for shape, layout, dtype in product(shapes, LAYOUTS, (np.float32, np.float64)):
+    for shape, layout, dtype in product(shapes, LAYOUTS, (np.float16, np.float32, np.float64)):
         x, grad = rng.standard_normal((2, *shape)).astype(dtype)
         vectors = statistics(rng, shape[1], dtype)
         results = []
@@ -44,7 +44,7 @@ def test_bits_do_not_depend_on_the_thread_count(rng):
             np.testing.assert_array_equal(three, one, err_msg=f"{name} {shape} {layout}, 3 threads")
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, dtype):
     from tilewise.kernels import operation
@@ -80,7 +80,7 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
                 np.testing.assert_array_equal(b, c)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, dtype):
     from tilewise.kernels import operation
     from tilewise.kernels.cpu import batchnorm as cpu
@@ -115,7 +115,80 @@ def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, dtype):
                 np.testing.assert_array_equal(result, aligned)
 
 
-# ---------------------------------------------------------------------------------------------------------- gradients
+# ------------------------------------------------------------------------------------------------------------ float16
+
+# tails of vectors and rows; few channels in blocks; planes of several blocks; one channel, one pixel
+HALF_SHAPES = [
+    (2, 5, 9, 9),
+    (3, 40, 15, 17),
+    (4, 7, 50, 60),
+    (1, 17, 66, 66),
+    (2, 33, 8, 16),
+    (9, 1, 5, 1),
+    (70, 600, 1, 1),
+]
+
+
+@pytest.fixture
+def without_conversions(planned_anew, monkeypatch):
+    """No plan may convert whole operands."""
+    from tilewise.kernels.cpu import half
+
+    def refuse(*_):
+        raise AssertionError("converted in a pass of its own")
+
+    planned_anew(half, "prepare", refuse)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", HALF_SHAPES)
+def test_float16_is_float32_rounded_once(rng, without_conversions, layout, shape):
+    x, grad = (laid(a, layout).astype(np.float16) for a in 4 * rng.standard_normal((2, *shape)))
+    vectors = statistics(rng, shape[1], np.float16)
+    for activation, training, threads in product((None, "relu", "relu6"), (True, False), (1, 2)):
+        results = []
+        for dtype in (np.float16, np.float32):
+            running = [v.astype(dtype) for v in vectors]
+            with tilewise.using(backend="cpu", threads=threads):
+                y = kernels.batch_norm(x.astype(dtype), *running, training, layout=layout, activation=activation)
+                forward = kernels.batch_norm(
+                    x.astype(dtype), None, None, None, None, True, layout=layout, return_stats=True
+                )
+                backward = kernels.batch_norm_backward(
+                    *(a.astype(dtype) for a in (grad, x, *vectors[:3])), training=training, layout=layout
+                )
+            results.append([y, *forward, *running, *backward])
+        for one, other in zip(*results, strict=True):
+            assert one.dtype == np.float16
+            np.testing.assert_array_equal(one, other.astype(np.float16))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_float16_cannot_hold(without_conversions, layout):
+    x = np.zeros((1, 3, 3, 40), np.float16)
+    x[0, 0, 0, :6] = np.nan, np.inf, -np.inf, 65504, -65504, 2**-24
+    x[0, 2, 2, -6:] = x[0, 0, 0, :6]
+    ones = np.ones(3, np.float16)
+    for activation, wanted in (
+        (None, [np.nan, np.inf, -np.inf, np.inf, -np.inf, 2**-23]),
+        ("relu", [np.nan, np.inf, 0, np.inf, 0, 2**-23]),
+        ("relu6", [np.nan, 6, 0, 6, 0, 2**-23]),
+    ):
+        y = kernels.batch_norm(laid(x, layout), 0 * ones, ones, 2 * ones, eps=0, layout=layout, activation=activation)
+        y = plain(y, layout)
+        np.testing.assert_array_equal(y[0, 0, 0, :6], wanted)
+        np.testing.assert_array_equal(y[0, 2, 2, -6:], wanted)
+        assert (y[0, 1] == 0).all()
+
+
+def test_activations_that_rounding_changes_go_by_float32(without_conversions):
+    x, ones = np.ones((2, 3, 4, 5), np.float16), np.ones(3, np.float16)
+    for activation in ("leaky_relu", "sigmoid", "tanh"):
+        with pytest.raises(AssertionError, match="a pass of its own"):
+            kernels.batch_norm(x, ones, ones, activation=activation)
+
+
+# ---------------------------------------------------------------------------------------------------------- estimates
 
 
 def test_activations_that_cost_an_exponential_count_as_more_work(monkeypatch):

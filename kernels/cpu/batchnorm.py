@@ -6,11 +6,13 @@ depends on the shape alone, so the bits do not depend on the number of threads.
 
 from functools import partial
 from math import gcd, prod
+from typing import Any
 
 import numba
 import numpy as np
 
 from tilewise.kernels import settings
+from tilewise.kernels.cpu.batchnorm_channel import activates_halves
 from tilewise.kernels.cpu.batchnorm_planes import (
     backward_by_block,
     backward_by_channel,
@@ -21,6 +23,7 @@ from tilewise.kernels.cpu.batchnorm_rows import backward_by_row, forward_by_row
 from tilewise.kernels.cpu.batchnorm_vector import FROZEN, KEPT, STREAMED
 from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
+from tilewise.kernels.cpu.half import BITS, HALF, SINGLE, narrowed, widened
 from tilewise.kernels.cpu.scratch import ALIGNMENT, empty, large
 from tilewise.kernels.cpu.threads import SERIAL_BELOW, may_split
 
@@ -52,7 +55,9 @@ KEPT_ALWAYS, PAST_IN_USED, PAST_ALWAYS = range(3)  # how a result is written
 # Bytes of a result from which on aligned memory saves time (a tenth in training), instead of the microseconds that
 # asking for it costs while the caches hold something else.
 ALIGNED = 1 << 22
-_ABSENT = {4: np.empty(0, np.float32), 8: np.empty(0, np.float64)}  # itemsize -> what stands for None in a kernel
+# Itemsize of an image -> what stands for None in a kernel. The kernels know float16 by its bits; what goes with a
+# channel is float32 then.
+_ABSENT = {2: np.empty(0, SINGLE), 4: np.empty(0, SINGLE), 8: np.empty(0, np.float64)}
 
 
 def _rows(channels: int, pixels: int, itemsize: int) -> tuple[int, int]:
@@ -103,7 +108,7 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
             past = used or way == PAST_ALWAYS
         mean = invstd = absent
         if return_stats:
-            mean, invstd = np.empty(channels, dtype), np.empty(channels, dtype)
+            mean, invstd = np.empty(channels, absent.dtype), np.empty(channels, absent.dtype)
         if running_mean is None:
             running_mean = running_var = absent
         if weight is None:
@@ -148,6 +153,29 @@ def _batch_norm_of_nothing(x, running_mean, running_var, weight, bias, *, channe
     return np.empty_like(x), np.zeros(channels, x.dtype), np.full(channels, eps**-0.5, x.dtype)
 
 
+def prepare_batch_norm_half(shapes, *, training, activation, **options):
+    """The same in float16, converted in the kernels' registers; None where that is not possible."""
+    if not prod(shapes[0]) or not activates_halves(ACTIVATION_CODES[activation]):
+        return None
+    single: Any = prepare_batch_norm(shapes, BITS, training=training, activation=activation, **options)
+
+    def run(x, *vectors):
+        floats = _floats(vectors)
+        result = single(x.view(BITS), *floats)
+        if training and vectors[0] is not None:
+            narrowed(floats[0], vectors[0])
+            narrowed(floats[1], vectors[1])
+        if type(result) is not tuple:
+            return result.view(HALF)
+        return result[0].view(HALF), narrowed(result[1]), narrowed(result[2])
+
+    return run
+
+
+def _floats(vectors: tuple) -> list[Any]:
+    return [None if vector is None else widened(vector) for vector in vectors]
+
+
 def batch_norm(
     x, running_mean, running_var, weight, bias, *, training, momentum, eps, layout, activation, return_stats
 ):
@@ -176,7 +204,7 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
         else:
             result, used = large(shape, dtype)
             mode = STREAMED if used or way == PAST_ALWAYS else KEPT
-        grad_weight, grad_bias = np.empty(channels, dtype), np.empty(channels, dtype)
+        grad_weight, grad_bias = np.empty(channels, absent.dtype), np.empty(channels, absent.dtype)
         if weight is None:
             weight = absent
         operands = (grad.reshape(size), x.reshape(size), result.reshape(size), *dimensions, mean, invstd, weight)
@@ -203,6 +231,20 @@ def _backward_way(shape: tuple[int, ...], layout: str, itemsize: int):
 
 def _gradients_of_nothing(grad, x, mean, invstd, weight, *, channels):
     return np.empty_like(x), np.zeros(channels, x.dtype), np.zeros(channels, x.dtype)
+
+
+def prepare_batch_norm_backward_half(shapes, **options):
+    """As `prepare_batch_norm_half`."""
+    if not prod(shapes[1]):
+        return None
+    single: Any = prepare_batch_norm_backward(shapes, BITS, **options)
+
+    def run(grad, x, *vectors):
+        floats = _floats(vectors)
+        result, grad_weight, grad_bias = single(grad.view(BITS), x.view(BITS), *floats)
+        return result.view(HALF), narrowed(grad_weight), narrowed(grad_bias)
+
+    return run
 
 
 def batch_norm_backward(grad, x, mean, invstd, weight, *, training, layout):

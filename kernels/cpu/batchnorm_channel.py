@@ -10,15 +10,58 @@ so these loops give the same bits however they are vectorised.
 """
 
 import math
+from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
-from tilewise.kernels.cpu.jit import device
+from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row
+from tilewise.kernels.cpu.jit import FASTMATH, device
 
 # Elements of one block: 16 kB of float32. With 32 or more accumulators, each adds up 128 numbers at most.
 BLOCK = 4096
 
 AS_WRITTEN = frozenset()  # no reassociation and no contraction
+
+
+# float16 as bits: from the first number below zero to -inf, after which come NaN; 6; inf.
+_BELOW_ZERO, _LOWEST, _SIX, _INFINITE = np.uint16(0x8000), np.uint16(0xFC00), np.uint16(0x4600), np.uint16(0x7C00)
+
+
+def activates_halves(code: int) -> bool:
+    """Whether `activate` takes float16: rounding first must not change the result."""
+    return code <= BOUNDED
+
+
+@device()
+def _bound_halves(flat, start, count, code):
+    """relu or relu6 of float16's bits; NaN stays NaN."""
+    row = flat[start : start + count]
+    for i in range(count):
+        if _BELOW_ZERO <= row[i] <= _LOWEST:
+            row[i] = 0
+    if code == BOUNDED:
+        for i in range(count):
+            if _SIX < row[i] <= _INFINITE:
+                row[i] = _SIX
+
+
+def activate(flat, start, count, code) -> Any:
+    """`activate_row`, also of float16 as bits where `activates_halves`."""
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(activate, jit_options={"fastmath": set(FASTMATH), "error_model": "numpy"}, inline="always")
+def _overload_activate(flat, start, count, code):
+    if flat.dtype == types.uint16:
+
+        def halves(flat, start, count, code):
+            if code:
+                _bound_halves(flat, start, count, code)
+
+        return halves
+    return lambda flat, start, count, code: activate_row(flat, start, count, code)
 
 
 @device(fastmath=AS_WRITTEN)

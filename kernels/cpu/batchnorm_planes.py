@@ -11,6 +11,7 @@ from numba import prange
 from tilewise.kernels.cpu.batchnorm_channel import (
     AS_WRITTEN,
     BLOCK,
+    activate,
     add_sums,
     evaluation_factors,
     gradient_factors,
@@ -27,7 +28,6 @@ from tilewise.kernels.cpu.batchnorm_vector import (
     run_sums,
     settle_stores,
 )
-from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.simd import address
 
@@ -40,7 +40,7 @@ def _forward_channels(
     momentum, eps, code, streamed,
 ):  # fmt: skip
     """Everything for `own` channels from the first one on, image by image, so that small planes are read in order."""
-    sums, factors = np.zeros(2 * own), np.empty(3 * own, x.dtype)
+    sums, factors = np.zeros(2 * own), np.empty(3 * own, weight.dtype)
     mean, squares = sums[:own], sums[own:]
     for image in range(images):
         base = (image * channels + first) * plane
@@ -63,7 +63,7 @@ def _forward_channels(
             else:
                 run_normalise(KEPT, source, target, plane, centre, scale, offset)
         if code:
-            activate_row(y, base, own * plane, code)
+            activate(y, base, own * plane, code)
     if streamed:
         settle_stores()
 
@@ -136,7 +136,7 @@ def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code, 
         image, c, block = _next(image, c, block, channels, blocks)
     if code:
         last = (image * channels + c) * plane + block * BLOCK
-        activate_row(y, first, last - first, code)
+        activate(y, first, last - first, code)
     if streamed:
         settle_stores()
 
@@ -151,10 +151,10 @@ def forward_by_block(
     units = images * channels * blocks
     step = SPLIT // min(plane, BLOCK)
     chunks = (units + step - 1) // step
-    factors = np.empty(3 * channels, x.dtype)
+    factors = np.empty(3 * channels, weight.dtype)
     if training:
         parts = images * blocks * channels
-        moments = np.empty(3 * parts, x.dtype)
+        moments = np.empty(3 * parts, weight.dtype)
         for chunk in prange(chunks):
             begin, end = chunk * step, min(chunk * step + step, units)
             _moments_of_blocks(x, channels, plane, blocks, begin, end, moments, parts)
@@ -203,7 +203,7 @@ def _backward_channels(
     grad_bias,
     mode,
 ):
-    sums, factors = np.zeros(2 * own), np.empty(4 * own, x.dtype)
+    sums, factors = np.zeros(2 * own), np.empty(4 * own, weight.dtype)
     total, product = sums[:own], sums[own:]
     for image in range(images):
         base = (image * channels + first) * plane
@@ -268,14 +268,14 @@ def backward_by_block(grad, x, result, images, channels, plane, mean, invstd, we
     step = SPLIT // min(plane, BLOCK)
     chunks = (units + step - 1) // step
     parts = images * blocks * channels
-    sums = np.empty(2 * parts, x.dtype)
+    sums = np.empty(2 * parts, weight.dtype)
     for chunk in prange(chunks):
         begin, end = chunk * step, min(chunk * step + step, units)
         _sums_of_blocks(grad, x, channels, plane, blocks, begin, end, mean, sums, parts)
     total, product = np.zeros(channels), np.zeros(channels)
     for part in range(images * blocks):
         add_sums(sums, part * channels, parts, total, product)
-    factors = np.empty(4 * channels, x.dtype)
+    factors = np.empty(4 * channels, weight.dtype)
     gradient_factors(
         0, np.float64(images * plane), total, product, mean, invstd, weight, grad_weight, grad_bias, factors, channels
     )  # fmt: skip

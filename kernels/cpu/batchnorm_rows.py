@@ -17,6 +17,7 @@ from numba import prange
 
 from tilewise.kernels.cpu.batchnorm_channel import (
     AS_WRITTEN,
+    activate,
     add_sums,
     evaluation_factors,
     gradient_factors,
@@ -34,7 +35,7 @@ from tilewise.kernels.cpu.batchnorm_vector import (
     rows_total,
     settle_stores,
 )
-from tilewise.kernels.cpu.epilogue import activate_row
+from tilewise.kernels.cpu.half_vector import number
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.simd import address
 
@@ -52,7 +53,7 @@ def _block_moments(x, start, stride, rows, columns, moments, at, step):
     moments[at + 2 * step : at + 2 * step + columns] = 0
     first = (rows + PIVOT_SHARE - 1) // PIVOT_SHARE
     rows_total(address(x, start), stride, first, columns, address(moments, at))
-    share = x.dtype.type(1) / x.dtype.type(first)
+    share = moments.dtype.type(1) / moments.dtype.type(first)
     for j in range(columns):
         pivots[j] *= share
     rows_deviations(
@@ -77,7 +78,7 @@ def _fold_moments(x, channels, width, mean, squares):
     for start in range(x.size // width * width, x.size, channels):
         share = 1 / (count + 1)
         for c in range(channels):
-            distance = np.float64(x[start + c]) - mean[c]
+            distance = np.float64(number(address(x, start + c))) - mean[c]
             mean[c] += distance * share
             squares[c] += distance * distance * count * share
         count += 1
@@ -120,9 +121,9 @@ def forward_by_row(
     """Each chunk owns a block of `block` rows."""
     rows = x.size // width
     blocks = (rows + block - 1) // block
-    factors = np.empty(3 * width, x.dtype)
+    factors = np.empty(3 * width, weight.dtype)
     if training:
-        moments = np.empty(3 * blocks * width, x.dtype)
+        moments = np.empty(3 * blocks * width, weight.dtype)
         for chunk in prange(blocks):
             count = min(block, rows - chunk * block)
             _block_moments(x, chunk * block * width, width, count, width, moments, chunk * width, blocks * width)
@@ -150,7 +151,7 @@ def forward_by_row(
         stop = min(start + step, x.size)
         if tail < stop:
             _normalise_rows(x, y, tail, width, 1, stop - tail, factors, width, streamed)
-        activate_row(y, start, stop - start, code)
+        activate(y, start, stop - start, code)
 
 
 @device(fastmath=AS_WRITTEN)
@@ -177,8 +178,9 @@ def _fold_sums(grad, x, channels, width, centre, total, product):
         product[j % channels] += product[j]
     for start in range(x.size // width * width, x.size, channels):
         for c in range(channels):
-            total[c] += grad[start + c]
-            product[c] += grad[start + c] * (x[start + c] - centre[c])
+            slope = number(address(grad, start + c))
+            total[c] += slope
+            product[c] += slope * (number(address(x, start + c)) - centre[c])
 
 
 @device(fastmath=AS_WRITTEN)
@@ -202,10 +204,10 @@ def backward_by_row(
     """Each chunk owns a block of `block` rows."""
     rows = x.size // width
     blocks = (rows + block - 1) // block
-    factors = np.empty(4 * width, x.dtype)
+    factors = np.empty(4 * width, weight.dtype)
     factors[:channels] = mean
     _spread(factors, 1, channels, width)
-    sums = np.empty(2 * blocks * width, x.dtype)
+    sums = np.empty(2 * blocks * width, weight.dtype)
     for chunk in prange(blocks):
         count = min(block, rows - chunk * block)
         start = chunk * block * width

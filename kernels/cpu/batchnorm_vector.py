@@ -3,7 +3,8 @@
 `run_*` go along a run of one channel's pixels (NCHW), `rows_*` down the columns of a matrix of pixels by channels
 (NHWC), several rows at a time. Whole vectors are moved without a mask; only a run's or row's last vector has one. The
 order of every sum is part of the code, so the serial and the parallel form of a kernel give the same bits; without
-slices of arrays no references are counted, which would cost more than a plane of 7x7.
+slices of arrays no references are counted, which would cost more than a plane of 7x7. Images (x, y, grad, result) may
+also be float16, as its bits; what goes with a channel is float32 then.
 
 Callers are compiled without reassociation, which Numba would otherwise add to the instructions here too.
 """
@@ -11,15 +12,16 @@ Callers are compiled without reassociation, which Numba would otherwise add to t
 from numba import types
 from numba.extending import intrinsic
 
+from tilewise.kernels.cpu.half_vector import emitted
 from tilewise.kernels.cpu.simd import _I64, VECTOR_BYTES, _literal
-from tilewise.kernels.cpu.vector_pass import emitted
 
 ROWS = 8  # rows summed at a time, so that a column's sum in memory is touched once for eight of them
 # The same where each row is read from two arrays, and where results are written: fewer streams. Zen 3 does not fetch
 # eight of them ahead in rows of 1 KB: the gradient of 8x256x56x56 takes 10 ms by four rows and 6.5 ms by one.
 ROWS_OF_TWO = 4 if VECTOR_BYTES == 64 else 1
-# Bytes that passes over large arrays (STREAMED) ask for ahead, because Zen 3 itself stops at every row: in NHWC, on one
-# thread, training takes 9 to 19 % less time and the gradient 2 to 10 %. Arrays in the third-level cache lose as much.
+# Bytes that passes over large arrays (STREAMED) ask for ahead (float16: half as many), because Zen 3 itself stops at
+# every row: in NHWC, on one thread, training takes 9 to 19 % less time and the gradient 2 to 10 %. Arrays in the
+# third-level cache lose as much.
 AHEAD = 4096
 # How a pass writes its result: through the caches, or past them, for which result and run must be whole, aligned
 # vectors. FROZEN: a gradient through statistics that do not depend on x.

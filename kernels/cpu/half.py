@@ -5,6 +5,9 @@ of a result do not depend on each other (half_parts.py), a call is therefore cut
 
     for each part:   x16[part] -> x32 -> float32 kernel -> y32 -> y16[part]       only x16 and y16 come from memory
 
+Batch norm's kernels convert in their registers instead (half_vector.py), but for the activations that must not be
+applied to what is rounded already.
+
 The parts follow from the shapes, so the bits do not depend on the number of threads.
 """
 

@@ -25,7 +25,7 @@ def _integer(value: int, width: int):
     return ir.Constant(_of(ir.IntType(32), width), [value] * width if width > 1 else value)
 
 
-def _widen(builder, bits, width):
+def widen_vector(builder, bits, width):
     """float32 from the bits of float16."""
     single = _of(ir.FloatType(), width)
     if HARDWARE:
@@ -46,7 +46,7 @@ def _widen(builder, bits, width):
     return builder.bitcast(builder.or_(result, sign), single)
 
 
-def _narrow(builder, value, width):
+def narrow_vector(builder, value, width):
     """The bits of the nearest float16, of two equally near the even one."""
     half = _of(ir.IntType(16), width)
     if HARDWARE:
@@ -105,7 +105,7 @@ def _run(target, source, convert):
 @intrinsic
 def _convert_run(typingctx, target, source, count):
     """Which way follows from the types: bits are float16."""
-    return _run(target, source, _widen if source.dtype == types.uint16 else _narrow)
+    return _run(target, source, widen_vector if source.dtype == types.uint16 else narrow_vector)
 
 
 @kernel()

@@ -86,12 +86,11 @@ def _padded(shapes, options) -> Cut:
 
 def _channels(shapes, options) -> Cut | None:
     """Batch norm: channels where they are planes; in evaluation rows where channels come last."""
-    images = [shape for shape in shapes if shape and len(shape) == 4]
+    image = shapes[0]
     if options["layout"] == "NHWC":
-        if len(images) == 2 or options["training"] or options["return_stats"]:
+        if options["training"] or options["return_stats"]:
             return None
-        channels = images[0][3]
-        lead = images[0][:3]
+        channels, lead = image[3], image[:3]
         views = (prod(lead), 1, 1, channels)
         whole = list(shapes[1:])
         return Cut(
@@ -102,7 +101,7 @@ def _channels(shapes, options) -> Cut | None:
             lead,
             1,
         )
-    n, c, h, w = images[0]
+    n, c, h, w = image
 
     def part(count):
         return [shape and ((n, count, h, w) if len(shape) == 4 else (count,)) for shape in shapes], options
@@ -125,13 +124,14 @@ def _outputs(shapes, options) -> Cut | None:
 
 _ELEMENTWISE = ("relu", "leaky_relu", "sigmoid", "tanh")
 _POOLS = ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d", "max_unpool2d")
-_CUTS: dict[str, Callable] = {"step": _elements, "sign": _elements, "linear": _outputs}
+_CUTS: dict[str, Callable] = {
+    "step": _elements, "sign": _elements, "linear": _outputs, "batch_norm": _channels
+}  # fmt: skip
 for _names, _find in (
     (_ELEMENTWISE, _elements),
     (("softmax", "log_softmax"), _lines),
     (_POOLS, _planes),
     (("pad",), _padded),
-    (("batch_norm",), _channels),
 ):
     _CUTS |= {name + way: _find for name in _names for way in ("", "_backward")}
 
