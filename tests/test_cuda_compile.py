@@ -24,6 +24,7 @@ from gpu_compile import (
 if why_not():
     pytest.skip(why_not(), allow_module_level=True)
 
+from installation import run_python
 from numba import cuda
 from simt.small import small_kernel
 
@@ -222,3 +223,17 @@ def test_kernel_refuses_a_dtype_it_is_not_for():
     kernel = small_kernel(indexed, threads=32, dtypes=("float32",))
     with pytest.raises(TypeError, match=r"kernel indexed is declared for \['float32'\], not for float64"):
         kernel.form(np.dtype(np.float64))
+
+
+def test_numpy_without_row_stack(tmp_path):
+    """As from NumPy 2.5 on."""
+    code = """
+import numpy as np
+if vars(np).pop("row_stack", None):
+    np.__all__.remove("row_stack")
+import tilewise.kernels.cuda
+from numba import cuda
+text, _ = cuda.compile_ptx(lambda x: None, cuda.types.void(cuda.types.int32), cc=(9, 0))
+print(".entry" in text, "row_stack" in vars(np))
+"""
+    assert run_python(code, tmp_path) == "True False"

@@ -4,3 +4,20 @@ launch.py says what a kernel is and starts it; memory.py has the numbers that it
 Numba lacks; driver.py is the GPU. The tests compile every kernel for its architectures and execute it on the CPU
 (tests/simt).
 """
+
+import numpy as np
+
+
+def _load_numba_arrays():
+    """What Numba loads at its first compilation: numba-cuda 0.30 asks for numpy.row_stack there, gone in NumPy 2.5."""
+    names = vars(np)
+    if "row_stack" in names:
+        return
+    names["row_stack"] = np.vstack
+    try:
+        from numba.cuda.np import arrayobj
+    finally:
+        del names["row_stack"]
+
+
+_load_numba_arrays()
