@@ -114,6 +114,27 @@ def test_weight_gradient_of_1x1(rng, monkeypatch, case, layout, dtype, pieces):
     operation.forget_plans()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", POINTWISE[1:], ids=str)
+def test_weight_gradient_of_1x1_by_shares_of_the_pixels(rng, monkeypatch, split_everything, case, layout, dtype):
+    """Three shares of pieces that differ in number, and the last piece of an image in its pixels."""
+    monkeypatch.setattr(conv_pointwise_weight, "SHARES", 3)
+    monkeypatch.setattr(conv_pointwise_weight, "PIECE", 19)
+    calls, plan = watched(monkeypatch, conv_pointwise_weight, "plan"), conv_pointwise_weight.plan
+    grad, x, weight = arrays(rng, case, dtype, layout)
+    compare(case, dtype, layout, grad, x, weight)
+    assert plan(*calls[0])[14] == 3
+    options = case.options | {"layout": layout}
+    both = kernels.conv2d_backward(grad, x, weight, **options, needs=("weight", "bias"))[1:]
+    for i, name in enumerate(("weight", "bias"), 1):
+        for threads in (1, 2):
+            with using(threads=threads):
+                alone = kernels.conv2d_backward(grad, x, weight, **options, needs=(name,))[i]
+            assert alone.tobytes() == both[i - 1].tobytes()
+    operation.forget_plans()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "case",
