@@ -8,7 +8,7 @@ from conv_cases import FLOATS, LAYOUTS, Case, check, reference
 
 from tilewise import kernels, using
 from tilewise.kernels import operation
-from tilewise.kernels.cpu import conv_columns, conv_pointwise_weight
+from tilewise.kernels.cpu import conv_columns, conv_pointwise_weight, conv_transposed
 from tilewise.kernels.cpu.simd import CHANNEL_NV, lane_count
 
 # around 8 rows of k, panels of 48 pixels, blocks of rows and of channels
@@ -111,6 +111,38 @@ def test_weight_gradient_of_1x1(rng, monkeypatch, case, layout, dtype, pieces):
     grad, x, weight = arrays(rng, case, dtype, layout)
     compare(case, dtype, layout, grad, x, weight)
     assert calls
+    operation.forget_plans()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", [POINTWISE[1], POINTWISE[4]], ids=str)
+def test_input_gradient_of_large_1x1_layers(rng, monkeypatch, case, dtype):
+    monkeypatch.setattr(conv_transposed, "memory_from", lambda: 0)
+    monkeypatch.setattr(conv_transposed, "DIRECT_BELOW", 0)
+    calls = watched(monkeypatch, conv_transposed, "prepare_pass")
+    compare(case, dtype, "NHWC", *arrays(rng, case, dtype, "NHWC"))
+    assert calls
+    operation.forget_plans()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", POINTWISE[1:], ids=str)
+def test_weight_gradient_of_1x1_by_shares_of_the_pixels(rng, monkeypatch, split_everything, case, layout, dtype):
+    """Three shares of pieces that differ in number, and the last piece of an image in its pixels."""
+    monkeypatch.setattr(conv_pointwise_weight, "SHARES", 3)
+    monkeypatch.setattr(conv_pointwise_weight, "PIECE", 19)
+    calls, plan = watched(monkeypatch, conv_pointwise_weight, "plan"), conv_pointwise_weight.plan
+    grad, x, weight = arrays(rng, case, dtype, layout)
+    compare(case, dtype, layout, grad, x, weight)
+    assert plan(*calls[0])[14] == 3
+    options = case.options | {"layout": layout}
+    both = kernels.conv2d_backward(grad, x, weight, **options, needs=("weight", "bias"))[1:]
+    for i, name in enumerate(("weight", "bias"), 1):
+        for threads in (1, 2):
+            with using(threads=threads):
+                alone = kernels.conv2d_backward(grad, x, weight, **options, needs=(name,))[i]
+            assert alone.tobytes() == both[i - 1].tobytes()
     operation.forget_plans()
 
 

@@ -10,7 +10,7 @@ there (`row_product`), so neither columns nor panels of x are ever packed. Only 
 is copied first, with the padding as zeros. The weights are packed once a call, (k, o) in panels of NR outputs.
 
 Each chunk owns a block of rows of one image (or a few small images) with all outputs of one group; a panel of
-weights, cut into steps of about DEPTH, stays in L1 while all its pixels pass by.
+weights, cut into steps of about DEPTH, stays near while all its pixels pass by.
 """
 
 from math import ceil
@@ -18,6 +18,7 @@ from math import ceil
 import numpy as np
 from numba import prange
 
+from tilewise.kernels.cpu.batchnorm_vector import settle_stores
 from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_kernel import row_product, row_product_to
@@ -26,10 +27,16 @@ from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 from tilewise.kernels.cpu.vector_move import transpose_square_to
 
-# Steps k whose weights for NR outputs stay in L1: 192 * 32 * 4 = 25 KB.
-DEPTH = 192
+# Steps k a visit. Their weights for NR outputs, 384 * 32 * 4 = 49 KB, come from L2, a line for 14 products, which costs
+# nothing; but every visit after the first reads all sums of the block again.
+DEPTH = 384
+# All steps in one visit, which needs no sums outside of the registers.
+ONE_VISIT = 512
 # Pixels a block: their sums for one panel of outputs are 224 * 32 * 4 = 29 KB; with AVX2 240 * 16 * 4 = 15 KB.
 BLOCK_PIXELS = 224 if MR == 14 else 240
+# Numbers of x for which a 1x1 convolution has several times as many pixels in a block: a visit's fixed costs, a few
+# hundred nanoseconds, are a tenth of what 32 channels and 64 outputs take otherwise.
+BLOCK_INPUTS, MOST_BLOCKS = 1 << 16, 4
 CHUNKS = 8
 
 
@@ -46,7 +53,10 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, activation):
     low_row, low_column = int(taps[0].min()), int(taps[1].min())
     high_row, high_column = int(taps[0].max()), int(taps[1].max())
     span_rows, span_columns = high_row - low_row, high_column - low_column
-    rows, images, splits = _blocks(n, groups, oh, ow, outputs)
+    block = BLOCK_PIXELS
+    if taps[0].size * taps[1].size == 1 and channels <= ONE_VISIT:
+        block *= max(1, min(MOST_BLOCKS, BLOCK_INPUTS // (BLOCK_PIXELS * channels)))
+    rows, images, splits = _blocks(n, groups, oh, ow, outputs, block)
     in_place = low_row >= 0 and (oh - 1) * stride[0] + high_row < h
     in_place = in_place and low_column >= 0 and (ow - 1) * stride[1] + high_column < w
     pixel = groups * channels if in_place else channels
@@ -61,18 +71,19 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, activation):
         order[c] = np.arange(n_taps) * channels + c
     geometry = np.array(
         [n, groups, channels, h, w, outputs, oh, ow, stride[0], stride[1], n_taps, low_row, low_column, span_rows,
-         rows, images, pixel, pitch, int(in_place), y_steps[0], y_steps[1], y_steps[2], y_steps[3], activation, splits],
+         rows, images, pixel, pitch, int(in_place), y_steps[0], y_steps[1], y_steps[2], y_steps[3], activation, splits,
+         0],
         np.int64,
     )  # fmt: skip
     return geometry, starts, parts, order.reshape(order.size)
 
 
-def _blocks(n, groups, oh, ow, outputs):
-    """(output rows a block, images a block, parts of the outputs); fixed by the problem."""
-    images = max(1, min(n, BLOCK_PIXELS // (oh * ow)))
+def _blocks(n, groups, oh, ow, outputs, pixels):
+    """(output rows a block, images a block, parts of the outputs) for about so many pixels; fixed by the problem."""
+    images = max(1, min(n, pixels // (oh * ow)))
     while images > 2 and groups * ceil(n / images) < CHUNKS // 2:
         images = ceil(images / 2)
-    rows = min(oh, max(1, BLOCK_PIXELS // ow)) if images == 1 else oh
+    rows = min(oh, max(1, pixels // ow)) if images == 1 else oh
     while rows > 1 and groups * ceil(n / images) * ceil(oh / rows) < CHUNKS // 2 and rows * ow > 4 * MR:
         rows = ceil(rows / 2)
     rows = ceil(oh / ceil(oh / rows))
@@ -84,18 +95,19 @@ def _blocks(n, groups, oh, ow, outputs):
 
 def efficiency(n, oh, ow, outputs, lane, groups=1):
     """The share of the register tiles' work that is not for pixels or outputs beyond the last."""
-    rows, images, _ = _blocks(n, groups, oh, ow, outputs)
+    rows, images, _ = _blocks(n, groups, oh, ow, outputs, BLOCK_PIXELS)
     used = sum(ceil(images * min(rows, oh - first) * ow / MR) * MR for first in range(0, oh, rows))
     width = NV * lane
     return oh * ow * images / used * outputs / (ceil(outputs / width) * width)
 
 
 def _parts(rows, columns, channels, joined):
-    """The pieces of a pixel's window, grouped into visits of equal pieces with at most about DEPTH steps."""
+    """The pieces of a pixel's window, grouped into visits of equal pieces: one, or with at most DEPTH steps each."""
     length = channels
     if joined:
         columns, length = columns[:1], channels * columns.size
-    cuts = ceil(length / DEPTH)
+    steps = DEPTH if rows.size * columns.size * length > ONE_VISIT else ONE_VISIT
+    cuts = ceil(length / steps)
     size = ceil(length / cuts)
     most = rows.size * columns.size * cuts
     starts, parts = np.empty(most, np.int64), np.empty((most, 4), np.int64)
@@ -105,7 +117,7 @@ def _parts(rows, columns, channels, joined):
             for first in range(0, length, size):
                 count = min(size, length - first)
                 last = visits - 1
-                if visits > 0 and parts[last, 2] == count and (parts[last, 1] + 1) * count <= DEPTH:
+                if visits > 0 and parts[last, 2] == count and (parts[last, 1] + 1) * count <= steps:
                     parts[last, 1] += 1
                 else:
                     parts[visits, 0], parts[visits, 1], parts[visits, 2], parts[visits, 3] = pieces, 1, count, step
@@ -199,7 +211,7 @@ def _locate_pixels(image, images, row0, rows, rows_in, geometry, bases, places):
 
 @device()
 def _multiply(
-    a, bases, pixels, starts, parts, part, panels, panel, sums, last, y, places, columns, bias, o, extra, bounds
+    a, bases, pixels, starts, parts, part, panels, panel, sums, last, y, places, columns, bias, o, extra, bounds, past
 ):  # fmt: skip
     """All pixels of a block with one panel of outputs, one visit's steps."""
     width = NV * lanes(a)
@@ -217,12 +229,12 @@ def _multiply(
     if columns > lanes(a):
         row_product_to(
             MR, NV, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels, to, where, columns,
-            shift, has_bias, more_to, has_extra, bounds,
+            shift, has_bias, more_to, has_extra, bounds, past,
         )  # fmt: skip
     else:
         row_product_to(
             MR, 1, left, rows, 1, offsets, pieces, length, right, width, c, width, more, pixels, to, where, columns,
-            shift, has_bias, more_to, has_extra, bounds,
+            shift, has_bias, more_to, has_extra, bounds, past,
         )  # fmt: skip
 
 
@@ -248,17 +260,33 @@ def _block(
         for i in range(most):
             bases[i] += base
     n_parts = parts.shape[0]
-    sums = scratch(most * width, x)
-    bounds = bounds_of(code)
+    sums = scratch(most * width if n_parts > 1 else 1, x)
+    bounds, past = bounds_of(code), geometry[25]
     for o in range(first_output, last_output, width):
         for part in range(n_parts):
             _multiply(
                 a, bases, pixels, starts, parts, part, panels, (g * ((outputs + width - 1) // width) * width + o)
                 * depth, sums, part == n_parts - 1, y, places, outputs - o, bias, g * outputs + o, extra, bounds,
+                past,
             )  # fmt: skip
+    if past:
+        settle_stores()
     if code > BOUNDED:
         for p in range(pixels):
             activate_row(y, places[p] + g * outputs + first_output, last_output - first_output, code)
+
+
+def past_caches(geometry, lane):
+    """The geometry for results that no cache holds until they are read, written past them: aligned memory that has
+    been used before. None where that is not possible.
+
+    Their memory need not be read before it is written; the first to read them finds none of it in a cache, though.
+    """
+    if geometry[5] % lane or geometry[23] > BOUNDED:
+        return None
+    past = geometry.copy()
+    past[25] = 1
+    return past
 
 
 def packed_size(geometry, lane):

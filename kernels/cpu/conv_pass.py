@@ -13,7 +13,9 @@ from math import ceil, prod
 import numpy as np
 
 from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd, conv_winograd_nhwc
+from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.conv_detours import BatchInParts, PointwiseJoined, PointwiseThroughNCHW, ThroughNHWC
+from tilewise.kernels.cpu.recycling import is_used
 from tilewise.kernels.cpu.scratch import aligned
 from tilewise.kernels.cpu.simd import lane_count
 
@@ -99,11 +101,11 @@ class _ProductNCHW:
 class _ProductNHWC:
     """One convolution by `conv_nhwc.convolve`; arguments as `_Direct`."""
 
-    __slots__ = ("kernel", "plan")
+    __slots__ = ("kernel", "past", "plan")
 
     packing = "gemm", "NHWC"
 
-    def __init__(self, x, weight, y, taps, stride, grid, groups, activation):
+    def __init__(self, x, weight, y, dtype, taps, stride, grid, groups, activation):
         (n, *size, channels), outputs = x, weight[0] // groups
         first_row, first_column, row_step, column_step, *pixels = grid
         (height, width), pixel = y[1:3], weight[0]
@@ -112,11 +114,17 @@ class _ProductNHWC:
         shape = (n, *size, channels // groups)
         self.plan = conv_nhwc.plan(shape, outputs, taps, stride, pixels, steps, groups, activation)
         self.kernel = conv_nhwc.convolve.sized(2 * n * prod(weight) * prod(pixels) * COST["gemm"])
+        self.past = None  # the geometry for large results in used memory
+        if prod(y) * dtype.itemsize >= memory_from():
+            self.past = conv_nhwc.past_caches(self.plan[0], lane_count(dtype.itemsize))
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
         nothing = NO_BIAS[x.dtype]
         extra, packed = nothing if extra is None else extra, nothing if packed is None else packed
-        self.kernel(x.ravel(), weight.ravel(), packed, y.ravel(), bias, extra, *self.plan)
+        geometry, *rest = self.plan
+        if self.past is not None and is_used(y):
+            geometry = self.past
+        self.kernel(x.ravel(), weight.ravel(), packed, y.ravel(), bias, extra, geometry, *rest)
 
     def pack(self, weight):
         geometry, *_, order = self.plan
@@ -240,7 +248,7 @@ def _better_in_nhwc(x, weight, dtype, product, grid, groups):
 
 def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algorithm, activation=0):
     def product(x, weight, y):
-        return _ProductNHWC(x, weight, y, taps, stride, grid, groups, activation)
+        return _ProductNHWC(x, weight, y, dtype, taps, stride, grid, groups, activation)
 
     def winograd(x, weight, y):
         return _WinogradNHWC(x, weight, y, taps, groups, activation)

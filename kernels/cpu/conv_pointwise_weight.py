@@ -11,15 +11,19 @@ only the pixels that count are packed. Images follow one another, so small ones 
 
 A chunk owns a block of outputs and channels; the pixels go by in steps of DEPTH, whose U stays in L1. Where all pixels
 would outgrow BYTES, they are packed in parts.
+
+Few weights and many pixels are one block or two, which two threads cannot share. There a chunk owns a share of the
+pixels, which it packs and multiplies piece by piece, and sums of all weights, which are added in order in the end.
 """
 
 import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_pass import COST, image_size
+from tilewise.kernels.cpu.depthwise_strip import step
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_moves import clear_row, finish_row
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import keep, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, lanes, micro_kernel
@@ -31,28 +35,45 @@ DEPTH = 144
 PIECE = 512
 # U and V of one part of the pixels: in L2, and so few that the weights, to which every part adds, pass by rarely.
 BYTES, SMALL_BYTES, SMALL_WEIGHTS = 2 << 20, 1 << 19, 1 << 17
+# Shares of the pixels where there are so few weights, and bytes of U and V for one piece of a share.
+SHARES, FEW_WEIGHTS, SHARE_BYTES = 8, 1 << 15, 1 << 18
 # Outputs and panels of channels a block: small enough to share out the smallest layers.
 BLOCK_OUTPUTS, BLOCK_PANELS = 64, 2
 
 
 def plan(n, channels, size, outputs, grid, stride, channels_last, itemsize):
-    """geometry for `pointwise_gradients`. A layer of stride 1 is one line of pixels an image.
+    """geometry for the kernels: for `gradients_by_share` where its last number, shares, is more than 1.
 
-    A piece is rows_a_piece rows of grad's pixels, or columns_a_piece of the line.
+    A layer of stride 1 is one line of pixels an image. A piece is rows_a_piece rows of grad's pixels, or
+    columns_a_piece of the line.
     """
     if tuple(stride) == (1, 1):
         size, grid = (1, size[0] * size[1]), (1, grid[0] * grid[1])
-    rows, columns = min(grid[0], max(1, PIECE // grid[1])), min(grid[1], PIECE)
-    if grid[0] > 1:
-        columns = grid[1]
-    pieces = -(-grid[0] // rows) * -(-grid[1] // columns)
     width = NV * lane_count(itemsize)
     panel = max(MR, lane_count(itemsize))
     pixel = itemsize * (-(-channels // width) * width + -(-outputs // panel) * panel)
+    if channels * outputs <= FEW_WEIGHTS:
+        some = min(PIECE, max(1, SHARE_BYTES // (pixel * DEPTH)) * DEPTH)
+        rows, columns, pieces = _pieces(grid, some)
+        if n * pieces >= 2 * SHARES:
+            return np.array(
+                [n, channels, *size, outputs, *grid, *stride, rows, columns, pieces, 1, channels_last, SHARES], np.int64
+            )
+    rows, columns, pieces = _pieces(grid, PIECE)
     most = (SMALL_BYTES if channels * outputs <= SMALL_WEIGHTS else BYTES) // (pixel * rows * columns)
     parts = -(-n * pieces // max(1, most))
     part = -(-n * pieces // parts)  # pieces a part
-    return np.array([n, channels, *size, outputs, *grid, *stride, rows, columns, pieces, part, channels_last], np.int64)
+    return np.array(
+        [n, channels, *size, outputs, *grid, *stride, rows, columns, pieces, part, channels_last, 1], np.int64
+    )
+
+
+def _pieces(grid, pixels):
+    """(rows, columns) of a piece of about so many pixels, and how many there are in an image."""
+    rows, columns = min(grid[0], max(1, pixels // grid[1])), min(grid[1], pixels)
+    if grid[0] > 1:
+        columns = grid[1]
+    return rows, columns, -(-grid[0] // rows) * -(-grid[1] // columns)
 
 
 @device()
@@ -147,8 +168,8 @@ def _pack(source, channels, h, w, stride_h, stride_w, piece, group, geometry, pa
 
 
 @device(allocates=True)
-def _block(u, v, pixels, u_step, v_step, panel, o0, o1, p0, p1, channels, result, more):
-    """result[o, c] (+)= the products of a block: outputs o0 .. o1, panels p0 .. p1 of channels.
+def _block(u, v, pixels, u_step, v_step, panel, o0, o1, p0, p1, channels, weights, more):
+    """weights[o * channels + c] (+)= the products of a block: outputs o0 .. o1, panels p0 .. p1 of channels.
 
     They add up in scratch: the weights of an output often lie a power of two apart, where they would compete for a few
     places of L1.
@@ -174,11 +195,72 @@ def _block(u, v, pixels, u_step, v_step, panel, o0, o1, p0, p1, channels, result
                     micro_kernel(MR, 1, left, panel, right, width, depth, c, pitch, MR, width, add)
     columns, zero, one = min(channels - p0 * width, pitch), sums.dtype.type(0), sums.dtype.type(1)
     for o in range(o0, o1):
-        to, source = address(result, o * channels + p0 * width), address(sums, (o - o0) * pitch)
+        to, source = step(weights, o * channels + p0 * width), address(sums, (o - o0) * pitch)
         if more:
             add_scaled(to, source, one, columns)
         else:
             finish_row(1, to, source, columns, zero, 0, to, 0)
+
+
+@device()
+def _pixels_before(piece, geometry):
+    """How many pixels lie before a piece, counted through all images."""
+    oh, ow, rows, columns, pieces = geometry[5], geometry[6], geometry[9], geometry[10], geometry[11]
+    across = (ow + columns - 1) // columns
+    row, column = piece % pieces // across * rows, piece % pieces % across * columns
+    return (piece // pieces * oh + row) * ow + column
+
+
+@device(allocates=True)
+def _share(x, grad, first, last, geometry, weights, wanted, sums):
+    """The sums over the pieces first .. last, at least one, to `weights` if they are wanted, and to `sums`: grad's."""
+    channels, h, w, outputs, oh, ow = geometry[1], geometry[2], geometry[3], geometry[4], geometry[5], geometry[6]
+    stride_h, stride_w, most = geometry[7], geometry[8], geometry[9] * geometry[10]
+    lane = lanes(x)
+    width, panel = NV * lane, max(MR, lane)
+    u_step, v_step = most * width + lane, most * panel + lane
+    panels = (channels + width - 1) // width if wanted else 0
+    u, v = scratch(panels * u_step, x), scratch((outputs + panel - 1) // panel * v_step, x)
+    groups = (1 if geometry[13] else (channels + lane - 1) // lane) if wanted else 0
+    bands = 1 if geometry[13] else (outputs + lane - 1) // lane
+    clear_row(sums, (outputs + lane - 1) // lane * lane)
+    for piece in range(first, last):
+        before = _pixels_before(piece, geometry)
+        pixels = _pixels_before(piece + 1, geometry) - before
+        for i in range(groups):
+            _pack(x, channels, h, w, stride_h, stride_w, piece, i, geometry, width, u_step, -before * width, u)
+        for i in range(bands):
+            _pack(grad, outputs, oh, ow, 1, 1, piece, i, geometry, panel, v_step, -before * panel, v)
+        for o in range(0, outputs, BLOCK_OUTPUTS):
+            for p in range(0, panels, BLOCK_PANELS):
+                _block(
+                    u, v, pixels, u_step, v_step, panel, o, min(outputs, o + BLOCK_OUTPUTS), p,
+                    min(panels, p + BLOCK_PANELS), channels, weights, 1 if piece > first else 0,
+                )  # fmt: skip
+        for o in range(0, outputs, lane):
+            add_rows(step(sums, o), address(v, o // panel * v_step + o % panel), panel, pixels)
+    keep(u)
+    keep(v)
+
+
+@kernel()
+def gradients_by_share(x, grad, result, bias, geometry):
+    """As `pointwise_gradients`, for few weights and many pixels."""
+    units, outputs, shares = geometry[0] * geometry[11], geometry[4], geometry[14]
+    size, padded = result.size, (outputs + lanes(x) - 1) // lanes(x) * lanes(x)
+    weights, sums = scratch(shares * size, x), scratch(shares * padded, x)
+    for share in prange(shares):
+        _share(
+            x, grad, units * share // shares, units * (share + 1) // shares, geometry, address(weights, share * size),
+            size > 0, address(sums, share * padded),
+        )  # fmt: skip
+    for share in range(1, shares):
+        add_scaled(address(weights, 0), address(weights, share * size), x.dtype.type(1), size)
+        add_scaled(address(sums, 0), address(sums, share * padded), x.dtype.type(1), outputs)
+    result[:] = weights[:size]
+    bias[:] = sums[: bias.size]
+    keep(weights)
+    keep(sums)
 
 
 @kernel()
@@ -199,14 +281,10 @@ def pointwise_gradients(x, grad, result, bias, geometry):
     across = (panels + BLOCK_PANELS - 1) // BLOCK_PANELS
     sums = scratch((outputs + lane - 1) // lane * lane, x)
     clear_row(address(sums, 0), sums.size)
-    across_pixels = (ow + geometry[10] - 1) // geometry[10]
     for first in range(0, n * pieces, part):
         last = min(n * pieces, first + part)
-        # where the first pixel of all would lie, seen from the first of this part
-        row, column = first % pieces // across_pixels * geometry[9], first % pieces % across_pixels * geometry[10]
-        before = (first // pieces * oh + row) * ow + column
-        row, column = last % pieces // across_pixels * geometry[9], last % pieces % across_pixels * geometry[10]
-        pixels = (last // pieces * oh + row) * ow + column - before
+        before = _pixels_before(first, geometry)
+        pixels = _pixels_before(last, geometry) - before
         for chunk in prange((last - first) * (groups + bands)):
             piece, i = first + chunk // (groups + bands), chunk % (groups + bands)
             if i < groups:
@@ -218,7 +296,7 @@ def pointwise_gradients(x, grad, result, bias, geometry):
             o0, p0 = block // across * BLOCK_OUTPUTS, block % across * BLOCK_PANELS
             _block(
                 u, v, pixels, u_step, v_step, panel, o0, min(outputs, o0 + BLOCK_OUTPUTS), p0,
-                min(panels, p0 + BLOCK_PANELS), channels, result, more,
+                min(panels, p0 + BLOCK_PANELS), channels, address(result, 0), more,
             )  # fmt: skip
         if bias.size > 0:
             for o in range(0, outputs, lane):
@@ -235,7 +313,8 @@ class PointwiseGradient:
         size, grid = image_size(x, layout), image_size(grad, layout)
         nhwc = layout == "NHWC"
         self.plan = plan(x[0], weight[1], size, weight[0], grid, stride, nhwc, dtype.itemsize)
-        self.kernel = pointwise_gradients.sized(2 * x[0] * grid[0] * grid[1] * weight[0] * weight[1] * COST["gemm"])
+        function = gradients_by_share if self.plan[14] > 1 else pointwise_gradients
+        self.kernel = function.sized(2 * x[0] * grid[0] * grid[1] * weight[0] * weight[1] * COST["gemm"])
 
     def __call__(self, grad, x, wants_weight, wants_bias):
         """(gradient of the weight or None, gradient of the bias or None)."""

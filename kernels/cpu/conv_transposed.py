@@ -12,6 +12,7 @@ from math import prod
 import numpy as np
 
 from tilewise.kernels.cpu import conv_columns, gemm
+from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.conv_choice import DIRECT_BELOW, estimate_times, why_not_winograd
 from tilewise.kernels.cpu.conv_depthwise import Depthwise
 from tilewise.kernels.cpu.conv_pass import image_size, prepare_pass
@@ -38,9 +39,14 @@ def _choose_transposed(grad, weight, size, dtype, stride, dilation, groups, layo
     return min(estimates, key=estimates.__getitem__)
 
 
-def _is_product(weight, size, grid, groups, layout):
-    """Whether every pixel of NHWC is a row of a plain product; the caller knows that there is no padding."""
-    return layout == "NHWC" and groups == 1 and weight[2:] == (1, 1) and tuple(size) == tuple(grid)
+def _is_product(weight, size, grid, groups, layout, count):
+    """Whether every pixel of NHWC is a row of a plain product; the caller knows that there is no padding.
+
+    count: bytes of both images. Large ones go by the convolution, which neither packs the pixels nor, where it can,
+    reads the result's lines.
+    """
+    rows = layout == "NHWC" and groups == 1 and weight[2:] == (1, 1) and tuple(size) == tuple(grid)
+    return rows and count < memory_from()
 
 
 class _Product:
@@ -81,7 +87,8 @@ class TransposedConvolution:
                     self.whole = conv_columns.Columns(grad, weight, result, dtype, stride, padding, dilation, layout)
                 return
             unpadded = [tuple(int(offset[0]) for _, offset in axis if offset.size) for axis in axes] == [(0,), (0,)]
-            if unpadded and _is_product(weight, size, image_size(grad, layout), groups, layout):
+            count = (prod(grad) + prod(result)) * dtype.itemsize
+            if unpadded and _is_product(weight, size, image_size(grad, layout), groups, layout, count):
                 self.whole = _Product(grad, weight)
                 return
             for i, (rows, row_offsets) in enumerate(axes[0]):

@@ -61,10 +61,10 @@ _idle: deque[_Block] = deque()
 class _Lease:
     """What an array on a block holds on to; when the last view of it goes, so does this."""
 
-    __slots__ = ("__array_interface__", "_block")
+    __slots__ = ("__array_interface__", "_block", "address", "used")
 
-    def __init__(self, block: _Block, shape: tuple[int, ...], dtype: np.dtype):
-        self._block = block
+    def __init__(self, block: _Block, shape: tuple[int, ...], dtype: np.dtype, used: bool):
+        self._block, self.address, self.used = block, block.address, used
         self.__array_interface__ = {
             "version": 3, "shape": shape, "typestr": dtype.str, "data": (block.address, False)
         }  # fmt: skip
@@ -119,4 +119,10 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, size: int) -> tuple[np.ndarra
     used = block is not None
     if block is None:
         block = _Block(-(-size // HUGE_PAGE) * HUGE_PAGE)
-    return np.asarray(_Lease(block, shape, dtype)), used
+    return np.asarray(_Lease(block, shape, dtype, used)), used
+
+
+def is_used(array: np.ndarray) -> bool:
+    """Whether it begins where an array of `empty`'s does, on memory that had been used before."""
+    owner = array.base.base if isinstance(array.base, np.ndarray) else array.base
+    return isinstance(owner, _Lease) and owner.used and array.ctypes.data == owner.address

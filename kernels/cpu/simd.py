@@ -121,6 +121,12 @@ class _Emitter:
     def store(self, value, pointer, offset):
         self.builder.store(value, self.at(pointer, offset)).align = self.itemsize
 
+    def store_past(self, value, pointer, offset):
+        """Past the caches; to an aligned place."""
+        store = self.builder.store(value, self.at(pointer, offset))
+        store.align = self.lanes * self.itemsize
+        store.set_metadata("nontemporal", self.builder.module.add_metadata([_I32(1)]))
+
     def splat(self, value, count: int | None = None, scalar=None):
         vector = ir.VectorType(scalar or self.scalar, count or self.lanes)
         undefined = ir.Constant(vector, ir.Undefined)

@@ -25,10 +25,8 @@ class Pass(_Emitter):
     def write(self, value, pointer, offset, mask=None, streamed=False):
         if mask is not None:
             self.masked_store(value, pointer, offset, mask)
-        elif streamed:  # past the caches; aligned
-            store = self.builder.store(value, self.at(pointer, offset))
-            store.align = self.lanes * self.itemsize
-            store.set_metadata("nontemporal", self.builder.module.add_metadata([_I32(1)]))
+        elif streamed:
+            self.store_past(value, pointer, offset)
         else:
             self.store(value, pointer, offset)
 
