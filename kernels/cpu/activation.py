@@ -26,12 +26,11 @@ from tilewise.kernels.cpu.activation_vector import (
     backward_run,
     forward_run,
 )
-from tilewise.kernels.cpu.batchnorm_vector import settle_stores
 from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.epilogue import prefer_widest_vectors
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import large
-from tilewise.kernels.cpu.simd import address
+from tilewise.kernels.cpu.simd import address, settle_stores
 
 # Elements in one unit of parallel work: 64 kB of float32, a few microseconds, so that a launch is worth it; whole
 # vectors, so that every chunk of an aligned result is aligned.

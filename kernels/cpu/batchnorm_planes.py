@@ -26,10 +26,9 @@ from tilewise.kernels.cpu.batchnorm_vector import (
     run_moments,
     run_normalise,
     run_sums,
-    settle_stores,
 )
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.simd import address
+from tilewise.kernels.cpu.simd import address, settle_stores
 
 SPLIT = 8192  # elements in a chunk of blocks: a microsecond of work, so that two threads have as much to do
 

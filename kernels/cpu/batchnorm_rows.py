@@ -33,11 +33,10 @@ from tilewise.kernels.cpu.batchnorm_vector import (
     rows_normalise,
     rows_sums,
     rows_total,
-    settle_stores,
 )
 from tilewise.kernels.cpu.half_vector import number
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.simd import address
+from tilewise.kernels.cpu.simd import address, settle_stores
 
 # One row in so many gives a block's pivot, their mean: the other rows are read once. It lies within sqrt(3) standard
 # deviations of the block's mean, wherever the outliers are, so that the variance loses two bits at most.

@@ -248,14 +248,3 @@ def rows_gradient(typingctx, mode, grad, x, result, stride, rows, columns, centr
     return emitted(
         types.void(mode, grad, x, result, types.intp, types.intp, types.intp, centre, a, b, offset), emission
     )
-
-
-@intrinsic
-def settle_stores(typingctx):
-    """Make stores that went past the caches visible to other threads."""
-
-    def codegen(context, builder, signature, args):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), codegen

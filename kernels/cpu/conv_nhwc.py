@@ -18,13 +18,12 @@ from math import ceil
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.batchnorm_vector import settle_stores
 from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_kernel import row_product, row_product_to
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row, gather_row
 from tilewise.kernels.cpu.scratch import scratch
-from tilewise.kernels.cpu.simd import MR, NV, address, lanes
+from tilewise.kernels.cpu.simd import MR, NV, address, lanes, settle_stores
 from tilewise.kernels.cpu.vector_move import transpose_square_to
 
 # Steps k a visit. Their weights for NR outputs, 384 * 32 * 4 = 49 KB, come from L2, a line for 14 products, which costs

@@ -322,3 +322,14 @@ def _emit_tile_store(emit, tile, c, c_step, used_rows, used_columns, accumulate)
             emit.masked_store(total, c, offset, masks[j])
     builder.branch(end)
     builder.position_at_end(end)
+
+
+@intrinsic
+def settle_stores(typingctx):
+    """Make stores that went past the caches visible to other threads."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
