@@ -10,7 +10,7 @@ there (`row_product`), so neither columns nor panels of x are ever packed. Only 
 is copied first, with the padding as zeros. The weights are packed once a call, (k, o) in panels of NR outputs.
 
 Each chunk owns a block of rows of one image (or a few small images) with all outputs of one group; a panel of
-weights, cut into steps of about DEPTH, stays in L1 while all its pixels pass by.
+weights, cut into steps of about DEPTH, stays in L2 while all its pixels pass by.
 """
 
 from math import ceil
@@ -26,8 +26,9 @@ from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 from tilewise.kernels.cpu.vector_move import transpose_square_to
 
-# Steps k whose weights for NR outputs stay in L1: 192 * 32 * 4 = 25 KB.
-DEPTH = 192
+# Steps k whose weights for NR outputs stay in L2, from where 2 vectors a step come in time: 1152 * 32 * 4 = 147 KB. All
+# steps of most layers, so that their sums stay in registers.
+DEPTH = 1152
 # Pixels a block: their sums for one panel of outputs are 224 * 32 * 4 = 29 KB; with AVX2 240 * 16 * 4 = 15 KB.
 BLOCK_PIXELS = 224 if MR == 14 else 240
 CHUNKS = 8

@@ -12,7 +12,15 @@ from math import ceil, prod
 
 import numpy as np
 
-from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd, conv_winograd_nhwc
+from tilewise.kernels.cpu import (
+    conv_direct,
+    conv_nchw,
+    conv_nchw_plan,
+    conv_nhwc,
+    conv_pointwise,
+    conv_winograd,
+    conv_winograd_nhwc,
+)
 from tilewise.kernels.cpu.conv_detours import BatchInParts, PointwiseJoined, PointwiseThroughNCHW, ThroughNHWC
 from tilewise.kernels.cpu.scratch import aligned
 from tilewise.kernels.cpu.simd import lane_count
@@ -88,7 +96,7 @@ class _ProductNCHW:
         height, width = y[2:4]
         steps = (first_row * width + first_column, height * width, row_step * width, column_step)
         shape = (n, channels // groups, *size)
-        self.plan = conv_nchw.plan(shape, outputs, taps, stride, pixels, steps, groups, dtype.itemsize, activation)
+        self.plan = conv_nchw_plan.plan(shape, outputs, taps, stride, pixels, steps, groups, dtype.itemsize, activation)
         self.kernel = conv_nchw.convolve.sized(2 * n * prod(weight) * prod(pixels) * COST["gemm"])
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
@@ -235,7 +243,7 @@ def _better_in_nhwc(x, weight, dtype, product, grid, groups):
         return False
     there = conv_nhwc.efficiency(x[0], *grid[4:], outputs, lane, groups)
     # measured: with full tiles in both, NHWC is a tenth faster, for its weights stay in L1
-    return conv_nchw.efficiency(product.plan[0], lane) < 1.1 * there
+    return conv_nchw_plan.efficiency(product.plan[0], lane) < 1.1 * there
 
 
 def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algorithm, activation=0):
