@@ -86,7 +86,6 @@ def copy_lines(typingctx, stride, target, pitch, left, source, source_step, coun
         last = builder.add(count, _I64(emit.lanes - 1))
         padded_before = builder.icmp_signed(">", left, _I64(0))
         padded_behind = builder.icmp_signed(">", pitch, builder.add(left, count))
-        last_line = builder.sub(lines, _I64(1))
         loop = Loop(builder, lines, 1, "line")
         _, target, source = loop.begin((target, pitch), (source, source_step))
         inside, later = builder.gep(target, [left]), builder.gep(source, [builder.mul(source_step, _I64(2))])
@@ -96,11 +95,11 @@ def copy_lines(typingctx, stride, target, pitch, left, source, source_step, coun
             value = _load_line(emit, source, j, even) if kind == 2 else emit.load(source, j)
             emit.store(value, inside, j)
 
-        # each store may run over into what the next one writes; without padding, only the last one's is cleared
+        # each store may run over into what the next one writes
         with builder.if_then(padded_before):
             emit.store(emit.zero, target, _I64(0))
         _loop(builder, emit, last, move)
-        with builder.if_then(builder.or_(padded_behind, builder.icmp_signed("==", loop.i, last_line))):
+        with builder.if_then(padded_behind):
             emit.store(emit.zero, inside, count)
         loop.close()
         return context.get_dummy_value()
