@@ -135,8 +135,8 @@ def test_backward(rng, case, layout, reached, dtype):
 
 
 # 1x1 on 7x7: a quarter of NCHW's lanes would be empty
-THROUGH = Case(3, 140, 7, 7, 70, (3, 3), 1, 1)
-ONE_IMAGE = THROUGH._replace(n=1, h=5, w=5, o=64)
+THROUGH = Case(8, 140, 7, 7, 70, (3, 3), 1, 1)
+ONE_IMAGE = THROUGH._replace(n=1, h=14, w=14, o=64)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -172,7 +172,7 @@ def test_few_pixels_of_nhwc_go_through_nchw(rng, case, dtype, with_add):
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("with_add", [False, True])
 def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, with_add):
-    """5 small images, 2 at a time, with a summand or without."""
+    """9 small images, 4 at a time, with a summand or without."""
     monkeypatch.setattr(conv_detours, "COPIES", 0)
     parts = []
     once = conv_detours.BatchInParts.__call__
@@ -180,12 +180,12 @@ def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, wi
         conv_detours.BatchInParts, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1]
     )
     operation.forget_plans()
-    case = Case(5, 400, 3, 1, 400, (kernel, kernel), 1, kernel // 2)
+    case = Case(9, 400, 3, 1, 400, (kernel, kernel), 1, kernel // 2)
     x, weight, bias = case.arrays(rng, dtype)
-    add = rng.standard_normal((5, 400, 3, 1)).astype(dtype) if with_add else None
+    add = rng.standard_normal((9, 400, 3, 1)).astype(dtype) if with_add else None
     y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm", add=add)
     operation.forget_plans()
-    assert parts == [2]
+    assert parts == [4]
     wide = None if add is None else add.astype(np.float64)
     expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu", add=wide)
     assert_close(y, expected, reduction=case.taps)
