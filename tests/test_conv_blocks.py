@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +14,15 @@ from tolerances import assert_close
 
 from tilewise import explain, kernels, using
 from tilewise.kernels import operation
-from tilewise.kernels.cpu import conv_detours, conv_nchw, conv_nhwc, conv_pass, conv_weight, recycling, scratch
-from tilewise.kernels.cpu.simd import VECTOR_BYTES, lane_count
+from tilewise.kernels.cpu import conv_detours, conv_nchw_plan, conv_nhwc, conv_pass, conv_weight, recycling, scratch
+from tilewise.kernels.cpu.simd import CHANNEL_NV, lane_count
 
-# the places of conv_nchw.plan's and conv_nhwc.plan's geometry
-NCHW_FIELDS = {"rows": 14, "images": 15, "splits": 16, "block": 17, "line": 24, "in_place": 26, "per_line": 28}
+# the places of conv_nchw_plan.plan's and conv_nhwc.plan's geometry
+NCHW_FIELDS = {
+    "planes": 11, "rows": 14, "images": 15, "splits": 16, "block": 17, "line": 24, "in_place": 26, "per_line": 28,
+}  # fmt: skip
 NHWC_FIELDS = {"rows": 14, "images": 15, "in_place": 18, "splits": 24}
-
-
-WIDE = VECTOR_BYTES == 64  # masked stores are cheap: panels run on from line to line
+PANEL = CHANNEL_NV * lane_count(4)  # pixels
 
 
 class Plan(NamedTuple):
@@ -45,7 +46,8 @@ def planned(case, layout, itemsize=4):
     if layout == "NCHW":
         steps = (0, grid[0] * grid[1], grid[1], 1)
         shape = (case.n, channels, case.h, case.w)
-        return Plan(NCHW_FIELDS, conv_nchw.plan(shape, outputs, taps, stride, grid, steps, case.groups, itemsize, 0))
+        plan = conv_nchw_plan.plan(shape, outputs, taps, stride, grid, steps, case.groups, itemsize, 0)
+        return Plan(NCHW_FIELDS, plan)
     steps = (0, grid[0] * grid[1] * case.o, grid[1] * case.o, case.o)
     shape = (case.n, case.h, case.w, channels)
     return Plan(NHWC_FIELDS, conv_nhwc.plan(shape, outputs, taps, stride, grid, steps, case.groups, 0))
@@ -58,11 +60,25 @@ NCHW_PATHS = {
     "channels in blocks": (Case(2, 130, 12, 13, 17, (3, 3), 1, 1), lambda p: p.block < 130),
     "outputs in parts": (Case(1, 8, 8, 8, 8 * 36, (3, 3), 1, 1), lambda p: p.splits > 1),
     "a last block with fewer rows": (Case(1, 3, 75, 70, 9, (3, 3), 1, 1), lambda p: 75 % p.rows),
-    "panels anew in each line": (Case(2, 3, 13, 224, 9, (3, 3), 2, 1), lambda p: p.per_line == 5 or WIDE),
-    "panels anew, a single vector last": (Case(1, 3, 9, 224, 6, (3, 3), 1, 1), lambda p: p.per_line == 10 or WIDE),
+    "panels anew in each line": (Case(2, 3, 13, 224, 9, (3, 3), 2, 1), lambda p: p.per_line == ceil(112 / PANEL)),
+    "panels anew, a single vector last": (
+        Case(1, 3, 9, 224, 6, (3, 3), 1, 1),
+        lambda p: p.per_line == ceil(224 / PANEL),
+    ),
     "panels anew, channels in blocks": (
         Case(1, 72, 5, 221, 5, (3, 3), 1, 1),
-        lambda p: (p.per_line and p.block < 72) or WIDE,
+        lambda p: p.per_line and p.block < 72,
+    ),
+    "a plane for each tap column": (Case(2, 4, 30, 28, 32, (5, 5), 1, 2), lambda p: p.planes == 5),
+    "a plane for each tap column and row phase": (Case(1, 90, 27, 35, 64, (3, 3), 2, 1), lambda p: p.planes == 6),
+    "a plane for each tap column, several images": (
+        Case(9, 3, 8, 18, 112, (1, 5), 1, (0, 2)),
+        lambda p: p.planes * p.images > 5,
+    ),
+    "a plane for each tap column, dilated": (Case(1, 3, 9, 18, 40, (5, 5), 1, (4, 4), 2), lambda p: p.planes == 5),
+    "a plane for each tap column, padding behind": (
+        Case(4, 8, 16, 14, 48, (3, 2), 1, ((1, 1), (0, 1))),
+        lambda p: p.planes == 2 and not p.in_place,
     ),
     "three runs in a vector": (Case(2, 3, 9, 1, 9, (3, 3), 1, 1), lambda p: p.line < lane_count(8)),
     "stride 3": (Case(2, 3, 31, 29, 9, (3, 3), 3, 1), lambda p: True),
@@ -74,7 +90,8 @@ NHWC_PATHS = {
     "read in place": (Case(2, 5, 14, 14, 33, (3, 3)), lambda p: p.in_place),
     "read in place, groups": (Case(2, 8, 9, 9, 36, (3, 3), 2, 0, 1, 2), lambda p: p.in_place),
     "padded rows, groups": (Case(2, 8, 9, 9, 36, (3, 3), 1, 1, 1, 2), lambda p: not p.in_place),
-    "pieces cut in two": (Case(1, 200, 8, 9, 9, (3, 3), 1, 1), lambda p: (p.arrays[2][:, 2] == 300).all()),
+    "pieces cut in two": (Case(1, 400, 8, 9, 9, (3, 3), 1, 1), lambda p: (p.arrays[2][:, 2] == 600).all()),
+    "pieces cut in two, two panels": (Case(1, 400, 3, 9, 33, (3, 3), 1, 1), lambda p: len(p.arrays[2]) == 6),
     "a tap row is one piece": (Case(1, 3, 30, 31, 9, (5, 5), 1, 2), lambda p: (p.arrays[2][:, 2] == 15).all()),
     "dilation: each tap a piece": (Case(1, 3, 30, 31, 9, (3, 3), 1, 2, 2), lambda p: (p.arrays[2][:, 2] == 3).all()),
     "several images a block": (Case(40, 17, 5, 5, 40, (3, 3), 1, 1), lambda p: p.images > 1),
@@ -118,12 +135,12 @@ def test_backward(rng, case, layout, reached, dtype):
 
 
 # 1x1 on 7x7: a quarter of NCHW's lanes would be empty
-THROUGH = Case(3, 140, 7, 7, 70, (3, 3), 1, 1)
-ONE_IMAGE = THROUGH._replace(n=1, h=5, w=5, o=64)
+THROUGH = Case(8, 140, 7, 7, 70, (3, 3), 1, 1)
+ONE_IMAGE = THROUGH._replace(n=1, h=14, w=14, o=64)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("case", [THROUGH, THROUGH._replace(h=9, w=5, stride=2), ONE_IMAGE], ids=str)
+@pytest.mark.parametrize("case", [THROUGH, THROUGH._replace(h=9, w=9, stride=2, o=64), ONE_IMAGE], ids=str)
 def test_small_images_go_through_nhwc(rng, case, dtype, monkeypatch):
     turned = []
     turn = conv_detours.ThroughNHWC.__call__
@@ -155,7 +172,7 @@ def test_few_pixels_of_nhwc_go_through_nchw(rng, case, dtype, with_add):
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("with_add", [False, True])
 def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, with_add):
-    """5 small images, 2 at a time, with a summand or without."""
+    """9 small images, 4 at a time, with a summand or without."""
     monkeypatch.setattr(conv_detours, "COPIES", 0)
     parts = []
     once = conv_detours.BatchInParts.__call__
@@ -163,12 +180,12 @@ def test_batches_that_are_copied_go_in_parts(rng, dtype, monkeypatch, kernel, wi
         conv_detours.BatchInParts, "__call__", lambda self, *a: (parts.append(self.some), once(self, *a))[1]
     )
     operation.forget_plans()
-    case = Case(5, 400, 3, 1, 400, (kernel, kernel), 1, kernel // 2)
+    case = Case(9, 400, 3, 1, 400, (kernel, kernel), 1, kernel // 2)
     x, weight, bias = case.arrays(rng, dtype)
-    add = rng.standard_normal((5, 400, 3, 1)).astype(dtype) if with_add else None
+    add = rng.standard_normal((9, 400, 3, 1)).astype(dtype) if with_add else None
     y = kernels.conv2d(x, weight, bias, **case.options, activation="relu", algorithm="gemm", add=add)
     operation.forget_plans()
-    assert parts == [2]
+    assert parts == [4]
     wide = None if add is None else add.astype(np.float64)
     expected = reference(kernels.conv2d, x, weight, bias, **case.options, activation="relu", add=wide)
     assert_close(y, expected, reduction=case.taps)

@@ -10,7 +10,7 @@ there (`row_product`), so neither columns nor panels of x are ever packed. Only 
 is copied first, with the padding as zeros. The weights are packed once a call, (k, o) in panels of NR outputs.
 
 Each chunk owns a block of rows of one image (or a few small images) with all outputs of one group; a panel of
-weights, cut into steps of about DEPTH, stays near while all its pixels pass by.
+weights, cut into steps of about DEPTH, stays in L2 while all its pixels pass by.
 """
 
 from math import ceil
@@ -26,11 +26,11 @@ from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes, settle_stores
 from tilewise.kernels.cpu.vector_move import transpose_square_to
 
-# Steps k a visit. Their weights for NR outputs, 384 * 32 * 4 = 49 KB, come from L2, a line for 14 products, which costs
-# nothing; but every visit after the first reads all sums of the block again.
-DEPTH = 384
-# All steps in one visit, which needs no sums outside of the registers.
-ONE_VISIT = 512
+# Steps k of a visit, whose weights for NR outputs stay in L2: 1152 * 32 * 4 = 147 KB. That is all steps of most layers,
+# so that their sums stay in registers; every visit after the first reads all sums of the block again.
+DEPTH = 1152
+# The same for 1x1 kernels, whose x is read but once: all steps up to ONE_VISIT, else fewer.
+POINTWISE_DEPTH, ONE_VISIT = 384, 512
 # Pixels a block: their sums for one panel of outputs are 224 * 32 * 4 = 29 KB; with AVX2 240 * 16 * 4 = 15 KB.
 BLOCK_PIXELS = 224 if MR == 14 else 240
 # Numbers of x for which a 1x1 convolution has several times as many pixels in a block: a visit's fixed costs, a few
@@ -101,11 +101,11 @@ def efficiency(n, oh, ow, outputs, lane, groups=1):
 
 
 def _parts(rows, columns, channels, joined):
-    """The pieces of a pixel's window, grouped into visits of equal pieces: one, or with at most DEPTH steps each."""
-    length = channels
+    """The pieces of a pixel's window, grouped into visits of equal pieces with at most about DEPTH steps."""
+    pointwise, length = rows.size * columns.size == 1, channels
     if joined:
         columns, length = columns[:1], channels * columns.size
-    steps = DEPTH if rows.size * columns.size * length > ONE_VISIT else ONE_VISIT
+    steps = POINTWISE_DEPTH if pointwise and channels > ONE_VISIT else DEPTH
     cuts = ceil(length / steps)
     size = ceil(length / cuts)
     most = rows.size * columns.size * cuts

@@ -12,7 +12,15 @@ from math import ceil, prod
 
 import numpy as np
 
-from tilewise.kernels.cpu import conv_direct, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd, conv_winograd_nhwc
+from tilewise.kernels.cpu import (
+    conv_direct,
+    conv_nchw,
+    conv_nchw_plan,
+    conv_nhwc,
+    conv_pointwise,
+    conv_winograd,
+    conv_winograd_nhwc,
+)
 from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.conv_detours import BatchInParts, PointwiseJoined, PointwiseThroughNCHW, ThroughNHWC
 from tilewise.kernels.cpu.recycling import is_used
@@ -26,6 +34,8 @@ _DIRECT = {
 }
 # Estimated serial nanoseconds per FLOP, for the decision to split over threads.
 COST = {"gemm": 0.015, "winograd": 0.008, "direct": 0.5}
+# Multiply-adds of a vector in whose time a weight is packed.
+PACKING = 1.2
 # Pixels of an image up to which turning it around may pay (see `ThroughNHWC`).
 _SMALL_IMAGE = 16 * 16
 
@@ -90,7 +100,7 @@ class _ProductNCHW:
         height, width = y[2:4]
         steps = (first_row * width + first_column, height * width, row_step * width, column_step)
         shape = (n, channels // groups, *size)
-        self.plan = conv_nchw.plan(shape, outputs, taps, stride, pixels, steps, groups, dtype.itemsize, activation)
+        self.plan = conv_nchw_plan.plan(shape, outputs, taps, stride, pixels, steps, groups, dtype.itemsize, activation)
         self.kernel = conv_nchw.convolve.sized(2 * n * prod(weight) * prod(pixels) * COST["gemm"])
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
@@ -242,8 +252,10 @@ def _better_in_nhwc(x, weight, dtype, product, grid, groups):
     if grid[:4] != (0, 0, 1, 1) or outputs < 64 or steps < 128 or x[2] * x[3] > _SMALL_IMAGE:
         return False
     there = conv_nhwc.efficiency(x[0], *grid[4:], outputs, lane, groups)
-    # measured: with full tiles in both, NHWC is a tenth faster, for its weights stay in L1
-    return conv_nchw.efficiency(product.plan[0], lane) < 1.1 * there
+    # Its weights are packed first, which a single image of 7x7 feels. Measured: with full tiles in both, NHWC is a
+    # tenth faster, for its weights lie one after the other.
+    there = 1 / (1 / there + PACKING * lane / (x[0] * prod(grid[4:])))
+    return conv_nchw_plan.efficiency(product.plan[0], lane) < 1.1 * there
 
 
 def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algorithm, activation=0):

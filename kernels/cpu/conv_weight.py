@@ -18,7 +18,7 @@ from math import ceil
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu import conv_nchw, conv_nhwc
+from tilewise.kernels.cpu import conv_nchw_plan, conv_nhwc
 from tilewise.kernels.cpu.conv_nhwc import copy_padded
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.phase_planes import copy_planes
@@ -38,7 +38,7 @@ CHUNKS = 8
 
 
 def plan_nchw(x, outputs, taps, stride, grid, groups, itemsize):
-    """(geometry, bases, phases, sizes) for `weight_gradient_nchw`; arguments as `conv_nchw.plan`.
+    """(geometry, bases, phases, sizes) for `weight_gradient_nchw`; arguments as `conv_nchw_plan.plan`.
 
     sizes: (channels a block, rows a block, parts).
     """
@@ -48,7 +48,7 @@ def plan_nchw(x, outputs, taps, stride, grid, groups, itemsize):
     block = ceil(channels / ceil(channels / block))
     rows = max(1, min(grid[0], PIXELS // grid[1]))
     parts = _count_parts(n * ceil(grid[0] / rows), groups * ceil(channels / block))
-    geometry, bases, phases = conv_nchw.plan(
+    geometry, bases, phases = conv_nchw_plan.plan(
         x, outputs, taps, stride, grid, (0, 0, 0, 0), groups, itemsize, 0, blocks=(block, rows)
     )
     return geometry, bases[: block * n_taps], phases, np.array([block, rows, parts], np.int64)

@@ -84,6 +84,8 @@ def copy_lines(typingctx, stride, target, pitch, left, source, source_step, coun
         emit = _Emitter(builder, signature.args[1].dtype)
         even = ir.Constant(ir.VectorType(_I32, emit.lanes), [2 * i for i in range(emit.lanes)])
         last = builder.add(count, _I64(emit.lanes - 1))
+        padded_before = builder.icmp_signed(">", left, _I64(0))
+        padded_behind = builder.icmp_signed(">", pitch, builder.add(left, count))
         loop = Loop(builder, lines, 1, "line")
         _, target, source = loop.begin((target, pitch), (source, source_step))
         inside, later = builder.gep(target, [left]), builder.gep(source, [builder.mul(source_step, _I64(2))])
@@ -94,9 +96,11 @@ def copy_lines(typingctx, stride, target, pitch, left, source, source_step, coun
             emit.store(value, inside, j)
 
         # each store may run over into what the next one writes
-        emit.store(emit.zero, target, _I64(0))
+        with builder.if_then(padded_before):
+            emit.store(emit.zero, target, _I64(0))
         _loop(builder, emit, last, move)
-        emit.store(emit.zero, inside, count)
+        with builder.if_then(padded_behind):
+            emit.store(emit.zero, inside, count)
         loop.close()
         return context.get_dummy_value()
 

@@ -14,7 +14,7 @@ from numba.core import types
 from numba.core.errors import TypingError
 from numba.extending import register_jitable
 
-from tilewise.kernels.cpu import conv_choice, conv_nchw, conv_nhwc, conv_pointwise, conv_winograd_nhwc, simd
+from tilewise.kernels.cpu import conv_choice, conv_nchw_plan, conv_nhwc, conv_pointwise, conv_winograd_nhwc, simd
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.njit.arguments import (
@@ -36,12 +36,13 @@ from tilewise.kernels.shapes import EPILOGUES
 for function in (
     simd.lane_count, conv_winograd_nhwc.count_tiles, conv_winograd_nhwc.shares_outputs,
     conv_choice.product_and_winograd, conv_pointwise.whole_pixels, conv_pointwise.plan,
-    conv_nchw.plan, conv_nchw._shared_padding, conv_nchw._split, conv_nchw._used_phases, conv_nchw._phase_table,
-    conv_nchw._offsets, conv_nchw._phase, conv_nchw._blocks, conv_nchw._vectors, conv_nchw._panels_a_line,
+    conv_nchw_plan.plan, conv_nchw_plan._shared_padding, conv_nchw_plan._split, conv_nchw_plan._used_phases,
+    conv_nchw_plan._phase_table, conv_nchw_plan._offsets, conv_nchw_plan._phase, conv_nchw_plan._blocks,
+    conv_nchw_plan._vectors, conv_nchw_plan._panels_a_line, conv_nchw_plan._run_on, conv_nchw_plan._pays_to_spread,
     conv_nhwc.plan, conv_nhwc._blocks, conv_nhwc._parts,
 ):  # fmt: skip
     register_jitable(error_model="numpy")(function)
-plan_planes, plan_pixels, plan_pointwise = conv_nchw.plan, conv_nhwc.plan, conv_pointwise.plan
+plan_planes, plan_pixels, plan_pointwise = conv_nchw_plan.plan, conv_nhwc.plan, conv_pointwise.plan
 shares_outputs, product_and_winograd = conv_winograd_nhwc.shares_outputs, conv_choice.product_and_winograd
 DIRECT_BELOW = conv_choice.DIRECT_BELOW
 ALGORITHMS = "auto", "direct", "gemm", "winograd"
