@@ -6,6 +6,7 @@ at 118 GFLOP/s, at 64 bytes at 148 (Cascade Lake, one core).
 
 import ctypes
 import math
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -84,6 +85,6 @@ def aligned(count: int, dtype) -> np.ndarray:
 
 
 def _at_alignment(shape: tuple[int, ...], dtype, size: int) -> np.ndarray:
-    memory = np.empty(size + ALIGNMENT + APART, np.uint8)
+    memory: Any = np.empty(size + ALIGNMENT + APART, np.uint8)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))  # a third of the time of memory.ctypes.data
     return np.ndarray(shape, dtype, memory, -address % ALIGNMENT + APART)

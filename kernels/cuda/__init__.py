@@ -5,17 +5,20 @@ Numba lacks; driver.py is the GPU. The tests compile every kernel for its archit
 (tests/simt).
 """
 
+from importlib import import_module
+from typing import Any
+
 import numpy as np
 
 
 def _load_numba_arrays():
     """What Numba loads at its first compilation: numba-cuda 0.30 asks for numpy.row_stack there, gone in NumPy 2.5."""
-    names = vars(np)
+    names: Any = vars(np)
     if "row_stack" in names:
         return
     names["row_stack"] = np.vstack
     try:
-        from numba.cuda.np import arrayobj
+        import_module("numba.cuda.np.arrayobj")
     finally:
         del names["row_stack"]
 
