@@ -1,6 +1,7 @@
 """The convolution layer."""
 
 from collections.abc import Callable, Sequence
+from math import gcd
 from operator import is_
 from typing import Any
 
@@ -33,9 +34,9 @@ class Conv2d(Affine):
     that follows, and later ones use that: a copy and a packed form, together two to five times the weights' memory.
     train() and load_state_dict() drop it, and it is made anew after an optimiser's step, and when a parameter or
     statistic is another array or has changed in place. Changes in place are looked for in all of a small array, in some
-    512 elements spread over a large one, one of each filter at least: loading, scaling or zeroing a filter shows
-    there, but single numbers changed by hand in more than 4096 may not: call release() then, of the layer or of the
-    network.
+    512 elements spread over a large one, one of each filter at least: loading, scaling or zeroing a filter shows there
+    (where that element is not 0), but single numbers changed by hand in more than 4096 may not: call release() then, of
+    the layer or of the network.
 
     Args:
         in_channels, out_channels: C of x and of y; both divisible by groups.
@@ -199,9 +200,8 @@ def _sample(array: np.ndarray) -> np.ndarray:
     """
     if array.size <= _COMPARED:
         return array
-    most = array.size // len(array)
-    step = min(array.size // _SAMPLED, most)
-    while step > 1 and (step % 2 == 0 or step % 3 == 0):  # the sizes of axes seldom share a factor with it
+    step = min(array.size // _SAMPLED, array.size // len(array))
+    while gcd(step, array.size) > 1:  # so that it goes through all filters, in whichever order they lie
         step -= 1
     flat = array.ravel("K")
     return flat[::step] if np.may_share_memory(flat, array) else array  # rather all of it than numbers of a copy

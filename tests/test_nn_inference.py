@@ -307,6 +307,15 @@ class TestNeverStale:
         layer.weight.data[77] = 0
         assert layer(x)[0, 77].max() == 0
 
+    def test_a_filter_among_interleaved_ones_set_to_zero_is_noticed(self, rng):
+        layer = nn.Conv2d(64, 280, 1, bias=False, rng=0).eval()
+        layer.weight.data = rng.standard_normal((1, 1, 64, 280), dtype=np.float32).transpose(3, 2, 0, 1)
+        x = images(rng, 1, 64, 3, 3)
+        layer(x)
+        for i in (1, 2, 77, 279):
+            layer.weight.data[i] = 0
+            assert layer(x)[0, i].max() == 0
+
     def test_no_longer_used_it_goes_at_once(self, rng):
         model = nn.models.resnet18(3, width=8, rng=0).eval()
         model(images(rng, 1, 3, 32, 32))
