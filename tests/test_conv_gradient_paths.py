@@ -2,13 +2,14 @@
 test says that its case reaches the path.
 """
 
+import numba
 import numpy as np
 import pytest
 from conv_cases import FLOATS, LAYOUTS, Case, check, reference
 
 from tilewise import kernels, using
 from tilewise.kernels import operation
-from tilewise.kernels.cpu import conv_columns, conv_pointwise_weight, conv_transposed
+from tilewise.kernels.cpu import conv_columns, conv_pointwise_weight, conv_transposed, simd
 from tilewise.kernels.cpu.simd import CHANNEL_NV, lane_count
 
 # around 8 rows of k, panels of 48 pixels, blocks of rows and of channels
@@ -35,6 +36,9 @@ POINTWISE = [
     Case(2, 20, 13, 15, 49, (1, 1), 2),
     Case(1, 16, 17, 33, 8, (1, 1), (3, 2)),
     Case(2, 15, 40, 38, 130, (1, 1), 2),
+    # one row of output in pieces of columns; the last is shorter than what a square of pixels reaches
+    Case(1, 16, 1, 1041, 16, (1, 1), 2),
+    Case(1, 16, 2, 530, 16, (1, 1), (2, 1)),
 ]
 
 
@@ -117,7 +121,7 @@ def test_weight_gradient_of_1x1(rng, monkeypatch, case, layout, dtype, pieces):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", [POINTWISE[1], POINTWISE[4]], ids=str)
 def test_input_gradient_of_large_1x1_layers(rng, monkeypatch, case, dtype):
-    monkeypatch.setattr(conv_transposed, "memory_from", lambda: 0)
+    monkeypatch.setattr(conv_transposed, "LARGE", 0)
     monkeypatch.setattr(conv_transposed, "DIRECT_BELOW", 0)
     calls = watched(monkeypatch, conv_transposed, "prepare_pass")
     compare(case, dtype, "NHWC", *arrays(rng, case, dtype, "NHWC"))
@@ -132,6 +136,7 @@ def test_weight_gradient_of_1x1_by_shares_of_the_pixels(rng, monkeypatch, split_
     """Three shares of pieces that differ in number, and the last piece of an image in its pixels."""
     monkeypatch.setattr(conv_pointwise_weight, "SHARES", 3)
     monkeypatch.setattr(conv_pointwise_weight, "PIECE", 19)
+    monkeypatch.setattr(conv_pointwise_weight, "SHARE_PIXELS", 1)
     calls, plan = watched(monkeypatch, conv_pointwise_weight, "plan"), conv_pointwise_weight.plan
     grad, x, weight = arrays(rng, case, dtype, layout)
     compare(case, dtype, layout, grad, x, weight)
@@ -144,6 +149,49 @@ def test_weight_gradient_of_1x1_by_shares_of_the_pixels(rng, monkeypatch, split_
                 alone = kernels.conv2d_backward(grad, x, weight, **options, needs=(name,))[i]
             assert alone.tobytes() == both[i - 1].tobytes()
     operation.forget_plans()
+
+
+@pytest.mark.parametrize(
+    ("n", "channels", "outputs", "size", "shared"),
+    [
+        (64, 96, 24, 12, True),
+        (64, 96, 24, 1, False),  # 64 products of one pixel
+        (64, 96, 24, 11, False),
+        (15, 96, 24, 12, False),
+        (64, 512, 64, 12, True),
+        (64, 8192, 4, 12, False),  # 5 MB a thread
+        (64, 96, 512, 12, False),
+    ],
+)
+def test_shares_have_many_pixels_and_little_memory(n, channels, outputs, size, shared):
+    plan = conv_pointwise_weight.plan(n, channels, (size, size), outputs, (size, size), (1, 1), False, 4)
+    assert (plan[14] > 1) == shared
+
+
+@numba.njit
+def packed(source, start, plane, w, row_step, stride, rows, columns, stage, panels):
+    width = simd.lanes(source)
+    conv_pointwise_weight._pack_strided_planes(
+        source, start, plane, width, w, row_step, stride, rows, columns, 0, width, stage, panels
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 16, 17, 18, 33])
+def test_strided_pixels_keep_to_their_row_and_stage(rng, stride, columns):
+    """What lies left of the columns' end in the row: nothing, or more pixels for the pieces that follow."""
+    width, rows = lane_count(8), 2
+    for more in (0, stride - 1, stride * 40):
+        w = (columns - 1) * stride + 1 + more
+        source = np.full((width, rows, w), np.nan)
+        source[:, :, ::stride] = rng.standard_normal((width, rows, -(-w // stride)))
+        memory = np.full((columns + 1 + 2 * width) * width, np.nan)
+        memory[(columns + 1) * width :] = 7  # what lies behind the stage
+        panels = np.empty(rows * columns * width)
+        packed(source.ravel(), 0, rows * w, w, w, stride, rows, columns, memory[: (columns + 1) * width], panels)
+        wanted = source[:, :, ::stride][:, :, :columns].transpose(1, 2, 0)
+        np.testing.assert_array_equal(panels.reshape(wanted.shape), wanted)
+        assert (memory[(columns + 1) * width :] == 7).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -22,8 +22,8 @@ from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_kernel import row_product, row_product_to
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row, gather_row
-from tilewise.kernels.cpu.scratch import scratch
-from tilewise.kernels.cpu.simd import MR, NV, address, lanes, settle_stores
+from tilewise.kernels.cpu.scratch import ALIGNMENT, scratch
+from tilewise.kernels.cpu.simd import MR, NV, address, lane_count, lanes, settle_stores
 from tilewise.kernels.cpu.vector_move import transpose_square_to
 
 # Steps k of a visit, whose weights for NR outputs stay in L2: 1152 * 32 * 4 = 147 KB. That is all steps of most layers,
@@ -275,13 +275,15 @@ def _block(
             activate_row(y, places[p] + g * outputs + first_output, last_output - first_output, code)
 
 
-def past_caches(geometry, lane):
+def past_caches(geometry, itemsize):
     """The geometry for results that no cache holds until they are read, written past them: aligned memory that has
-    been used before. None where that is not possible.
+    been used before. None where that is not possible, or where a panel's row would end within a cache line: half a line
+    costs more than it saves.
 
     Their memory need not be read before it is written; the first to read them finds none of it in a cache, though.
     """
-    if geometry[5] % lane or geometry[23] > BOUNDED:
+    panel = NV * lane_count(itemsize)
+    if geometry[5] * itemsize % ALIGNMENT or panel * itemsize % ALIGNMENT or geometry[23] > BOUNDED:
         return None
     past = geometry.copy()
     past[25] = 1

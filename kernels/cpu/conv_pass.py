@@ -126,7 +126,7 @@ class _ProductNHWC:
         self.kernel = conv_nhwc.convolve.sized(2 * n * prod(weight) * prod(pixels) * COST["gemm"])
         self.past = None  # the geometry for large results in used memory
         if prod(y) * dtype.itemsize >= memory_from():
-            self.past = conv_nhwc.past_caches(self.plan[0], lane_count(dtype.itemsize))
+            self.past = conv_nhwc.past_caches(self.plan[0], dtype.itemsize)
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
         nothing = NO_BIAS[x.dtype]

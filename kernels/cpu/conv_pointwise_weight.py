@@ -35,8 +35,12 @@ DEPTH = 144
 PIECE = 512
 # U and V of one part of the pixels: in L2, and so few that the weights, to which every part adds, pass by rarely.
 BYTES, SMALL_BYTES, SMALL_WEIGHTS = 2 << 20, 1 << 19, 1 << 17
-# Shares of the pixels where there are so few weights, and bytes of U and V for one piece of a share.
+# Shares of the pixels where there are so few weights, and bytes of U and V for one piece of a share: a quarter of L2.
+# Where the fewest pixels take more than twice that, there are no shares.
 SHARES, FEW_WEIGHTS, SHARE_BYTES = 8, 1 << 15, 1 << 18
+# Pixels a piece of a share has at least. Pieces end with their image, and a product of few pixels is mostly the way of
+# its sums; without shares, the pieces of all images are one product.
+SHARE_PIXELS = DEPTH
 # Outputs and panels of channels a block: small enough to share out the smallest layers.
 BLOCK_OUTPUTS, BLOCK_PANELS = 64, 2
 
@@ -55,7 +59,8 @@ def plan(n, channels, size, outputs, grid, stride, channels_last, itemsize):
     if channels * outputs <= FEW_WEIGHTS:
         some = min(PIECE, max(1, SHARE_BYTES // (pixel * DEPTH)) * DEPTH)
         rows, columns, pieces = _pieces(grid, some)
-        if n * pieces >= 2 * SHARES:
+        fits = rows * columns * pixel <= 2 * SHARE_BYTES
+        if fits and rows * columns >= SHARE_PIXELS and n * pieces >= 2 * SHARES:
             return np.array(
                 [n, channels, *size, outputs, *grid, *stride, rows, columns, pieces, 1, channels_last, SHARES], np.int64
             )
@@ -95,18 +100,21 @@ def _pack_planes(source, start, plane, some, pixels, target, step, places, panel
 
 
 @device(allocates=True)
-def _pack_strided_planes(source, start, plane, some, w, row_step, stride_w, rows, columns, target, step, panels):
-    """The same for every stride_w-th pixel of rows that lie row_step apart; a whole row is turned on the way."""
+def _pack_strided_planes(source, start, plane, some, w, row_step, stride_w, rows, columns, target, step, stage, panels):
+    """The same for every stride_w-th pixel of rows that lie row_step apart; a whole row is turned on the way.
+
+    w: pixels from start to the end of its row. stage: scratch for columns + 1 vectors.
+    """
     width = lanes(source)
-    stage = scratch((columns + 1) * width, source)
-    places = np.empty(w + width, np.int64)
-    for j in range(w):
-        places[j] = (j // stride_w if j % stride_w == 0 else columns) * width  # the rest into a place never read
-    used = min(w, (columns - 1) * stride_w + 1)
+    last = (columns - 1) * stride_w
+    w = min(w, last + width)  # what the squares read
+    places = np.empty(w, np.int64)
+    for j in range(w):  # what is not wanted goes into a place never read
+        places[j] = (min(j // stride_w, columns) if j % stride_w == 0 else columns) * width
     for i in range(rows):
         line = start + i * row_step
         if some == width and w >= width:
-            for j in range(0, used, width):
+            for j in range(0, last + 1, width):
                 at = min(j, w - width)
                 transpose_square_to(address(stage, 0), address(places, at), address(source, line + at), plane)
         else:
@@ -162,9 +170,11 @@ def _pack(source, channels, h, w, stride_h, stride_w, piece, group, geometry, pa
         places = np.arange(0, width * panel, panel)
         _pack_planes(source, start, h * w, some, columns, target, panel, places, panels)
     else:
+        stage = scratch((columns + 1) * width, source)
         _pack_strided_planes(
-            source, start, h * w, some, w, stride_h * w, stride_w, rows, columns, target, panel, panels
-        )
+            source, start, h * w, some, w - j0 * stride_w, stride_h * w, stride_w, rows, columns, target, panel, stage,
+            panels,
+        )  # fmt: skip
 
 
 @device(allocates=True)
@@ -212,18 +222,19 @@ def _pixels_before(piece, geometry):
 
 
 @device(allocates=True)
-def _share(x, grad, first, last, geometry, weights, wanted, sums):
-    """The sums over the pieces first .. last, at least one, to `weights` if they are wanted, and to `sums`: grad's."""
+def _share(x, grad, first, last, geometry, weights, wants_weight, sums, wants_bias):
+    """The sums over the pieces first .. last, at least one, to `weights`, and grad's to `sums`; what is wanted."""
     channels, h, w, outputs, oh, ow = geometry[1], geometry[2], geometry[3], geometry[4], geometry[5], geometry[6]
     stride_h, stride_w, most = geometry[7], geometry[8], geometry[9] * geometry[10]
     lane = lanes(x)
     width, panel = NV * lane, max(MR, lane)
     u_step, v_step = most * width + lane, most * panel + lane
-    panels = (channels + width - 1) // width if wanted else 0
+    panels = (channels + width - 1) // width if wants_weight else 0
     u, v = scratch(panels * u_step, x), scratch((outputs + panel - 1) // panel * v_step, x)
-    groups = (1 if geometry[13] else (channels + lane - 1) // lane) if wanted else 0
+    groups = (1 if geometry[13] else (channels + lane - 1) // lane) if wants_weight else 0
     bands = 1 if geometry[13] else (outputs + lane - 1) // lane
-    clear_row(sums, (outputs + lane - 1) // lane * lane)
+    summed = outputs if wants_bias else 0
+    clear_row(sums, (summed + lane - 1) // lane * lane)
     for piece in range(first, last):
         before = _pixels_before(piece, geometry)
         pixels = _pixels_before(piece + 1, geometry) - before
@@ -237,7 +248,7 @@ def _share(x, grad, first, last, geometry, weights, wanted, sums):
                     u, v, pixels, u_step, v_step, panel, o, min(outputs, o + BLOCK_OUTPUTS), p,
                     min(panels, p + BLOCK_PANELS), channels, weights, 1 if piece > first else 0,
                 )  # fmt: skip
-        for o in range(0, outputs, lane):
+        for o in range(0, summed, lane):
             add_rows(step(sums, o), address(v, o // panel * v_step + o % panel), panel, pixels)
     keep(u)
     keep(v)
@@ -252,11 +263,11 @@ def gradients_by_share(x, grad, result, bias, geometry):
     for share in prange(shares):
         _share(
             x, grad, units * share // shares, units * (share + 1) // shares, geometry, address(weights, share * size),
-            size > 0, address(sums, share * padded),
+            size > 0, address(sums, share * padded), bias.size > 0,
         )  # fmt: skip
     for share in range(1, shares):
         add_scaled(address(weights, 0), address(weights, share * size), x.dtype.type(1), size)
-        add_scaled(address(sums, 0), address(sums, share * padded), x.dtype.type(1), outputs)
+        add_scaled(address(sums, 0), address(sums, share * padded), x.dtype.type(1), bias.size)
     result[:] = weights[:size]
     bias[:] = sums[: bias.size]
     keep(weights)

@@ -6,7 +6,7 @@ from numba.extending import intrinsic
 from tilewise.kernels.cpu.register_tile import Bounds, Loop, Tile
 from tilewise.kernels.cpu.simd import _I1, _I64, VECTOR_BYTES, _Emitter, _literal
 
-# Steps of one piece up to which the lines of y and of the next rows are asked for.
+# Steps of a single piece up to which the lines of y and of the next rows are asked for.
 _FEW_STEPS = 512
 
 
@@ -45,12 +45,13 @@ def row_product_to(
     Row i < count goes to y[places[i]], its first `columns` lanes. bias: one number a column, read where has_bias is not
     0; extra: laid out as y, read where has_extra is not 0; bounds: as in `Bounds`. past: not 0 to write past the
     caches, where y and all rows of it are aligned and columns are whole vectors; `settle_stores` must follow.
-    With one piece of few steps, a 1x1 convolution, memory is half of the time: a tile asks for its lines of y and for
-    the next tile's rows of a (AVX-512 only: not measured with AVX2). It pays for MobileNet's first 1x1 and ResNet's
-    expanding ones (`make bench-peers ARGS='--only "pw1|expand"'`, Zen 4); asked for with more steps or pieces as well,
-    it cost stride 2 a little. All panels of outputs for 16 KB of y before the next pixels
-    gained nothing, nor did asking for y alone with 27 steps on Zen 3, nor code without tests for tiles that are whole,
-    nor a branch around bounds and summand (Zen 4).
+    With a visit of one piece of few steps memory is up to half of the time: a tile asks for its lines of y, and for as
+    much of a as its own rows have, from the next tile's first row on (AVX-512 only: not measured with AVX2). Those are
+    the next rows of a 1x1 convolution with stride 1; with a stride, or where a piece has several taps, some of them. It
+    pays for MobileNet's first 1x1 and ResNet's expanding ones (`make bench-peers ARGS='--only "pw1|expand"'`, Zen 4);
+    asked for with several pieces as well, it cost stride 2 a little. All panels of outputs for 16 KB of y before the
+    next pixels gained nothing, nor did asking for y alone with 27 steps on Zen 3, nor code without tests for tiles that
+    are whole, nor a branch around bounds and summand (Zen 4).
     """
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
@@ -149,8 +150,9 @@ def _asks(builder, segments, length):
 def _row_sums(tile, a, bases, a_step, starts, segments, length, b, b_step, begun, asking=None):
     """A loop over segments around one over steps; the accumulators stay in registers through both.
 
-    asking: whether to ask for the next tile's rows, which lie behind one another, meanwhile; then `bases` has room for
-    one more than the tiles, and any number may stand there: asking for what is not there does nothing.
+    asking: whether to ask meanwhile for what lies behind the next tile's first row, as much as a tile reads; then
+    `bases` has room for one more than the tiles, and any number may stand there: asking for what is not there does
+    nothing.
     """
     builder = tile.builder
     ahead = each = None
