@@ -19,7 +19,8 @@ from tilewise.kernels.cpu.simd import CHANNEL_NV, lane_count
 
 # the places of conv_nchw_plan.plan's and conv_nhwc.plan's geometry
 NCHW_FIELDS = {
-    "planes": 11, "rows": 14, "images": 15, "splits": 16, "block": 17, "line": 24, "in_place": 26, "per_line": 28,
+    "planes": 11, "rows": 14, "images": 15, "splits": 16, "block": 17, "plane": 18, "line": 24, "in_place": 26,
+    "per_line": 28,
 }  # fmt: skip
 NHWC_FIELDS = {"rows": 14, "images": 15, "in_place": 18, "splits": 24}
 PANEL = CHANNEL_NV * lane_count(4)  # pixels
@@ -321,6 +322,30 @@ def test_pitch_is_as_short_as_shared_padding_allows():
         (Case(1, 3, 28, 28, 9, (3, 3), 2, 1), 15),
     ):
         assert planned(case, "NCHW").arrays[0][13] == pitch
+
+
+# all of about 640 steps in one block; rows of an image, whole images, several images
+SPREAD = [
+    (Case(8, 71, 56, 56, 128, (3, 3), 2, 1), 4),
+    (Case(8, 128, 28, 28, 256, (1, 5), 1, (0, 2)), 8),
+    (Case(8, 128, 20, 20, 256, (1, 5), 1, (0, 2)), 4),
+    (Case(8, 128, 10, 10, 256, (1, 5), 1, (0, 2)), 4),
+]
+
+
+@pytest.mark.parametrize(("case", "itemsize"), SPREAD)
+def test_planes_for_each_tap_column_stay_in_l2(case, itemsize):
+    plan = planned(case, "NCHW", itemsize)
+    assert plan.planes % case.kernel[1] == 0  # else another path was taken
+    assert plan.block * plan.planes * plan.plane * itemsize <= conv_nchw_plan.SPREAD_BYTES
+
+
+def test_planes_with_room_for_few_rows_are_not_made(monkeypatch):
+    """A block of three rows would copy eleven."""
+    case = Case(1, 71, 32, 26, 32, (3, 3), 1, (0, 4), 4)
+    for size, planes in ((2 << 20, 3), (256 << 10, 1)):
+        monkeypatch.setattr(conv_nchw_plan, "SPREAD_BYTES", size)
+        assert planned(case, "NCHW").planes == planes
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -45,6 +45,9 @@ for threads in (1, 2):
             measure(layout, 8, 128, 56, 128, 3, padding=1, stride=2)
             measure(layout, 8, 3, 224, 64, 7, padding=3, stride=2)
             measure(layout, 8, 64, 112, 64, 3, padding=1, groups=64)
+with tilewise.using(threads=8):  # their chunks' sums, and planes for each tap column
+    measure("NCHW", 4, 16, 112, 512, 7, padding=3)
+    measure("NCHW", 8, 71, 56, 128, 3, padding=1, stride=2)
 print("done")
 """
 
@@ -53,6 +56,7 @@ print("done")
 def test_extra_memory_of_a_convolution_is_bounded():
     # what is freed goes back to the system at once, or the call measured would find the first one's memory
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment |= {"NUMBA_NUM_THREADS": "8"}  # also with fewer cores
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=600, check=False
     )

@@ -16,6 +16,7 @@ from tilewise.kernels import operation, prepare_conv2d
 
 CASES = [case for cases in EDGES.values() for case in cases[::3]] + [
     Case(3, 140, 7, 7, 70, (3, 3), 1, 1),  # by way of NHWC
+    Case(1, 140, 7, 7, 64, (3, 3), 1, 1),  # not so, for the weights' sake
     Case(2, 130, 14, 15, 40, (3, 3), 1, 1, 1, 2),  # channels in blocks, groups
     Case(3, 20, 21, 22, 34, (3, 3), 1, 1),  # many tiles
     Case(1, 200, 9, 10, 66, (3, 3), 1, 1),  # few tiles, whose weights are transformed in pieces where not prepared

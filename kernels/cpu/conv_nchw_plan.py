@@ -22,6 +22,10 @@ CHUNKS = 8
 IN_PLACE_BYTES = 32 << 10
 # What L2 holds beside weights and results. Half as much is slower, where few channels' rows come from memory.
 PLANE_BYTES = 128 << 10
+# The same where each tap column has planes of its own: a whole plane of 28x28, 22 channels, 3x3 taps with stride 2.
+SPREAD_BYTES = 512 << 10
+# The sums of a chunk, where its channels go in blocks.
+SUM_BYTES = 2 << 20
 
 
 def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, blocks=None):
@@ -49,15 +53,19 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
     in_place = oh + extra_rows == h and pitch == w and stride[0] == 1 and stride[1] == 1
     in_place = in_place and low_row == 0 and low_column == 0 and channels * h * w * itemsize <= IN_PLACE_BYTES
     spread = dense and blocks is None and not in_place and _panels_a_line(ow, pitch, oh, lane) == 0
-    spread = spread and _pays_to_spread(oh, ow, pitch, extra_rows, row_phases, column_phases, outputs, lane)
+    spread = spread and _pays_to_spread(oh, ow, pitch, extra_rows, row_phases, column_phases, outputs, block, lane)
     if spread:
         columns, column_phases = np.zeros_like(columns), taps[1] - low_column
         shared, pitch = 0, ow
     used = _used_phases(row_phases, column_phases)
     if blocks is not None:
         block = blocks[0]
-    row_bytes = block * len(used) * pitch * itemsize
-    block_rows, images, splits = _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes)
+    row_bytes, pixels = block * len(used) * pitch * itemsize, BLOCK_PIXELS
+    if spread:
+        pixels = min(pixels, _spread_rows(extra_rows, row_bytes) * pitch)
+    most = max(1, pixels // pitch, PLANE_BYTES // row_bytes - extra_rows)
+    in_blocks = block < channels
+    block_rows, images, splits = _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, pixels, most, in_blocks)
     if blocks is not None:
         block_rows, images = blocks[1], 1
     plane = (block_rows + extra_rows) * pitch * images
@@ -105,18 +113,27 @@ def _run_on(rows, pitch, ow, lane):
     return ceil(((rows - 1) * pitch + ow) / lane)
 
 
-def _pays_to_spread(oh, ow, pitch, extra_rows, row_phases, column_phases, outputs, lane):
+def _spread_rows(extra_rows, row_bytes):
+    """Output rows of a block where each tap column has planes of its own; row_bytes: of a row in all planes."""
+    return max(1, SPREAD_BYTES // row_bytes - extra_rows)
+
+
+def _pays_to_spread(oh, ow, pitch, extra_rows, row_phases, column_phases, outputs, block, lane):
     """Whether every tap column shall have planes of its own, as wide as y's rows: no waste, but more copies.
 
         taps 0, 1, 2 of 3 (width 4, padding 1)      0 a b c    a b c d    b c d 0
                                                     0 e f g    e f g h    f g h 0
 
     In cycles, for a channel of an image: the products of a vector with all outputs and taps, one each; a copied row, 8
-    and 4 a vector. It pays where lines are short and outputs many (`make bench-peers ARGS='--only "5x5|stride"'`).
+    and 4 a vector. Rows that a block shares with the next are copied again, and so many planes leave room for few rows.
+    It pays where lines are short and outputs many (`make bench-peers ARGS='--only "5x5|stride"'`).
     """
     taps = row_phases.size * column_phases.size
     saved = (_run_on(oh, pitch, ow, lane) - ceil(oh * ow / lane)) * outputs * taps
-    copies = np.unique(row_phases).size * (column_phases.size - np.unique(column_phases).size) * (oh + extra_rows)
+    rows, columns = np.unique(row_phases).size, np.unique(column_phases).size
+    row_bytes = block * rows * column_phases.size * ow * (VECTOR_BYTES // lane)
+    again = (ceil(oh / _spread_rows(extra_rows, row_bytes)) - 1) * extra_rows
+    copies = rows * ((column_phases.size - columns) * (oh + extra_rows) + column_phases.size * again)
     return saved > copies * (8 + 4 * ceil(ow / lane))
 
 
@@ -172,13 +189,26 @@ def _phase(first_row, first_column, stride_w, w, pitch):
     return first_row, left, end - left, first_column + left * stride_w
 
 
-def _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes):
-    """(output rows a block, images a block, parts of the outputs); fixed by the problem."""
-    if extra_rows == 0 and pitch == ow and oh * ow <= BLOCK_PIXELS // 2:
+def _sum_bytes(rows, images, ow, pitch, outputs, lane):
+    """Bytes of the sums of a chunk, in whole panels."""
+    per_line = _panels_a_line(ow, pitch, rows, lane) if images == 1 else 0
+    panels = rows * per_line if per_line else ceil(_run_on(rows * images, pitch, ow, lane) / NV)
+    return panels * NV * VECTOR_BYTES * ceil(outputs / MR) * MR
+
+
+def _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, pixels, most, in_blocks):
+    """(output rows a block, images a block, parts of the outputs); fixed by the problem.
+
+    pixels: a block's. most: the most rows, where they may be more. in_blocks: whether the channels go in blocks, so
+    that a chunk keeps the sums of all its pixels and outputs.
+    """
+    if extra_rows == 0 and pitch == ow and oh * ow <= pixels // 2:
         # pixels are neighbours from image to image
-        rows, images = oh, min(n, BLOCK_PIXELS // (oh * ow), max(1, n * groups // 2))
+        rows, images = oh, min(n, pixels // (oh * ow), max(1, n * groups // 2))
     else:
-        most = max(1, BLOCK_PIXELS // pitch, PLANE_BYTES // row_bytes - extra_rows)
+        if in_blocks:  # fewer rows, but hardly fewer pixels than without; then fewer outputs
+            row = ceil(_sum_bytes(oh, 1, ow, pitch, outputs, lane) / oh)
+            most = min(most, max(1, pixels // pitch, SUM_BYTES // row))
         while most > 1 and n * groups * ceil(oh / most) < CHUNKS // 2 and most * pitch > 4 * lane * NV:
             most = ceil(most / 2)
         rows, images, fewest = 1, 1, _vectors(oh, 1, ow, pitch, extra_rows, lane)
@@ -189,6 +219,9 @@ def _blocks(n, groups, oh, ow, pitch, extra_rows, outputs, lane, row_bytes):
     chunks, splits = groups * ceil(n / images) * ceil(oh / rows), 1
     while chunks * splits < CHUNKS and outputs // MR >= 4 * splits:
         splits *= 2
+    if in_blocks:
+        while outputs > MR * splits and _sum_bytes(rows, images, ow, pitch, ceil(outputs / splits), lane) > SUM_BYTES:
+            splits *= 2
     return rows, images, splits
 
 

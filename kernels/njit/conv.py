@@ -39,6 +39,7 @@ for function in (
     conv_nchw_plan.plan, conv_nchw_plan._shared_padding, conv_nchw_plan._split, conv_nchw_plan._used_phases,
     conv_nchw_plan._phase_table, conv_nchw_plan._offsets, conv_nchw_plan._phase, conv_nchw_plan._blocks,
     conv_nchw_plan._vectors, conv_nchw_plan._panels_a_line, conv_nchw_plan._run_on, conv_nchw_plan._pays_to_spread,
+    conv_nchw_plan._spread_rows, conv_nchw_plan._sum_bytes,
     conv_nhwc.plan, conv_nhwc._blocks, conv_nhwc._parts,
 ):  # fmt: skip
     register_jitable(error_model="numpy")(function)
