@@ -13,9 +13,10 @@ from tilewise.kernels.cpu.vector_move import _transposed, copy_lanes, copy_vecto
 # from L2. With AVX2's smaller tiles, 16 and 6 KB.
 KC = 256
 # Panels packed together, so that longer runs are read and fewer pages visited: KC * GROUP * NR * 4 = 256 KB of L2 with
-# AVX-512 (AVX2, which packs A as well, 64 KB); and how many rows ahead they are asked for: rows pages apart are runs
-# too short for the processor's own prefetcher, and rows a power of two apart leave room in L2 for a few only.
-GROUP, ROWS_AHEAD = (8, 4) if VECTOR_BYTES == 64 else (4, 0)
+# AVX-512 (AVX2, which packs A as well, 64 KB), or FEWER where a block has not so many left; and how many rows ahead they
+# are asked for: rows pages apart are runs too short for the processor's own prefetcher, and rows a power of two apart
+# leave room in L2 for a few only.
+GROUP, FEWER, ROWS_AHEAD = (8, 4, 4) if VECTOR_BYTES == 64 else (4, 4, 0)
 
 
 @device()
@@ -128,16 +129,24 @@ def prefetch(typingctx, pointer):
 
 
 @device()
-def pack_right_group(b, b_at, b_row, depth, panels, panels_at):
-    """GROUP whole panels of B, each KC rows behind the one before."""
+def packed_together(panels):
+    """How many of so many whole panels are packed in one go; 0: each by itself."""
+    if panels >= GROUP:
+        return GROUP
+    return FEWER if panels >= FEWER else 0
+
+
+@device()
+def pack_right_group(b, b_at, b_row, depth, group, panels, panels_at):
+    """`group` whole panels of B, each KC rows behind the one before."""
     width = lanes(b)
     count = NV * width
     for k in range(depth):
         target, source = panels_at + k * count, b_at + k * b_row
         if ROWS_AHEAD > 0:
-            for j in range(0, GROUP * count, width):
+            for j in range(0, group * count, width):
                 prefetch(address(b, source + ROWS_AHEAD * b_row + j))
-        for number in range(GROUP):
+        for number in range(group):
             for j in range(0, count, width):
                 place, origin = target + number * count * KC + j, source + number * count + j
                 copy_vector(address(panels, place), address(b, origin))
