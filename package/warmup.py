@@ -210,10 +210,19 @@ def _pools(a, layout: str) -> Calls:
 
 
 def _batch_norms(a, layout: str) -> Calls:
+    yield from _batch_norms_of(a, layout, "")
+    yield from _batch_norms_of(lambda *shape: a(*shape).astype(np.float16), layout, " of float16")
+    t, x, at = tilewise, partial(_image, a, layout), {"layout": layout}
+    for activation in EPILOGUES:
+        o = at | {"activation": activation}
+        yield f"batch_norm {activation}", lambda o=o: t.batch_norm(x(), a(8), abs(a(8)), **o)
+
+
+def _batch_norms_of(a, layout: str, dtype: str) -> Calls:
     t, x, at = tilewise, partial(_image, a, layout), {"layout": layout}
     for training in (True, False):
         o = at | {"training": training}
-        of = "training" if training else "inference"
+        of = f"training{dtype}" if training else f"inference{dtype}"
         yield f"batch_norm {of}", lambda o=o: t.batch_norm(x(), a(8), abs(a(8)), a(8), a(8), **o)
         yield f"batch_norm_backward {of}", lambda o=o: t.batch_norm_backward(x(), x(), a(8), abs(a(8)), a(8), **o)
         # Few channels in large planes are cut into blocks.
@@ -222,9 +231,6 @@ def _batch_norms(a, layout: str) -> Calls:
             f"batch_norm_backward {of} in blocks",
             lambda o=o: t.batch_norm_backward(x(72), x(72), a(8), abs(a(8)), a(8), **o),
         )
-    for activation in EPILOGUES:
-        o = at | {"activation": activation}
-        yield f"batch_norm {activation}", lambda o=o: t.batch_norm(x(), a(8), abs(a(8)), **o)
 
 
 def _elementwise(dtype: str) -> Calls:
