@@ -369,14 +369,13 @@ def test_loops_over_exponentials_are_vector_code():
     import numba
 
     from tilewise.kernels.cpu import activation as cpu
-    from tilewise.kernels.cpu.jit import FASTMATH
     from tilewise.kernels.cpu.simd import VECTOR_BYTES
 
     if VECTOR_BYTES == 16:
         pytest.skip("looks for the registers of AVX2 and AVX-512")
     register = {64: "zmm", 32: "ymm"}[VECTOR_BYTES]
     for kernel in (cpu._forward_kernel, cpu.softmax_rows):
-        fresh = numba.njit(fastmath=set(FASTMATH), error_model="numpy")(kernel.function)
+        fresh = numba.njit(fastmath=set(kernel.fastmath), error_model="numpy")(kernel.function)
         arrays = [numba.types.Array(numba.float32, 1, "C")] * 2
         rest = (numba.float64, numba.int64) if kernel is cpu._forward_kernel else (numba.boolean,)
         fresh.compile((*arrays, numba.int64, *rest))
