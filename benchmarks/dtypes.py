@@ -1,9 +1,10 @@
 """Other dtypes beside float32: every kernel's time in both, in both layouts, by the same algorithm.
 
-float16 is computed in float32, between two conversions: wanted is at most twice float32's time. float64 moves twice the
-bytes, and a vector holds half as many elements: wanted is at least 0.45 of float32's rate. What float32 does by an
-algorithm that float64 does not use (Winograd) is timed by float64's algorithm in both. Where a cache holds float32's
-arrays but not float64's, that is all one sees; --same-bytes compares with float64 on half as many images.
+float16 is computed in float32, between two conversions, batch norm's in registers: wanted is at most twice float32's
+time. float64 moves twice the bytes, and a vector holds half as many elements: wanted is at least 0.45 of float32's
+rate. What float32 does by an algorithm that float64 does not use (Winograd) is timed by float64's algorithm in both.
+Where a cache holds float32's arrays but not float64's, that is all one sees; --same-bytes compares with float64 on half
+as many images.
 
     python -m tilewise.benchmarks.dtypes --dtype float64 --only "pool|batch norm"
 """

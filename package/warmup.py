@@ -177,6 +177,8 @@ def _convolutions(a, layout: str) -> Calls:
         small = a(8, 32, 2, 2), a(8, 32, 4, 4), a(32, 32, 3, 3)
         yield "conv2d_backward of small images", lambda: t.conv2d_backward(*small, stride=2, padding=1)
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
+    many = a(16, 8, 9, 9) if layout == "NCHW" else a(16, 9, 9, 8)
+    yield "conv2d_backward 1x1 of many images", lambda: t.conv2d_backward(many, many, pointwise, **at)
     image = a(2, 3, 9, 9) if layout == "NCHW" else a(2, 9, 9, 3)
     yield "conv2d_backward of few channels", lambda: t.conv2d_backward(x(7), image, a(8, 3, 3, 3), **at)
     large = a(2, 32, 32, 32)
@@ -210,10 +212,19 @@ def _pools(a, layout: str) -> Calls:
 
 
 def _batch_norms(a, layout: str) -> Calls:
+    yield from _batch_norms_of(a, layout, "")
+    yield from _batch_norms_of(lambda *shape: a(*shape).astype(np.float16), layout, " of float16")
+    t, x, at = tilewise, partial(_image, a, layout), {"layout": layout}
+    for activation in EPILOGUES:
+        o = at | {"activation": activation}
+        yield f"batch_norm {activation}", lambda o=o: t.batch_norm(x(), a(8), abs(a(8)), **o)
+
+
+def _batch_norms_of(a, layout: str, dtype: str) -> Calls:
     t, x, at = tilewise, partial(_image, a, layout), {"layout": layout}
     for training in (True, False):
         o = at | {"training": training}
-        of = "training" if training else "inference"
+        of = f"training{dtype}" if training else f"inference{dtype}"
         yield f"batch_norm {of}", lambda o=o: t.batch_norm(x(), a(8), abs(a(8)), a(8), a(8), **o)
         yield f"batch_norm_backward {of}", lambda o=o: t.batch_norm_backward(x(), x(), a(8), abs(a(8)), a(8), **o)
         # Few channels in large planes are cut into blocks.
@@ -222,9 +233,6 @@ def _batch_norms(a, layout: str) -> Calls:
             f"batch_norm_backward {of} in blocks",
             lambda o=o: t.batch_norm_backward(x(72), x(72), a(8), abs(a(8)), a(8), **o),
         )
-    for activation in EPILOGUES:
-        o = at | {"activation": activation}
-        yield f"batch_norm {activation}", lambda o=o: t.batch_norm(x(), a(8), abs(a(8)), **o)
 
 
 def _elementwise(dtype: str) -> Calls:

@@ -67,7 +67,7 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
             with tilewise.using(backend="cpu", threads=threads):
                 kept = results(training)
                 with monkeypatch.context() as patch:
-                    for module, name in ((cpu, "LARGE"), (cpu, "ALIGNED"), (recycling, "FROM")):
+                    for module, name in ((cpu, "LARGE"), (recycling, "FROM")):
                         patch.setattr(module, name, 1 << 14)
                     whole = run * x.itemsize % 64 == 0
                     way = cpu._way_to_memory(cpu.forward_by_row, x.shape, layout, x.itemsize)
@@ -84,6 +84,7 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
 def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, dtype):
     from tilewise.kernels import operation
     from tilewise.kernels.cpu import batchnorm as cpu
+    from tilewise.kernels.cpu import recycling
 
     memories = []
 
@@ -98,7 +99,7 @@ def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, dtype):
         x, grad = rng.standard_normal((2, *shape)).astype(dtype)
         vectors = statistics(rng, shape[3], dtype)
         results = {}
-        monkeypatch.setattr(cpu, "ALIGNED", 0)
+        monkeypatch.setattr(recycling, "FROM", 0)
         monkeypatch.setattr(cpu, "empty", shifted)
         operation.forget_plans()
         with tilewise.using(backend="cpu"):

@@ -29,10 +29,12 @@ DOTS = [
     (1, 71, 40), (5, 73, 50), (9, 80, 24),
 ]  # fmt: skip
 # 448 rows and 1024 columns a block, 256 steps; from 1024 steps on the sums are collected beside C;
-# beyond 512 columns (float32) 8 panels of B are packed together (AVX2: 4)
+# beyond 512 columns (float32) panels of B are packed together: 8 where a task has so many, as in the last two, or 4
+# (AVX2: 4)
 BLOCKS = [
     (97, 96, 96), (98, 127, 255), (112, 128, 256), (113, 129, 257), (449, 65, 100), (100, 1030, 97), (99, 70, 1024),
     (98, 33, 1025), (105, 95, 1300), (97, 2100, 100), (64, 1100, 130), (65, 639, 200), (97, 640, 257), (70, 641, 100),
+    (100, 2048, 97), (97, 4097, 100),
 ]  # fmt: skip
 # AVX2: both operands packed; 192 rows of A at a time, 768 a task, panels of B by fours, steps by fours
 PACKED = [

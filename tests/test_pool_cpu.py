@@ -200,18 +200,18 @@ def test_short_rows_of_a_gradient_end_with_their_chunk(rng, width, dtype):
     from tilewise.kernels.cpu import pool_spread
 
     options = {"kernel_size": (5, 1), "stride": (3, 1)}
-    shape, bands = (1, 1, 40, width), 9
+    shape, done = (1, 1, 40, width), 9
     grad = rng.standard_normal((1, 1, 12, width)).astype(dtype)
     expected = both(kernels.avg_pool2d_backward, grad, shape, **options)[1]
     rows, columns = pool_spread.windows(12, 40, 5, 3, 0), pool_spread.windows(width, width, 1, 1, 0)
     weights = np.full(12, 0.2), np.ones(width)
-    plan, table, *rest = pool_spread.plan_of(
+    plan, bands, *rest = pool_spread.plan_of(
         shape, grad.shape, np.dtype(dtype), "NCHW", (*rows, weights[0]), (*columns, weights[1]), 1, 0
     )
-    plan[pool_spread.BANDS] = bands
+    plan[pool_spread.BANDS] = done
     ours = np.full(shape, np.nan, dtype)
-    pool_spread.averages_backward.serial(grad, ours, plan, table, *rest)
-    end = table[4 * bands]
+    pool_spread.averages_backward.serial(grad, ours, plan, bands, *rest)
+    end = bands[4 * done]
     assert_close(ours[:, :, :end], expected[:, :, :end], reduction=5)
     assert np.isnan(ours[:, :, end:]).all()
 

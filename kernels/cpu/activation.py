@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu import epilogue
+from tilewise.kernels.cpu import epilogue, recycling
 from tilewise.kernels.cpu.activation_softmax import (
     softmax_backward_columns,
     softmax_backward_rows,
@@ -28,7 +28,7 @@ from tilewise.kernels.cpu.activation_vector import (
 )
 from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.epilogue import prefer_widest_vectors
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import AS_WRITTEN, device, kernel
 from tilewise.kernels.cpu.scratch import large
 from tilewise.kernels.cpu.simd import address, settle_stores
 
@@ -38,7 +38,6 @@ CHUNK = 16384
 # Serial nanoseconds for one element, measured roughly; they only decide between serial and parallel.
 _NANOSECONDS = {RELU: 0.25, LEAKY_RELU: 0.25, SIGMOID: 0.5, TANH: 0.5, STEP: 0.25, SIGN: 0.25}
 _SOFTMAX_NANOSECONDS = 2.0
-ALIGNED = 1 << 22  # bytes of a result from which on aligned memory, used before, is worth asking for
 
 
 @device()
@@ -52,7 +51,7 @@ def _forward_exponential(x, y, code):
             y[i] = epilogue.tanh(x[i])
 
 
-@kernel()
+@kernel(fastmath=AS_WRITTEN)
 def _forward_kernel(x, y, code, slope, past):
     for chunk in prange((x.size + CHUNK - 1) // CHUNK):
         start = np.int64(chunk) * CHUNK
@@ -66,7 +65,7 @@ def _forward_kernel(x, y, code, slope, past):
                 settle_stores()
 
 
-@kernel()
+@kernel(fastmath=AS_WRITTEN)
 def _backward_kernel(grad, y, result, code, slope, past):
     for chunk in prange((y.size + CHUNK - 1) // CHUNK):
         start = np.int64(chunk) * CHUNK
@@ -88,7 +87,7 @@ def _result(shape, dtype, streamed):
 def _size(shape, dtype) -> tuple[bool, bool]:
     """Is a result large, and so large that no cache holds it?"""
     size = math.prod(shape) * dtype.itemsize
-    return size >= ALIGNED, size >= memory_from()
+    return size >= recycling.FROM, size >= memory_from()
 
 
 def _prepare_forward(code: int):

@@ -12,6 +12,7 @@ import numba
 import numpy as np
 
 from tilewise.kernels import settings
+from tilewise.kernels.cpu import recycling
 from tilewise.kernels.cpu.batchnorm_channel import activates_halves
 from tilewise.kernels.cpu.batchnorm_planes import (
     backward_by_block,
@@ -41,8 +42,8 @@ LONG, FORWARD_LONG, BACKWARD_LONG = 1024, (16384, 49152), (8192, 16384)
 CACHE = 1 << 20  # bytes of all arrays that a chunk of channels may hold: half of a second-level cache
 VECTORS = 32  # elements: rows of a multiple of it fill two vectors of any width
 # Rows shorter than this spend more on the loop than on the elements; and in a result below so many bytes, which may lie
-# anywhere in memory (see ALIGNED), more on a row's ends under a mask.
-NARROW, NARROW_UNALIGNED, UNALIGNED_BELOW = 64, 256, 1 << 22
+# anywhere in memory, more on a row's ends under a mask.
+NARROW, NARROW_UNALIGNED, UNALIGNED_BELOW = 64, 256, recycling.FROM
 ROWS = 32  # in a block at least, so that the block's sums are small beside it
 # Elements in a block of rows, 128 kB of float32, and rows at most. Blocks' sums are written, read and merged on one
 # thread: with a quarter of these sizes training in NHWC took up to a third longer.
@@ -54,9 +55,6 @@ ROW_BLOCK, MOST_ROWS = 32768, 256
 # How many bytes that are depends on the third-level cache, see memory_from.
 LARGE = memory_from()
 KEPT_ALWAYS, PAST_IN_USED, PAST_ALWAYS = range(3)  # how a result is written
-# Bytes of a result from which on aligned memory saves time (a tenth in training), instead of the microseconds that
-# asking for it costs while the caches hold something else.
-ALIGNED = 1 << 22
 # Itemsize of an image -> what stands for None in a kernel. The kernels know float16 by its bits; what goes with a
 # channel is float32 then.
 _ABSENT = {2: np.empty(0, SINGLE), 4: np.empty(0, SINGLE), 8: np.empty(0, np.float64)}
@@ -97,7 +95,7 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
     code = ACTIVATION_CODES[activation]
     kernel, dimensions = _forward_way(shape, layout, training, itemsize)
     way = KEPT_ALWAYS if code else _way_to_memory(kernel, shape, layout, itemsize)
-    create = empty if size * itemsize >= ALIGNED else np.empty
+    create = empty if size * itemsize >= recycling.FROM else np.empty
     after = (momentum, eps, code) if kernel is forward_by_channel else (training, momentum, eps, code)
     work = size * (0.6 if code <= LAST_CHEAP else 1.6)
     launch, by_row = kernel.sized(work), kernel is forward_by_row
@@ -156,7 +154,11 @@ def _batch_norm_of_nothing(x, running_mean, running_var, weight, bias, *, channe
 
 
 def prepare_batch_norm_half(shapes, *, training, activation, **options):
-    """The same in float16, converted in the kernels' registers; None where that is not possible."""
+    """The same in float16, converted in the kernels' registers; None where that is not possible.
+
+    The sums are in float32, in the order of a float32 call, but where the width of rows differs (see `_rows`): in NHWC,
+    with fewer than 256 channels, from 2^20 elements on and below 2^21.
+    """
     if not prod(shapes[0]) or not activates_halves(ACTIVATION_CODES[activation]):
         return None
     single: Any = prepare_batch_norm(shapes, BITS, training=training, activation=activation, **options)
@@ -196,7 +198,7 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
         return partial(_gradients_of_nothing, channels=channels)
     kernel, dimensions = _backward_way(shape, layout, itemsize)
     way = _way_to_memory(kernel, shape, layout, itemsize) if training else KEPT_ALWAYS
-    create = empty if size * itemsize >= ALIGNED else np.empty
+    create = empty if size * itemsize >= recycling.FROM else np.empty
     launch, by_row = kernel.sized(size), kernel is backward_by_row
 
     def run(grad, x, mean, invstd, weight):

@@ -1,12 +1,12 @@
 """What the batch norm kernels of both layouts share: how moments are merged, and the channels' factors.
 
 Moments are taken in blocks that stay in the first-level cache: a rough mean first, then the deviations from it and
-their squares, so that x is read from memory once, a mean of 1e4 costs no digits, and everything is vectors of x's
-dtype. Blocks are merged in float64 (Chan, Golub and LeVeque 1983).
+their squares, so that x is read from memory once, a mean of 1e4 costs no digits, and everything is vectors of the
+factors' dtype: x's, but float32 for float16. Blocks are merged in float64 (Chan, Golub and LeVeque 1983).
 
 Everything here goes through some channels at a time, from `first` on, in loops that LLVM can vectorise: with planes of
-7x7, two divisions and a root in scalars would cost more than a channel's pixels. Nothing is reassociated or contracted,
-so these loops give the same bits however they are vectorised.
+7x7, two divisions and a root in scalars would cost more than a channel's pixels. Nothing but the activations, which are
+epilogue.py's, is reassociated or contracted, so these loops give the same bits however they are vectorised.
 """
 
 import math
@@ -17,12 +17,10 @@ from numba import types
 from numba.extending import overload
 
 from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row
-from tilewise.kernels.cpu.jit import FASTMATH, device
+from tilewise.kernels.cpu.jit import AS_WRITTEN, FASTMATH, device
 
 # Elements of one block: 16 kB of float32. With 32 or more accumulators, each adds up 128 numbers at most.
 BLOCK = 4096
-
-AS_WRITTEN = frozenset()  # no reassociation and no contraction
 
 
 # float16 as bits: from the first number below zero to -inf, after which come NaN; 6; inf.
@@ -99,8 +97,8 @@ def _part(vector, first, count):
 def coefficients(mean, invstd, weight, bias, saved_mean, saved_invstd, factors, step):
     """factors[c], [step + c], [2 * step + c] = (centre, scale, offset): y = (x - centre) * scale + offset.
 
-    mean, invstd: in float64 or x's dtype; both are overwritten, and noted where wanted. centre is the mean rounded to
-    x's dtype; what the rounding left over goes into the offset.
+    mean, invstd: in float64 or the factors' dtype; both are overwritten, and noted where wanted. centre is the mean
+    rounded to the factors' dtype; what the rounding left over goes into the offset.
     """
     own = mean.size
     centre, scale, offset = factors[:own], factors[step : step + own], factors[2 * step : 2 * step + own]

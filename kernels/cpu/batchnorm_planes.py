@@ -9,7 +9,6 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.batchnorm_channel import (
-    AS_WRITTEN,
     BLOCK,
     activate,
     add_sums,
@@ -27,7 +26,7 @@ from tilewise.kernels.cpu.batchnorm_vector import (
     run_normalise,
     run_sums,
 )
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import AS_WRITTEN, device, kernel
 from tilewise.kernels.cpu.simd import address, settle_stores
 
 SPLIT = 8192  # elements in a chunk of blocks: a microsecond of work, so that two threads have as much to do

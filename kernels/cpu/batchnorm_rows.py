@@ -16,7 +16,6 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.batchnorm_channel import (
-    AS_WRITTEN,
     activate,
     add_sums,
     evaluation_factors,
@@ -35,7 +34,7 @@ from tilewise.kernels.cpu.batchnorm_vector import (
     rows_total,
 )
 from tilewise.kernels.cpu.half_vector import number
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import AS_WRITTEN, device, kernel
 from tilewise.kernels.cpu.simd import address, settle_stores
 
 # One row in so many gives a block's pivot, their mean: the other rows are read once. It lies within sqrt(3) standard

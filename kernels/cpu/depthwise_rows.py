@@ -15,8 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.depthwise_strip import AHEAD, emit_prefetch
-from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal
+from tilewise.kernels.cpu.depthwise_strip import AHEAD
+from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal, emit_prefetch
 
 SIZE = 3
 

@@ -20,8 +20,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.depthwise_strip import AHEAD, emit_prefetch
-from tilewise.kernels.cpu.simd import _I64, _Emitter, _literal
+from tilewise.kernels.cpu.depthwise_strip import AHEAD
+from tilewise.kernels.cpu.simd import _I64, _Emitter, _literal, emit_prefetch
 
 SIZE = 3
 # Elements of y from where it is written to where it will be.
@@ -73,7 +73,7 @@ def _slide(emit, lines, factors, shift, y, step, count, stored):
 
     def store(value, k):
         place = builder.mul(k, step)
-        emit_prefetch(builder, builder.gep(y, [builder.add(place, _I64(WRITE_AHEAD))]), 1)
+        emit_prefetch(builder, builder.gep(y, [builder.add(place, _I64(WRITE_AHEAD))]), write=True)
         emit.masked_store(value, y, place, stored)
 
     values = load(_I64(0))

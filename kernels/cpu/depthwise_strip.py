@@ -5,19 +5,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal
+from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal, emit_prefetch
 
 # Bytes from what is read now to what is asked for: it arrives while the outputs in between are computed. Between 4 and
 # 32 KB the distance makes no difference.
 AHEAD = 8192
-
-
-def emit_prefetch(builder, pointer, write=0):
-    """Ask for the cache line at an address that will be read, or written, soon."""
-    place = builder.bitcast(pointer, ir.IntType(8).as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [place, _I32(write), _I32(3), _I32(1)])  # keep in all levels, data
 
 
 @intrinsic(prefer_literal=True)

@@ -19,8 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.depthwise_strip import AHEAD, emit_prefetch
-from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal
+from tilewise.kernels.cpu.depthwise_strip import AHEAD
+from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal, emit_prefetch
 
 # Outputs of a tile. AVX-512 holds 9 weights, 4 sums and a few inputs of a 3x3 kernel in its 32 registers.
 TILE = 4
@@ -155,7 +155,7 @@ class _Correlation:
         for p, value in enumerate(sums):
             offset = builder.mul(self.y_step, _I64(p))
             later = builder.gep(self.ahead_now, [builder.add(i, builder.mul(self.ahead_step, _I64(p)))])
-            emit_prefetch(builder, later, 1)
+            emit_prefetch(builder, later, write=True)
             if mask is None:
                 self.vector.store(value, y, offset)
             else:

@@ -17,7 +17,8 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu import recycling
+from tilewise.kernels.cpu.jit import AS_WRITTEN, device, kernel
 from tilewise.kernels.cpu.scratch import empty
 from tilewise.kernels.cpu.simd import _I32, _I64, address
 
@@ -26,8 +27,6 @@ STEP = 4 * BLOCKS  # elements
 CHUNK = 16384  # elements in one unit of parallel work, a multiple of STEP
 ROUNDS = 10
 MULTIPLIERS, WEYL, LOW = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 2**32 - 1
-ALIGNED = 1 << 22  # bytes of a result from which on aligned memory, used before, is worth asking for
-_AS_WRITTEN = frozenset()  # so that the product's bits are the reference's
 _NANOSECONDS = 0.5  # an element, serially
 
 
@@ -112,7 +111,7 @@ def _drop_step(typingctx, x, y, block, seed, call, threshold, scale):
     return types.void(x, y, *words, x.dtype), codegen
 
 
-@device(fastmath=_AS_WRITTEN)
+@device(fastmath=AS_WRITTEN)
 def philox(block, seed, call):
     """The four words of a block, one by one: what `_drop_step` does for eight."""
     low, half = np.uint64(LOW), np.uint64(32)
@@ -126,7 +125,7 @@ def philox(block, seed, call):
     return a, b, c, d
 
 
-@device(fastmath=_AS_WRITTEN)
+@device(fastmath=AS_WRITTEN)
 def _drop_run(x, y, block, threshold, scale, seed, call):
     kept = x.dtype.type(scale)
     steps = x.size // STEP
@@ -137,7 +136,7 @@ def _drop_run(x, y, block, threshold, scale, seed, call):
         y[i] = x[i] * (kept if number >= np.uint64(threshold) else x.dtype.type(0))
 
 
-@kernel(fastmath=_AS_WRITTEN)
+@kernel(fastmath=AS_WRITTEN)
 def drop(x, y, threshold, scale, seed, call):
     for chunk in prange((x.size + CHUNK - 1) // CHUNK):
         start = np.int64(chunk) * CHUNK
@@ -150,7 +149,7 @@ def prepare_dropout(shapes, dtype, *, threshold, scale):
     (shape,) = shapes
     like, size = np.empty(0, dtype), math.prod(shape)
     kernel = drop.bound(size * _NANOSECONDS, like, like, threshold, scale, 0, 0)
-    new = empty if size * dtype.itemsize >= ALIGNED else np.empty
+    new = empty if size * dtype.itemsize >= recycling.FROM else np.empty
 
     def run(x, seed, call, out=None):
         y = new(shape, dtype) if out is None else out

@@ -22,7 +22,7 @@ from numba import prange
 from tilewise.kernels.cpu.gemm_dots import finish_rows
 from tilewise.kernels.cpu.gemm_in_place import multiply_rows_in_place, tall_tiles
 from tilewise.kernels.cpu.gemm_packed import multiply_packed_block
-from tilewise.kernels.cpu.gemm_panels import GROUP, KC, pack_right_group, pack_right_panel
+from tilewise.kernels.cpu.gemm_panels import GROUP, KC, pack_right_group, pack_right_panel, packed_together
 from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile, prefetch_tile
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
@@ -35,7 +35,7 @@ PAD = 16
 # rows in turns (gemm_packed.py), so that it packs its part of B, 512 * KC * 4 = 512 KB at most, for more of them.
 BLOCK_ROWS, BLOCK_COLUMNS = (128 * MR, 512) if VECTOR_BYTES == 32 else (32 * MR, 1024)
 # Rows of B at most so far apart, in bytes, are packed by the tile that first reads them. Others, each on a page of its
-# own, would keep that tile waiting: they are packed beforehand, GROUP panels together.
+# own, would keep that tile waiting: they are packed beforehand, some panels together.
 NEAR = 2048
 # Sums of more steps are collected beside C: C would be read and written too often.
 COLLECTED_FROM = 4 * KC
@@ -184,8 +184,8 @@ def multiply_block(
     across = (columns + count - 1) // count * count
     copied = a_column != 1 or _alias(a_row * a.itemsize)
     panels_a = scratch((rows + MR - 1) // MR * _tile_stride(c) * (KC + PAD), c) if copied else a
-    together = GROUP if b_column == 1 and b_row * b.itemsize > NEAR else 1
-    panel = scratch(together * count * KC, c)
+    far = b_column == 1 and b_row * b.itemsize > NEAR
+    panel = scratch((GROUP if far else 1) * count * KC, c)
     sums = scratch(across * rows if collected else 1, c)
     for k0 in range(0, max(whole, 1), KC):
         depth = min(KC, whole - k0)
@@ -194,24 +194,24 @@ def multiply_block(
         if copied:
             left = 0
             tile_step, row, column = _copy_left(a, a_at + k0 * a_column, a_row, a_column, rows, depth, panels_a)
-        packed = False
+        first = end = 0  # the panels packed last, in columns
         for j in range(0, columns, count):
             right = b_at + k0 * b_row + j * b_column
             used = min(count, columns - j)
-            turn = j // count % together
-            if together > 1 and turn == 0:
-                packed = j + together * count <= columns
-                if packed:
-                    pack_right_group(b, right, b_row, depth, panel, 0)
+            if j >= end:
+                group = packed_together((columns - j) // count) if far else 0
+                first, end = j, j + group * count
+                if group > 0:
+                    pack_right_group(b, right, b_row, depth, group, panel, 0)
             if collected:
                 _multiply_panel(
                     panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel,
-                    turn * count * KC, packed, depth, sums, j * rows, count, used, accumulate,
+                    (j - first) * KC, j < end, depth, sums, j * rows, count, used, accumulate,
                 )  # fmt: skip
             else:
                 _multiply_panel(
                     panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel,
-                    turn * count * KC, packed, depth, c, c_at + j, c_step, used, accumulate,
+                    (j - first) * KC, j < end, depth, c, c_at + j, c_step, used, accumulate,
                 )  # fmt: skip
     if collected:
         _store_sums(sums, rows, columns, c, c_at, c_step)

@@ -6,16 +6,17 @@ from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device
 from tilewise.kernels.cpu.scratch import scratch
-from tilewise.kernels.cpu.simd import _I64, NV, VECTOR_BYTES, _Emitter, _literal, address, lanes
+from tilewise.kernels.cpu.simd import _I64, NV, VECTOR_BYTES, _Emitter, _literal, address, lanes, prefetch
 from tilewise.kernels.cpu.vector_move import _transposed, copy_lanes, copy_vector, transpose_block, transpose_whole
 
 # KC steps of the sum: a panel of B (KC * NR * 4 = 32 KB) stays in L1 while A's rows (KC * MR * 4 = 14 KB a tile) come
 # from L2. With AVX2's smaller tiles, 16 and 6 KB.
 KC = 256
 # Panels packed together, so that longer runs are read and fewer pages visited: KC * GROUP * NR * 4 = 256 KB of L2 with
-# AVX-512 (AVX2, which packs A as well, 64 KB); and how many rows ahead they are asked for: rows pages apart are runs
-# too short for the processor's own prefetcher, and rows a power of two apart leave room in L2 for a few only.
-GROUP, ROWS_AHEAD = (8, 4) if VECTOR_BYTES == 64 else (4, 0)
+# AVX-512 (AVX2, which packs A as well, 64 KB), or FEWER where a block has not so many left; and how many rows ahead
+# they are asked for: rows pages apart are runs too short for the processor's own prefetcher, and rows a power of two
+# apart leave room in L2 for a few only.
+GROUP, FEWER, ROWS_AHEAD = (8, 4, 4) if VECTOR_BYTES == 64 else (4, 4, 0)
 
 
 @device()
@@ -116,28 +117,25 @@ def transpose_square(stage, source, start, offsets, lows, highs, k):
         )
 
 
-@intrinsic
-def prefetch(typingctx, pointer):
-    """Ask for the cache line there, which need not exist, into L2."""
-
-    def codegen(context, builder, signature, args):
-        _Emitter(builder, signature.args[0].dtype).prefetch(args[0], 2)
-        return context.get_dummy_value()
-
-    return types.void(pointer), codegen
+@device()
+def packed_together(panels):
+    """How many of so many whole panels are packed in one go; 0: each by itself."""
+    if panels >= GROUP:
+        return GROUP
+    return FEWER if panels >= FEWER else 0
 
 
 @device()
-def pack_right_group(b, b_at, b_row, depth, panels, panels_at):
-    """GROUP whole panels of B, each KC rows behind the one before."""
+def pack_right_group(b, b_at, b_row, depth, group, panels, panels_at):
+    """`group` whole panels of B, each KC rows behind the one before."""
     width = lanes(b)
     count = NV * width
     for k in range(depth):
         target, source = panels_at + k * count, b_at + k * b_row
         if ROWS_AHEAD > 0:
-            for j in range(0, GROUP * count, width):
+            for j in range(0, group * count, width):
                 prefetch(address(b, source + ROWS_AHEAD * b_row + j))
-        for number in range(GROUP):
+        for number in range(group):
             for j in range(0, count, width):
                 place, origin = target + number * count * KC + j, source + number * count + j
                 copy_vector(address(panels, place), address(b, origin))

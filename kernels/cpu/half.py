@@ -1,4 +1,4 @@
-"""float16 on the CPU: every kernel runs in float32, between a conversion of its operands and one of its results.
+"""float16 on the CPU: computed in float32, most of it between a conversion of the operands and one of the results.
 
 Float32 copies of large operands would cost more memory traffic than a kernel that is bound by memory. Where the parts
 of a result do not depend on each other (half_parts.py), a call is therefore cut into parts that stay in the cache:

@@ -30,6 +30,8 @@ _njit: Any = numba.njit  # its annotations know neither a dictionary for `parall
 FASTMATH = frozenset({"contract", "reassoc", "nsz"})
 # For compensated or shifted sums, whose corrections a reassociating compiler would cancel.
 EXACT_ORDER = frozenset({"contract", "nsz"})
+# For vectors whose instructions are chosen one by one, and for bits that are to be NumPy's: no contraction either.
+AS_WRITTEN = frozenset()
 
 # Only the loops we mark run in parallel: Numba is not to parallelise array expressions behind our backs.
 _PARALLEL = {

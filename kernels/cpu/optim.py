@@ -9,14 +9,13 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.epilogue import prefer_widest_vectors
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import AS_WRITTEN, device, kernel
 
 CHUNK = 16384  # elements in one unit of parallel work
-_AS_WRITTEN = frozenset()
 _NANOSECONDS = 0.3  # an element, of each array
 
 
-@device(fastmath=_AS_WRITTEN)
+@device(fastmath=AS_WRITTEN)
 def _sgd_run(param, grad, velocity, has_velocity, nesterov, lr, momentum, weight_decay):
     prefer_widest_vectors()
     rate, kept, decay = param.dtype.type(lr), param.dtype.type(momentum), param.dtype.type(weight_decay)
@@ -29,7 +28,7 @@ def _sgd_run(param, grad, velocity, has_velocity, nesterov, lr, momentum, weight
         param[i] -= rate * g
 
 
-@kernel(fastmath=_AS_WRITTEN)
+@kernel(fastmath=AS_WRITTEN)
 def _sgd(param, grad, velocity, has_velocity, nesterov, lr, momentum, weight_decay):
     for chunk in prange((param.size + CHUNK - 1) // CHUNK):
         a = chunk * CHUNK
@@ -37,7 +36,7 @@ def _sgd(param, grad, velocity, has_velocity, nesterov, lr, momentum, weight_dec
         _sgd_run(param[a:b], grad[a:b], velocity[a:b], has_velocity, nesterov, lr, momentum, weight_decay)
 
 
-@device(fastmath=_AS_WRITTEN)
+@device(fastmath=AS_WRITTEN)
 def _adagrad_run(param, grad, square, lr, eps, weight_decay):
     prefer_widest_vectors()
     rate, least, decay = param.dtype.type(lr), param.dtype.type(eps), param.dtype.type(weight_decay)
@@ -48,7 +47,7 @@ def _adagrad_run(param, grad, square, lr, eps, weight_decay):
         param[i] -= rate * g / (sqrt(s) + least)
 
 
-@kernel(fastmath=_AS_WRITTEN)
+@kernel(fastmath=AS_WRITTEN)
 def _adagrad(param, grad, square, lr, eps, weight_decay):
     for chunk in prange((param.size + CHUNK - 1) // CHUNK):
         a = chunk * CHUNK
@@ -56,7 +55,7 @@ def _adagrad(param, grad, square, lr, eps, weight_decay):
         _adagrad_run(param[a:b], grad[a:b], square[a:b], lr, eps, weight_decay)
 
 
-@device(fastmath=_AS_WRITTEN)
+@device(fastmath=AS_WRITTEN)
 def _rmsprop_run(param, grad, square, velocity, has_velocity, lr, alpha, eps, momentum, weight_decay):
     prefer_widest_vectors()
     rate, least, decay = param.dtype.type(lr), param.dtype.type(eps), param.dtype.type(weight_decay)
@@ -72,7 +71,7 @@ def _rmsprop_run(param, grad, square, velocity, has_velocity, lr, alpha, eps, mo
         param[i] -= rate * g
 
 
-@kernel(fastmath=_AS_WRITTEN)
+@kernel(fastmath=AS_WRITTEN)
 def _rmsprop(param, grad, square, velocity, has_velocity, lr, alpha, eps, momentum, weight_decay):
     for chunk in prange((param.size + CHUNK - 1) // CHUNK):
         a = chunk * CHUNK
@@ -82,7 +81,7 @@ def _rmsprop(param, grad, square, velocity, has_velocity, lr, alpha, eps, moment
         )
 
 
-@device(fastmath=_AS_WRITTEN)
+@device(fastmath=AS_WRITTEN)
 def _adam_run(param, grad, mean, square, first, second, eps, weight_decay, rate, scale, kept):
     prefer_widest_vectors()
     least, decay, stays = param.dtype.type(eps), param.dtype.type(weight_decay), param.dtype.type(kept)
@@ -98,7 +97,7 @@ def _adam_run(param, grad, mean, square, first, second, eps, weight_decay, rate,
         param[i] = p - m / (sqrt(s) * correction + least) * speed
 
 
-@kernel(fastmath=_AS_WRITTEN)
+@kernel(fastmath=AS_WRITTEN)
 def _adam(param, grad, mean, square, first, second, eps, weight_decay, rate, scale, kept):
     for chunk in prange((param.size + CHUNK - 1) // CHUNK):
         a = chunk * CHUNK

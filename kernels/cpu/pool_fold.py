@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device
-from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal, lane_count
+from tilewise.kernels.cpu.simd import _I32, _I64, _Emitter, _literal, emit_prefetch, lane_count
 
 MAXIMUM, SUM = 0, 1
 
@@ -150,7 +150,7 @@ def fold_rows(
                     value = builder.load(total)
                 wanted = builder.gep(start, [builder.add(builder.mul(i, _I64(max(lines, 1))), ahead)])
                 for k in range(lines):
-                    _prefetch(builder, builder.gep(wanted, [_I64(k * lanes)]))
+                    emit_prefetch(builder, builder.gep(wanted, [_I64(k * lanes)]))
                 _store(builder, value, builder.gep(target, [i]))
         return context.get_dummy_value()
 
@@ -288,13 +288,6 @@ def _splat(builder, value, lanes):
 
 def _itemsize(scalar) -> int:
     return {ir.FloatType(): 4, ir.DoubleType(): 8}.get(scalar) or scalar.width // 8
-
-
-def _prefetch(builder, pointer):
-    place = builder.bitcast(pointer, ir.IntType(8).as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [place, _I32(0), _I32(3), _I32(1)])  # read, keep in all levels, data
 
 
 def _load(builder, pointer, every, lanes):

@@ -17,8 +17,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device
-from tilewise.kernels.cpu.pool_fold import MAXIMUM, SUM, _combine, _load, _prefetch, _store
-from tilewise.kernels.cpu.simd import _I32, _I64, _literal, lane_count
+from tilewise.kernels.cpu.pool_fold import MAXIMUM, SUM, _combine, _load, _store
+from tilewise.kernels.cpu.simd import _I32, _I64, _literal, emit_prefetch, lane_count
 
 # Bytes between what is read and what is asked for. Asking for y's lines too is slower, for nothing a little.
 AHEAD = 8192
@@ -58,7 +58,7 @@ def fold_quads(typingctx, operation, out, source, rows, columns, width, channels
 
         def read(pointer, size):
             for first in range(0, size, lanes):
-                _prefetch(builder, builder.gep(pointer, [builder.add(ahead, _I64(first))]))
+                emit_prefetch(builder, builder.gep(pointer, [builder.add(ahead, _I64(first))]))
             return _load(builder, pointer, 1, size)
 
         def vectors(count, emit):

@@ -100,6 +100,14 @@ def fused(typingctx, a, b, c):
     return signature, codegen
 
 
+def emit_prefetch(builder, pointer, locality: int = 3, write: bool = False):
+    """Ask for the cache line there, which need not exist. locality: 3 for L1, 2 for L2."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(pointer, byte), _I32(int(write)), _I32(locality), _I32(1)])
+
+
 class _Emitter:
     """Vector loads, stores and arithmetic for one element type at the builder's current position."""
 
@@ -217,12 +225,7 @@ class _Emitter:
         return results
 
     def prefetch(self, pointer, locality: int, write: bool = False):
-        """Ask for the cache line there. locality: 3 for L1, 2 for L2."""
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        place = self.builder.bitcast(pointer, byte)
-        self.builder.call(function, [place, _I32(int(write)), _I32(locality), _I32(1)])
+        emit_prefetch(self.builder, pointer, locality, write)
 
 
 @intrinsic(prefer_literal=True)
@@ -322,6 +325,17 @@ def _emit_tile_store(emit, tile, c, c_step, used_rows, used_columns, accumulate)
             emit.masked_store(total, c, offset, masks[j])
     builder.branch(end)
     builder.position_at_end(end)
+
+
+@intrinsic
+def prefetch(typingctx, pointer):
+    """Ask for the cache line there, which need not exist, into L2."""
+
+    def codegen(context, builder, signature, args):
+        emit_prefetch(builder, args[0], 2)
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
 
 
 @intrinsic

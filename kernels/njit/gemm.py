@@ -1,7 +1,7 @@
 """Matrix products inside @njit: `matmul` of vectors, matrices and stacks, `linear`, and their gradients; all native.
 
-Which kernel multiplies follows gemm_plan.py, so that a call gives the same bits as from Python. The chunks are those of
-one thread.
+Which kernel multiplies vectors and matrices follows gemm_plan.py, so that a call gives the same bits as from Python;
+of stacks, multiply_stack knows two kernels only. The chunks are those of one thread.
 """
 
 from typing import Any
