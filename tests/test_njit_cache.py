@@ -52,7 +52,7 @@ def test_cached_functions_are_found_again_until_a_kernel_changes(folder):
     assert misses >= 2
     assert run(folder) == [total, 2, 0]
     source = folder / "installed" / "tilewise" / "kernels" / "cpu" / "activation_vector.py"
-    plain = "RELU: lambda emit, x, _: emit.builder.select(_ordered(emit, \"<\", x), emit.zero, x)"
+    plain = 'RELU: lambda emit, x, _: emit.builder.select(_ordered(emit, "<", x), emit.zero, x)'
     text = source.read_text()
     assert plain in text
     source.write_text(text.replace(plain, plain[:-2] + "emit.builder.fneg(x))"))
