@@ -22,7 +22,8 @@ CHUNKS = 8
 IN_PLACE_BYTES = 32 << 10
 # What L2 holds beside weights and results. Half as much is slower, where few channels' rows come from memory.
 PLANE_BYTES = 128 << 10
-# The same where each tap column has planes of its own: a whole plane of 28x28, 22 channels, 3x3 taps with stride 2.
+# The same where each tap column has planes of its own: whole ones of 28x28, 22 channels, 3x3 taps with stride 2. Where
+# those of all channels would take more, channels go in blocks, which costs less than blocks of fewer rows.
 SPREAD_BYTES = 512 << 10
 # The sums of a chunk, where its channels go in blocks.
 SUM_BYTES = 2 << 20
@@ -45,7 +46,8 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
     pitch = ow + extra_columns - shared
     n_taps = rows.size * columns.size
     whole = channels * n_taps
-    block = channels if whole <= WHOLE_DEPTH else max(1, DEPTH // n_taps)
+    some = max(1, min(channels, DEPTH // n_taps))
+    block = channels if whole <= WHOLE_DEPTH else some
     lane = lane_count(itemsize)
     dense = y_steps[2] == ow and y_steps[3] == 1  # rows are neighbours in y
     # Without padding and stride the planes are x itself; but the channels of large images often lie a power of two
@@ -53,7 +55,7 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
     in_place = oh + extra_rows == h and pitch == w and stride[0] == 1 and stride[1] == 1
     in_place = in_place and low_row == 0 and low_column == 0 and channels * h * w * itemsize <= IN_PLACE_BYTES
     spread = dense and blocks is None and not in_place and _panels_a_line(ow, pitch, oh, lane) == 0
-    spread = spread and _pays_to_spread(oh, ow, pitch, extra_rows, row_phases, column_phases, outputs, block, lane)
+    spread = spread and _pays_to_spread(oh, ow, pitch, extra_rows, row_phases, column_phases, outputs, some, lane)
     if spread:
         columns, column_phases = np.zeros_like(columns), taps[1] - low_column
         shared, pitch = 0, ow
@@ -62,6 +64,8 @@ def plan(x, outputs, taps, stride, grid, y_steps, groups, itemsize, activation, 
         block = blocks[0]
     row_bytes, pixels = block * len(used) * pitch * itemsize, BLOCK_PIXELS
     if spread:
+        if min(oh, pixels // pitch) > _spread_rows(extra_rows, row_bytes):
+            block, row_bytes = some, some * len(used) * pitch * itemsize
         pixels = min(pixels, _spread_rows(extra_rows, row_bytes) * pitch)
     most = max(1, pixels // pitch, PLANE_BYTES // row_bytes - extra_rows)
     in_blocks = block < channels
