@@ -22,7 +22,7 @@ from numba import prange
 from tilewise.kernels.cpu.gemm_dots import finish_rows
 from tilewise.kernels.cpu.gemm_in_place import multiply_rows_in_place, tall_tiles
 from tilewise.kernels.cpu.gemm_packed import multiply_packed_block
-from tilewise.kernels.cpu.gemm_panels import GROUP, KC, pack_right_group, pack_right_panel, packed_together
+from tilewise.kernels.cpu.gemm_panels import FEWER, GROUP, KC, pack_right_group, pack_right_panel
 from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile, prefetch_tile
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.scratch import scratch
@@ -35,7 +35,7 @@ PAD = 16
 # rows in turns (gemm_packed.py), so that it packs its part of B, 512 * KC * 4 = 512 KB at most, for more of them.
 BLOCK_ROWS, BLOCK_COLUMNS = (128 * MR, 512) if VECTOR_BYTES == 32 else (32 * MR, 1024)
 # Rows of B at most so far apart, in bytes, are packed by the tile that first reads them. Others, each on a page of its
-# own, would keep that tile waiting: they are packed beforehand, some panels together.
+# own, would keep that tile waiting: they are packed beforehand, GROUP panels or FEWER together.
 NEAR = 2048
 # Sums of more steps are collected beside C: C would be read and written too often.
 COLLECTED_FROM = 4 * KC
@@ -199,10 +199,14 @@ def multiply_block(
             right = b_at + k0 * b_row + j * b_column
             used = min(count, columns - j)
             if j >= end:
-                group = packed_together((columns - j) // count) if far else 0
-                first, end = j, j + group * count
-                if group > 0:
-                    pack_right_group(b, right, b_row, depth, group, panel, 0)
+                left_over = (columns - j) // count if far else 0
+                first = end = j
+                if left_over >= GROUP:
+                    end += GROUP * count
+                    pack_right_group(b, right, b_row, depth, GROUP, panel, 0)
+                elif left_over >= FEWER:
+                    end += FEWER * count
+                    pack_right_group(b, right, b_row, depth, FEWER, panel, 0)
             if collected:
                 _multiply_panel(
                     panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel,

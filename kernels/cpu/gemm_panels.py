@@ -118,16 +118,8 @@ def transpose_square(stage, source, start, offsets, lows, highs, k):
 
 
 @device()
-def packed_together(panels):
-    """How many of so many whole panels are packed in one go; 0: each by itself."""
-    if panels >= GROUP:
-        return GROUP
-    return FEWER if panels >= FEWER else 0
-
-
-@device()
 def pack_right_group(b, b_at, b_row, depth, group, panels, panels_at):
-    """`group` whole panels of B, each KC rows behind the one before."""
+    """`group` whole panels of B, each KC rows behind the one before. group: a literal, whose loops are unrolled."""
     width = lanes(b)
     count = NV * width
     for k in range(depth):
