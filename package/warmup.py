@@ -177,7 +177,7 @@ def _convolutions(a, layout: str) -> Calls:
         small = a(8, 32, 2, 2), a(8, 32, 4, 4), a(32, 32, 3, 3)
         yield "conv2d_backward of small images", lambda: t.conv2d_backward(*small, stride=2, padding=1)
     yield "conv2d_backward 1x1", lambda: t.conv2d_backward(x(), x(), pointwise, **at)
-    many = a(16, 8, 9, 9) if layout == "NCHW" else a(16, 9, 9, 8)
+    many = a(16, 8, 12, 12) if layout == "NCHW" else a(16, 12, 12, 8)
     yield "conv2d_backward 1x1 of many images", lambda: t.conv2d_backward(many, many, pointwise, **at)
     image = a(2, 3, 9, 9) if layout == "NCHW" else a(2, 9, 9, 3)
     yield "conv2d_backward of few channels", lambda: t.conv2d_backward(x(7), image, a(8, 3, 3, 3), **at)
