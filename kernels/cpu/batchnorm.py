@@ -45,8 +45,7 @@ VECTORS = 32  # elements: rows of a multiple of it fill two vectors of any width
 # anywhere in memory, more on a row's ends under a mask.
 NARROW, NARROW_UNALIGNED, UNALIGNED_BELOW = 64, 256, recycling.FROM
 ROWS = 32  # in a block at least, so that the block's sums are small beside it
-# Elements in a block of rows, 128 kB of float32, and rows at most. Blocks' sums are written, read and merged on one
-# thread: with a quarter of these sizes training in NHWC took up to a third longer.
+# Elements in a block of rows, 128 kB of float32, and rows at most. One thread merges all blocks' sums, so they are few.
 ROW_BLOCK, MOST_ROWS = 32768, 256
 # Bytes of a result that no cache holds until it is read. It is written past the caches, so that its memory is not read
 # first: evaluation into 103 MB of used memory takes 7 ms instead of 10.5. The system has just cleared a page of fresh
