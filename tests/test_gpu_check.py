@@ -237,13 +237,29 @@ def test_rows_of_a_convolution():
         "seconds": {
             "cuda": 1e-3, "cupy": 5e-4, "torch": 2e-3, "cuda TF32": 1e-3, "torch TF32": 5e-4, "torch NHWC": 4e-3,
         },
+        "kernels": {"cuda": 1e-4, "cupy": 2e-4, "torch": 1e-4, "torch NHWC": 1e-4},
         "missing": {"cupy TF32": "no", "cuda NHWC": "no"}, "errors": {"cupy NHWC": "wrong"},
     }  # fmt: skip
     assert [row[1:] for row in gpu_peers._rows(record)] == [
-        ("float32", "", "1.00 ms", "500 us", "2.00 ms", "4000 GFLOP/s", "2.00", "4.00"),
-        ("float32", "NHWC", "missing", "FAILED", "4.00 ms", "", "", ""),
-        ("float32", "TF32", "1.00 ms", "missing", "500 us", "2000 GFLOP/s", "0.50", ""),
+        ("float32", "", "1.00 ms", "500 us", "2.00 ms", "4000 GFLOP/s", "2.00", "4.00", "1.00 0.50"),
+        ("float32", "NHWC", "missing", "FAILED", "4.00 ms", "", "", "", ""),
+        ("float32", "TF32", "1.00 ms", "missing", "500 us", "2000 GFLOP/s", "0.50", "", ""),
     ]
+    record |= {"op": "conv2d", "family": "conv"}
+    assert list(gpu_peers._summary([record]))[:2] == [
+        "conv forward float32 cuda: geometric mean 2.00, worst 2.00; kernels alone geometric mean 1.00, worst 1.00",
+        "conv forward float32 cupy: geometric mean 4.00, worst 4.00; kernels alone geometric mean 0.50, worst 0.50",
+    ]
+
+
+def test_kernels_alone_are_timed_in_a_graph(torch, monkeypatch):
+    calls, graph = [], SimpleNamespace(replay="replayed")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda given: contextlib.nullcontext() if given is graph else None)
+    timed = {"replayed": 3.0}
+    monkeypatch.setattr(gpu_peers, "time_call", lambda torch, call, seconds: timed[call])
+    assert gpu_peers.time_kernels(torch, lambda: calls.append(1), 0.01) == 3.0 / len(calls)
+    assert len(calls) == gpu_peers.CAPTURED
 
 
 def names(backends, *variants):
