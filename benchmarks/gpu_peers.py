@@ -196,7 +196,8 @@ def measure(
 ) -> dict:  # fmt: skip
     """Seconds a call of each engine, after the results were compared; what is missing or wrong, by engine.
 
-    kernels: seconds of a call's kernels, without the host. dispatched: the FLOPs and bytes that the dispatcher counts for the call.
+    kernels: seconds of a call's kernels, without the host. dispatched: the FLOPs and bytes that the dispatcher counts
+    for the call.
     """
     args, options = _single(case)
     tensors = engines.torch_tensors(torch, args, device, dtype)
@@ -295,12 +296,12 @@ def _rows(record: dict) -> Iterator[tuple[str, ...]]:
         if any(name in record[part] for name in ours for part in ("seconds", "missing", "errors")):
             seconds = {engine: record["seconds"].get(name) for engine, name in names.items()}
             times = [_time(record, name) for name in names.values()]
-            ratios = [_ratio(seconds[TORCH], seconds[b]) for b in BACKENDS]
+            calls = [_ratio(seconds[TORCH], seconds[b]) for b in BACKENDS]
             rate = _rate(record, [seconds[b] for b in BACKENDS if seconds[b]])
             alone = record.get("kernels", {})
             kernels = [_ratio(alone.get(names[TORCH]), alone.get(names[b])) for b in BACKENDS]
             about = f"{record['key']} {record['shape']}", record["dtype"], variant
-            yield (*about, *times, rate, *ratios, " ".join(kernels).strip())
+            yield (*about, *times, rate, *calls, " ".join(kernels).strip())
 
 
 def _time(record: dict, name: str) -> str:
@@ -319,13 +320,15 @@ def _rate(record: dict, ours: list[float]) -> str:
 
 
 def _summary(records: list[dict]) -> Iterator[str]:
-    calls, kernels = (_ratios(records, part) for part in ("seconds", "kernels"))
-    for group, ratios in calls.items():
+    calls, kernels = (ratios(records, part) for part in ("seconds", "kernels"))
+    for group, found in calls.items():
         alone = f"; kernels alone {_mean_and_worst(kernels[group])}" if group in kernels else ""
-        yield f"{' '.join(group)}: {_mean_and_worst(ratios)}{alone}"
+        yield f"{' '.join(group)}: {_mean_and_worst(found)}{alone}"
 
 
-def _ratios(records: list[dict], part: str) -> dict[tuple, list[float]]:
+def ratios(records: list[dict], part: str) -> dict[tuple, list[float]]:
+    """(family, direction, dtype, variant..., backend) -> PyTorch's time over the backend's in each case. part: of a
+    record, "seconds" or "kernels"."""
     groups: dict[tuple, list[float]] = {}
     for r in records:
         direction = "backward" if r["op"].endswith("_backward") else "forward"
@@ -338,8 +341,8 @@ def _ratios(records: list[dict], part: str) -> dict[tuple, list[float]]:
     return groups
 
 
-def _mean_and_worst(ratios: list[float]) -> str:
-    return f"geometric mean {geometric_mean(ratios):.2f}, worst {min(ratios):.2f}"
+def _mean_and_worst(found: list[float]) -> str:
+    return f"geometric mean {geometric_mean(found):.2f}, worst {min(found):.2f}"
 
 
 # What is told of the machine, and the distributions whose release it is.

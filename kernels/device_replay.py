@@ -89,9 +89,10 @@ class Recorder(Place):
         self.launches.append((engine.start, form, grid, shared, numbers, tuple(addresses)))
 
     def wrap(self, array):
-        address, wrapped = array.pointer, self.place.wrap(array)
-        index = address.index if isinstance(address, Address) else None
-        if index is None or index < self._operands or address.offset:
+        address: Any = array.pointer
+        wrapped = self.place.wrap(array)
+        index = address.index if isinstance(address, Address) and address.offset == 0 else None
+        if index is None or index < self._operands:
             self.repeatable = False
         else:
             self._results[id(wrapped)] = index - self._operands, array.shape

@@ -11,7 +11,7 @@ from installation import ROOT, run_python
 from simt.installed import emulated_gpu
 
 import tilewise
-from tilewise.benchmarks import cases, gpu_choices, gpu_peers
+from tilewise.benchmarks import cases, gpu_choices, gpu_peers, gpu_report
 from tilewise.benchmarks.layers import Activation, BatchNorm, Conv, Dropout, Matmul, Pool
 from tilewise.kernels import dispatch, settings
 
@@ -315,3 +315,26 @@ def test_what_was_measured_is_written_as_it_goes(on_the_host, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         timed(tmp_path, "--only", "relu|sigmoid")
     assert [r["key"] for r in json.loads((tmp_path / "cpu.json").read_text())["peers"]] == ["relu tiny"]
+
+
+def test_report_of_what_was_measured(tmp_path, capsys):
+    relu = {"key": "relu a", "op": "relu", "family": "activation", "dtype": "float32"}
+    backward = relu | {"op": "relu_backward", "dtype": "bfloat16"}
+    about = {"device": "Made Up 1000", "date": "2000-01-01", "command": "make gpu-check", "torch": "2.11.0"}
+    peers = [
+        relu | {"seconds": {"cuda": 2.0, "cupy": 1.0, "torch": 4.0}, "kernels": {"cuda": 1.0, "torch": 3.0}},
+        relu | {"seconds": {"cuda": 2.0, "torch": 1.0}, "kernels": {}},
+        backward | {"seconds": {"cupy": 2.0, "torch": 1.0}, "kernels": {"cupy": 1.0, "torch": 1.0}},
+    ]
+    (tmp_path / "made-up.json").write_text(json.dumps(about | {"peers": peers}))
+    (tmp_path / "gpu-check.json").write_text("{}")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{gpu_report.BEGIN}\n\nold\n\n{gpu_report.END}\n\nafter\n")
+    assert gpu_report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    filled = readme.read_text()
+    assert "| activation | float32 | 1.00 (0.50) | 3.00 (3.00) | 4.00 (4.00) |  |" in filled
+    assert "| activation backward | bfloat16 |  |  | 0.50 (0.50) | 1.00 (1.00) |" in filled
+    assert "of 3 cases" in filled
+    assert "old" not in filled
+    assert "Made Up 1000" in capsys.readouterr().out
+    assert gpu_report.main(["--results", str(tmp_path / "none")]) == 1

@@ -148,6 +148,10 @@ def test_out(place, planned, rng):
         assert kernels.matmul(x, y, out=z) is z
         np.testing.assert_allclose(z.get(), a @ b, rtol=1e-4, atol=1e-5)
         assert len(planned) == min(number + 1, 2)
+
+
+def test_out_that_overlaps(place, rng):
+    a, b = normal(rng, 4, 4), normal(rng, 4, 4)
     x, y, z = map(place.array, (a, b, a))
     for _ in range(3):
         kernels.matmul(x, y, out=z)

@@ -129,7 +129,7 @@ class Slots(bytearray):
 
 
 class Form:
-    """A kernel for one dtype. sizes: bytes of each parameter. addresses: which of the numbers that it takes are pointers."""
+    """A kernel for one dtype. sizes: bytes of each parameter. addresses: which of its numbers are pointers."""
 
     def __init__(self, kernel: Kernel, dtype: np.dtype):
         self.kernel, self.dtype = kernel, dtype
