@@ -1,5 +1,7 @@
 """Calls on a GPU's arrays that were made before (device_replay.py): launches done again, with other arrays."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from fake_arrays import FakeArray, FakePlace
@@ -169,6 +171,17 @@ def test_a_prepared_convolution(place, rng):
         np.testing.assert_allclose(y.get(), kernels.conv2d(x, weight, bias, padding=1), rtol=1e-4, atol=1e-4)
 
 
+def test_what_fills_memory_of_its_own_is_not_done_again(place, planned, rng):
+    """Another stream may read it."""
+    weight, x = normal(rng, 8, 4, 3, 3), normal(rng, 2, 4, 6, 6)
+    prepared = kernels.prepare_conv2d(place.array(weight))
+    for _ in range(4):
+        y = prepared(place.array(x))
+        prepared._constants.packs.clear()  # so that the second call fills it anew
+    np.testing.assert_allclose(y.get(), kernels.conv2d(x, weight), rtol=1e-4, atol=1e-4)
+    assert len(planned) == 4
+
+
 def test_an_unknown_address_is_not_done_again(place, planned, rng, monkeypatch):
     """Had a backend memory of its own that the recorder does not know, each call would be planned."""
 
@@ -180,3 +193,99 @@ def test_an_unknown_address_is_not_done_again(place, planned, rng, monkeypatch):
         a = normal(rng, 3, 3)
         np.testing.assert_array_equal(kernels.relu(place.array(a)).get(), np.maximum(a, 0))
     assert len(planned) == 4
+
+
+# ---- how arrays of the libraries are read
+
+
+class Tensor:
+    """A torch.Tensor on a GPU, as far as it is read."""
+
+    def __init__(self, pointer=256, device=0, requires_grad=False, layout="strided", contiguous=True):
+        self.shape, self.dtype, self.layout = (2, 3), "torch.float32", layout
+        self.requires_grad, self._about = requires_grad, (pointer, device, contiguous)
+
+    def data_ptr(self):
+        return self._about[0]
+
+    def get_device(self):
+        return self._about[1]
+
+    def is_contiguous(self):
+        return self._about[2]
+
+
+@pytest.fixture
+def tensors():
+    made = []
+    torch = SimpleNamespace(
+        Tensor=Tensor, strided="strided", float32="torch.float32", _C=SimpleNamespace(),
+        cuda=SimpleNamespace(device_count=lambda: 2), empty=lambda shape, **options: made.append((shape, options)),
+    )  # fmt: skip
+    return SimpleNamespace(torch=torch, made=made)
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (Tensor(pointer=260), "begins in the middle of 16 bytes"), (Tensor(device=1), "another device"),
+        (Tensor(device=-1), "the host"), (Tensor(requires_grad=True), "is refused"), (Tensor(layout="sparse"), "refused"),
+        (Tensor(contiguous=False), "is copied"), (np.zeros(3), "another library"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_planned(tensors, other, why):
+    library = device_replay.TorchTensors(tensors.torch)
+    pointers = []
+    assert library.signature((Tensor(), None, Tensor(512)), pointers) == [
+        0, (2, 3), "torch.float32", None, (2, 3), "torch.float32"
+    ]  # fmt: skip
+    assert pointers == [256, 0, 512]
+    assert library.signature((Tensor(), other), []) is None, why
+
+
+def test_a_tensor_on_the_host_comes_first(tensors):
+    assert device_replay.TorchTensors(tensors.torch).signature((Tensor(device=-1),), []) is None
+
+
+def test_tensors_are_allocated_on_their_device(tensors):
+    library, place = (
+        device_replay.TorchTensors(tensors.torch),
+        SimpleNamespace(ordinal=1, device="cuda:1", stream="its"),
+    )
+    library.allocator(place, (2, 3), np.dtype(np.float32))()
+    assert tensors.made == [((2, 3), {"dtype": "torch.float32", "device": "cuda:1"})]
+    assert library.stream(place) == "its"
+    tensors.torch._C._cuda_getCurrentRawStream = lambda ordinal: 70 + ordinal
+    tensors.torch._C._dynamo = SimpleNamespace(guards=SimpleNamespace(_empty_strided_cuda=lambda *about: about))
+    tensors.torch.cuda.device_count = lambda: 1
+    library = device_replay.TorchTensors(tensors.torch)
+    assert library.stream(place)() == 71
+    assert library.allocator(place, (2, 3), np.dtype(np.float32))() == ((2, 3), (3, 1), "torch.float32")
+
+
+def test_arrays_of_cupy():
+    def array(pointer=256, device=0, contiguous=True):
+        made = SimpleNamespace.__new__(Array)
+        made.shape, made.dtype = (2, 3), np.dtype(np.float32)
+        made.flags = SimpleNamespace(c_contiguous=contiguous)
+        made.data = SimpleNamespace(ptr=pointer, device_id=device)
+        return made
+
+    class Array(SimpleNamespace):
+        pass
+
+    runtime = SimpleNamespace(getDevice=lambda: 0)
+    library = device_replay.CupyArrays(SimpleNamespace(ndarray=Array, cuda=SimpleNamespace(runtime=runtime)))
+    pointers = []
+    assert library.signature((array(), None), pointers) == [0, (2, 3), np.dtype(np.float32), None]
+    assert pointers == [256, 0]
+    for other in (array(260), array(device=1), array(contiguous=False), np.zeros(3)):
+        assert library.signature((array(), other), []) is None
+
+
+def test_only_arrays_of_the_very_type_are_read(torch):
+    class Own(torch.Tensor):
+        pass
+
+    assert isinstance(device_replay.library_of(torch.Tensor), device_replay.TorchTensors)
+    assert [device_replay.library_of(kind) for kind in (Own, torch.nn.Parameter, np.ndarray, type(None))] == [None] * 4
