@@ -229,7 +229,7 @@ def tensors():
     ("other", "why"),
     [
         (Tensor(pointer=260), "begins in the middle of 16 bytes"), (Tensor(device=1), "another device"),
-        (Tensor(device=-1), "the host"), (Tensor(requires_grad=True), "is refused"), (Tensor(layout="sparse"), "refused"),
+        (Tensor(device=-1), "the host"), (Tensor(requires_grad=True), "refused"), (Tensor(layout="sparse"), "refused"),
         (Tensor(contiguous=False), "is copied"), (np.zeros(3), "another library"),
     ],
 )  # fmt: skip
