@@ -41,6 +41,11 @@ def products_by_wgmma(x):
     return np.stack([product_of_half(x), product_by_three(x)])
 
 
+def vector_by_matrix(x):
+    """Several vectors, one after the other in shared memory."""
+    return kernels.matmul(x[:3, :16], x[3:])
+
+
 def convolution_of_half(x):
     """By wgmma; the weights are what x has."""
     half = x.astype(np.float16)
@@ -79,13 +84,14 @@ CALLS = {
     "conv_depthwise_weight.cu": (weight_gradient, (1, 2, 9, 20), {}),
     "conv_direct.cu": (many_taps, (1, 4, 9, 20), {}),
     "conv_packing.cu": (packed_weights, (20, 16, 6, 6), {}),
+    "gemm_few.cu": (vector_by_matrix, (19, 16 * 17), {}),
     "gemm_sums.cu": (bias_gradient, (20, 20), {}),
     "product.cuh": (product_by_tiles, (128, 128), {}),
     "tensor.cuh": (product_of_half, (64, 200), {}),
     "gemm_wgmma.cu": (products_by_wgmma, (72, 400), {}),
     "conv_wgmma.cu": (convolution_of_half, (1, 8, 9, 80), {}),
     "conv_wgmma_weight.cu": (weight_gradient_of_half, (1, 14, 14, 80), {}),
-    "wgmma_product.cuh": (product_of_half, (72, 400), {}),
+    "wgmma_product.cuh": (products_by_wgmma, (72, 400), {}),
     "wgmma_single.cuh": (product_by_three, (72, 200), {}),
 }
 OPERANDS = {kernels.batch_norm: lambda x: (x, None, None), kernels.softmax_backward: lambda x: (x, x)}

@@ -7,11 +7,11 @@ from tilewise.kernels.activation_plan import ACTIVATION_CODES, LEAKY_SLOPE, NONE
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.cupy import driver, gemm_plan
 from tilewise.kernels.cupy.copying import contiguous
-from tilewise.kernels.cupy.gemm_few import multiply_few
+from tilewise.kernels.cupy.gemm_few import few_of, multiply_few
 from tilewise.kernels.cupy.gemm_sums import add_parts, sum_rows
 from tilewise.kernels.cupy.launch import sum_dtype
 from tilewise.kernels.gemm_matrices import Matrices, Products
-from tilewise.kernels.gemm_plan import Launch, few_vectors, launches, split
+from tilewise.kernels.gemm_plan import Launch, launches, split
 
 HAS_BFLOAT16 = True  # operation.py asks
 
@@ -19,11 +19,11 @@ HAS_BFLOAT16 = True  # operation.py asks
 def multiply(left: Matrices, right: Matrices, lead: tuple, result, bias=None, code=NONE, tf32: bool | None = None):
     """result = activation(left @ right + bias), batch by batch. tf32: None for what `using` says."""
     for launch in launches(left, right, lead, result):
-        few = few_vectors(launch.left, launch.right) if launch.matrices == 1 else None
+        few = few_of(launch.left, launch.right, launch.matrices)
         if few is None:
             _by_tiles(launch, bias, code, tf32)
         else:
-            multiply_few(few, launch.result, bias, code)
+            multiply_few(few, launch.result, bias, code, launch.left.array.dtype)
 
 
 def _by_tiles(launch: Launch, bias, code: int, tf32: bool | None):

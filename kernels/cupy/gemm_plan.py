@@ -17,12 +17,13 @@ import numpy as np
 
 from tilewise.kernels import settings
 from tilewise.kernels.cupy import driver, gemm_tensor
+from tilewise.kernels.cupy.gemm_few import few_of
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, LARGE, LITTLE, MEDIUM
 from tilewise.kernels.cupy.gemm_tile import BIG, BIG_COPIES, BIG_VECTORS, SINGLY, SMALL, TALL, TINY, VECTORS, WHOLE
 from tilewise.kernels.cupy.gemm_wgmma import HOPPER, MATMULS, NARROW, SINGLES, WIDE, WgmmaTile
 from tilewise.kernels.cupy.launch import Kernel
 from tilewise.kernels.gemm_matrices import Matrices, operands_of
-from tilewise.kernels.gemm_plan import choose_tile, few_vectors
+from tilewise.kernels.gemm_plan import choose_tile
 
 # Where three products of TF32 on tensor cores are to be faster than one of float32 without them, from NVIDIA's nominal
 # rates: a third of the TF32 rate is at least twice the float32 rate there; on 8.6, 8.9 and 12.0 it is less than the
@@ -172,8 +173,8 @@ def _explained(name: str, shapes: list, dtype, ordinal: int) -> _Explained:
     ways = _ways(dtype)
     if not left.rows * right.columns * matrices:
         return _Explained("nothing", "the result is empty", dict.fromkeys(ways, "the result is empty"))
-    if matrices == 1 and few_vectors(left, right) is not None:
-        note = "a warp for each row of the matrix"
+    if few := few_of(left, right, matrices):
+        note = "a lane for 16 bytes of rows of the matrix" if few.across else "a warp for each row of the matrix"
         return _Explained("few vectors", note, dict.fromkeys(ways, f"few vectors: {note}"))
     engine = driver.engine(ordinal)
     taken, product = choose(left, right, matrices, engine), _product(left, right, matrices, engine)
