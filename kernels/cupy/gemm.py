@@ -5,13 +5,13 @@ from functools import partial
 from tilewise.kernels import settings
 from tilewise.kernels.activation_plan import ACTIVATION_CODES, LEAKY_SLOPE, NONE
 from tilewise.kernels.channel_plan import ceil_div
-from tilewise.kernels.cupy import driver, gemm_plan
+from tilewise.kernels.cupy import driver, gemm_parts, gemm_plan
 from tilewise.kernels.cupy.copying import contiguous
 from tilewise.kernels.cupy.gemm_few import few_of, multiply_few
 from tilewise.kernels.cupy.gemm_sums import add_parts, sum_rows
 from tilewise.kernels.cupy.launch import sum_dtype
 from tilewise.kernels.gemm_matrices import Matrices, Products
-from tilewise.kernels.gemm_plan import Launch, launches, split
+from tilewise.kernels.gemm_plan import Launch, launches
 
 HAS_BFLOAT16 = True  # operation.py asks
 
@@ -29,10 +29,10 @@ def multiply(left: Matrices, right: Matrices, lead: tuple, result, bias=None, co
 def _by_tiles(launch: Launch, bias, code: int, tf32: bool | None):
     left, right, batch, matrices, result = launch
     dtype, place = left.array.dtype, left.array.place
-    _, kernel, tile, together = gemm_plan.choose(left, right, matrices, driver.engine(place.ordinal), tf32)
+    algorithm, kernel, tile, together = gemm_plan.choose(left, right, matrices, driver.engine(place.ordinal), tf32)
     m, n, depth = left.rows, right.columns, left.columns
     blocks = ceil_div(m, tile.rows) * ceil_div(n, tile.columns)
-    parts, part = split(depth, blocks * matrices)
+    _, parts, part = gemm_parts.split(algorithm, tile, (m, n, depth, matrices), dtype.itemsize)
     partial_sums = place.empty((parts, matrices, m, n), sum_dtype(dtype)) if parts > 1 else None
     stored = result.dtype if partial_sums is None else partial_sums.dtype
     vectors = n % together == 0 and together * stored.itemsize >= 16

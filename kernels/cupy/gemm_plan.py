@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tilewise.kernels import settings
-from tilewise.kernels.cupy import driver, gemm_tensor
+from tilewise.kernels.cupy import driver, gemm_parts, gemm_tensor
 from tilewise.kernels.cupy.gemm_few import few_of
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, LARGE, LITTLE, MEDIUM
 from tilewise.kernels.cupy.gemm_tile import BIG, BIG_COPIES, BIG_VECTORS, SINGLY, SMALL, TALL, TINY, VECTORS, WHOLE
@@ -31,6 +31,7 @@ from tilewise.kernels.gemm_plan import choose_tile
 SPLIT_ON = ((8, 0), (9, 0), (10, 0))
 SPLIT_DEPTH = 64  # a shorter sum would not be worth it
 _BLOCK = 4  # product.cuh's
+LIKELY = 0.8  # an estimate is better that is less than so much of another
 # rows, columns, depth, matrices, and the device's multiprocessors
 Size = tuple[int, int, int, int, int]
 
@@ -120,8 +121,14 @@ def _wgmma(way: str, product: _Product) -> Choice | str:
     tile = choose_tile(*product.size, (NARROW, LITTLE) if way == "split" else (WIDE, NARROW, LITTLE))
     if not isinstance(tile, WgmmaTile):
         return TOO_LITTLE
+    if tile is WIDE and _estimated(way, NARROW, product) < LIKELY * _estimated(way, WIDE, product):
+        tile = NARROW
     kernel = (SINGLES[way, tile] if product.dtype == np.float32 else MATMULS[tile])[product.orders]
     return Choice(_on_hopper(way), kernel, tile, _lanes(product.dtype))
+
+
+def _estimated(way: str, tile: WgmmaTile, product: _Product) -> float:
+    return gemm_parts.split(_on_hopper(way), tile, product.size[:4], product.dtype.itemsize, product.size[4])[0]
 
 
 def _on_hopper(way: str) -> str:

@@ -16,6 +16,7 @@ class WgmmaTile:
 
     columns: int
     rows: int = 128
+    resident: int = 1  # blocks that fit a multiprocessor
 
     def shared_bytes(self, parts: int = 1) -> int:
         """Of dynamic shared memory: the stages. parts: tiles that the right operand has of each."""
