@@ -20,7 +20,7 @@ from tilewise.kernels.cupy import driver, gemm_parts, gemm_tensor
 from tilewise.kernels.cupy.gemm_few import few_of
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, LARGE, LITTLE, MEDIUM
 from tilewise.kernels.cupy.gemm_tile import BIG, BIG_COPIES, BIG_VECTORS, SINGLY, SMALL, TALL, TINY, VECTORS, WHOLE
-from tilewise.kernels.cupy.gemm_wgmma import HOPPER, MATMULS, NARROW, SINGLES, WIDE, WgmmaTile
+from tilewise.kernels.cupy.gemm_wgmma import HOPPER, LAID, MATMULS, NARROW, SINGLES, WIDE, Laid, WgmmaTile
 from tilewise.kernels.cupy.launch import Kernel
 from tilewise.kernels.gemm_matrices import Matrices, operands_of
 from tilewise.kernels.gemm_plan import choose_tile
@@ -31,18 +31,22 @@ from tilewise.kernels.gemm_plan import choose_tile
 SPLIT_ON = ((8, 0), (9, 0), (10, 0))
 SPLIT_DEPTH = 64  # a shorter sum would not be worth it
 _BLOCK = 4  # product.cuh's
+# Of the left operand: as many tiles read the right one as pays for laying it out. Predicted, not measured.
+LAID_ROWS = {"tf32": 1024, "split": 2048}
 LIKELY = 0.8  # an estimate is better that is less than so much of another
 # rows, columns, depth, matrices, and the device's multiprocessors
 Size = tuple[int, int, int, int, int]
 
 
 class Choice(NamedTuple):
-    """tile: its rows and columns are a block's. together: neighbouring columns that a thread stores."""
+    """tile: its rows and columns are a block's. together: neighbouring columns that a thread stores. laid: how the
+    right operand is laid out before, where it is."""
 
     algorithm: str
     kernel: Kernel
     tile: Any
     together: int
+    laid: Laid | None = None
 
 
 class _Product(NamedTuple):
@@ -55,6 +59,7 @@ class _Product(NamedTuple):
     aligned: bool
     capability: tuple[int, int]
     tf32: bool
+    whole: bool = True
 
 
 def _product(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None) -> _Product:
@@ -64,8 +69,9 @@ def _product(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool 
     return _Product(left.array.dtype, size, orders, left.aligned() and right.aligned(), engine.capability, tf32)
 
 
-def choose(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None) -> Choice:
-    product = _product(left, right, matrices, engine, tf32)
+def choose(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None, whole=True) -> Choice:
+    """whole: whether the right operand may be laid out before."""
+    product = _product(left, right, matrices, engine, tf32)._replace(whole=whole)
     for way in _ways(product.dtype).values():
         taken = way(product)
         if isinstance(taken, Choice):
@@ -123,6 +129,9 @@ def _wgmma(way: str, product: _Product) -> Choice | str:
         return TOO_LITTLE
     if tile is WIDE and _estimated(way, NARROW, product) < LIKELY * _estimated(way, WIDE, product):
         tile = NARROW
+    if product.whole and product.size[2] % 4 == 0 and product.size[0] >= LAID_ROWS.get(way, np.inf):
+        laid = LAID[way, tile]
+        return Choice(_on_hopper(way), laid.products[product.orders[0]], tile, _lanes(product.dtype), laid)
     kernel = (SINGLES[way, tile] if product.dtype == np.float32 else MATMULS[tile])[product.orders]
     return Choice(_on_hopper(way), kernel, tile, _lanes(product.dtype))
 
@@ -152,7 +161,7 @@ def _ways(dtype) -> dict[str, Callable[[_Product], Choice | str]]:
 
 
 def _by_tiles(product: _Product) -> Choice:
-    dtype, size, orders, aligned, capability, _ = product
+    dtype, size, orders, aligned, capability, *_ = product
     if dtype.kind in "iu":
         return Choice("tiles", WHOLE, SMALL, _BLOCK)
     if not aligned:

@@ -170,4 +170,46 @@ matmul_wgmma_single(const float *__restrict__ a, const float *__restrict__ b, fl
     }
 }
 
+// Of a right operand that gemm_laid.cu has laid out: parts that are all its rows apart.
+template <class Room> struct LaidLoader {
+    LineLoader<float, typename Room::Right, Room::N, true> lines;
+    long long apart;
+
+    __device__ __forceinline__ void copy(char *tile, int thread, long long k, long long end) const {
+        auto part = lines;
+#pragma unroll
+        for (int i = 0; i < Room::PARTS; ++i) {
+            part.copy(tile + i * Room::Right::BYTES, thread, k, end);
+            part.pointer += apart;
+        }
+    }
+};
+
+template <class Math, int N, bool LEFT_BY_K>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1)
+matmul_wgmma_laid(const float *__restrict__ a, const float *__restrict__ b, float *__restrict__ c,
+                  float *__restrict__ partial, const float *__restrict__ bias, float slope, const Gemm it) {
+    using Room = SingleRoom<Math, N, LEFT_BY_K, true>;
+    __shared__ unsigned long long filled[FILLING], emptied[FILLING];
+    const GemmBlock block(it, WGMMA_ROWS, N);
+    const Stages stages{filled, emptied};
+    if (threadIdx.x == 0) stages.make();
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP) {
+        give_registers_up<Room::BRINGER_REGISTERS>();
+        const LineLoader<float, typename Room::Left, WGMMA_ROWS, LEFT_BY_K> left(
+            a + block.left, it.m, LEFT_BY_K ? it.a_row : it.a_k, block.first_row);
+        const LaidLoader<Room> right{{b + block.right, it.n, it.depth, block.first_column}, it.n * it.depth};
+        bring<Room>(left, right, stages, block.begin, block.end);
+    } else {
+        take_registers<Room::MULTIPLIER_REGISTERS>();
+        float sums[N / 2];
+        multiply_single<Room>(sums, stages, block.begin, block.end);
+        const MatrixResult<float, float, Finish<float>> result{
+            c + block.result, partial ? partial + block.sums : nullptr, it.m, it.n, block.first_row,
+            block.first_column, it.vectors, {bias, slope, it.code}};
+        store_multiplied<Room>(sums, result);
+    }
+}
+
 }   // namespace tilewise
