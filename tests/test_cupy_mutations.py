@@ -106,7 +106,7 @@ OPERANDS = {kernels.batch_norm: lambda x: (x, None, None), kernels.softmax_backw
 # What orders threads, or a thread and its copies: without any one of these a kernel is wrong.
 BARRIER = re.compile(
     r"(?:__syncthreads|(?:wait|commit|begin)_(?:copies|products)(?:<[^>]*>)?|show_to_products)\(\);"
-    r"|(?:arrive|wait_phase)\(stages[^;]*\);|meet<\w+>\(\d\);"
+    r"|(?:arrive(?:_with_copies)?|wait_phase)\(stages[^;]*\);|meet<\w+>\(\d\);"
 )
 BARRIERS = [(name, i) for name, text in module.sources().items() for i in range(len(BARRIER.findall(text)))]
 

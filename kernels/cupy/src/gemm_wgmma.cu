@@ -151,10 +151,11 @@ matmul_wgmma_single(const float *__restrict__ a, const float *__restrict__ b, fl
     __shared__ unsigned long long filled[FILLING], emptied[FILLING];
     const GemmBlock block(it, WGMMA_ROWS, N);
     const Stages stages{filled, emptied};
-    if (threadIdx.x == 0) stages.make();
+    if (threadIdx.x == 0) stages.make(Room::STORES);
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
-        give_registers_up<Room::BRINGER_REGISTERS>();
+        // with 136 the compiler spills some in this order, with 128 in the others
+        give_registers_up<Room::PARTS == 1 && !LEFT_BY_K && RIGHT_BY_K ? 128 : Room::BRINGER_REGISTERS>();
         const Left left{a + block.left, it.m, LEFT_BY_K ? it.a_row : it.a_k, block.first_row};
         SingleLoader<Room, RIGHT_BY_K> right(b + block.right, it.n, RIGHT_BY_K ? it.b_column : it.b_k,
                                              block.first_column, block.begin, block.end);
@@ -193,7 +194,7 @@ matmul_wgmma_laid(const float *__restrict__ a, const float *__restrict__ b, floa
     __shared__ unsigned long long filled[FILLING], emptied[FILLING];
     const GemmBlock block(it, WGMMA_ROWS, N);
     const Stages stages{filled, emptied};
-    if (threadIdx.x == 0) stages.make();
+    if (threadIdx.x == 0) stages.make(Room::STORES);
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         give_registers_up<Room::BRINGER_REGISTERS>();

@@ -61,6 +61,7 @@ template <class Math_, int N_, bool LEFT_BY_K_, bool LAID = false> struct Single
     using Left = PlainTile<WGMMA_ROWS, LEFT_BY_K_>;
     using Right = SwizzledTile<N_, true>;
     static constexpr int N = N_, STEP = LINE_BYTES / 4;
+    static constexpr bool STORES = !LAID;
     static constexpr int PARTS = sizeof(Operand) / 16;       // tiles of the right operand
     static constexpr int TOGETHER = PARTS == 1 ? 1 : 2;      // instructions' depths of a sum from 0
     static constexpr int STAGE = Left::BYTES + PARTS * Right::BYTES, OUT_PITCH = N + WGMMA_OUT_GAP;
@@ -139,6 +140,7 @@ __device__ __forceinline__ void multiply_single(float (&sums)[Room::N / 2], cons
         const char *const left = tiles + stage * Room::STAGE, *const right = left + Room::Left::BYTES;
         typename Room::Operand a[COUNT];
         wait_phase(stages.filled + stage, s / FILLING % 2);
+        show_to_products();
         float next[TOGETHER][4];
         const auto load = [&](int first) {
 #pragma unroll
