@@ -39,7 +39,11 @@ TILES = {
 
 def names(gpu) -> set[str]:
     """What was launched of the kernels on tensor cores, and what of the product without."""
-    return {name.removeprefix("cupy ") for name, _ in gpu.launched if "tensor" in name or "product" in name}
+    return {
+        name.removeprefix("cupy ")
+        for name, _ in gpu.launched
+        if any(part in name for part in ("tensor", "product", "pointwise"))
+    }
 
 
 def rounded_forward(rng, case, layout, number=0):
@@ -318,3 +322,26 @@ def test_x_is_turned_once_for_all_phases_of_its_gradient(gpu, rng, monkeypatch):
     x, weight, _, grad = shared.operands(rng, Case(1, 8, 9, 9, 16, (3, 3), 2, 1), np.float16, "NCHW")
     kernels.conv2d_backward(grad, x, weight, stride=2, padding=1, needs=("x",))
     assert len(turned) == 1
+
+
+@pytest.mark.parametrize("way", ["half", "bfloat", "tf32", "split"])
+def test_one_tap_needs_no_other_order_of_x(gpu, rng, one_multiprocessor, way):
+    """In NCHW, forward and backward, in both tiles; where rows are no whole vectors, x is turned."""
+    for case in (Case(2, 72, 12, 16, 70, (1, 1)), Case(3, 128, 4, 34, 80, (1, 1), groups=2)):
+        gpu.launched.clear()
+        FORWARD[way](rng, case, "NCHW")
+        assert {name.partition("<")[0] for name in names(gpu)} == {"conv_pointwise"}
+    BACKWARD[way](rng, Case(2, 70, 8, 8, 68, (1, 1)), "NCHW")
+    gpu.launched.clear()
+    FORWARD[way](rng, Case(2, 72, 9, 11, 72, (1, 1)), "NCHW")
+    assert not any("pointwise" in name for name in names(gpu))
+
+
+@pytest.mark.parametrize("way", ["half", "tf32"])
+def test_images_are_turned_by_vectors(gpu, rng, way):
+    """By more than one tile of pixels, and of channels, of each group."""
+    case = Case(2, 144, 10, 16, 16, (1, 2), groups=2)
+    gpu.launched.clear()
+    FORWARD[way](rng, case, "NCHW")
+    BACKWARD[way](rng, case, "NCHW")
+    assert "cupy conv_pack_vectors<T>" in {name for name, _ in gpu.launched}
