@@ -17,7 +17,7 @@ _ROUNDS = 2  # of blocks that a multiprocessor has at a time: each goes on with 
 
 _direct = Kernel("conv_direct.cu", "conv_direct<{T}>", f"{CORRELATION} q i")
 _few = Kernel(
-    "conv_direct.cu", "conv_direct_few<{T}>", f"{CORRELATION} q i i", threads=_THREADS, blocks=2,
+    "conv_direct.cu", "conv_direct_few<{T}>", f"{CORRELATION} q i i i", threads=_THREADS, blocks=2,
     promises=("LDS.128", "STG.128"),
 )  # fmt: skip
 
@@ -52,7 +52,7 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept=None):
         lanes = next(lanes for lanes in (1, 2, 4) if lanes == 4 or it.outputs <= lanes * outputs)
         across = ceil_div(it.outputs, outputs * lanes)
         most = ceil_div(_ROUNDS * _few.blocks * engine_of(x.place).multiprocessors, across * it.groups)
-        blocks = min(ceil_div(it.pixels, _THREADS // lanes * _PIXELS), most)
-        _few(x.place, (blocks, across, it.groups), *given, it.pixels, lanes, it.channels_last)
+        tiles = ceil_div(it.pixels, _THREADS // lanes * _PIXELS)
+        _few(x.place, (min(tiles, most), across, it.groups), *given, it.pixels, tiles, lanes, it.channels_last)
     else:
         _direct(x.place, blocks_of(it.size), *given, it.size, it.channels_last)

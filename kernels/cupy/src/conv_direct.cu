@@ -46,7 +46,7 @@ conv_direct(const T *__restrict__ x, const T *__restrict__ weight, T *y, const E
 constexpr int FEW_THREADS = 256, PIXELS = 4;
 constexpr int FEW_BYTES = 48 << 10;   // of shared memory: weights, as many taps at a time as there is room for
 template <class T> constexpr int OUTPUTS = 64 / sizeof(Sum<T>);
-template <class T> constexpr int CHANNELS_AT_ONCE = sizeof(Sum<T>) == 4 ? 3 : 1;
+template <class T> constexpr int CHANNELS_AT_ONCE = sizeof(Sum<T>) == 4 ? 2 : 1;
 
 // PIXELS numbers that lie side by side; a multiple of as many elements.
 template <class T> __device__ __forceinline__ void store_pixels(T *to, const Pack<T, PIXELS> &pack) {
@@ -153,13 +153,13 @@ template <class T> struct FewResults {
     }
 };
 
-// Block (some of the pixels, lanes * OUTPUTS outputs, group). pixels: of all images. lanes: 1, 2 or 4. All channels of a
+// Block (tiles of pixels, lanes * OUTPUTS outputs, group). pixels: of all images, in so many tiles. lanes: 1, 2 or 4. All channels of a
 // tap fit FEW_BYTES; rows, columns, elements of x and of an image of y fit 32 bits.
 template <class T>
 __global__ void __launch_bounds__(FEW_THREADS, 2)
 conv_direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish, const Axis rows,
-           const Axis columns, const Steps from, const Steps to, const Filters filters, long long pixels, int lanes,
-           int channels_last) {
+           const Axis columns, const Steps from, const Steps to, const Filters filters, long long pixels, int tiles,
+           int lanes, int channels_last) {
     using S = Sum<T>;
     // 16 bytes more for a lane, so that four of them read from different banks
     constexpr int COUNT = OUTPUTS<T>, LANE = LANES<S>, LINE = COUNT + LANE, WIDTH = LANES<T>;
@@ -177,10 +177,11 @@ conv_direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, con
     const int down_step = static_cast<int>(rows.spacing), right_step = static_cast<int>(columns.spacing);
     weight += group * filters.group_step + first_output * filters.output_step;
 
-    const int tile = FEW_THREADS / lanes * PIXELS, tiles = static_cast<int>((pixels + tile - 1) / tile);
+    // of PIXELS pixels: 32 bits count those of any memory
+    const unsigned groups_of_pixels = FEW_THREADS / static_cast<unsigned>(lanes), own_group = thread / static_cast<unsigned>(lanes);
     const bool fits = plain && taps <= at_once;   // then the weights are those of the tile before
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
-        const long long number = static_cast<long long>(i) * tile + thread / lanes * PIXELS;
+        const long long number = static_cast<long long>(i * groups_of_pixels + own_group) * PIXELS;
         S totals[PIXELS][COUNT] = {};
         int images[PIXELS], first_row[PIXELS], first_column[PIXELS];
         PixelCounter pixel(number < pixels ? number : pixels - 1, rows.count, columns.count);
@@ -213,7 +214,7 @@ conv_direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, con
 #pragma unroll 1
             for (int tap = 0; tap < some; ++tap) {
                 const int down = t * down_step, right = u * right_step;
-                const int step = static_cast<int>(down * from.row + right * from.column);
+                const int step = down * static_cast<int>(from.row) + right * static_cast<int>(from.column);
                 bool inside[PIXELS];
 #pragma unroll
                 for (int p = 0; p < PIXELS; ++p)

@@ -91,18 +91,20 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::RESIDENT)
 conv_pointwise(const E *__restrict__ x, const E *__restrict__ packed, E *y, const Epilogue<E> finish, long long pixels,
                long long groups, long long outputs, long long channels, long long padded_outputs) {
     using Room = TensorRoom<Math, Tile, false, false>;
-    __shared__ long long places[Tile::COLUMNS];
-    const long long first_pixel = static_cast<long long>(blockIdx.x) * Tile::COLUMNS, image = blockIdx.z / groups;
-    const long long first_output = static_cast<long long>(blockIdx.y) * Tile::ROWS, group = blockIdx.z - image * groups;
+    __shared__ long long places[Tile::COLUMNS], first_channel;   // not in registers while there are products
+    const unsigned image = blockIdx.z / static_cast<unsigned>(groups), group = blockIdx.z - image * static_cast<unsigned>(groups);
+    const long long first_pixel = static_cast<long long>(blockIdx.x) * Tile::COLUMNS;
+    const long long first_output = static_cast<long long>(blockIdx.y) * Tile::ROWS;
     for (int p = threadIdx.x; p < Tile::COLUMNS; p += Tile::THREADS)
         places[p] = first_pixel + p < pixels ? image * groups * outputs * pixels + first_pixel + p : -1;
+    if (threadIdx.x == 0) first_channel = group * outputs + first_output;
     float sums[Tile::HIGH][4][4];
     const TensorLoader<E, Tile, Tile::ROWS, false> weights{packed + group * channels * padded_outputs, padded_outputs,
                                                            padded_outputs, first_output};
     const TensorLoader<E, Tile, Tile::COLUMNS, false> values{x + blockIdx.z * channels * pixels, pixels, pixels,
                                                              first_pixel};
     multiply_tensor_tile<Room>(sums, weights, values, 0, channels);
-    const ImageResult<E, false> result{y, finish, places, first_output, outputs, group * outputs + first_output, pixels};
+    const ImageResult<E, false> result{y, finish, places, first_output, outputs, first_channel, pixels};
     store_tensor_tile<Room>(sums, result);
 }
 
