@@ -3,7 +3,8 @@
     python -m tilewise.benchmarks.gpu_choices benchmarks/results/gpu/*.json
 
 Each result is of one device, whose part of kernels/gpu_choices.json it replaces; the others stay. Of a kind of call
-(kernels/gpu_choice.py) the geometric means of the seconds count, over the cases that every backend with the op ran.
+(kernels/gpu_choice.py) the geometric means of the seconds count, over the cases that every backend with the op ran: of
+the kernels alone, since the host takes as long for either backend.
 """
 
 import argparse
@@ -21,7 +22,7 @@ _VERSIONS = ("numba", "numba-cuda", "cupy", "CUDA of torch")
 def times(record: dict) -> dict[str, dict[str, float]]:
     """kind of call -> backend -> seconds, of one case: "cuda", "cupy NHWC", "cuda TF32" are names of measurements."""
     found: dict[str, dict[str, float]] = {}
-    for name, seconds in record.get("seconds", {}).items():
+    for name, seconds in (record.get("kernels") or record.get("seconds", {})).items():
         backend, *variant = name.split()
         if backend not in gpu_choice.DEFAULT:
             continue

@@ -2,6 +2,8 @@
 
 Results are compared with PyTorch's before anything is timed, on the GPU; those that are drawn with our CPU kernels'.
 Times are of CUDA events around blocks of calls, back to back on tensors that lie on the GPU; the median of the blocks.
+Small calls take as long as the host needs to start their kernels, so each engine's calls are captured into a CUDA graph
+as well: what a call takes in its replay is the kernels' time alone.
 TF32 off, which is the same precision, and on; images in both layouts. Prints a table and writes
 benchmarks/results/gpu/<device>.json, anew after every case; gpu_choices.py makes the dispatcher's table of it.
 """
@@ -12,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -29,12 +32,13 @@ from .layers import Arguments, Case, Conv, Linear, Matmul
 from .timing import SEED, check_error
 
 FAMILIES = ("gemm", "conv", "pool", "batchnorm", "activation", "dropout_mask")
-HEADER = ("op, layer, shape", "dtype", "", "cuda", "cupy", "torch", "rate", "cuda ratio", "cupy ratio")
+HEADER = ("op, layer, shape", "dtype", "", "cuda", "cupy", "torch", "rate", "cuda ratio", "cupy ratio", "kernels alone")
 BACKENDS, TORCH = ("cuda", "cupy"), "torch"
 # Of a case: as it is, with images in NHWC, with factors rounded to TF32. "cupy NHWC", "torch TF32" are measurements.
 PLAIN, LAST, TF32 = VARIANTS = ("", "NHWC", "TF32")
 HALVES = ("float16", "bfloat16")
 BLOCKS = 5
+CAPTURED = 10  # calls of a graph
 RESULTS = Path(__file__).parent / "results" / "gpu"
 # The goal of issue 4, which no network's layer has.
 LARGE = Matmul("matmul", "square.4096", 1, 4096, 4096, 4096)
@@ -167,7 +171,12 @@ def _measured(torch, chosen: Iterator[tuple[Case, str]], args, device: str, back
         try:
             yield record | measure(torch, case, dtype, args.seconds, device, backends)
         except Exception as error:  # PyTorch's; the other cases are to be measured all the same
-            yield record | {"seconds": {}, "missing": {}, "errors": {TORCH: f"{type(error).__name__}: {error}"}}
+            yield record | {
+                "seconds": {},
+                "kernels": {},
+                "missing": {},
+                "errors": {TORCH: f"{type(error).__name__}: {error}"},
+            }
     if left:
         print(f"not measured, no time left: {', '.join(left)}", file=sys.stderr)
 
@@ -187,14 +196,16 @@ def measure(
 ) -> dict:  # fmt: skip
     """Seconds a call of each engine, after the results were compared; what is missing or wrong, by engine.
 
-    dispatched: the FLOPs and bytes that the dispatcher counts for the call.
+    kernels: seconds of a call's kernels, without the host. dispatched: the FLOPs and bytes that the dispatcher counts
+    for the call.
     """
     args, options = _single(case)
     tensors = engines.torch_tensors(torch, args, device, dtype)
     peers = engines.torch_calls(case, tensors, options)
     _allow_tf32(torch, False)
     expected = _drawn(torch, case, device) if case.draws else peers[engines.TORCH]()
-    record: dict[str, dict] = {"seconds": {}, "missing": {}, "errors": {}, "dispatched": {}}
+    record: dict[str, dict] = {"seconds": {}, "kernels": {}, "missing": {}, "errors": {}, "dispatched": {}}
+    alone = partial(time_kernels, torch, seconds=seconds) if device == "cuda" else None
     for variant in variants_of(case, dtype):
         last = variant == LAST
         operands = engines.channels_last(case, tensors) if last else tensors
@@ -207,6 +218,7 @@ def measure(
                     # TF32 has as many bits of a number as float16
                     _compare(case, "float16" if variant == TF32 else dtype, call(), expected, last)
                     record["seconds"][name] = time_call(torch, call, seconds)
+                    record["kernels"] |= {} if alone is None else {name: alone(call)}
                     record["dispatched"] = {"flops": work.flops, "bytes": work.bytes}
             except NotImplementedError as error:
                 record["missing"][name] = str(error)
@@ -214,7 +226,10 @@ def measure(
                 record["errors"][name] = f"{type(error).__name__}: {error}"
         _allow_tf32(torch, variant == TF32)
         peer = peers[engines.TORCH_LAST if last else engines.TORCH]
-        record["seconds"][f"{TORCH} {variant}".strip()] = time_call(torch, peer, seconds)
+        theirs = f"{TORCH} {variant}".strip()
+        record["seconds"][theirs] = time_call(torch, peer, seconds)
+        with suppress(RuntimeError):  # what PyTorch does not capture has no time of its kernels
+            record["kernels"] |= {} if alone is None else {theirs: alone(peer)}
         _allow_tf32(torch, False)
     return record
 
@@ -250,6 +265,15 @@ def time_call(torch, call: Callable, seconds: float) -> float:
     return median(_block(torch, call, count) for _ in range(BLOCKS))
 
 
+def time_kernels(torch, call: Callable, seconds: float) -> float:
+    """The same of a call in a graph's replay: its kernels and the gaps between them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CAPTURED):
+            call()
+    return time_call(torch, graph.replay, seconds) / CAPTURED
+
+
 def _block(torch, call: Callable, count: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -272,9 +296,12 @@ def _rows(record: dict) -> Iterator[tuple[str, ...]]:
         if any(name in record[part] for name in ours for part in ("seconds", "missing", "errors")):
             seconds = {engine: record["seconds"].get(name) for engine, name in names.items()}
             times = [_time(record, name) for name in names.values()]
-            ratios = [_ratio(seconds[TORCH], seconds[b]) for b in BACKENDS]
+            calls = [_ratio(seconds[TORCH], seconds[b]) for b in BACKENDS]
             rate = _rate(record, [seconds[b] for b in BACKENDS if seconds[b]])
-            yield (f"{record['key']} {record['shape']}", record["dtype"], variant, *times, rate, *ratios)
+            alone = record.get("kernels", {})
+            kernels = [_ratio(alone.get(names[TORCH]), alone.get(names[b])) for b in BACKENDS]
+            about = f"{record['key']} {record['shape']}", record["dtype"], variant
+            yield (*about, *times, rate, *calls, " ".join(kernels).strip())
 
 
 def _time(record: dict, name: str) -> str:
@@ -293,17 +320,29 @@ def _rate(record: dict, ours: list[float]) -> str:
 
 
 def _summary(records: list[dict]) -> Iterator[str]:
+    calls, kernels = (ratios(records, part) for part in ("seconds", "kernels"))
+    for group, found in calls.items():
+        alone = f"; kernels alone {_mean_and_worst(kernels[group])}" if group in kernels else ""
+        yield f"{' '.join(group)}: {_mean_and_worst(found)}{alone}"
+
+
+def ratios(records: list[dict], part: str) -> dict[tuple, list[float]]:
+    """(family, direction, dtype, variant..., backend) -> PyTorch's time over the backend's in each case. part: of a
+    record, "seconds" or "kernels"."""
     groups: dict[tuple, list[float]] = {}
     for r in records:
         direction = "backward" if r["op"].endswith("_backward") else "forward"
-        for name, seconds in r["seconds"].items():
+        for name, seconds in r.get(part, {}).items():
             backend, *variant = name.split()
-            peer = r["seconds"].get(" ".join((TORCH, *variant)))
+            peer = r[part].get(" ".join((TORCH, *variant)))
             if backend in BACKENDS and peer:
                 group = (r["family"], direction, r["dtype"], *variant, backend)
                 groups.setdefault(group, []).append(peer / seconds)
-    for group, ratios in groups.items():
-        yield f"{' '.join(group)}: geometric mean {geometric_mean(ratios):.2f}, worst {min(ratios):.2f}"
+    return groups
+
+
+def _mean_and_worst(found: list[float]) -> str:
+    return f"geometric mean {geometric_mean(found):.2f}, worst {min(found):.2f}"
 
 
 # What is told of the machine, and the distributions whose release it is.

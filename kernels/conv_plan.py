@@ -245,8 +245,9 @@ class Convolution:
                 write(made)
                 engine.synchronize()  # whatever stream reads it
                 packs[key] = made
+                place.made_lasting()
             kept = packs[key]
-            return DeviceArray(place, kept.pointer, kept.shape, kept.dtype, kept.owner)
+            return DeviceArray(place, place.lasting(kept.pointer), kept.shape, kept.dtype, kept.owner)
 
         def on_device(name, place):
             array = arrays[name]

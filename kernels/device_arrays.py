@@ -99,6 +99,18 @@ class Place:
         """The library's own array over this memory."""
         raise NotImplementedError
 
+    # What device_replay.py wants to know; a place where nothing is recorded does nothing about it.
+
+    def started(self, engine, form, grid: tuple[int, int, int], shared: int, arguments: tuple):
+        """A kernel was started with these arguments."""
+
+    def lasting(self, pointer: int) -> int:
+        """The address of memory that is the same in all calls."""
+        return pointer
+
+    def made_lasting(self):
+        """Such memory was filled, which later calls do not do again."""
+
 
 def engine_at(backend: str, ordinal: int) -> Any:
     """A backend's engine on a device."""

@@ -5,12 +5,47 @@ operation.py comes here for whatever is not the CPU's; the `Operation` is handed
 
 from collections.abc import Callable
 
+from tilewise.kernels import settings
 from tilewise.kernels.device_arrays import DeviceArray, device_view, host_place, is_on_device, overlap
+from tilewise.kernels.device_replay import Recorded, Recorder, bytes_of
 from tilewise.kernels.dispatch import implementation_module
 
+_current_settings = settings.current.get
 
-def call(operation, operands: tuple, options: tuple, out):
-    """The operation on a GPU's arrays: nothing is copied but what is not contiguous, or not aligned as it wants."""
+
+_ONCE, _NEVER = object(), object()  # of a signature: it was called once; it cannot be done again
+
+
+def call(operation, operands: tuple, options: tuple, out, kind):
+    """The operation on a GPU's arrays, planned. kind: of the options."""
+    return _planned(operation, operands, options, out, kind)
+
+
+def call_again(operation, library, operands: tuple, options: tuple, out, kind):
+    """The operation as device_replay.py has it, recorded the second time; NotImplemented where that is not for these
+    arrays. library: of the first one."""
+    arrays, pointers = operands if out is None else (*operands, out), []
+    signature = library.signature(arrays, pointers)
+    if signature is None:
+        return NotImplemented
+    key = (_current_settings(), kind, len(arrays), *signature)
+    known = operation.recorded.get(key)
+    if type(known) is Recorded and not (out is not None and known.overlaps(pointers)):
+        result = known.run(pointers)
+        return result if out is None else out
+    if known is _ONCE:
+        result, operation.recorded[key] = _planned(operation, operands, options, out, kind, library)
+        return result
+    if known is None:
+        operation.recorded[key] = _ONCE
+    return _planned(operation, operands, options, out, kind)
+
+
+def _planned(operation, operands: tuple, options: tuple, out, kind, library=None):
+    """The operation's plan, run: nothing is copied but what is not contiguous, or not aligned as it wants.
+
+    library: where the call is to be recorded, the arrays'; then what later calls do is the second result.
+    """
     views = tuple(
         None if o is None else _view(operation, name, o) for name, o in zip(operation.operands, operands, strict=True)
     )
@@ -19,10 +54,18 @@ def call(operation, operands: tuple, options: tuple, out):
     for name, view in [*present, *([] if target is None else [("out", target)])]:
         if view.place is not present[0][1].place:
             raise TypeError(f"{operation.name}: {present[0][0]} and {name} must be of one kind, on one device")
-    plan = operation.device_plan(views, options)
+    plan = operation.device_plan(views, options, kind)
     if target is not None:
         _check_out(operation, plan.problem, views, target)
-    return _run(operation, plan, views, target, out)
+    if library is None:
+        return _run(operation, plan, views, target, out)
+    given = views if target is None else (*views, target)
+    recorder = Recorder(present[0][1].place, len(given))
+    traced = [None if v is None else recorder.operand(v, i) for i, v in enumerate(given)]
+    result = _run(operation, plan, tuple(traced[: len(views)]), None if target is None else traced[-1], out)
+    if not recorder.repeatable:
+        return result, _NEVER
+    return result, Recorded(recorder, library, result, bytes_of(given), target is not None)
 
 
 def run_from_host(backend: str, run: Callable, changed: tuple[int, ...], values: Callable | None, *operands, out=None):

@@ -17,6 +17,7 @@ from tilewise.kernels import arrays as arrays_module
 from tilewise.kernels import device_call, gpu_choice
 from tilewise.kernels import settings as settings_module
 from tilewise.kernels.device_arrays import DeviceArray, is_on_device
+from tilewise.kernels.device_replay import library_of
 from tilewise.kernels.dispatch import Decision, Explained, choose_for, implementation_module
 
 # bound once, for the hot path
@@ -129,6 +130,7 @@ class Operation:
         self.in_place = in_place
         self.alignment = 1 if elementwise else 16
         self.plans: dict[tuple, Plan] = {}
+        self.recorded: dict[tuple, Any] = {}  # device_replay.py's
         _operations.add(self)
 
     def call(self, operands: tuple, options: tuple = (), out=None) -> Any:
@@ -146,7 +148,7 @@ class Operation:
         if len(operands) == 1:
             (x,) = operands
             if type(x) is not _ndarray:
-                return self._call_foreign(operands, options, out)
+                return self._call_foreign(operands, options, out, kind)
             contiguous = x.flags.carray
             key = (settings, kind, x.shape, x.dtype)
         elif len(operands) == 2 and type(operands[0]) is type(operands[1]) is _ndarray:
@@ -166,7 +168,7 @@ class Operation:
                 elif x is None:
                     signature.append(None)
                 else:
-                    return self._call_foreign(operands, options, out)
+                    return self._call_foreign(operands, options, out, kind)
             key = tuple(signature)
         plan = self.plans.get(key)
         if plan is None:
@@ -184,6 +186,7 @@ class Operation:
         if key[1] is not _UNHASHABLE:
             if len(self.plans) >= MAX_PLANS:
                 self.plans.clear()
+                self.recorded.clear()
             self.plans[key] = plan
         return plan
 
@@ -262,10 +265,15 @@ class Operation:
             return partial(function, **options) if options else function
         return prepare(shapes, dtype, **options)
 
-    def _call_foreign(self, operands: tuple, options: tuple, out):
+    def _call_foreign(self, operands: tuple, options: tuple, out, kind) -> Any:
         """The way for what is not exactly a NumPy array: torch tensors, subclasses, and everything that is an error."""
+        library = library_of(type(operands[0]))
+        if library is not None and kind is not _UNHASHABLE:
+            result = device_call.call_again(self, library, operands, options, out, kind)
+            if result is not NotImplemented:
+                return result
         if any(is_on_device(operand) for operand in operands):
-            return device_call.call(self, operands, options, out)
+            return device_call.call(self, operands, options, out, kind)
         views, wraps = [], []
         for name, operand in zip(self.operands, operands, strict=True):
             if operand is None:
@@ -291,12 +299,8 @@ class Operation:
         self.call(tuple(views), options, target)
         return out
 
-    def device_plan(self, views: tuple, options: tuple) -> Plan:
-        """The plan for these arrays on a GPU."""
-        try:
-            kind = _nested_kind(_kind(*options), options)
-        except TypeError:
-            kind = _UNHASHABLE
+    def device_plan(self, views: tuple, options: tuple, kind) -> Plan:
+        """The plan for these arrays on a GPU. kind: of the options."""
         signature = (None if v is None else (v.shape, v.dtype, v.place.ordinal) for v in views)
         key = (_current_settings(), kind, DeviceArray, *signature)
         return self.plans.get(key) or self._new_plan(key, views, options)
@@ -387,3 +391,4 @@ def forget_plans():
     """Plan every call anew: for whoever changes what plans are made from, such as the threshold for splitting work."""
     for operation in _operations:
         operation.plans.clear()
+        operation.recorded.clear()

@@ -32,6 +32,9 @@ class FakeArray:
         """A copy on the host."""
         return np.ndarray(self.shape, self.dtype, self.memory.bytes, self.offset, self.strides).copy()
 
+    def reshape(self, shape) -> "FakeArray":
+        return FakeArray(self.memory, shape, self.dtype, offset=self.offset, ordinal=self.device.id)
+
     def view(self, like: np.ndarray, base: np.ndarray) -> "FakeArray":
         """The part of this array that `like` is of `base`, which has this one's shape."""
         offset = like.__array_interface__["data"][0] - base.__array_interface__["data"][0]

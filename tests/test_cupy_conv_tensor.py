@@ -256,6 +256,7 @@ LEAVE = "not mma in TF32: using(tf32=True) would allow it"
 )  # fmt: skip
 def test_explain(gpu, monkeypatch, capability, tf32, dtype, case, note):
     monkeypatch.setattr(gpu, "capability", capability)
+    monkeypatch.setattr(gpu, "multiprocessors", 4)  # which these images occupy
     x = np.empty((case.n, case.h, case.w, case.c), B if dtype == "bfloat16" else dtype)
     weight = np.empty((case.o, case.c, *case.kernel), x.dtype)
     with tilewise.using(tf32=tf32):

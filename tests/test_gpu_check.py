@@ -11,7 +11,7 @@ from installation import ROOT, run_python
 from simt.installed import emulated_gpu
 
 import tilewise
-from tilewise.benchmarks import cases, gpu_choices, gpu_peers
+from tilewise.benchmarks import cases, gpu_choices, gpu_peers, gpu_report
 from tilewise.benchmarks.layers import Activation, BatchNorm, Conv, Dropout, Matmul, Pool
 from tilewise.kernels import dispatch, settings
 
@@ -237,13 +237,29 @@ def test_rows_of_a_convolution():
         "seconds": {
             "cuda": 1e-3, "cupy": 5e-4, "torch": 2e-3, "cuda TF32": 1e-3, "torch TF32": 5e-4, "torch NHWC": 4e-3,
         },
+        "kernels": {"cuda": 1e-4, "cupy": 2e-4, "torch": 1e-4, "torch NHWC": 1e-4},
         "missing": {"cupy TF32": "no", "cuda NHWC": "no"}, "errors": {"cupy NHWC": "wrong"},
     }  # fmt: skip
     assert [row[1:] for row in gpu_peers._rows(record)] == [
-        ("float32", "", "1.00 ms", "500 us", "2.00 ms", "4000 GFLOP/s", "2.00", "4.00"),
-        ("float32", "NHWC", "missing", "FAILED", "4.00 ms", "", "", ""),
-        ("float32", "TF32", "1.00 ms", "missing", "500 us", "2000 GFLOP/s", "0.50", ""),
+        ("float32", "", "1.00 ms", "500 us", "2.00 ms", "4000 GFLOP/s", "2.00", "4.00", "1.00 0.50"),
+        ("float32", "NHWC", "missing", "FAILED", "4.00 ms", "", "", "", ""),
+        ("float32", "TF32", "1.00 ms", "missing", "500 us", "2000 GFLOP/s", "0.50", "", ""),
     ]
+    record |= {"op": "conv2d", "family": "conv"}
+    assert list(gpu_peers._summary([record]))[:2] == [
+        "conv forward float32 cuda: geometric mean 2.00, worst 2.00; kernels alone geometric mean 1.00, worst 1.00",
+        "conv forward float32 cupy: geometric mean 4.00, worst 4.00; kernels alone geometric mean 0.50, worst 0.50",
+    ]
+
+
+def test_kernels_alone_are_timed_in_a_graph(torch, monkeypatch):
+    calls, graph = [], SimpleNamespace(replay="replayed")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda given: contextlib.nullcontext() if given is graph else None)
+    timed = {"replayed": 3.0}
+    monkeypatch.setattr(gpu_peers, "time_call", lambda torch, call, seconds: timed[call])
+    assert gpu_peers.time_kernels(torch, lambda: calls.append(1), 0.01) == 3.0 / len(calls)
+    assert len(calls) == gpu_peers.CAPTURED
 
 
 def names(backends, *variants):
@@ -299,3 +315,26 @@ def test_what_was_measured_is_written_as_it_goes(on_the_host, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         timed(tmp_path, "--only", "relu|sigmoid")
     assert [r["key"] for r in json.loads((tmp_path / "cpu.json").read_text())["peers"]] == ["relu tiny"]
+
+
+def test_report_of_what_was_measured(tmp_path, capsys):
+    relu = {"key": "relu a", "op": "relu", "family": "activation", "dtype": "float32"}
+    backward = relu | {"op": "relu_backward", "dtype": "bfloat16"}
+    about = {"device": "Made Up 1000", "date": "2000-01-01", "command": "make gpu-check", "torch": "2.11.0"}
+    peers = [
+        relu | {"seconds": {"cuda": 2.0, "cupy": 1.0, "torch": 4.0}, "kernels": {"cuda": 1.0, "torch": 3.0}},
+        relu | {"seconds": {"cuda": 2.0, "torch": 1.0}, "kernels": {}},
+        backward | {"seconds": {"cupy": 2.0, "torch": 1.0}, "kernels": {"cupy": 1.0, "torch": 1.0}},
+    ]
+    (tmp_path / "made-up.json").write_text(json.dumps(about | {"peers": peers}))
+    (tmp_path / "gpu-check.json").write_text("{}")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{gpu_report.BEGIN}\n\nold\n\n{gpu_report.END}\n\nafter\n")
+    assert gpu_report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    filled = readme.read_text()
+    assert "| activation | float32 | 1.00 (0.50) | 3.00 (3.00) | 4.00 (4.00) |  |" in filled
+    assert "| activation backward | bfloat16 |  |  | 0.50 (0.50) | 1.00 (1.00) |" in filled
+    assert "of 3 cases" in filled
+    assert "old" not in filled
+    assert "Made Up 1000" in capsys.readouterr().out
+    assert gpu_report.main(["--results", str(tmp_path / "none")]) == 1

@@ -144,7 +144,7 @@ def test_arrays_on_two_devices_have_two_plans(machine_with, monkeypatch):
     monkeypatch.setattr(machine, "cuda_devices", lambda: ((DEVICE, "Made Up 2000"), None))
     lying = [DeviceArray(SimpleNamespace(ordinal=n), 0, SMALL.shape, SMALL.dtype, None) for n in (0, 1, 0)]
     with tilewise.using(device="gpu"):
-        plans = [activation._RELU.device_plan((x,), ()) for x in lying]
+        plans = [activation._RELU.device_plan((x,), (), None) for x in lying]
     assert [plan.backend for plan in plans] == ["cupy", "cuda", "cupy"]
     assert plans[0] is plans[2]
 

@@ -58,6 +58,10 @@ class Parameter:
                 return types.CPointer(types.int32)
         return types.int32 if self.kind == "int32" else types.int64
 
+    @property
+    def is_address(self) -> bool:
+        return self.kind in ("elements", "sums", "indices", "doubles", "words")
+
     def slot(self, dtype: np.dtype) -> str:
         if self.kind == "real" and sum_dtype(dtype).kind == "f":
             return "d" if sum_dtype(dtype).itemsize == 8 else "f4x"
@@ -123,14 +127,17 @@ class Kernel:
         form = self.form(arguments[0].dtype if dtype is None else dtype)
         grid = (grid, 1, 1) if isinstance(grid, int) else grid
         if 0 not in grid:
-            place.engine.start(form, grid, shared, place.stream(), form.pack(arguments))
+            engine = place.engine
+            engine.start(form, grid, shared, place.stream(), form.pack(arguments))
+            place.started(engine, form, grid, shared, arguments)
 
 
 class Form:
-    """A kernel for one dtype."""
+    """A kernel for one dtype. addresses: which of its parameters are pointers."""
 
     def __init__(self, kernel: Kernel, dtype: np.dtype):
         self.kernel, self.dtype = kernel, dtype
+        self.addresses = tuple(p.is_address for p in kernel.parameters)
         self.signature = types.void(*(p.numba_type(dtype) for p in kernel.parameters))
         # "@": a number beyond float32 becomes infinity, as where C++ or NumPy round it; with "=" it would be refused
         self._slots = Struct("@" + "".join(p.slot(dtype) for p in kernel.parameters))
@@ -138,11 +145,15 @@ class Form:
 
     def pack(self, arguments: tuple) -> bytearray:
         """The arguments, eight bytes each, in this thread's buffer: the driver reads them before a launch returns."""
+        return self.pack_numbers([getattr(a, "pointer", a) if a is not None else 0 for a in arguments])
+
+    def pack_numbers(self, numbers: list) -> bytearray:
+        """`pack`, with the addresses of the arrays."""
         try:
             buffer = self._buffers.slots
         except AttributeError:
             buffer = self._buffers.slots = bytearray(self._slots.size)
-        self._slots.pack_into(buffer, 0, *[getattr(a, "pointer", a) if a is not None else 0 for a in arguments])
+        self._slots.pack_into(buffer, 0, *numbers)
         return buffer
 
     def ptx(self, capability: tuple[int, ...]) -> str:

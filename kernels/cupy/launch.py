@@ -12,6 +12,7 @@ emulator.
 """
 
 import ctypes
+import re
 from collections.abc import Iterable
 from struct import Struct, calcsize
 from threading import local
@@ -110,7 +111,9 @@ class Kernel:
         form = self.form(arguments[0].dtype if dtype is None else dtype)
         grid = (grid, 1, 1) if isinstance(grid, int) else grid
         if 0 not in grid:
-            driver.engine(place.ordinal).start(form, grid, self.shared, place.stream(), form.pack(arguments))
+            engine = driver.engine(place.ordinal)
+            engine.start(form, grid, self.shared, place.stream(), form.pack(arguments))
+            place.started(engine, form, grid, self.shared, arguments)
 
 
 class Slots(bytearray):
@@ -126,7 +129,7 @@ class Slots(bytearray):
 
 
 class Form:
-    """A kernel for one dtype. sizes: bytes of each parameter."""
+    """A kernel for one dtype. sizes: bytes of each parameter. addresses: which of its numbers are pointers."""
 
     def __init__(self, kernel: Kernel, dtype: np.dtype):
         self.kernel, self.dtype = kernel, dtype
@@ -135,17 +138,23 @@ class Form:
         groups = [group.replace("r", real) for group in kernel.parameters]
         self.sizes = [calcsize(group + ("0q" if "q" in group else "")) for group in groups]
         self._format = Struct("@" + "".join(group + "0q" for group in groups))
+        letters = re.sub(r"(\d+)(\w)", lambda found: int(found[1]) * found[2], "".join(groups))
+        self.addresses = tuple(letter == "P" for letter in letters)
         lengths = [-(-size // _WORD) * _WORD for size in self.sizes]
         self._offsets = [sum(lengths[:i]) for i in range(len(lengths))]
         self._buffers = local()
 
     def pack(self, arguments: tuple) -> Slots:
         """The arguments in this thread's buffer: the driver reads them before a launch returns."""
+        return self.pack_numbers([getattr(a, "pointer", a) if a is not None else 0 for a in arguments])
+
+    def pack_numbers(self, numbers: list) -> Slots:
+        """`pack`, with the addresses of the arrays."""
         try:
             slots = self._buffers.slots
         except AttributeError:
             slots = self._buffers.slots = Slots(self._format.size, self._offsets)
-        self._format.pack_into(slots, 0, *[getattr(a, "pointer", a) if a is not None else 0 for a in arguments])
+        self._format.pack_into(slots, 0, *numbers)
         return slots
 
 

@@ -1,0 +1,254 @@
+"""Calls on a GPU's arrays that were made before: their allocations and launches are done again, nothing is planned.
+
+What a backend does for a call depends on its signature alone (settings, options, shapes, dtypes), as long as all arrays
+are contiguous and begin at multiples of 16 bytes; only their addresses differ. So the second call of a signature is
+recorded: what it allocates, which kernels it starts with which numbers, and which of these are addresses in which
+array. Later calls fill in their own. A call of the host then costs little more than the driver takes to start its
+kernels.
+
+Addresses are found by following them: while a call is recorded, a pointer is an `Address`, which knows its array and
+stays one when bytes are added to it. A call that starts a kernel with any other address is not done again.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+from tilewise.kernels.device_arrays import DeviceArray, Place, row_major
+
+ALIGNMENT = 16  # bytes
+
+
+class Address(int):
+    """A pointer that knows where it comes from.
+
+    index: of the call's operands, and after these of what it allocated; None for memory that is the same in every call.
+    offset: bytes from its beginning.
+    """
+
+    index: int | None
+    offset: int
+
+    @classmethod
+    def of(cls, pointer: int, index: int | None, offset: int = 0) -> "Address":
+        made = cls(pointer)
+        made.index, made.offset = index, offset
+        return made
+
+    def __add__(self, more: int) -> "Address":
+        return self.of(int(self) + more, self.index, self.offset + more)
+
+    __radd__ = __add__
+
+
+class Recorder(Place):
+    """Stands for the operands' place while a call is recorded."""
+
+    def __init__(self, place: Place, operands: int):
+        self.ordinal, self.place, self._operands = place.ordinal, place, operands
+        self.allocations: list[tuple[tuple[int, ...], Any]] = []
+        self.launches: list[tuple] = []
+        self._results: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.repeatable = True
+
+    @property
+    def engine(self):
+        return self.place.engine
+
+    def stream(self):
+        return self.place.stream()
+
+    def operand(self, view: DeviceArray, index: int) -> DeviceArray:
+        return DeviceArray(self, Address.of(view.pointer, index), view.shape, view.dtype, view.owner)
+
+    def empty(self, shape, dtype):
+        made = self.place.empty(shape, dtype)
+        address = Address.of(made.pointer, self._operands + len(self.allocations))
+        self.allocations.append((made.shape, made.dtype))
+        return DeviceArray(self, address, made.shape, made.dtype, made.owner)
+
+    def lasting(self, pointer):
+        return Address.of(pointer, None)
+
+    def made_lasting(self):
+        self.repeatable = False  # the next call finds it made
+
+    def started(self, engine, form, grid, shared, arguments):
+        numbers, addresses = [], []
+        for position, (argument, is_address) in enumerate(zip(arguments, form.addresses, strict=True)):
+            value = 0 if argument is None else getattr(argument, "pointer", argument)
+            if isinstance(value, Address):
+                if value.index is not None:
+                    addresses.append((position, value.index, value.offset))
+                value = int(value)
+            elif is_address and value:
+                self.repeatable = False
+            numbers.append(value)
+        self.launches.append((engine.start, form, grid, shared, numbers, tuple(addresses)))
+
+    def wrap(self, array):
+        address: Any = array.pointer
+        wrapped = self.place.wrap(array)
+        index = address.index if isinstance(address, Address) and address.offset == 0 else None
+        if index is None or index < self._operands:
+            self.repeatable = False
+        else:
+            self._results[id(wrapped)] = index - self._operands, array.shape
+        return wrapped
+
+    def results(self, of_call) -> list:
+        """For each result of the call: which allocation it is, and its shape; None where it is absent."""
+        some = of_call if isinstance(of_call, tuple) else (of_call,)
+        return [None if result is None else self._results[id(result)] for result in some]
+
+
+class Recorded:
+    """A call that can be done again."""
+
+    def __init__(self, recorder: Recorder, library: "Library", result, sizes: list[int], into: bool):
+        """result: what the call returned. sizes: bytes of each operand. into: whether the last one is `out`."""
+        place = recorder.place
+        self._allocators = [library.allocator(place, *about) for about in recorder.allocations]
+        self._launches, self._stream, self._pointer = recorder.launches, library.stream(place), library.pointer
+        self._sizes, self._into, self._is_tuple = sizes, into, isinstance(result, tuple)
+        shapes = [shape for shape, _ in recorder.allocations]
+        self._results = [
+            None if r is None else (r[0], None if shapes[r[0]] == r[1] else r[1])
+            for r in ([] if into else recorder.results(result))
+        ]
+
+    def overlaps(self, pointers: list[int]) -> bool:
+        """Whether `out` meets an operand, which is for the first way to judge."""
+        *others, begin = pointers
+        end = begin + self._sizes[-1]
+        return any(p < end and begin < p + size for p, size in zip(others, self._sizes, strict=False) if size)
+
+    def run(self, pointers: list[int]) -> Any:
+        """pointers: of the operands; an absent one's is 0."""
+        made = [allocate() for allocate in self._allocators]
+        pointers += map(self._pointer, made)
+        stream = self._stream()
+        for start, form, grid, shared, numbers, addresses in self._launches:
+            filled = numbers.copy()  # other threads may be here, too
+            for position, index, offset in addresses:
+                filled[position] = pointers[index] + offset
+            start(form, grid, shared, stream, form.pack_numbers(filled))
+        if not self._is_tuple:
+            return None if self._into else _shaped(made, self._results[0])
+        return tuple(_shaped(made, result) for result in self._results)
+
+
+def _shaped(made: list, result):
+    if result is None:
+        return None
+    index, shape = result
+    return made[index] if shape is None else made[index].reshape(shape)
+
+
+class Library:
+    """A library's arrays, read for a call that may have been made before."""
+
+    def signature(self, arrays: Sequence, pointers: list[int]) -> list | None:
+        """Shapes, dtypes and the device of these arrays (or None), whose addresses are added to `pointers`; None where
+        one is not of the library's own type, not contiguous, not aligned, or on another device."""
+        raise NotImplementedError
+
+    def allocator(self, place, shape: tuple[int, ...], dtype) -> Callable[[], Any]:
+        raise NotImplementedError
+
+    def stream(self, place) -> Callable[[], int]:
+        return place.stream
+
+    def pointer(self, array) -> int:
+        raise NotImplementedError
+
+
+class TorchTensors(Library):
+    def __init__(self, torch):
+        self._torch, self._type, self._strided = torch, torch.Tensor, torch.strided
+        self.pointer = torch.Tensor.data_ptr
+        # Of what generated code of torch.compile calls: half the time of torch.empty, on the current device.
+        guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+        self._quick = getattr(guards, "_empty_strided_cuda", None)
+        self._current = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+    def signature(self, arrays, pointers):
+        device = arrays[0].get_device()
+        if device < 0:
+            return None
+        found: list = [device]
+        for a in arrays:
+            if a is None:
+                pointers.append(0)
+                found.append(None)
+                continue
+            if type(a) is not self._type or a.get_device() != device or a.requires_grad:
+                return None
+            if a.layout is not self._strided or not a.is_contiguous():
+                return None
+            pointer = a.data_ptr()
+            if pointer % ALIGNMENT:
+                return None
+            pointers.append(pointer)
+            found += a.shape, a.dtype
+        return found
+
+    def allocator(self, place, shape, dtype):
+        torch = self._torch
+        kind = getattr(torch, dtype.name)
+        if self._quick is not None and torch.cuda.device_count() == 1:
+            return partial(self._quick, shape, row_major(shape, 1), kind)
+        return partial(torch.empty, shape, dtype=kind, device=place.device)
+
+    def stream(self, place):
+        return place.stream if self._current is None else partial(self._current, place.ordinal)
+
+
+class CupyArrays(Library):
+    def __init__(self, cupy):
+        self._cupy, self._type, self._current = cupy, cupy.ndarray, cupy.cuda.runtime.getDevice
+
+    def signature(self, arrays, pointers):
+        device = self._current()  # where allocations lie
+        found: list = [device]
+        for a in arrays:
+            if a is None:
+                pointers.append(0)
+                found.append(None)
+                continue
+            if type(a) is not self._type or not a.flags.c_contiguous:
+                return None
+            data = a.data
+            if data.device_id != device or data.ptr % ALIGNMENT:
+                return None
+            pointers.append(data.ptr)
+            found += a.shape, a.dtype
+        return found
+
+    def allocator(self, place, shape, dtype):
+        return partial(self._cupy.empty, shape, dtype)
+
+    def pointer(self, array):
+        return array.data.ptr
+
+
+_LIBRARIES: dict[type, Library | None] = {}  # by the type of an array
+
+
+def library_of(kind: type) -> Library | None:
+    """The library whose arrays are of this very type; None for all others, subclasses too."""
+    try:
+        return _LIBRARIES[kind]
+    except KeyError:
+        name = kind.__module__.partition(".")[0]
+        module: Any = sys.modules.get(name)
+        known = {"torch": ("Tensor", TorchTensors), "cupy": ("ndarray", CupyArrays)}.get(name)
+        is_it = known is not None and getattr(module, known[0], None) is kind
+        _LIBRARIES[kind] = known[1](module) if known is not None and is_it else None
+    return _LIBRARIES[kind]
+
+
+def bytes_of(views: Sequence[DeviceArray | None]) -> list[int]:
+    return [0 if view is None else prod(view.shape) * view.dtype.itemsize for view in views]
