@@ -9,6 +9,7 @@ import test_cuda_conv_tensor as shared
 from conv_cases import LAYOUTS, Case, check, reference
 from simt import emulator
 from test_cupy_bfloat import assert_rounded
+from test_cupy_gemm import need
 
 import tilewise
 from tilewise import kernels
@@ -24,6 +25,7 @@ from tilewise.kernels.cupy import (
     gemm_tile,
 )
 from tilewise.kernels.cupy.gemm_tensor import LARGE, MATHS, MEDIUM
+from tilewise.kernels.cupy.gemm_wgmma import NARROW
 
 GPU_BACKENDS = ("cupy",)
 B = np.dtype(ml_dtypes.bfloat16)
@@ -336,6 +338,13 @@ def test_one_tap_needs_no_other_order_of_x(gpu, rng, one_multiprocessor, way):
     gpu.launched.clear()
     FORWARD[way](rng, Case(2, 72, 9, 11, 72, (1, 1)), "NCHW")
     assert not any("pointwise" in name for name in names(gpu))
+
+
+@pytest.mark.parametrize(("outputs", "way"), [(512, "mma"), (520, "wgmma")])
+def test_many_outputs_are_worth_turning_images(gpu, one_multiprocessor, outputs, way):
+    need(gpu, conv_tensor._kernels["wgmma", NARROW, False])
+    x, weight = np.empty((1, 128, 16, 16), np.float16), np.empty((outputs, 128, 1, 1), np.float16)
+    assert tilewise.explain(kernels.conv2d, x, weight).note.startswith(way)
 
 
 @pytest.mark.parametrize("way", ["half", "tf32"])

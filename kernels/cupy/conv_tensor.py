@@ -20,6 +20,9 @@ from tilewise.kernels.cupy.launch import Kernel
 # three products, which take more registers.
 NARROW = {False: TensorTile("Flat", 64, 128, 128, 3), True: TensorTile("Upright", 128, 64, 128, 3)}
 NARROW_PAIR = {False: TensorTile("FlatPair", 64, 128, 128, 2), True: TensorTile("UprightPair", 128, 64, 128, 2)}
+# By wgmma x comes with its channels last also in a 1x1 convolution. That pays in NCHW where more outputs use it: predicted
+# from the bytes a second of one GPU, and the FLOPs of both ways.
+_WORTH_TURNING = 512
 FEW_CHANNELS = "its channels or outputs, filled up to whole vectors of 16 bytes, would be zeros for too great a part"
 
 
@@ -82,8 +85,8 @@ def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | 
     if reason := why_not_way(way, dtype, engine, it.taps * it.channels, it.channels):
         return reason
     if way == "wgmma":
-        if is_pointwise(it, dtype):
-            return "another order of x would cost more than it saves"
+        if is_pointwise(it, dtype) and it.outputs <= _WORTH_TURNING:
+            return "x would have to be turned, which costs more than it saves"
         return conv_wgmma.choose_tile(it.pixels, it.outputs, it.groups, engine)
     tiles = tiles_of(way, it.channels_last)
     if engine.capability < AMPERE:
