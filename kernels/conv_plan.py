@@ -134,7 +134,7 @@ class Convolution:
     """conv2d and its relatives of a backend.
 
     backend: its name. algorithms: name -> correlate(it, x, weight, y, bias, extra, code, kept), which computes
-    y = activation(the correlation + bias + extra); bias and extra may be None. kept: a list in which it may leave what
+    y = activation(the correlation + bias + extra); bias and extra may be None. kept: a dict in which it may leave what
     it made of x for the next correlation of the same x. why_not_winograd(it, dtype), winograd_pays(it): as their names
     say. weight_gradient(it, grad, x, shape): of the forward correlation. bias_gradient(grad, layout).
     codes: of activations. describe(it, dtype, algorithm, ordinal): what the algorithm's name does not tell.
@@ -206,13 +206,13 @@ class Convolution:
         it = conv_geometry.forward(x.shape, weight.shape, size, **window)
         y = x.place.empty(it.shape_y, x.dtype)
         if y.size:
-            self._correlate(it, x, weight, y, bias, extra, code, algorithm, [])
+            self._correlate(it, x, weight, y, bias, extra, code, algorithm, {})
         return y
 
     def _transposed(self, grad, weight, shape, bias, **window):
         """conv2d's gradient with respect to an x of that shape, plus bias."""
         result = grad.place.empty(shape, grad.dtype)
-        kept = []
+        kept: dict = {}
         if result.size:
             for it in conv_geometry.transposed(grad.shape, weight.shape, shape, **window):
                 self._correlate(it, grad, weight, result, bias, None, self.codes[None], "auto", kept)

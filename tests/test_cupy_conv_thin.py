@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conv_cases import Case
+from conv_cases import LAYOUTS, Case
 from test_cuda_conv import backward, forward
 
 from tilewise.kernels.cupy import conv_thin
@@ -24,16 +24,18 @@ def launched(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_few_outputs(launched, rng, dtype):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_few_outputs(launched, rng, layout, dtype):
     for number, case in enumerate(THIN):
-        forward(rng, case, dtype, "NCHW", 3 * number)
+        forward(rng, case, dtype, layout, 3 * number)
     assert launched()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_gradient_of_an_image(launched, rng, dtype):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_an_image(launched, rng, layout, dtype):
     for case in SHALLOW:
-        backward(rng, case, dtype, "NCHW")
+        backward(rng, case, dtype, layout)
     assert launched()
 
 

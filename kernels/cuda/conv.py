@@ -21,9 +21,9 @@ def _by_product(it, x, weight, y, bias, extra, code, kept):
     if not conv_tensor.applies(it, x.dtype, x.place.engine):
         conv_product.correlate(it, x, weight, y, bias, extra, code)
         return
-    if not kept:
-        kept.append(conv_tensor.in_vectors(x, it.layout, it.groups))
-    conv_tensor.correlate(it, kept[0], weight, y, bias, extra, code)
+    if "vectors" not in kept:
+        kept["vectors"] = conv_tensor.in_vectors(x, it.layout, it.groups)
+    conv_tensor.correlate(it, kept["vectors"], weight, y, bias, extra, code)
 
 
 def _alone(module):

@@ -75,3 +75,14 @@ def in_vectors(x, layout: str, groups: int):
         [(groups, channels * channel, padded), (many, image, area * groups * padded), (1, 0, 0)],
     )  # fmt: skip
     return turned, padded
+
+
+def in_planes(x):
+    """x, in NHWC, as NCHW."""
+    images, height, width, channels = x.shape
+    area = height * width
+    turned = x.place.empty((images, channels, height, width), x.dtype)
+    size, once = (channels, area), (1, 0, 0)
+    batch = [once, (images, area * channels, area * channels), once]
+    _start(x.place, x.pointer, turned, size, size, (1, channels), area, batch)
+    return turned

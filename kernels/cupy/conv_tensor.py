@@ -20,8 +20,8 @@ from tilewise.kernels.cupy.launch import Kernel
 # three products, which take more registers.
 NARROW = {False: TensorTile("Flat", 64, 128, 128, 3), True: TensorTile("Upright", 128, 64, 128, 3)}
 NARROW_PAIR = {False: TensorTile("FlatPair", 64, 128, 128, 2), True: TensorTile("UprightPair", 128, 64, 128, 2)}
-# By wgmma x comes with its channels last also in a 1x1 convolution. That pays in NCHW where more outputs use it: predicted
-# from the bytes a second of one GPU, and the FLOPs of both ways.
+# By wgmma x comes with its channels last, also in a 1x1 convolution. That pays in NCHW where more outputs use it:
+# predicted from the bytes a second of one GPU, and the FLOPs of both ways.
 _WORTH_TURNING = 512
 FEW_CHANNELS = "its channels or outputs, filled up to whole vectors of 16 bytes, would be zeros for too great a part"
 
@@ -44,7 +44,7 @@ _kernels: dict[tuple[str, TensorTile | WgmmaTile, bool], Kernel] = {
     for way in DTYPES for last in (False, True) for tile in tiles_of(way, last)
 }  # fmt: skip
 # NCHW of one tap, whose x needs no other order
-_pointwise = {
+_pointwise: dict[tuple[str, TensorTile | WgmmaTile], Kernel] = {
     (way, tile): make("conv_tensor", way, tile, (False, False), (), "P P P PPir q q q q q", "conv_pointwise")
     for way in DTYPES for tile in tiles_of(way, False)[:2]
 }  # fmt: skip
@@ -118,14 +118,14 @@ def _by_image(it: Correlation, x, weight, y, epilogue: tuple, choice: Choice):
     _pointwise[choice](x.place, grid, x, packed, y, *epilogue, area, it.groups, it.outputs, it.channels, padded)
 
 
-def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept: list, choice: Choice):
-    """y = activation(the correlation + bias + extra); bias and extra may be None. kept: of in_vectors for this x."""
+def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept: dict, choice: Choice):
+    """y = activation(the correlation + bias + extra); bias and extra may be None. kept: for this x."""
     if (choice in _pointwise) and is_pointwise(it, x.dtype):
         _by_image(it, x, weight, y, (bias, extra, code, LEAKY_SLOPE), choice)
         return
-    if not kept:
-        kept.append(in_vectors(x, it.layout, it.groups))
-    image, channels = kept[0]
+    if "vectors" not in kept:
+        kept["vectors"] = in_vectors(x, it.layout, it.groups)
+    image, channels = kept["vectors"]
     packed, padded = pack_weights(it, weight, channels)
     tile, last = choice.tile, it.channels_last
     outputs, pixels = (tile.columns, tile.rows) if by_pixels(choice.way, it) else (tile.rows, tile.columns)

@@ -1,4 +1,4 @@
-// Convolution of few outputs in NCHW, such as the gradient with respect to an image: a tile of a product would be rows of
+// Convolution of few outputs of an x in NCHW, such as the gradient with respect to an image: a tile of a product would be rows of
 // zeros. A thread sums the THIN outputs of THIN_PIXELS pixels; the weights of all taps and some channels lie in shared
 // memory, THIN side by side, where all threads read the same ones at a time; lanes run along the pixels.
 #include "conv.cuh"
