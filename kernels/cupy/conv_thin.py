@@ -1,5 +1,5 @@
-"""Convolution of few outputs on the GPU; src/conv_thin.cu says how. NHWC is turned to NCHW first, once for all phases of a
-gradient."""
+"""Convolution of few outputs on the GPU; src/conv_thin.cu says how. NHWC is turned to NCHW first, once for all phases
+of a gradient."""
 
 from math import prod
 
