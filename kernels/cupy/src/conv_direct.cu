@@ -65,8 +65,8 @@ template <class T> __device__ __forceinline__ void store_pixels(T *to, const Pac
     }
 }
 
-// Where a thread's results are. place: of its first pixel in the block's first output; apart: of its pixels from there; there:
-// how many of them exist.
+// Where a thread's results are. place: of its first pixel in the block's first output; apart: of its pixels from there;
+// there: how many of them exist.
 template <class T> struct FewResults {
     static constexpr int COUNT = OUTPUTS<T>, WIDTH = LANES<T>;
     T *y;
@@ -153,8 +153,8 @@ template <class T> struct FewResults {
     }
 };
 
-// Block (tiles of pixels, lanes * OUTPUTS outputs, group). pixels: of all images, in so many tiles. lanes: 1, 2 or 4. All channels of a
-// tap fit FEW_BYTES; rows, columns, elements of x and of an image of y fit 32 bits.
+// Block (tiles of pixels, lanes * OUTPUTS outputs, group). pixels: of all images, in so many tiles. lanes: 1, 2 or 4. All
+// channels of a tap fit FEW_BYTES; rows, columns, elements of x and of an image of y fit 32 bits.
 template <class T>
 __global__ void __launch_bounds__(FEW_THREADS, 2)
 conv_direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish, const Axis rows,
@@ -177,11 +177,11 @@ conv_direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, con
     const int down_step = static_cast<int>(rows.spacing), right_step = static_cast<int>(columns.spacing);
     weight += group * filters.group_step + first_output * filters.output_step;
 
-    // of PIXELS pixels: 32 bits count those of any memory
-    const unsigned groups_of_pixels = FEW_THREADS / static_cast<unsigned>(lanes), own_group = thread / static_cast<unsigned>(lanes);
+    // PIXELS pixels each: 32 bits count them
+    const unsigned sharers = lanes, of_tile = FEW_THREADS / sharers, own = thread / sharers;
     const bool fits = plain && taps <= at_once;   // then the weights are those of the tile before
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
-        const long long number = static_cast<long long>(i * groups_of_pixels + own_group) * PIXELS;
+        const long long number = static_cast<long long>(i * of_tile + own) * PIXELS;
         S totals[PIXELS][COUNT] = {};
         int images[PIXELS], first_row[PIXELS], first_column[PIXELS];
         PixelCounter pixel(number < pixels ? number : pixels - 1, rows.count, columns.count);
@@ -252,14 +252,15 @@ conv_direct_few(const T *__restrict__ x, const T *__restrict__ weight, T *y, con
             }
         }
 
-        FewResults<T> results{y, 0, to.channel, {}, 0, thread % lanes, lanes, static_cast<int>(left < of_block ? left : of_block)};
+        const int outputs = static_cast<int>(left < of_block ? left : of_block);
+        FewResults<T> results{y, 0, to.channel, {}, 0, thread % lanes, lanes, outputs};
         PixelCounter place(number < pixels ? number : pixels - 1, rows.count, columns.count);
 #pragma unroll
         for (int p = 0; p < PIXELS; ++p) {
-            const long long own = place.image * to.image + (rows.first + place.row * rows.step) * to.row +
-                                  (columns.first + place.column * columns.step) * to.column + channel * to.channel;
-            if (p == 0) results.place = own;
-            results.apart[p] = static_cast<int>(own - results.place);
+            const long long found = place.image * to.image + (rows.first + place.row * rows.step) * to.row +
+                                    (columns.first + place.column * columns.step) * to.column + channel * to.channel;
+            if (p == 0) results.place = found;
+            results.apart[p] = static_cast<int>(found - results.place);
             results.there += number + p < pixels;
             if (number + p + 1 < pixels) place.advance(1, rows.count, columns.count);
         }

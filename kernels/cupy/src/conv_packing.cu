@@ -4,8 +4,8 @@
 //     target[b, i, j] = source[b, i, j] for i < rows and j < columns, else 0      i < padded_rows, j < padded_columns
 //
 // by tiles of 32 x 32 in shared memory, so that neighbouring threads read along what is contiguous in the source, rows
-// mostly, and write along the columns, which are contiguous in the target. Where the rows of the source are contiguous and both
-// sides come in vectors of 16 bytes, conv_pack_vectors has tiles of 256 bytes of rows by 64 columns:
+// mostly, and write along the columns, which are contiguous in the target. Where the rows of the source are contiguous and
+// both sides come in vectors of 16 bytes, conv_pack_vectors has tiles of 256 bytes of rows by 64 columns:
 //
 //     shared memory   column c: 16 vectors of rows, vector v at place v ^ s, s = c / vector % 8
 //     a warp reads    vectors of 8 columns 0 V 2V ... of 4 rows: s is another one for each, so each bank once

@@ -92,7 +92,7 @@ conv_pointwise(const E *__restrict__ x, const E *__restrict__ packed, E *y, cons
                long long groups, long long outputs, long long channels, long long padded_outputs) {
     using Room = TensorRoom<Math, Tile, false, false>;
     __shared__ long long places[Tile::COLUMNS], first_channel;   // not in registers while there are products
-    const unsigned image = blockIdx.z / static_cast<unsigned>(groups), group = blockIdx.z - image * static_cast<unsigned>(groups);
+    const unsigned many = static_cast<unsigned>(groups), image = blockIdx.z / many, group = blockIdx.z - image * many;
     const long long first_pixel = static_cast<long long>(blockIdx.x) * Tile::COLUMNS;
     const long long first_output = static_cast<long long>(blockIdx.y) * Tile::ROWS;
     for (int p = threadIdx.x; p < Tile::COLUMNS; p += Tile::THREADS)

@@ -1,6 +1,6 @@
-// Convolution of few outputs of an x in NCHW, such as the gradient with respect to an image: a tile of a product would be rows of
-// zeros. A thread sums the THIN outputs of THIN_PIXELS pixels; the weights of all taps and some channels lie in shared
-// memory, THIN side by side, where all threads read the same ones at a time; lanes run along the pixels.
+// Convolution of few outputs of an x in NCHW, such as the gradient with respect to an image: a tile of a product would be
+// rows of zeros. A thread sums the THIN outputs of THIN_PIXELS pixels; the weights of all taps and some channels lie in
+// shared memory, THIN side by side, where all threads read the same ones at a time; lanes run along the pixels.
 #include "conv.cuh"
 
 namespace tilewise {
@@ -8,8 +8,8 @@ namespace tilewise {
 constexpr int THIN = 4, THIN_PIXELS = 4, THIN_CHANNELS = 4;   // channels that are loaded at a time
 constexpr int THIN_BYTES = 32 << 10;
 
-// Block (THREADS * THIN_PIXELS pixels, 1, group). pixels: of all images. filters.outputs <= THIN; THIN_CHANNELS channels of all
-// taps fit THIN_BYTES; rows, columns and elements of x fit 32 bits.
+// Block (THREADS * THIN_PIXELS pixels, 1, group). pixels: of all images. filters.outputs <= THIN; THIN_CHANNELS channels of
+// all taps fit THIN_BYTES; rows, columns and elements of x fit 32 bits.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2)
 conv_thin(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epilogue<T> finish, const Axis rows,
@@ -43,7 +43,8 @@ conv_thin(const T *__restrict__ x, const T *__restrict__ weight, T *y, const Epi
         __syncthreads();
         for (int i = thread; i < padded * taps * THIN; i += THREADS) {
             const int o = i % THIN, c = i / THIN % padded, tap = i / THIN / padded;
-            const long long t = rows.first_tap + tap / kw * rows.tap_step, u = columns.first_tap + tap % kw * columns.tap_step;
+            const long long t = rows.first_tap + tap / kw * rows.tap_step;
+            const long long u = columns.first_tap + tap % kw * columns.tap_step;
             weights[i] = c < some && o < outputs
                              ? widen(weight[o * filters.output_step + (first_c + c) * filters.channel_step +
                                             t * filters.width + u])

@@ -154,7 +154,8 @@ conv_winograd_output(const T *__restrict__ products, const T *__restrict__ x, co
     if (finite && !finish.extra && (finish.code == NONE || finish.code == RELU)) {
         const T bias = finish.bias ? finish.bias[o] : T(0);
         const long long left = columns.count - tile.column * TILE;
-        T *const corner = y + tile.image * to.image + o * to.channel + tile.row * TILE * to.row + tile.column * TILE * to.column;
+        T *const corner = y + tile.image * to.image + o * to.channel +
+                          (tile.row * to.row + tile.column * to.column) * TILE;
 #pragma unroll
         for (int i = 0; i < TILE; ++i) {
             if (tile.row * TILE + i >= rows.count) break;

@@ -5,7 +5,7 @@
 //     M[xi, o, c]     = sum over tiles of W V: 36 matrix products for each group                gemm.py
 //     grad_weight     = G^T m G                                                                 conv_winograd_taps
 //
-// W lies as V does. A NaN or an infinity would spread to nine taps: where one comes out, a block sums them by the definition.
+// W lies as V does. A NaN or an infinity would spread to nine taps: where one comes out, a block sums by the definition.
 #include "conv_winograd.cuh"
 #include "reduction.cuh"
 
