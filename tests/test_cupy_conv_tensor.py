@@ -304,7 +304,7 @@ def test_images_that_32_bits_cannot_count(gpu, monkeypatch):
     x = SimpleNamespace(dtype=np.dtype(np.float16), place=SimpleNamespace(ordinal=0))
     for images in (1 << 30, 1 << 31):
         it = conv_geometry.forward((images, 16, 2, 2), (16, 16, 1, 1), (2, 2), **window("NCHW"))
-        conv._weight_gradient(it, x, x, (16, 16, 1, 1))
+        conv._weight_gradient(it, x, x, (16, 16, 1, 1), {})
     assert taken == [conv_tensor_weight, conv_sums]
 
 
@@ -325,6 +325,15 @@ def test_x_is_turned_once_for_all_phases_of_its_gradient(gpu, rng, monkeypatch):
     x, weight, _, grad = shared.operands(rng, Case(1, 8, 9, 9, 16, (3, 3), 2, 1), np.float16, "NCHW")
     kernels.conv2d_backward(grad, x, weight, stride=2, padding=1, needs=("x",))
     assert len(turned) == 1
+
+
+def test_a_cotangent_is_turned_once_for_both_gradients(gpu, rng, monkeypatch):
+    turned, in_vectors = [], conv_tensor.in_vectors
+    for module in (conv_tensor, conv_tensor_weight):
+        monkeypatch.setattr(module, "in_vectors", lambda *given: turned.append(1) or in_vectors(*given))
+    x, weight, _, grad = shared.operands(rng, Case(1, 16, 8, 8, 16, (3, 3), 1, 1), np.float16, "NCHW")
+    kernels.conv2d_backward(grad, x, weight, padding=1, needs=("x", "weight"))
+    assert len(turned) == 2  # and x
 
 
 @pytest.mark.parametrize("way", ["half", "bfloat", "tf32", "split"])

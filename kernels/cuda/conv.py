@@ -31,13 +31,14 @@ def _alone(module):
     return lambda *arguments: module.correlate(*arguments[:-1])
 
 
-def _weight_gradient(it, grad, x, shape):
+def _weight_gradient(it, grad, x, shape, kept):
     if is_depthwise_weight(it):
         return conv_depthwise_weight.weight_gradient(it, grad, x, shape)
     if is_little(it) or not fits_a_grid(it):
         return conv_sums.weight_gradient(it, grad, x, shape)
-    module = conv_tensor_weight if conv_tensor.applies(it, x.dtype, x.place.engine) else conv_product_weight
-    return module.weight_gradient(it, grad, x, shape)
+    if conv_tensor.applies(it, x.dtype, x.place.engine):
+        return conv_tensor_weight.weight_gradient(it, grad, x, shape, kept)
+    return conv_product_weight.weight_gradient(it, grad, x, shape)
 
 
 _CONVOLUTION = Convolution(

@@ -49,7 +49,7 @@ def _of_direct(it, dtype) -> str:
     return "tiles of few channels" if conv_direct.is_few(it, dtype) else ""
 
 
-def _weight_gradient(it, grad, x, shape):
+def _weight_gradient(it, grad, x, shape, kept):
     if is_depthwise_weight(it):
         return conv_depthwise_weight.weight_gradient(it, grad, x, shape)
     if is_little(it) or not fits_a_grid(it) or not it.narrow:
@@ -58,7 +58,7 @@ def _weight_gradient(it, grad, x, shape):
         return conv_winograd_weight.weight_gradient(it, grad, x, shape)
     choice, _ = conv_tensor_weight.choose(it, x.dtype, driver.engine(x.place.ordinal))
     if choice is not None:
-        return conv_tensor_weight.weight_gradient(it, grad, x, shape, choice)
+        return conv_tensor_weight.weight_gradient(it, grad, x, shape, kept, choice)
     module = conv_product_weight if conv_product_weight.applies(it) else conv_sums
     return module.weight_gradient(it, grad, x, shape)
 
