@@ -134,9 +134,10 @@ class Convolution:
     """conv2d and its relatives of a backend.
 
     backend: its name. algorithms: name -> correlate(it, x, weight, y, bias, extra, code, kept), which computes
-    y = activation(the correlation + bias + extra); bias and extra may be None. kept: a list in which it may leave what
+    y = activation(the correlation + bias + extra); bias and extra may be None. kept: a dict in which it may leave what
     it made of x for the next correlation of the same x. why_not_winograd(it, dtype), winograd_pays(it): as their names
-    say. weight_gradient(it, grad, x, shape): of the forward correlation. bias_gradient(grad, layout).
+    say. weight_gradient(it, grad, x, shape, kept): of the forward correlation; kept: of grad. bias_gradient(grad,
+    layout).
     codes: of activations. describe(it, dtype, algorithm, ordinal): what the algorithm's name does not tell.
     by_tensor_cores(it, dtype, ordinal): whether its product goes to that device's tensor cores.
     prefers_direct(it, dtype): whether its direct sum is faster than a product. counts(it): whether its product's
@@ -206,22 +207,21 @@ class Convolution:
         it = conv_geometry.forward(x.shape, weight.shape, size, **window)
         y = x.place.empty(it.shape_y, x.dtype)
         if y.size:
-            self._correlate(it, x, weight, y, bias, extra, code, algorithm, [])
+            self._correlate(it, x, weight, y, bias, extra, code, algorithm, {})
         return y
 
-    def _transposed(self, grad, weight, shape, bias, **window):
+    def _transposed(self, grad, weight, shape, bias, kept: dict, **window):
         """conv2d's gradient with respect to an x of that shape, plus bias."""
         result = grad.place.empty(shape, grad.dtype)
-        kept = []
         if result.size:
             for it in conv_geometry.transposed(grad.shape, weight.shape, shape, **window):
                 self._correlate(it, grad, weight, result, bias, None, self.codes[None], "auto", kept)
         return result
 
-    def _gradient(self, grad, x, weight, **window):
+    def _gradient(self, grad, x, weight, kept: dict, **window):
         """conv2d's gradient with respect to the weight."""
         it = conv_geometry.forward(x.shape, weight.shape, conv_geometry.pixels(grad.shape, window["layout"]), **window)
-        return self.weight_gradient(it, grad, x, weight.shape)
+        return self.weight_gradient(it, grad, x, weight.shape, kept)
 
     def conv2d(self, x, weight, bias, add, *, stride, padding, dilation, groups, layout, activation, algorithm):
         window = _window(stride, padding, dilation, groups, layout)
@@ -263,9 +263,10 @@ class Convolution:
 
     def conv2d_backward(self, grad, x, weight, *, stride, padding, dilation, groups, layout, needs):
         window = _window(stride, padding, dilation, groups, layout)
+        kept: dict = {}
         return (
-            self._transposed(grad, weight, x.shape, None, **window) if "x" in needs else None,
-            self._gradient(grad, x, weight, **window) if "weight" in needs else None,
+            self._transposed(grad, weight, x.shape, None, kept, **window) if "x" in needs else None,
+            self._gradient(grad, x, weight, kept, **window) if "weight" in needs else None,
             self.bias_gradient(grad, layout) if "bias" in needs else None,
         )
 
@@ -278,7 +279,7 @@ class Convolution:
             )
         ]  # fmt: skip
         shape = conv_geometry.image_shape(x.shape[0], weight.shape[1] * groups, size, layout)
-        return self._transposed(x, weight, shape, bias, **_window(stride, padding, dilation, groups, layout))
+        return self._transposed(x, weight, shape, bias, {}, **_window(stride, padding, dilation, groups, layout))
 
     def conv_transpose2d_backward(
         self, grad, x, weight, *, stride, padding, output_padding, groups, dilation, layout, needs
@@ -287,7 +288,7 @@ class Convolution:
         window, size = _window(stride, padding, dilation, groups, layout), conv_geometry.pixels(x.shape, layout)
         return (
             self._forward(grad, weight, size, None, None, self.codes[None], "auto", **window) if "x" in needs else None,
-            self._gradient(x, grad, weight, **window) if "weight" in needs else None,
+            self._gradient(x, grad, weight, {}, **window) if "weight" in needs else None,
             self.bias_gradient(grad, layout) if "bias" in needs else None,
         )
 

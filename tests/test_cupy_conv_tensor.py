@@ -9,6 +9,7 @@ import test_cuda_conv_tensor as shared
 from conv_cases import LAYOUTS, Case, check, reference
 from simt import emulator
 from test_cupy_bfloat import assert_rounded
+from test_cupy_gemm import need
 
 import tilewise
 from tilewise import kernels
@@ -24,6 +25,7 @@ from tilewise.kernels.cupy import (
     gemm_tile,
 )
 from tilewise.kernels.cupy.gemm_tensor import LARGE, MATHS, MEDIUM
+from tilewise.kernels.cupy.gemm_wgmma import NARROW
 
 GPU_BACKENDS = ("cupy",)
 B = np.dtype(ml_dtypes.bfloat16)
@@ -39,7 +41,11 @@ TILES = {
 
 def names(gpu) -> set[str]:
     """What was launched of the kernels on tensor cores, and what of the product without."""
-    return {name.removeprefix("cupy ") for name, _ in gpu.launched if "tensor" in name or "product" in name}
+    return {
+        name.removeprefix("cupy ")
+        for name, _ in gpu.launched
+        if any(part in name for part in ("tensor", "product", "pointwise"))
+    }
 
 
 def rounded_forward(rng, case, layout, number=0):
@@ -298,7 +304,7 @@ def test_images_that_32_bits_cannot_count(gpu, monkeypatch):
     x = SimpleNamespace(dtype=np.dtype(np.float16), place=SimpleNamespace(ordinal=0))
     for images in (1 << 30, 1 << 31):
         it = conv_geometry.forward((images, 16, 2, 2), (16, 16, 1, 1), (2, 2), **window("NCHW"))
-        conv._weight_gradient(it, x, x, (16, 16, 1, 1))
+        conv._weight_gradient(it, x, x, (16, 16, 1, 1), {})
     assert taken == [conv_tensor_weight, conv_sums]
 
 
@@ -319,3 +325,42 @@ def test_x_is_turned_once_for_all_phases_of_its_gradient(gpu, rng, monkeypatch):
     x, weight, _, grad = shared.operands(rng, Case(1, 8, 9, 9, 16, (3, 3), 2, 1), np.float16, "NCHW")
     kernels.conv2d_backward(grad, x, weight, stride=2, padding=1, needs=("x",))
     assert len(turned) == 1
+
+
+def test_a_cotangent_is_turned_once_for_both_gradients(gpu, rng, monkeypatch):
+    turned, in_vectors = [], conv_tensor.in_vectors
+    for module in (conv_tensor, conv_tensor_weight):
+        monkeypatch.setattr(module, "in_vectors", lambda *given: turned.append(1) or in_vectors(*given))
+    x, weight, _, grad = shared.operands(rng, Case(1, 16, 8, 8, 16, (3, 3), 1, 1), np.float16, "NCHW")
+    kernels.conv2d_backward(grad, x, weight, padding=1, needs=("x", "weight"))
+    assert len(turned) == 2  # and x
+
+
+@pytest.mark.parametrize("way", ["half", "bfloat", "tf32", "split"])
+def test_one_tap_needs_no_other_order_of_x(gpu, rng, one_multiprocessor, way):
+    """In NCHW, forward and backward, in both tiles; where rows are no whole vectors, x is turned."""
+    for case in (Case(2, 72, 12, 16, 70, (1, 1)), Case(3, 128, 4, 34, 80, (1, 1), groups=2)):
+        gpu.launched.clear()
+        FORWARD[way](rng, case, "NCHW")
+        assert {name.partition("<")[0] for name in names(gpu)} == {"conv_pointwise"}
+    BACKWARD[way](rng, Case(2, 70, 8, 8, 68, (1, 1)), "NCHW")
+    gpu.launched.clear()
+    FORWARD[way](rng, Case(2, 72, 9, 11, 72, (1, 1)), "NCHW")
+    assert not any("pointwise" in name for name in names(gpu))
+
+
+@pytest.mark.parametrize(("outputs", "way"), [(512, "mma"), (520, "wgmma")])
+def test_many_outputs_are_worth_turning_images(gpu, one_multiprocessor, outputs, way):
+    need(gpu, conv_tensor._kernels["wgmma", NARROW, False])
+    x, weight = np.empty((1, 128, 16, 16), np.float16), np.empty((outputs, 128, 1, 1), np.float16)
+    assert tilewise.explain(kernels.conv2d, x, weight).note.startswith(way)
+
+
+@pytest.mark.parametrize("way", ["half", "tf32"])
+def test_images_are_turned_by_vectors(gpu, rng, way):
+    """By more than one tile of pixels, and of channels, of each group."""
+    case = Case(2, 144, 10, 16, 16, (1, 2), groups=2)
+    gpu.launched.clear()
+    FORWARD[way](rng, case, "NCHW")
+    BACKWARD[way](rng, case, "NCHW")
+    assert "cupy conv_pack_vectors<T>" in {name for name, _ in gpu.launched}

@@ -4,6 +4,7 @@ outside of an array, and one that is not aligned."""
 import re
 import shutil
 from unittest import mock
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ if cuda_source.why_not():
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels.cupy import gemm_plan, module
+from tilewise.kernels import conv_winograd_plan
+from tilewise.kernels.cupy import conv_thin, gemm_plan, module
 
 
 def bias_gradient(x):
@@ -71,14 +73,33 @@ def weight_gradient(x):
     return kernels.conv2d_backward(x, x, x[0, :, None, :3, :3], padding=1, groups=len(x[0]), needs=("weight",))[1]
 
 
-def packed_weights(x):
+def weight_gradient_by_winograd(x):
+    """One that an infinite pixel in a corner meets."""
+    weight, infinite = np.zeros((x.shape[1], x.shape[1], 3, 3), np.float32), x.copy()
+    infinite[0, 0, 0, 0] = np.inf
+    with (
+        patch.object(conv_winograd_plan, "_LEAST_CHANNELS", 0), patch.object(conv_winograd_plan, "_LEAST_TILES", 1)
+    ):  # fmt: skip
+        return kernels.conv2d_backward(x, infinite, weight, padding=1, needs=("weight",))[1]
+
+
+def packed_operands(x):
+    x = x.astype(np.float16)
     return kernels.conv2d(x, x[:, :, :3, :3], algorithm="gemm")
 
 
 def many_taps(x):
-    """More taps of few channels than the weights that a block keeps at a time; in NHWC threads change their results."""
+    """More taps of few channels than a block keeps weights of at a time; its epilogue goes by way of their place."""
     x = x.transpose(0, 2, 3, 1)
-    return kernels.conv2d(x, np.ones((16, 4, 9, 9), np.float32), padding=4, algorithm="direct", layout="NHWC")
+    return kernels.conv2d(
+        x, np.ones((64, 4, 9, 9), np.float32), padding=4, algorithm="direct", layout="NHWC", activation="tanh"
+    )
+
+
+def few_outputs(x):
+    """More channels than the weights that a block keeps at a time."""
+    with patch.object(conv_thin, "_LEAST_PIXELS", 1):
+        return kernels.conv2d(x, np.ones((3, x.shape[1], 7, 7), np.float32), padding=3)
 
 
 # A source that has barriers -> a call that meets all of them: (function, shape, options)
@@ -90,7 +111,9 @@ CALLS = {
     "channel_sums.cuh": (kernels.batch_norm, (3, 9, 9, 24), {"training": True, "layout": "NHWC"}),
     "conv_depthwise_weight.cu": (weight_gradient, (1, 2, 9, 20), {}),
     "conv_direct.cu": (many_taps, (1, 4, 9, 20), {}),
-    "conv_packing.cu": (packed_weights, (20, 16, 6, 6), {}),
+    "conv_packing.cu": (packed_operands, (20, 16, 8, 8), {}),
+    "conv_winograd_weight.cu": (weight_gradient_by_winograd, (1, 14, 9, 10), {}),
+    "conv_thin.cu": (few_outputs, (1, 50, 4, 20), {}),
     "gemm_few.cu": (vector_by_matrix, (19, 16 * 17), {}),
     "gemm_laid.cu": (product_laid_out, (72, 200), {}),
     "gemm_sums.cu": (bias_gradient, (20, 20), {}),

@@ -21,9 +21,9 @@ def _by_product(it, x, weight, y, bias, extra, code, kept):
     if not conv_tensor.applies(it, x.dtype, x.place.engine):
         conv_product.correlate(it, x, weight, y, bias, extra, code)
         return
-    if not kept:
-        kept.append(conv_tensor.in_vectors(x, it.layout, it.groups))
-    conv_tensor.correlate(it, kept[0], weight, y, bias, extra, code)
+    if "vectors" not in kept:
+        kept["vectors"] = conv_tensor.in_vectors(x, it.layout, it.groups)
+    conv_tensor.correlate(it, kept["vectors"], weight, y, bias, extra, code)
 
 
 def _alone(module):
@@ -31,13 +31,14 @@ def _alone(module):
     return lambda *arguments: module.correlate(*arguments[:-1])
 
 
-def _weight_gradient(it, grad, x, shape):
+def _weight_gradient(it, grad, x, shape, kept):
     if is_depthwise_weight(it):
         return conv_depthwise_weight.weight_gradient(it, grad, x, shape)
     if is_little(it) or not fits_a_grid(it):
         return conv_sums.weight_gradient(it, grad, x, shape)
-    module = conv_tensor_weight if conv_tensor.applies(it, x.dtype, x.place.engine) else conv_product_weight
-    return module.weight_gradient(it, grad, x, shape)
+    if conv_tensor.applies(it, x.dtype, x.place.engine):
+        return conv_tensor_weight.weight_gradient(it, grad, x, shape, kept)
+    return conv_product_weight.weight_gradient(it, grad, x, shape)
 
 
 _CONVOLUTION = Convolution(

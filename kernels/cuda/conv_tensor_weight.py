@@ -130,10 +130,12 @@ _LARGEST = {8: (LARGE[8],), 4: ()}
 weight_gradients = {tile: _make(tile) for tile in (LARGE[8], SMALL[8], SMALL[4])}
 
 
-def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...]):
-    """conv2d's gradient with respect to a weight of that shape; `it`: its forward correlation."""
+def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...], kept: dict):
+    """conv2d's gradient with respect to a weight of that shape; `it`: its forward correlation. kept: of grad."""
     kw, taps, width = shape[3], shape[2] * shape[3], VECTOR_BYTES // x.dtype.itemsize
-    grads, padded_outputs = in_vectors(grad, it.layout, it.groups)
+    if "vectors" not in kept:
+        kept["vectors"] = in_vectors(grad, it.layout, it.groups)
+    grads, padded_outputs = kept["vectors"]
     image, channels = in_vectors(x, it.layout, it.groups)
     columns = taps * channels
     tile = choose_weight_tile(it, *_LARGEST[width]) or SMALL[width]

@@ -12,7 +12,9 @@ from tilewise.kernels.cupy import (
     conv_sums,
     conv_tensor,
     conv_tensor_weight,
+    conv_thin,
     conv_winograd,
+    conv_winograd_weight,
     driver,
 )
 from tilewise.kernels.cupy.gemm_plan import NAMES_OF_WAYS
@@ -32,14 +34,31 @@ def _by_product(it, x, weight, y, bias, extra, code, kept):
         conv_tensor.correlate(it, x, weight, y, bias, extra, code, kept, choice)
 
 
-def _weight_gradient(it, grad, x, shape):
+def _is_narrow(it, dtype) -> bool:
+    """Whether there are so few channels or outputs that a kernel without tiles is faster than a product."""
+    return conv_direct.is_few(it, dtype) or conv_thin.applies(it)
+
+
+def _directly(it, x, *given):
+    (conv_thin if conv_thin.applies(it) else conv_direct).correlate(it, x, *given)
+
+
+def _of_direct(it, dtype) -> str:
+    if conv_thin.applies(it):
+        return "tiles of few outputs"
+    return "tiles of few channels" if conv_direct.is_few(it, dtype) else ""
+
+
+def _weight_gradient(it, grad, x, shape, kept):
     if is_depthwise_weight(it):
         return conv_depthwise_weight.weight_gradient(it, grad, x, shape)
     if is_little(it) or not fits_a_grid(it) or not it.narrow:
         return conv_sums.weight_gradient(it, grad, x, shape)
+    if conv_winograd_weight.applies(it, x.dtype, x.place.ordinal):
+        return conv_winograd_weight.weight_gradient(it, grad, x, shape)
     choice, _ = conv_tensor_weight.choose(it, x.dtype, driver.engine(x.place.ordinal))
     if choice is not None:
-        return conv_tensor_weight.weight_gradient(it, grad, x, shape, choice)
+        return conv_tensor_weight.weight_gradient(it, grad, x, shape, kept, choice)
     module = conv_product_weight if conv_product_weight.applies(it) else conv_sums
     return module.weight_gradient(it, grad, x, shape)
 
@@ -50,7 +69,7 @@ def _describe(it, dtype, algorithm: str, ordinal: int) -> str:
     if algorithm == "winograd":
         return conv_winograd.describe(it, dtype, engine)
     if algorithm != "gemm":
-        return "tiles of few channels" if algorithm == "direct" and conv_direct.is_few(it, dtype) else ""
+        return "" if algorithm != "direct" else _of_direct(it, dtype)
     choice, reasons = conv_tensor.choose(it, dtype, engine)
     tile = conv_product.tile_for(it, dtype, engine.capability) if choice is None else choice.tile
     way = "" if choice is None else f"{NAMES_OF_WAYS[choice.way]}, "
@@ -62,12 +81,12 @@ def _describe(it, dtype, algorithm: str, ordinal: int) -> str:
 
 _CONVOLUTION = Convolution(
     "cupy",
-    {"depthwise": conv_depthwise.correlate, "direct": conv_direct.correlate, "gemm": _by_product,
+    {"depthwise": conv_depthwise.correlate, "direct": _directly, "gemm": _by_product,
      "winograd": conv_winograd.correlate},
     _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES,
     why_not_winograd=conv_winograd_plan.why_not, winograd_pays=conv_winograd_plan.pays,
     by_tensor_cores=_by_tensor_cores, describe=_describe,
-    prefers_direct=conv_direct.is_few, counts=lambda it: it.narrow,
+    prefers_direct=_is_narrow, counts=lambda it: it.narrow,
     engine_of=lambda place: driver.engine(place.ordinal),
 )  # fmt: skip
 

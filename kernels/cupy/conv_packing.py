@@ -8,7 +8,12 @@ from tilewise.kernels.cupy.launch import Kernel
 
 _SIDE = 32  # conv_packing.cu's
 _MOST_BLOCKS = (1 << 31) - 1  # of a grid's x
+_TURNED_COLUMNS, _TURNED_BYTES = 64, 256  # of a tile of conv_pack_vectors: columns, and bytes of rows in each
 _pack = Kernel("conv_packing.cu", "conv_pack<{T}>", "P P 15q", dtypes=[WORDS[size].name for size in (2, 4, 8)])
+_pack_vectors = Kernel(
+    "conv_packing.cu", "conv_pack_vectors<{T}>", "P P 15q", dtypes=[WORDS[size].name for size in (2, 4)], blocks=4,
+    promises=("LDG.128", "STG.128"),
+)  # fmt: skip
 
 
 def whole_vectors(length: int, dtype) -> int:
@@ -21,11 +26,18 @@ def _start(place, source, target, sizes, padded, steps, to_row: int, batch):
     """source: its address. sizes, padded, steps: of rows and columns; batch: (many, elements to the next of source, of
     target) of each. What a grid has no room for goes in parts of the batch's second axis."""
     many, from_, to = zip(*batch, strict=True)
-    item, of_one = target.dtype.itemsize, ceil_div(padded[0], _SIDE) * ceil_div(padded[1], _SIDE) * many[0] * many[2]
+    item, width = target.dtype.itemsize, 16 // target.dtype.itemsize
+    lengths = (sizes[0], steps[1], *from_, padded[1], to_row, *to)
+    by_rows = steps[0] == 1 and sizes[0] == padded[0]
+    if item < 8 and by_rows and source % 16 == 0 and not any(n % width for n in lengths):
+        kernel, side = _pack_vectors, (_TURNED_BYTES // item, _TURNED_COLUMNS)
+    else:
+        kernel, side = _pack, (_SIDE, _SIDE)
+    of_one = ceil_div(padded[0], side[0]) * ceil_div(padded[1], side[1]) * many[0] * many[2]
     at_once = max(1, min(many[1], _MOST_BLOCKS // max(of_one, 1)))
     for first in range(0, many[1], at_once):
         some = min(at_once, many[1] - first)
-        _pack(
+        kernel(
             place, of_one * some, source + first * from_[1] * item, target.pointer + first * to[1] * item, *sizes,
             *padded, *steps, to_row, many[0], some, *from_, *to, dtype=WORDS[item],
         )  # fmt: skip
@@ -63,3 +75,14 @@ def in_vectors(x, layout: str, groups: int):
         [(groups, channels * channel, padded), (many, image, area * groups * padded), (1, 0, 0)],
     )  # fmt: skip
     return turned, padded
+
+
+def in_planes(x):
+    """x, in NHWC, as NCHW."""
+    images, height, width, channels = x.shape
+    area = height * width
+    turned = x.place.empty((images, channels, height, width), x.dtype)
+    size, once = (channels, area), (1, 0, 0)
+    batch = [once, (images, area * channels, area * channels), once]
+    _start(x.place, x.pointer, turned, size, size, (1, channels), area, batch)
+    return turned

@@ -2,6 +2,7 @@
 
 from math import prod
 
+from tilewise.kernels.channel_plan import ceil_div, unit_width
 from tilewise.kernels.conv_geometry import Correlation, pixels
 from tilewise.kernels.conv_plan import split
 from tilewise.kernels.cupy.gemm_sums import sum_rows
@@ -12,7 +13,10 @@ _SOURCE = "conv_sums.cu"
 WEIGHT = "P P P 10q 10q 4q 4q 7q"
 
 _sum_parts = Kernel(_SOURCE, "conv_sum_parts<{T}>", "P P q q q q q q")
-_sum_channel = Kernel(_SOURCE, "conv_sum_channel<{T}>", "P P q q q q")
+_sum_channel = {
+    False: Kernel(_SOURCE, "conv_sum_channel<{T}, 1>", "P P q q q q"),
+    True: Kernel(_SOURCE, "conv_sum_channel<{T}, {N}>", "P P q q q q", promises=("LDG.128",)),
+}
 _weight_sums = Kernel(_SOURCE, "conv_weight_sums<{T}>", f"{WEIGHT} q q q")
 
 
@@ -46,7 +50,9 @@ def bias_gradient(grad, layout: str):
     channels = grad.shape[1]
     many, per_part = split(images * area, channels)
     parts = new_parts(grad.place, many, channels, grad.dtype)
-    _sum_channel(grad.place, (channels, many, 1), grad, parts, images, channels, area, per_part)
+    width = unit_width(area, grad.dtype)
+    units, per_part = area // width, ceil_div(per_part, width)
+    _sum_channel[width > 1](grad.place, (channels, many, 1), grad, parts, images, channels, units, per_part)
     return add_parts(parts, grad.place.empty((channels,), grad.dtype))
 
 

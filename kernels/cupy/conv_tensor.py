@@ -4,9 +4,10 @@ how."""
 from typing import NamedTuple
 
 from tilewise.kernels import settings
+from tilewise.kernels.activation_plan import LEAKY_SLOPE
 from tilewise.kernels.channel_plan import ceil_div
 from tilewise.kernels.conv_geometry import Correlation, image_steps
-from tilewise.kernels.conv_plan import choose_tensor_tile
+from tilewise.kernels.conv_plan import MOST_BLOCKS, choose_tensor_tile
 from tilewise.kernels.cupy import conv_wgmma, gemm_tensor
 from tilewise.kernels.cupy.conv_direct import CORRELATION, operands
 from tilewise.kernels.cupy.conv_packing import in_vectors, pack_weights, whole_vectors
@@ -19,13 +20,18 @@ from tilewise.kernels.cupy.launch import Kernel
 # three products, which take more registers.
 NARROW = {False: TensorTile("Flat", 64, 128, 128, 3), True: TensorTile("Upright", 128, 64, 128, 3)}
 NARROW_PAIR = {False: TensorTile("FlatPair", 64, 128, 128, 2), True: TensorTile("UprightPair", 128, 64, 128, 2)}
+# By wgmma x comes with its channels last, also in a 1x1 convolution. That pays in NCHW where more outputs use it:
+# predicted from the bytes a second of one GPU, and the FLOPs of both ways.
+_WORTH_TURNING = 512
 FEW_CHANNELS = "its channels or outputs, filled up to whole vectors of 16 bytes, would be zeros for too great a part"
 
 
-def make(name: str, way: str, tile: TensorTile, by_k: tuple[bool, bool], last: tuple, parameters: str) -> Kernel:
-    """The kernel of a source of that name; see gemm_tensor.make."""
+def make(
+    name: str, way: str, tile: TensorTile, by_k: tuple[bool, bool], last: tuple, parameters: str, kernel: str = ""
+) -> Kernel:
+    """The kernel of a source of that name, with the same one or another; see gemm_tensor.make."""
     loads = "LDSM" if way in ("half", "bfloat") else "LDS"
-    return gemm_tensor.make(f"{name}.cu", name, way, tile, by_k, last, parameters, ("STG.128", loads))
+    return gemm_tensor.make(f"{name}.cu", kernel or name, way, tile, by_k, last, parameters, ("STG.128", loads))
 
 
 def tiles_of(way: str, last: bool) -> tuple[TensorTile, ...]:
@@ -36,6 +42,11 @@ def tiles_of(way: str, last: bool) -> tuple[TensorTile, ...]:
 _kernels: dict[tuple[str, TensorTile | WgmmaTile, bool], Kernel] = {
     (way, tile, last): make("conv_tensor", way, tile, (last, not last), (last,), f"{CORRELATION} q q")
     for way in DTYPES for last in (False, True) for tile in tiles_of(way, last)
+}  # fmt: skip
+# NCHW of one tap, whose x needs no other order
+_pointwise: dict[tuple[str, TensorTile | WgmmaTile], Kernel] = {
+    (way, tile): make("conv_tensor", way, tile, (False, False), (), "P P P PPir q q q q q", "conv_pointwise")
+    for way in DTYPES for tile in tiles_of(way, False)[:2]
 }  # fmt: skip
 _kernels.update((("wgmma", *which), kernel) for which, kernel in conv_wgmma.CONVOLUTIONS.items())
 
@@ -61,11 +72,21 @@ def why_not_way(way: str, dtype, engine, depth: int, *channels: int) -> str | No
     return FEW_CHANNELS if wasted else None
 
 
+def is_pointwise(it: Correlation, dtype) -> bool:
+    """Whether x in NCHW is a matrix of channels x pixels for each image and group, in whole vectors."""
+    axes = it.rows, it.columns
+    same = all(a.taps == a.stride == a.step == 1 and a.first == a.origin == 0 and a.count == a.size for a in axes)
+    area = it.rows.count * it.columns.count
+    return same and not it.channels_last and area == whole_vectors(area, dtype) and it.images * it.groups <= MOST_BLOCKS
+
+
 def _tile(it: Correlation, way: str, dtype, engine) -> TensorTile | WgmmaTile | str:
     """For this way, or why there is none."""
     if reason := why_not_way(way, dtype, engine, it.taps * it.channels, it.channels):
         return reason
     if way == "wgmma":
+        if is_pointwise(it, dtype) and it.outputs <= _WORTH_TURNING:
+            return "x would have to be turned, which costs more than it saves"
         return conv_wgmma.choose_tile(it.pixels, it.outputs, it.groups, engine)
     tiles = tiles_of(way, it.channels_last)
     if engine.capability < AMPERE:
@@ -90,11 +111,21 @@ def choose(it: Correlation, dtype, engine) -> tuple[Choice | None, dict[str, str
     return first_way(it, dtype, engine, _tile)
 
 
-def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept: list, choice: Choice):
-    """y = activation(the correlation + bias + extra); bias and extra may be None. kept: of in_vectors for this x."""
-    if not kept:
-        kept.append(in_vectors(x, it.layout, it.groups))
-    image, channels = kept[0]
+def _by_image(it: Correlation, x, weight, y, epilogue: tuple, choice: Choice):
+    packed, padded = pack_weights(it, weight, it.channels)
+    tile, area = choice.tile, it.rows.count * it.columns.count
+    grid = ceil_div(area, tile.columns), ceil_div(it.outputs, tile.rows), it.images * it.groups
+    _pointwise[choice](x.place, grid, x, packed, y, *epilogue, area, it.groups, it.outputs, it.channels, padded)
+
+
+def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept: dict, choice: Choice):
+    """y = activation(the correlation + bias + extra); bias and extra may be None. kept: for this x."""
+    if (choice in _pointwise) and is_pointwise(it, x.dtype):
+        _by_image(it, x, weight, y, (bias, extra, code, LEAKY_SLOPE), choice)
+        return
+    if "vectors" not in kept:
+        kept["vectors"] = in_vectors(x, it.layout, it.groups)
+    image, channels = kept["vectors"]
     packed, padded = pack_weights(it, weight, channels)
     tile, last = choice.tile, it.channels_last
     outputs, pixels = (tile.columns, tile.rows) if by_pixels(choice.way, it) else (tile.rows, tile.columns)

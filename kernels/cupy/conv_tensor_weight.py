@@ -40,10 +40,12 @@ def choose(it: Correlation, dtype, engine) -> tuple[Choice | None, dict[str, str
     return first_way(it, dtype, engine, _tile)
 
 
-def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...], choice: Choice):
-    """conv2d's gradient with respect to a weight of that shape; `it`: its forward correlation."""
+def weight_gradient(it: Correlation, grad, x, shape: tuple[int, ...], kept: dict, choice: Choice):
+    """conv2d's gradient with respect to a weight of that shape; `it`: its forward correlation. kept: of grad."""
     way, tile = choice
-    grads, padded_outputs = in_vectors(grad, it.layout, it.groups)
+    if "vectors" not in kept:
+        kept["vectors"] = in_vectors(grad, it.layout, it.groups)
+    grads, padded_outputs = kept["vectors"]
     image, channels = in_vectors(x, it.layout, it.groups)
     columns = it.taps * channels
     tiles = ceil_div(it.outputs, tile.rows) * ceil_div(columns, tile.columns)

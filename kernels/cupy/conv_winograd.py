@@ -19,35 +19,35 @@ from tilewise.kernels.cupy.launch import Kernel
 from tilewise.kernels.gemm_matrices import Matrices
 from tilewise.kernels.gemm_plan import MOST_MATRICES
 
-_THREADS = 128
+THREADS = 128
 _WIDTH = 4  # float32 of 16 bytes
-_AXES = "10q 10q"
+AXES = "10q 10q"
 
 
-def _kernel(name: str, parameters: str, resident: int) -> Kernel:
+def make(name: str, parameters: str, resident: int, source: str = "conv_winograd.cu") -> Kernel:
     template = f"conv_winograd_{name}<{{T}}>"
-    return Kernel("conv_winograd.cu", template, parameters, threads=_THREADS, blocks=resident, dtypes=SINGLE)
+    return Kernel(source, template, parameters, threads=THREADS, blocks=resident, dtypes=SINGLE)
 
 
-_weight = _kernel("weight", f"P P {_AXES} 7q q q", 1)
-_input = _kernel("input", f"P P {_AXES} 4q 7q 7qi", 4)
-_output = _kernel("output", f"P {CORRELATION} 7qi", 4)
+_weight = make("weight", f"P P {AXES} 7q q q", 1)
+transform_input = make("input", f"P P {AXES} 4q 7q 7qi", 4)
+_output = make("output", f"P {CORRELATION} 7qi", 4)
 
 
-def _whole(count: int) -> int:
+def whole(count: int) -> int:
     """Padded to whole vectors."""
     return ceil_div(count, _WIDTH) * _WIDTH
 
 
 def _shape(it: Correlation) -> tuple[int, int, int]:
     """Of U: matrices, channels, outputs."""
-    return it.groups * POINTS, _whole(it.channels) if it.channels_last else it.channels, _whole(it.outputs)
+    return it.groups * POINTS, whole(it.channels) if it.channels_last else it.channels, whole(it.outputs)
 
 
 def _transformed(it: Correlation, weight):
     """U of the weights."""
     shape = _, channels, outputs = _shape(it)
-    blocks = ceil_div(it.groups * channels * outputs, _THREADS)
+    blocks = ceil_div(it.groups * channels * outputs, THREADS)
 
     def write(packed):
         _weight(weight.place, blocks, weight, packed, *it.axes, *it.filters, channels, outputs)
@@ -70,7 +70,7 @@ def describe(it: Correlation, dtype, engine) -> str:
     """Which product the largest part takes."""
     shape = _shape(it)
     packed, values = (SimpleNamespace(shape=s, dtype=dtype) for s in (shape, ()))
-    left, right = _factors(it, packed, values, _whole(tiles_of(it, dtype.itemsize).at_once))
+    left, right = _factors(it, packed, values, whole(tiles_of(it, dtype.itemsize).at_once))
     name, _, tile, *_ = gemm_plan.choose(left, right, min(shape[0], MOST_MATRICES), engine, tf32=False)
     way = "" if name == "tiles" else f"{name}, "
     return f"{shape[0]} products: {way}tiles of {tile.rows} x {tile.columns}"
@@ -81,12 +81,12 @@ def correlate(it: Correlation, x, weight, y, bias, extra, code: int, kept=None):
     place, tiling = x.place, tiles_of(it, x.dtype.itemsize)
     packed = _transformed(it, weight)
     matrices, channels, outputs = packed.shape
-    most = _whole(tiling.at_once)
+    most = whole(tiling.at_once)
     values, products = (place.empty((matrices, most, n), x.dtype) for n in (channels, outputs))
     for first, count in tiling.parts(it.images):
-        tiles = _whole(count)
+        tiles = whole(count)
         about = first, count, tiles, tiling.rows, tiling.columns, channels, outputs, it.channels_last
-        blocks = (ceil_div(it.groups * tiles * n, _THREADS) for n in (channels, outputs))
-        _input(place, next(blocks), x, values, *it.axes, *it.steps[:4], *it.filters, *about)
+        blocks = (ceil_div(it.groups * tiles * n, THREADS) for n in (channels, outputs))
+        transform_input(place, next(blocks), x, values, *it.axes, *it.steps[:4], *it.filters, *about)
         multiply(*_factors(it, packed, values, tiles), (matrices,), products, tf32=False)
         _output(place, next(blocks), products, *operands(it, x, weight, y, bias, extra, code), *about)

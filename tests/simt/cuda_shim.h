@@ -15,6 +15,9 @@
 #define __shared__ static
 #define __grid_constant__
 
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -92,6 +95,10 @@ inline uint4 load_16_bytes(const void *from) {
 inline void store_16_bytes(void *to, uint4 bits) {
     emu_check_store(static_cast<unsigned char *>(to), 16, 16);
     memcpy(to, &bits, 16);
+}
+inline void store_8_bytes(void *to, uint2 bits) {
+    emu_check_store(static_cast<unsigned char *>(to), 8, 8);
+    memcpy(to, &bits, 8);
 }
 inline void store_16_bytes_shared(void *to, uint4 bits) { store_16_bytes(to, bits); }
 

@@ -33,19 +33,29 @@ struct Part {
     }
 };
 
-// parts[part, c] = the sum of grad[n, c, p] over the part's pixels of all images; block (c, part).
-template <class T>
+// parts[part, c] = the sum of grad[n, c, p] over the part's pixels of all images; block (c, part). In units of N elements,
+// 16 bytes where planes are made of them, of which a thread has several under way: area and per_part count units.
+template <class T, int N>
 __global__ void __launch_bounds__(THREADS, 1)
 conv_sum_channel(const T *__restrict__ grad, Sum<T> *__restrict__ parts, long long images, long long channels, long long area,
             long long per_part) {
+    constexpr int TOGETHER = 4;
     __shared__ Sum<T> scratch[WARPS];
     const long long c = blockIdx.x;
-    Sum<T> total = 0;
-    for (Part part(images * area, per_part); part.at < part.end; part.at += THREADS) {
-        const long long n = divide(part.at, area);
-        total += widen(grad[(n * channels + c) * area + part.at - n * area]);
+    Sum<T> totals[TOGETHER] = {};
+    for (Part part(images * area, per_part); part.at < part.end; part.at += TOGETHER * THREADS) {
+        Pack<T, N> packs[TOGETHER] = {};
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            const long long at = part.at + i * THREADS, n = divide(at, area);
+            if (at < part.end) packs[i] = load<N>(grad + ((n * channels + c) * area + at - n * area) * N);
+        }
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i)
+#pragma unroll
+            for (int k = 0; k < N; ++k) totals[i] += widen(packs[i].lane[k]);
     }
-    total = block_sum(total, scratch);
+    const Sum<T> total = block_sum((totals[0] + totals[1]) + (totals[2] + totals[3]), scratch);
     if (threadIdx.x == 0) parts[blockIdx.y * channels + c] = total;
 }
 

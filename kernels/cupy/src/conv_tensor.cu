@@ -84,4 +84,28 @@ conv_tensor(const E *__restrict__ x, const E *__restrict__ packed, E *y, const E
     store_tensor_tile<Room>(sums, result);
 }
 
+// One tap, where x's pixels are y's, in NCHW: outputs x pixels of each image, and x needs no other order. Block (tile of
+// pixels, tile of outputs, image and group). pixels: of an image, whole vectors.
+template <class Math, class Tile, class E = typename Math::Element>
+__global__ void __launch_bounds__(Tile::THREADS, Tile::RESIDENT)
+conv_pointwise(const E *__restrict__ x, const E *__restrict__ packed, E *y, const Epilogue<E> finish, long long pixels,
+               long long groups, long long outputs, long long channels, long long padded_outputs) {
+    using Room = TensorRoom<Math, Tile, false, false>;
+    __shared__ long long places[Tile::COLUMNS], first_channel;   // not in registers while there are products
+    const unsigned many = static_cast<unsigned>(groups), image = blockIdx.z / many, group = blockIdx.z - image * many;
+    const long long first_pixel = static_cast<long long>(blockIdx.x) * Tile::COLUMNS;
+    const long long first_output = static_cast<long long>(blockIdx.y) * Tile::ROWS;
+    for (int p = threadIdx.x; p < Tile::COLUMNS; p += Tile::THREADS)
+        places[p] = first_pixel + p < pixels ? image * groups * outputs * pixels + first_pixel + p : -1;
+    if (threadIdx.x == 0) first_channel = group * outputs + first_output;
+    float sums[Tile::HIGH][4][4];
+    const TensorLoader<E, Tile, Tile::ROWS, false> weights{packed + group * channels * padded_outputs, padded_outputs,
+                                                           padded_outputs, first_output};
+    const TensorLoader<E, Tile, Tile::COLUMNS, false> values{x + blockIdx.z * channels * pixels, pixels, pixels,
+                                                             first_pixel};
+    multiply_tensor_tile<Room>(sums, weights, values, 0, channels);
+    const ImageResult<E, false> result{y, finish, places, first_output, outputs, first_channel, pixels};
+    store_tensor_tile<Room>(sums, result);
+}
+
 }   // namespace tilewise

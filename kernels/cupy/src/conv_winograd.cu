@@ -12,37 +12,9 @@
 //     NHWC   V: tiles x channels, M: tiles x outputs         lanes run along channels, or outputs
 //
 // A NaN or an infinity spreads over its tile: the thread that ends up with one computes its tile by the definition.
-#include "conv.cuh"
+#include "conv_winograd.cuh"
 
 namespace tilewise {
-
-constexpr int WINOGRAD_THREADS = 128, POINTS = 36, TILE = 4;
-
-// Those of a launch: `count` from `first` on, counted through all images, down x across an image. padded, channels, outputs:
-// tiles, and channels and outputs of a group, as the matrices have them.
-struct Tiles {
-    long long first, count, padded, down, across, channels, outputs;
-    int channels_last;
-};
-
-// A tile of the images and a channel of their matrices; neighbours differ in what lies side by side.
-struct TileOfChannel {
-    long long tile, group, channel;   // of the group
-
-    __device__ __forceinline__ TileOfChannel(long long number, const Tiles &tiles, long long groups, long long channels) {
-        const long long all = groups * channels;
-        long long c = tiles.channels_last ? take_axis(number, all) : 0;
-        tile = tiles.channels_last ? number : take_axis(number, tiles.padded);
-        if (!tiles.channels_last) c = number;
-        group = divide(c, channels);
-        channel = c - group * channels;
-    }
-    // Its place in the first of the group's matrices; the next ones are padded * channels further.
-    __device__ __forceinline__ long long place(const Tiles &tiles, long long channels) const {
-        const long long inside = tiles.channels_last ? tile * channels + channel : channel * tiles.padded + tile;
-        return group * POINTS * tiles.padded * channels + inside;
-    }
-};
 
 // B^T times six numbers, in place.
 template <class S> __device__ __forceinline__ void forth(S *v, int step) {
@@ -75,12 +47,6 @@ template <class S> __device__ __forceinline__ void back(S *v, int step) {
     v[step] = d + 2 * e;
     v[2 * step] = s + 4 * t;
     v[3 * step] = d + 8 * e + m5;
-}
-
-// Of one tap, from a filter's place on.
-__device__ __forceinline__ long long place_of_tap(const Axis &rows, const Axis &columns, const Filters &filters, int t,
-                                                  int u) {
-    return (rows.first_tap + t * rows.tap_step) * filters.width + columns.first_tap + u * columns.tap_step;
 }
 
 // U of one channel and output to a thread, and zeros in the padding. channels, outputs: of a group in U.
@@ -185,6 +151,31 @@ conv_winograd_output(const T *__restrict__ products, const T *__restrict__ x, co
     const long long o = mine.group * filters.outputs + mine.channel;
     const T *const first = x + tile.image * from.image + mine.group * filters.channels * from.channel;
     const T *const own = weight + mine.group * filters.group_step + mine.channel * filters.output_step;
+    if (finite && !finish.extra && (finish.code == NONE || finish.code == RELU)) {
+        const T bias = finish.bias ? finish.bias[o] : T(0);
+        const long long left = columns.count - tile.column * TILE;
+        T *const corner = y + tile.image * to.image + o * to.channel +
+                          (tile.row * to.row + tile.column * to.column) * TILE;
+#pragma unroll
+        for (int i = 0; i < TILE; ++i) {
+            if (tile.row * TILE + i >= rows.count) break;
+            Pack<T, TILE> line;
+#pragma unroll
+            for (int j = 0; j < TILE; ++j) {
+                const T total = finish.bias ? v[6 * i + j] + bias : v[6 * i + j];
+                line.lane[j] = finish.code == RELU && total <= 0 ? T(0) : total;
+            }
+            T *const target = corner + i * to.row;
+            if (to.column == 1 && left >= TILE && (target - y) % TILE == 0) {
+                store(target, line);
+            } else {
+#pragma unroll
+                for (int j = 0; j < TILE; ++j)
+                    if (j < left) target[j * to.column] = line.lane[j];
+            }
+        }
+        return;
+    }
 #pragma unroll 1
     for (int k = 0; k < TILE * TILE; ++k) {   // as a loop, or the epilogue would be there sixteen times
         const long long row = tile.row * TILE + k / TILE, column = tile.column * TILE + k % TILE;

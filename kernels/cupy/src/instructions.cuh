@@ -44,6 +44,9 @@ __device__ __forceinline__ void store_16_bytes(void *to, uint4 bits) {
                  : "l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
 }
+__device__ __forceinline__ void store_8_bytes(void *to, uint2 bits) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" : : "l"(to), "r"(bits.x), "r"(bits.y) : "memory");
+}
 __device__ __forceinline__ void store_16_bytes_shared(void *to, uint4 bits) { *static_cast<uint4 *>(to) = bits; }
 
 // The address in shared memory, as its instructions take it.
