@@ -3,7 +3,6 @@ outside of an array, and one that is not aligned."""
 
 import re
 import shutil
-from unittest import mock
 from unittest.mock import patch
 
 import numpy as np
@@ -42,7 +41,7 @@ def product_by_three(x):
 
 def product_laid_out(x):
     """By three products, of a right operand that is laid out before."""
-    with mock.patch.dict(gemm_plan.LAID_ROWS, split=64):
+    with patch.dict(gemm_plan.LAID_ROWS, split=64):
         return kernels.matmul(x, np.ascontiguousarray(x.T))
 
 
