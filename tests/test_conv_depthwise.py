@@ -81,6 +81,9 @@ CASES = {
         depthwise(259, 9, 7, n=2),
         depthwise(264, 13, 10, stride=2, n=2),
         depthwise(264, 6, 5, padding=((0, 2), (3, 0))),
+        depthwise(512, 9, 8, stride=2, padding=((2, 1), (0, 3)), n=2),
+        depthwise(576, 6, 5, (2, 3), padding=(4, 3), dilation=2),  # windows that see padding only
+        depthwise(512, 8, 9, (2, 2), 3, 0),  # pixels of x that no window sees
         depthwise(2, 4, 5, n=70),
         depthwise(2, 29, 300, (9, 9), padding=4),
     ],

@@ -1,12 +1,14 @@
 """Memory of large results: handed out again once nobody holds it, never while somebody does."""
 
 import gc
+import mmap
+import resource
 import threading
 
 import numpy as np
 import pytest
 
-import tilewise
+import tilewise.kernels.cpu.batchnorm  # not under a fixture that changes FROM: it takes a constant from it
 from tilewise.kernels.cpu import recycling, scratch
 
 SINGLE = np.dtype(np.float32)
@@ -16,9 +18,19 @@ pytestmark = pytest.mark.skipif(not recycling.AVAILABLE, reason="the system has 
 @pytest.fixture(autouse=True)
 def nothing_idle(monkeypatch):
     monkeypatch.setattr(recycling, "FROM", 1 << 16)
-    recycling._idle.clear()
+    forget()
     yield
-    recycling._idle.clear()
+    forget()
+
+
+def forget():
+    recycling._kept.clear()
+    recycling._lent.clear()
+
+
+def places(blocks) -> list[int]:
+    """Addresses, the longest idle first."""
+    return [block.address for block in blocks]
 
 
 def address(array: np.ndarray) -> int:
@@ -53,32 +65,50 @@ def test_a_block_is_not_wasted_on_much_smaller_results():
     assert address(scratch.empty((3 << 20,), SINGLE)) != place
 
 
-def test_little_is_kept(monkeypatch):
-    monkeypatch.setattr(recycling, "MOST_IDLE", 3 * recycling.HUGE_PAGE)
-    arrays = [scratch.empty((recycling.HUGE_PAGE,), np.dtype(np.uint8)) for _ in range(5)]
-    places = [address(a) for a in arrays]
+def used_and_freed(sizes) -> list[int]:
+    """Addresses of results of so many huge pages, which lived together and died in this order."""
+    arrays = [scratch.empty((size * recycling.HUGE_PAGE,), np.dtype(np.uint8)) for size in sizes]
+    where = [address(a) for a in arrays]
     while arrays:
         del arrays[0]
-    assert [block.address for block in recycling._idle] == places[2:]
-    del arrays
-    whole = scratch.empty((4 * recycling.HUGE_PAGE,), np.dtype(np.uint8))
-    del whole
-    assert [block.address for block in recycling._idle] == places[2:]
+    return where
+
+
+def test_little_is_kept(monkeypatch):
+    monkeypatch.setattr(recycling, "MOST_IDLE", 3 * recycling.HUGE_PAGE)
+    where = used_and_freed([1] * 5)
+    assert places(recycling._kept) == where[2:]
+    used_and_freed([4])
+    assert places(recycling._kept) == where[2:]
 
 
 def test_all_but_the_last_used_are_lent_to_the_system(monkeypatch):
     monkeypatch.setattr(recycling, "KEPT", 2 * recycling.HUGE_PAGE)
-    arrays = [scratch.empty((recycling.HUGE_PAGE,), np.dtype(np.uint8)) for _ in range(4)]
-    places = [address(a) for a in arrays]
-    while arrays:
-        del arrays[0]
-    assert {block.address: block.lent for block in recycling._idle} == dict(
-        zip(places, [True, True, False, False], strict=True)
-    )
+    where = used_and_freed([1] * 4)
+    assert places(recycling._lent) == where[:2]
+    assert places(recycling._kept) == where[2:]
     again = scratch.empty((recycling.HUGE_PAGE,), np.dtype(np.uint8))
-    assert address(again) == places[3]  # used last, so what is not lent is taken first
+    assert address(again) == where[3]  # used last, so what is not lent is taken first
     del again
-    assert [block.lent for block in recycling._idle].count(False) == 2
+    assert places(recycling._kept) == where[2:]
+
+
+def test_the_longest_idle_is_given_back(monkeypatch):
+    """Lent or not: a program whose results once filled all that may be idle does not clear pages ever after."""
+    monkeypatch.setattr(recycling, "KEPT", recycling.HUGE_PAGE)
+    monkeypatch.setattr(recycling, "MOST_IDLE", 8 * recycling.HUGE_PAGE)
+    early = used_and_freed([2, 3, 3])
+    late = used_and_freed([4])
+    assert places(recycling._lent) == [early[2], *late]
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        result, used = scratch.large((4 * recycling.HUGE_PAGE,), np.dtype(np.uint8))
+        assert used
+        assert address(result) == late[0]
+        result[:: mmap.PAGESIZE] = 1
+        del result
+    # the first touches its pages for the first time, one by one where the system has no huge ones
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 3 * 4 * recycling.HUGE_PAGE // mmap.PAGESIZE
 
 
 def test_results_of_many_threads_do_not_share_memory():

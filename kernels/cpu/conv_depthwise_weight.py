@@ -4,11 +4,12 @@
 
 The sums of nine taps stay in registers while a vector of grad is multiplied with the nine vectors of x that its taps
 see. Where x comes from is as in the forward pass (conv_depthwise.py): a strip of padded rows in NCHW, regions without
-borders in NHWC, and x itself for most 3x3 kernels in NCHW (conv_depthwise_same.py, conv_depthwise_rows.py).
+borders in NHWC, and x itself for most 3x3 kernels in NCHW (conv_depthwise_same.py, conv_depthwise_rows.py). In NHWC
+with many channels some of them are copied, with a border of zeros, so that all outputs are of one region.
 
-A chunk owns some channels (NCHW) or some rows of all images (NHWC), the latter with sums of its own, which are added in
-order. The chunks follow from the shapes, and within one the lanes are explicit: the bits do not depend on the number of
-threads.
+A chunk owns some channels (NCHW) or some rows of all images (NHWC), there with AVX-512 of those channels that are
+copied together, with sums of its own, which are added in order. The chunks follow from the shapes, and within one the
+lanes are explicit: the bits do not depend on the number of threads.
 """
 
 from math import prod
@@ -186,13 +187,31 @@ def weight_gradient_nchw(
 
 
 @device()
-def _gather_channels(x, start, pixel, count, pixels, block, packed):
-    """packed[p * block + c] = x[start + p * pixel + c] for c < count."""
+def _gather_channels(x, start, pixel, count, pixels, block, target):
+    """target[p * block + c] = x[start + p * pixel + c] for c < count."""
     if count % lanes(x) == 0:
-        copy_lines(1, address(packed, 0), block, 0, address(x, start), pixel, count, pixels)
+        copy_lines(1, target, block, 0, address(x, start), pixel, count, pixels)
         return
     for p in range(pixels):
-        gather_row(address(packed, p * block), address(x, start + p * pixel), count, 1)
+        gather_row(step(target, p * block), address(x, start + p * pixel), count, 1)
+
+
+@device()
+def _gather_padded(x, start, channels, count, size, top, rows, seen, block, target):
+    """The same for `rows` rows of an image from `top` on, zeros for those outside; columns outside stay as they are.
+
+    size: the image's. seen: the first column that a tap sees, and how many there are.
+    """
+    h, w = size
+    left, columns = seen
+    first, end = max(left, 0), min(left + columns, w)
+    for i in range(rows):
+        row, y = step(target, i * columns * block), top + i
+        if y < 0 or y >= h:
+            clear(row, columns * block)
+        elif first < end:
+            where = start + (y * w + first) * channels
+            _gather_channels(x, where, channels, count, end - first, block, step(row, (first - left) * block))
 
 
 @device(fastmath=EXACT_ORDER)
@@ -222,49 +241,58 @@ def _sum_region(
 
 @kernel(fastmath=EXACT_ORDER)
 def weight_gradient_nhwc(
-    x, grad, result, bias, n, channels, h, w, oh, ow, bands, reach, block, stride_h, stride_w, regions, table, all_taps
-):
+    x, grad, result, bias, n, channels, h, w, oh, ow, bands, reach, seen, own, block, stride_h, stride_w, regions,
+    table, all_taps,
+):  # fmt: skip
     """result: (channels, taps), bias: (channels), flat; regions, table: see Regions. all_taps: 0 for the bias alone.
 
-    reach: the first and the last row of taps, seen from an output's. block: channels that are copied together before
-    they are summed; all of them where nothing is copied.
+    own: a chunk's channels, of which `block` are copied together before they are summed; all of them where nothing is
+    copied. reach, seen: the first row of taps, seen from an output's, and rows of taps; the first column that a tap
+    sees, and columns: what is copied has zeros for those that x lacks.
     """
     width = lanes(x)
     size = (channels + width - 1) // width * width * (all_taps + 1)
-    units = n * bands
-    parts = min(units, PARTS)
+    units, shares = n * bands, (channels + own - 1) // own
+    parts = max(1, min(units, PARTS // shares))
     sums = scratch(parts * size, x)
     rows = (oh + bands - 1) // bands
     copied = block if block < channels else 0
-    for part in prange(parts):
-        clear(address(sums, part * size), size)
-        packed_x = scratch(((rows - 1) * stride_h + reach[1] - reach[0] + 1) * w * copied, x)
+    pitch = seen[1] if copied > 0 else w
+    for chunk in prange(shares * parts):
+        part = chunk % parts
+        c_first = chunk // parts * own
+        c_end = min(c_first + own, channels)
+        totals = address(sums, part * size)
+        clear(step(totals, c_first * (all_taps + 1)), (c_end - c_first + width - 1) // width * width * (all_taps + 1))
+        packed_x = scratch(((rows - 1) * stride_h + reach[1]) * pitch * copied, x)
+        packed_x[:] = 0
         packed_grad = scratch(rows * ow * copied, x)
         for unit in range(units * part // parts, units * (part + 1) // parts):
             image = unit // bands
             band = unit - image * bands
             i0, i1 = oh * band // bands, oh * (band + 1) // bands
-            top = max(0, i0 * stride_h + reach[0])
-            bottom = min(h, (i1 - 1) * stride_h + reach[1] + 1)
-            for c0 in range(0, channels, block):
-                some = min(block, channels - c0)
+            for c0 in range(c_first, c_end, block):
+                some = min(block, c_end - c0)
                 inputs, grads = address(x, image * h * w * channels), address(grad, image * oh * ow * channels)
                 if copied > 0:
-                    if all_taps > 0 and top < bottom:
-                        start = (image * h + top) * w * channels + c0
-                        _gather_channels(x, start, channels, some, (bottom - top) * w, block, packed_x)
+                    if all_taps > 0:
+                        _gather_padded(
+                            x, image * h * w * channels + c0, channels, some, (h, w), i0 * stride_h + reach[0],
+                            (i1 - i0 - 1) * stride_h + reach[1], seen, block, address(packed_x, 0),
+                        )  # fmt: skip
                     start = (image * oh + i0) * ow * channels + c0
-                    _gather_channels(grad, start, channels, some, (i1 - i0) * ow, block, packed_grad)
-                    inputs, grads = address(packed_x, -top * w * block), address(packed_grad, -i0 * ow * block)
+                    _gather_channels(grad, start, channels, some, (i1 - i0) * ow, block, address(packed_grad, 0))
+                    inputs = address(packed_x, -i0 * stride_h * pitch * block)
+                    grads = address(packed_grad, -i0 * ow * block)
                 for r in range(0, regions.size, 9):
                     a, b = max(i0, regions[r + 1]), min(i1, regions[r + 2])
                     j0, j1 = regions[r + 4], regions[r + 5]
                     if a < b:
-                        pixel, first = (a * ow + j0) * block, (a * stride_h * w + j0 * stride_w) * block
+                        pixel, first = (a * ow + j0) * block, (a * stride_h * pitch + j0 * stride_w) * block
                         _sum_region(
-                            address(sums, part * size + c0 * (all_taps + 1)), step(inputs, first), step(grads, pixel),
-                            block, some, all_taps, w, ow, stride_h, stride_w, regions[r + 8],
-                            address(table, 2 * regions[r + 6]), min(regions[r + 7], all_taps), b - a, j1 - j0, width,
+                            step(totals, c0 * (all_taps + 1)), step(inputs, first), step(grads, pixel), block, some,
+                            all_taps, pitch, ow, stride_h, stride_w, regions[r + 8], address(table, 2 * regions[r + 6]),
+                            min(regions[r + 7], all_taps), b - a, j1 - j0, width,
                         )  # fmt: skip
         keep(packed_x)
         keep(packed_grad)
@@ -291,6 +319,12 @@ def _channels_copied(channels, dtype):
     return line if lane_count(dtype.itemsize) < line and channels * dtype.itemsize >= FAR else channels
 
 
+def _seen(outputs, stride, offsets):
+    """(the first place along an axis that the taps of so many outputs see, how many places they span)."""
+    first = int(offsets.min())
+    return first, (outputs - 1) * stride + int(offsets.max()) - first + 1
+
+
 class WeightGradient:
     """The gradients with respect to weights and bias, with all but the arrays worked out; call it with grad and x.
 
@@ -305,11 +339,20 @@ class WeightGradient:
             _, h, w, channels = x
             oh, ow = grad[1:3]
             block = _channels_copied(channels, dtype)
-            plan = Regions((h, w), block, (oh, ow), weight[3], axes, stride)
-            bands = row_bands(n, oh, w * stride[0] * channels * dtype.itemsize, BAND_BYTES)
+            reach, seen = _seen(1, 1, taps[0]), _seen(ow, stride[1], taps[1])
+            if block < channels:  # what is copied has a border, so all outputs are of one region
+                h_seen = _seen(oh, stride[0], taps[0])[1]
+                axes = [[(numbers, offsets - offsets.min()) for numbers, offsets in axis] for axis in axes]
+                plan = Regions((h_seen, seen[1]), block, (oh, ow), weight[3], axes, stride)
+            else:
+                plan = Regions((h, w), block, (oh, ow), weight[3], axes, stride)
+            # A block of one line leaves to the next block the neighbours that the processor fetches with each line.
+            own = block if VECTOR_BYTES == ALIGNMENT else channels
+            bands = row_bands(n, oh, w * stride[0] * own * dtype.itemsize, BAND_BYTES)
             self.kernel, self.last = weight_gradient_nhwc.sized(work), ()
-            reach = int(taps[0].min()), int(taps[0].max())
-            self.constants = (n, channels, h, w, oh, ow, bands, reach, block, *stride, plan.regions, plan.table)
+            self.constants = (
+                n, channels, h, w, oh, ow, bands, reach, seen, own, block, *stride, plan.regions, plan.table,
+            )  # fmt: skip
         else:
             _, groups, h, w = x
             oh, ow = grad[2:4]

@@ -5,15 +5,19 @@ there: the system clears them first, and the clearing costs more than most kerne
 batch norm into 103 and 205 MB: 17 and 40 on fresh pages, 10.5 and 25 on used ones, 7 and 15 where used ones are written
 past the caches. (On fresh pages that takes 28 and 55: what was just cleared is in the caches, and must leave them.)
 
-    result -> all arrays on it are gone -> idle -> the next result of about that size
-                                            | more than KEPT are idle
+    result -> all arrays on it are gone -> kept -> the next result of about that size
+                                            | more than KEPT bytes are
                                             v
-                                           lent to the system (MADV_FREE), idle still
+                                           lent to the system (MADV_FREE), but taken again where no kept one fits
+                                            | more than MOST_IDLE bytes are kept or lent
+                                            v
+                                           given back, the longest idle first
 
 The pages of what is lent belong to whoever needs them: under memory pressure the system takes them without writing them
 anywhere, and the block's next use then costs what a fresh one would. Lending interrupts the other threads' cores, whose
 tables of pages change: 0.2 to 0.35 ms a call on two threads, a quarter of a depthwise convolution. So the blocks used
-last are not lent, about as much as malloc keeps as well.
+last are not lent, about as much as malloc keeps as well. What is given back must be the longest idle: a program that
+once had a gigabyte of results would otherwise start each later one of more than KEPT on fresh pages.
 """
 
 import mmap
@@ -45,19 +49,21 @@ MOST_IDLE = _most_idle()
 
 
 class _Block:
-    """Pages of our own; compared by identity, so that one can be taken out of the queue."""
+    """Pages of our own; compared by identity, so that one can be taken out of a queue."""
 
-    __slots__ = ("address", "lent", "memory", "size")
+    __slots__ = ("address", "memory", "size")
 
     def __init__(self, size: int):
         self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.memory.madvise(mmap.MADV_HUGEPAGE)
-        self.size, self.lent = size, False
+        self.size = size
         self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
 
 
-# The longest idle first. Its operations are atomic: results die in any thread, at any allocation of Python's.
-_idle: deque[_Block] = deque()
+# The longest idle first; whatever was lent has been idle for longer than what is kept. Their operations are atomic:
+# results die in any thread, at any allocation of Python's.
+_lent: deque[_Block] = deque()
+_kept: deque[_Block] = deque()
 
 
 class _Lease:
@@ -78,40 +84,38 @@ class _Lease:
 def _give_back(block: _Block):
     if block.size > MOST_IDLE:
         return
-    block.lent = False
-    _idle.append(block)
-    _lend()
-    while sum(b.size for b in tuple(_idle)) > MOST_IDLE:
-        try:
-            _idle.popleft()
-        except IndexError:  # another thread was here
-            return
+    _kept.append(block)
+    while _size(_kept) > KEPT:
+        oldest = _oldest(_kept)
+        if oldest:
+            oldest.memory.madvise(mmap.MADV_FREE)
+            _lent.append(oldest)
+    while _size(_kept) + _size(_lent) > MOST_IDLE:
+        _ = _oldest(_lent) or _oldest(_kept)
 
 
-def _lend():
-    """All idle blocks but the last KEPT bytes."""
-    while True:
-        own = [b for b in tuple(_idle) if not b.lent]
-        if sum(b.size for b in own) <= KEPT:
-            return
-        try:
-            _idle.remove(own[0])
-        except ValueError:  # another thread took it
-            continue
-        own[0].memory.madvise(mmap.MADV_FREE)
-        own[0].lent = True
-        _idle.appendleft(own[0])
+def _size(blocks: deque[_Block]) -> int:
+    return sum(block.size for block in tuple(blocks))
+
+
+def _oldest(blocks: deque[_Block]) -> _Block | None:
+    """Taken out; None where another thread took the last."""
+    try:
+        return blocks.popleft()
+    except IndexError:
+        return None
 
 
 def _take(size: int) -> _Block | None:
     """The idle block that was used last and fits."""
-    for block in reversed(tuple(_idle)):
-        if size <= block.size <= size + max(size // SLACK, HUGE_PAGE):
-            try:
-                _idle.remove(block)
-            except ValueError:  # another thread took it
-                continue
-            return block
+    for blocks in (_kept, _lent):
+        for block in reversed(tuple(blocks)):
+            if size <= block.size <= size + max(size // SLACK, HUGE_PAGE):
+                try:
+                    blocks.remove(block)
+                except ValueError:  # another thread took it
+                    continue
+                return block
     return None
 
 
