@@ -4,7 +4,8 @@
 
 Each result is of one device, whose part of kernels/gpu_choices.json it replaces; the others stay. Of a kind of call
 (kernels/gpu_choice.py) the geometric means of the seconds count, over the cases that every backend with the op ran: of
-the kernels alone, since the host takes as long for either backend.
+the kernels alone, since the host takes as long for either backend. Where they were not timed alone, calls that may be
+the host's time say nothing, and a kind of which three in four are of that sort has no row.
 """
 
 import argparse
@@ -16,13 +17,20 @@ from statistics import geometric_mean
 from tilewise.kernels import gpu_choice
 from tilewise.kernels.gpu_choice import Call, Measurements, Row
 
+HOST_BOUND = 600e-6  # seconds: a call that planned its kernels anew could take as long on the host
+
 _VERSIONS = ("numba", "numba-cuda", "cupy", "CUDA of torch")
 
 
 def times(record: dict) -> dict[str, dict[str, float]]:
-    """kind of call -> backend -> seconds, of one case: "cuda", "cupy NHWC", "cuda TF32" are names of measurements."""
+    """kind of call -> backend -> seconds, of one case: "cuda", "cupy NHWC", "cuda TF32" are names of measurements.
+
+    No seconds where they may be the host's.
+    """
     found: dict[str, dict[str, float]] = {}
-    for name, seconds in (record.get("kernels") or record.get("seconds", {})).items():
+    calls, kernels = record.get("seconds", {}), record.get("kernels", {})
+    alone = set(kernels) >= set(calls)
+    for name, seconds in (kernels if alone else calls).items():
         backend, *variant = name.split()
         if backend not in gpu_choice.DEFAULT:
             continue
@@ -30,7 +38,8 @@ def times(record: dict) -> dict[str, dict[str, float]]:
         work = record["dispatched"]["flops"], record["dispatched"]["bytes"]
         call = Call(record["op"], record["family"], record["dtype"], layout, *work, "TF32" in variant)
         found.setdefault(call.kind, {})[backend] = seconds
-    return found
+    # the host takes about as long for either backend: where one takes longer than that, they differ in their kernels
+    return {kind: s if alone or max(s.values()) >= HOST_BOUND else {} for kind, s in found.items()}
 
 
 def measurements(result: dict) -> Measurements:
@@ -45,8 +54,8 @@ def measurements(result: dict) -> Measurements:
     rows = {}
     for kind, seconds in cases.items():
         backends = [b for b in gpu_choice.DEFAULT if any(b in s for s in seconds)]
-        whole = [s for s in seconds if all(b in s for b in backends)]
-        if len(backends) > 1 and whole:  # what one backend alone has needs no choice
+        whole = [s for s in seconds if s and all(b in s for b in backends)]
+        if len(backends) > 1 and 4 * len(whole) >= len(seconds):  # what one backend alone has needs no choice
             rows[kind] = Row({b: geometric_mean(s[b] for s in whole) for b in backends}, len(whole))
     versions = {name: result[name] for name in _VERSIONS if name in result}
     return Measurements(result["date"], result["command"], versions, rows)

@@ -45,10 +45,12 @@ def _shown(found: list[float] | None) -> str:
 
 
 def title(result: dict) -> str:
-    versions = ", ".join(f"{name} {result[name]}" for name in ("numba-cuda", "cupy", "torch") if name in result)
+    told = ("numba-cuda", "cupy", "torch", "commit")
+    versions = ", ".join(f"{name} {result[name]}" for name in told if name in result)
+    kernels = f" Kernels: {result['kernels']}." if "kernels" in result else ""
     return (
         f"{result['device']}, {versions}, {result['date']}; printed by `{result['command']}`. PyTorch's time / ours, "
-        f"geometric mean (worst case) of {len(result['peers'])} cases."
+        f"geometric mean (worst case) of {len(result['peers'])} cases.{kernels}"
     )
 
 

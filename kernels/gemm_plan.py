@@ -119,7 +119,9 @@ def split(depth: int, blocks: int) -> tuple[int, int]:
 
 class Few(NamedTuple):
     """A matrix `big` whose k are contiguous, with few vectors, and where the result and the bias have what belongs to a
-    row of big and to a vector. number: of them. vectors: of 16 bytes, that each row is taken in."""
+    row of big and to a vector. number: of them. vectors: of 16 bytes, that each row is taken in.
+
+    across: the rows are contiguous, not the k; vectors of 16 bytes are those of the rows, at one k."""
 
     big: DeviceArray
     few: DeviceArray
@@ -133,24 +135,42 @@ class Few(NamedTuple):
     bias_row: int
     bias_few: int
     vectors: int
+    across: bool = False
 
 
-def few_vectors(left: Matrices, right: Matrices) -> Few | None:
-    """The product as one of a matrix with few vectors; None where it is none."""
+def few_vectors(left: Matrices, right: Matrices, most: int = FEW) -> Few | None:
+    """The product as one of a matrix with few vectors; None where it is none. With more than FEW, all is in vectors."""
     m, n, depth = left.rows, right.columns, left.columns
-    by_rows = n <= FEW and left.column_stride == 1
-    rows, count = (m, n) if by_rows else (n, m)
-    if not by_rows and not (m <= FEW and right.row_stride == 1):
+    by_rows = n <= most and left.column_stride == 1
+    rows = m if by_rows else n
+    if not by_rows and not (m <= most and right.row_stride == 1):
         return None
     if left.array.dtype.kind in "iu" or (rows < MANY_ROWS and depth > SHORT_ROWS):
         return None
+    few = _few(left, right, by_rows)
+    width = 16 // few.big.dtype.itemsize
+    vectors = depth // width if few.few_k == 1 and depth % width == 0 else 0
+    return few._replace(vectors=vectors) if few.number <= FEW or vectors else None
+
+
+def few_vectors_across(left: Matrices, right: Matrices) -> Few | None:
+    """The same of a matrix of which not the k are contiguous, but what they are not: vectors @ matrix."""
+    m, n, depth = left.rows, right.columns, left.columns
+    by_rows = n <= FEW and left.row_stride == 1
+    if not by_rows and not (m <= FEW and right.column_stride == 1):
+        return None
+    few = _few(left, right, by_rows)
+    width = 16 // few.big.dtype.itemsize
+    if few.big.dtype.kind in "iu" or few.rows < MANY_ROWS or few.rows % width or not depth:
+        return None
+    return few._replace(vectors=few.rows // width, across=True)
+
+
+def _few(left: Matrices, right: Matrices, by_rows: bool) -> Few:
+    m, n, depth = left.rows, right.columns, left.columns
     if by_rows:
-        big, few, strides, to, of_bias = left, right, (right.column_stride, right.row_stride), (n, 1), (0, 1)
-    else:
-        big, few, strides, to, of_bias = right, left, (left.row_stride, left.column_stride), (1, n), (1, 0)
-    width = 16 // big.array.dtype.itemsize
-    vectors = depth // width if strides[1] == 1 and depth % width == 0 else 0
-    return Few(big.array, few.array, rows, count, depth, *strides, *to, *of_bias, vectors)
+        return Few(left.array, right.array, m, n, depth, right.column_stride, right.row_stride, n, 1, 0, 1, 0)
+    return Few(right.array, left.array, n, m, depth, left.row_stride, left.column_stride, 1, n, 1, 0, 0)
 
 
 def sum_rows(sum_part: Callable, add_parts: Callable, sum_dtype: Callable, x: DeviceArray) -> DeviceArray:

@@ -181,7 +181,29 @@ def test_few_vectors(gpu, rng, dtype, order):
         a, b = random(rng, dtype, big, depth), random(rng, dtype, depth, few)
         assert_close(product(gpu, a, b, order), np.matmul(*wide(a, b)), reduction=depth)
         assert_close(product(gpu, b.T, a.T, order), np.matmul(*wide(b.T, a.T)), reduction=depth)
-    assert launched(gpu, {"cuda": "multiply_few", "cupy": "cupy multiply_few<T>"}, dtype)
+    ours = "multiply_few<T, 4, 2, 2>" if any(order) else "multiply_few<T, 1, 1, 4>"
+    assert launched(gpu, {"cuda": "multiply_few", "cupy": f"cupy {ours}"}, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_eight_vectors_and_rows_that_lie_side_by_side(gpu, rng, dtype):
+    """Beyond the last row, vector and step; in one part and in some."""
+    for big, few, depth in ((37, 8, 72), (41, 5, 8 * 520), (264, 7, 24)):
+        a, b = random(rng, dtype, big, depth), random(rng, dtype, depth, few)
+        assert_close(product(gpu, a, b, (True, True)), np.matmul(*wide(a, b)), reduction=depth)
+        assert_close(product(gpu, b.T, a.T, (True, True)), np.matmul(*wide(b.T, a.T)), reduction=depth)
+    ours = gpu.backend == "cupy" and dtype != np.float16
+    assert launched(gpu, dict.fromkeys(("cuda", "cupy"), "cupy multiply_few<T, 8, 4, 1>"), dtype) == ours
+    for big, few, depth in ((264, 1, 131), (264, 3, 1), (304, 4, 72)):
+        a, b = random(rng, dtype, big, depth), random(rng, dtype, depth, few)
+        assert_close(product(gpu, a, b, (False, True)), np.matmul(*wide(a, b)), reduction=depth)
+        assert_close(product(gpu, b.T, a.T, (False, False)), np.matmul(*wide(b.T, a.T)), reduction=depth)
+    assert launched(gpu, dict.fromkeys(("cuda", "cupy"), "cupy multiply_few_across<T, 4, 4>"), dtype) == ours
+    weight, x, bias = (random(rng, dtype, *s) for s in ((40, 4160), (6, 4160), (40,)))
+    expected = reference("linear", *wide(x, weight, bias), activation="relu")
+    size = float(np.abs(reference("linear", *wide(x, weight, bias))).max())
+    actual = kernels.linear(x, weight, bias, activation="relu")
+    assert_close(actual, expected, reduction=4160, scale=size)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh"])

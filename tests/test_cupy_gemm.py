@@ -13,10 +13,11 @@ from tolerances import assert_close, tolerance
 import tilewise
 from tilewise import kernels
 from tilewise.kernels import conv_plan, device_arrays
-from tilewise.kernels.cupy import driver, gemm_plan, gemm_tensor, gemm_wgmma
+from tilewise.kernels.cupy import driver, gemm_parts, gemm_plan, gemm_tensor, gemm_wgmma
 
 GPU_BACKENDS = ("cupy",)
 B = np.dtype(ml_dtypes.bfloat16)
+LAID = {"tf32": 64, "split": 64}  # rows, from which right operands are laid out
 SPLIT = [(128, 128, 64), (136, 120, 72), (120, 260, 136)]
 
 
@@ -52,6 +53,7 @@ def is_launched(gpu, kernel, order, dtype=np.float32):
 def without_tensor_cores(gpu, monkeypatch, *operands):
     with monkeypatch.context() as plain:
         plain.setattr(gemm_plan, "SPLIT_ON", ())
+        plain.setattr(gemm_parts, "split", lambda _, tile, size, itemsize: (0, 1, size[2]))  # a part is more exact
         return product(gpu, *operands)
 
 
@@ -303,3 +305,28 @@ def test_float16_before_asynchronous_copies(gpu, rng, one_multiprocessor, monkey
     a, b = random(rng, np.float16, 136, 72), random(rng, np.float16, 72, 136)
     assert_close(product(gpu, a, b, (True, False)), np.matmul(*wide(a, b)), reduction=72)
     assert launched(gpu, {"cupy": "cupy matmul_tensor<HalfMath, Little, true, false>"}, np.float16)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_a_right_operand_that_is_laid_out_before(gpu, hopper, rng, one_multiprocessor, monkeypatch, order):
+    """Of both ways of float32, and of a batch; the same as where it is not, but for the order of TF32's sums."""
+    shapes = (("split", "SplitMath, 128", (72, 136, 200)), ("tf32", "Tf32Math, 256", (136, 264, 136)),
+              ("tf32", "Tf32Math, 128", (72, 72, 72)))  # fmt: skip
+    for way, name, (m, n, depth) in shapes:
+        a, b = random(rng, np.float32, m, depth), random(rng, np.float32, depth, n)
+        with tilewise.using(tf32=way == "tf32"):
+            plain = product(gpu, a, b, order)
+            with monkeypatch.context() as more:
+                more.setattr(gemm_plan, "LAID_ROWS", LAID)
+                y = product(gpu, a, b, order)
+        left = str(order[0]).lower()
+        assert launched(gpu, {"cupy": f"cupy matmul_wgmma_laid<{name}, {left}>"}, np.float32)
+        np.testing.assert_array_equal(y, plain)
+
+
+def test_a_batch_of_right_operands_that_are_laid_out_before(gpu, hopper, rng, one_multiprocessor, monkeypatch):
+    monkeypatch.setattr(gemm_plan, "LAID_ROWS", LAID)
+    for left, right in (((2, 3), (2, 3)), ((2, 3), (3,)), ((3,), (2, 1))):
+        a, b = random(rng, np.float32, *left, 72, 64), random(rng, np.float32, *right, 64, 72)
+        assert_close(kernels.matmul(a, b), np.matmul(*wide(a, b)), reduction=64)
+        assert launched(gpu, {"cupy": "cupy matmul_wgmma_laid<SplitMath, 128, true>"}, np.float32)

@@ -17,7 +17,7 @@ if cuda_source.why_not():
 import tilewise
 from tilewise import kernels
 from tilewise.kernels import conv_winograd_plan
-from tilewise.kernels.cupy import conv_thin, module
+from tilewise.kernels.cupy import conv_thin, gemm_plan, module
 
 
 def bias_gradient(x):
@@ -39,8 +39,19 @@ def product_by_three(x):
     return kernels.matmul(x, x.T)
 
 
+def product_laid_out(x):
+    """By three products, of a right operand that is laid out before."""
+    with patch.dict(gemm_plan.LAID_ROWS, split=64):
+        return kernels.matmul(x, np.ascontiguousarray(x.T))
+
+
 def products_by_wgmma(x):
-    return np.stack([product_of_half(x), product_by_three(x)])
+    return np.stack([product_of_half(x), product_by_three(x), product_laid_out(x)])
+
+
+def vector_by_matrix(x):
+    """Several vectors, one after the other in shared memory."""
+    return kernels.matmul(x[:3, :16], x[3:])
 
 
 def convolution_of_half(x):
@@ -102,20 +113,22 @@ CALLS = {
     "conv_packing.cu": (packed_operands, (20, 16, 8, 8), {}),
     "conv_winograd_weight.cu": (weight_gradient_by_winograd, (1, 14, 9, 10), {}),
     "conv_thin.cu": (few_outputs, (1, 50, 4, 20), {}),
+    "gemm_few.cu": (vector_by_matrix, (19, 16 * 17), {}),
+    "gemm_laid.cu": (product_laid_out, (72, 200), {}),
     "gemm_sums.cu": (bias_gradient, (20, 20), {}),
     "product.cuh": (product_by_tiles, (128, 128), {}),
     "tensor.cuh": (product_of_half, (64, 200), {}),
     "gemm_wgmma.cu": (products_by_wgmma, (72, 400), {}),
     "conv_wgmma.cu": (convolution_of_half, (1, 8, 9, 80), {}),
     "conv_wgmma_weight.cu": (weight_gradient_of_half, (1, 14, 14, 80), {}),
-    "wgmma_product.cuh": (product_of_half, (72, 400), {}),
+    "wgmma_product.cuh": (products_by_wgmma, (72, 400), {}),
     "wgmma_single.cuh": (product_by_three, (72, 200), {}),
 }
 OPERANDS = {kernels.batch_norm: lambda x: (x, None, None), kernels.softmax_backward: lambda x: (x, x)}
 # What orders threads, or a thread and its copies: without any one of these a kernel is wrong.
 BARRIER = re.compile(
     r"(?:__syncthreads|(?:wait|commit|begin)_(?:copies|products)(?:<[^>]*>)?|show_to_products)\(\);"
-    r"|(?:arrive|wait_phase)\(stages[^;]*\);|meet<\w+>\(\d\);"
+    r"|(?:arrive(?:_with_copies)?|wait_phase)\(stages[^;]*\);|meet<\w+>\(\d\);"
 )
 BARRIERS = [(name, i) for name, text in module.sources().items() for i in range(len(BARRIER.findall(text)))]
 

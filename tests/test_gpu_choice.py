@@ -224,9 +224,10 @@ def test_where_there_is_cupy_alone(machine_with, monkeypatch):
 # ---- from measurements to a table
 
 
-def record(op, seconds, dtype="float32", family="pool", images=True, moved=100):
+def record(op, seconds, dtype="float32", family="pool", images=True, moved=100, kernels=None):
     return {
         "op": op, "family": family, "dtype": dtype, "images": images, "seconds": seconds,
+        "kernels": seconds if kernels is None else kernels,
         "dispatched": {"flops": 0, "bytes": moved},
     }  # fmt: skip
 
@@ -260,6 +261,22 @@ def test_a_result_becomes_a_table(tmp_path, capsys, machine_with):
     machine_with(made)
     assert decided(tilewise.max_pool2d, SMALL, 2).backend == "cuda"
     assert decided(tilewise.max_pool2d, SMALL, 2, layout="NHWC").backend == "cupy"
+
+
+def test_calls_that_may_be_the_hosts_time_say_nothing():
+    """Where the kernels were not timed alone, for both backends."""
+    some = [
+        record("relu", {"cuda": 2e-4, "cupy": 1e-4}, kernels={"cupy": 1e-6}),
+        record("relu", {"cuda": 9e-4, "cupy": 1e-4}, kernels={}),
+        *[record("tanh", {"cuda": 2e-4, "cupy": 1e-4}, kernels={}) for _ in range(4)],
+        record("tanh", {"cuda": 9e-4, "cupy": 1e-4}, kernels={}),
+        record("sign", {"cuda": 2e-4, "cupy": 1e-4}, kernels={"cuda": 1e-6, "cupy": 2e-6}),
+    ]
+    rows = gpu_choices.measurements(RESULT | {"peers": some}).rows
+    assert {kind: (row.seconds, row.cases) for kind, row in rows.items()} == {
+        "relu float32 NCHW small": (pytest.approx({"cuda": 9e-4, "cupy": 1e-4}), 1),
+        "sign float32 NCHW small": (pytest.approx({"cuda": 1e-6, "cupy": 2e-6}), 1),
+    }
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def _launch(launch: Launch, bias, code):
     left, right, batch, matrices, result = launch
     few = few_vectors(left, right) if matrices == 1 else None
     if few is not None:
-        big, vectors, *numbers = few
+        big, vectors, *numbers = few[:-1]  # never across
         options = bias is not None, code, LEAKY_SLOPE
         multiply_few(
             result.place, ceil_div(few.rows, ROWS), big, vectors, result, bias, *numbers, *options

@@ -71,7 +71,7 @@ def describe(it: Correlation, dtype, engine) -> str:
     shape = _shape(it)
     packed, values = (SimpleNamespace(shape=s, dtype=dtype) for s in (shape, ()))
     left, right = _factors(it, packed, values, whole(tiles_of(it, dtype.itemsize).at_once))
-    name, _, tile, _ = gemm_plan.choose(left, right, min(shape[0], MOST_MATRICES), engine, tf32=False)
+    name, _, tile, *_ = gemm_plan.choose(left, right, min(shape[0], MOST_MATRICES), engine, tf32=False)
     way = "" if name == "tiles" else f"{name}, "
     return f"{shape[0]} products: {way}tiles of {tile.rows} x {tile.columns}"
 

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tilewise.kernels import settings
-from tilewise.kernels.cupy import driver, gemm_tensor
+from tilewise.kernels.cupy import driver, gemm_parts, gemm_tensor
+from tilewise.kernels.cupy.gemm_few import few_of
 from tilewise.kernels.cupy.gemm_tensor import AMPERE, LARGE, LITTLE, MEDIUM
 from tilewise.kernels.cupy.gemm_tile import BIG, BIG_COPIES, BIG_VECTORS, SINGLY, SMALL, TALL, TINY, VECTORS, WHOLE
-from tilewise.kernels.cupy.gemm_wgmma import HOPPER, MATMULS, NARROW, SINGLES, WIDE, WgmmaTile
+from tilewise.kernels.cupy.gemm_wgmma import HOPPER, LAID, MATMULS, NARROW, SINGLES, WIDE, Laid, WgmmaTile
 from tilewise.kernels.cupy.launch import Kernel
 from tilewise.kernels.gemm_matrices import Matrices, operands_of
-from tilewise.kernels.gemm_plan import choose_tile, few_vectors
+from tilewise.kernels.gemm_plan import choose_tile
 
 # Where three products of TF32 on tensor cores are to be faster than one of float32 without them, from NVIDIA's nominal
 # rates: a third of the TF32 rate is at least twice the float32 rate there; on 8.6, 8.9 and 12.0 it is less than the
@@ -30,17 +31,22 @@ from tilewise.kernels.gemm_plan import choose_tile, few_vectors
 SPLIT_ON = ((8, 0), (9, 0), (10, 0))
 SPLIT_DEPTH = 64  # a shorter sum would not be worth it
 _BLOCK = 4  # product.cuh's
+# Of the left operand: as many tiles read the right one as pays for laying it out. Predicted, not measured.
+LAID_ROWS = {"tf32": 1024, "split": 2048}
+LIKELY = 0.8  # an estimate is better that is less than so much of another
 # rows, columns, depth, matrices, and the device's multiprocessors
 Size = tuple[int, int, int, int, int]
 
 
 class Choice(NamedTuple):
-    """tile: its rows and columns are a block's. together: neighbouring columns that a thread stores."""
+    """tile: its rows and columns are a block's. together: neighbouring columns that a thread stores. laid: how the
+    right operand is laid out before, where it is."""
 
     algorithm: str
     kernel: Kernel
     tile: Any
     together: int
+    laid: Laid | None = None
 
 
 class _Product(NamedTuple):
@@ -53,6 +59,7 @@ class _Product(NamedTuple):
     aligned: bool
     capability: tuple[int, int]
     tf32: bool
+    whole: bool = True
 
 
 def _product(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None) -> _Product:
@@ -62,8 +69,9 @@ def _product(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool 
     return _Product(left.array.dtype, size, orders, left.aligned() and right.aligned(), engine.capability, tf32)
 
 
-def choose(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None) -> Choice:
-    product = _product(left, right, matrices, engine, tf32)
+def choose(left: Matrices, right: Matrices, matrices: int, engine, tf32: bool | None = None, whole=True) -> Choice:
+    """whole: whether the right operand may be laid out before."""
+    product = _product(left, right, matrices, engine, tf32)._replace(whole=whole)
     for way in _ways(product.dtype).values():
         taken = way(product)
         if isinstance(taken, Choice):
@@ -119,8 +127,17 @@ def _wgmma(way: str, product: _Product) -> Choice | str:
     tile = choose_tile(*product.size, (NARROW, LITTLE) if way == "split" else (WIDE, NARROW, LITTLE))
     if not isinstance(tile, WgmmaTile):
         return TOO_LITTLE
+    if tile is WIDE and _estimated(way, NARROW, product) < LIKELY * _estimated(way, WIDE, product):
+        tile = NARROW
+    if product.whole and product.size[2] % 4 == 0 and product.size[0] >= LAID_ROWS.get(way, np.inf):
+        laid = LAID[way, tile]
+        return Choice(_on_hopper(way), laid.products[product.orders[0]], tile, _lanes(product.dtype), laid)
     kernel = (SINGLES[way, tile] if product.dtype == np.float32 else MATMULS[tile])[product.orders]
     return Choice(_on_hopper(way), kernel, tile, _lanes(product.dtype))
+
+
+def _estimated(way: str, tile: WgmmaTile, product: _Product) -> float:
+    return gemm_parts.split(_on_hopper(way), tile, product.size[:4], product.dtype.itemsize, product.size[4])[0]
 
 
 def _on_hopper(way: str) -> str:
@@ -144,7 +161,7 @@ def _ways(dtype) -> dict[str, Callable[[_Product], Choice | str]]:
 
 
 def _by_tiles(product: _Product) -> Choice:
-    dtype, size, orders, aligned, capability, _ = product
+    dtype, size, orders, aligned, capability, *_ = product
     if dtype.kind in "iu":
         return Choice("tiles", WHOLE, SMALL, _BLOCK)
     if not aligned:
@@ -172,8 +189,8 @@ def _explained(name: str, shapes: list, dtype, ordinal: int) -> _Explained:
     ways = _ways(dtype)
     if not left.rows * right.columns * matrices:
         return _Explained("nothing", "the result is empty", dict.fromkeys(ways, "the result is empty"))
-    if matrices == 1 and few_vectors(left, right) is not None:
-        note = "a warp for each row of the matrix"
+    if few := few_of(left, right, matrices):
+        note = "a lane for 16 bytes of rows of the matrix" if few.across else "a warp for each row of the matrix"
         return _Explained("few vectors", note, dict.fromkeys(ways, f"few vectors: {note}"))
     engine = driver.engine(ordinal)
     taken, product = choose(left, right, matrices, engine), _product(left, right, matrices, engine)

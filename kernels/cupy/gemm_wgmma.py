@@ -1,6 +1,7 @@
 """Products of matrices on Hopper's tensor cores; src/wgmma_product.cuh, wgmma_single.cuh and gemm_wgmma.cu say how."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tilewise.kernels.cupy.gemm_tile import GEMM
 from tilewise.kernels.cupy.launch import NAMES, Kernel
@@ -16,6 +17,7 @@ class WgmmaTile:
 
     columns: int
     rows: int = 128
+    resident: int = 1  # blocks that fit a multiprocessor
 
     def shared_bytes(self, parts: int = 1) -> int:
         """Of dynamic shared memory: the stages. parts: tiles that the right operand has of each."""
@@ -24,6 +26,36 @@ class WgmmaTile:
 
 WIDE, NARROW = WgmmaTile(256), WgmmaTile(128)
 _ORDERS = [(p, q) for p in (True, False) for q in (True, False)]
+
+
+class Laid(NamedTuple):
+    """A product whose right operand is laid out before: by the first kernel, of its order. parts: of each number."""
+
+    lay_out: dict[bool, Kernel]
+    products: dict[bool, Kernel]  # by the left operand's order
+    parts: int
+
+
+def _laid(math: str, tile: WgmmaTile, parts: int) -> Laid:
+    name = f"{NAMES}{math}"
+    return Laid(
+        {
+            by_k: Kernel(
+                "gemm_laid.cu", f"lay_out<{name}, {str(by_k).lower()}>", "P P q q", blocks=2, dtypes=("float32",),
+                least=HOPPER, promises=("LDG.128", "STG.128"),
+            )
+            for by_k in (True, False)
+        },
+        {
+            by_k: Kernel(
+                "gemm_wgmma.cu", f"matmul_wgmma_laid<{name}, {tile.columns}, {str(by_k).lower()}>",
+                f"P P P P P r {GEMM}", threads=THREADS, dtypes=("float32",), least=HOPPER, target="sm_90a",
+                shared=tile.shared_bytes(parts), promises=("HGMMA", "LDGSTS", "STG.128", "USETMAXREG"),
+            )
+            for by_k in (True, False)
+        },
+        parts,
+    )  # fmt: skip
 
 
 def _matmul(template: str, tile: WgmmaTile, order: tuple[bool, bool], dtypes: tuple[str, ...], parts: int) -> Kernel:
@@ -50,3 +82,9 @@ SINGLES = {
     for way, math, parts, tiles in (("tf32", "Tf32Math", 1, (WIDE, NARROW)), ("split", "SplitMath", 2, (NARROW,)))
     for tile in tiles
 }
+# The same where the right operand is laid out before
+LAID = {
+    ("tf32", WIDE): _laid("Tf32Math", WIDE, 1), ("tf32", NARROW): _laid("Tf32Math", NARROW, 1),
+    ("split", NARROW): _laid("SplitMath", NARROW, 2),
+}  # fmt: skip
+LAID_SIDE = 64  # of what a block lays out

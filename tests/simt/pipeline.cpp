@@ -18,10 +18,11 @@ constexpr unsigned ALL_LANES = 0xffffffffu, WARP = 32;
 
 struct Barrier {
     unsigned count = 0, arrived = 0, phase = 0;
+    bool unshown = false;   // whether one arrived with copies that no fence followed
 };
 std::map<uint32_t, Barrier> barriers;    // by their address
 std::map<int, Barrier> meetings;         // by their number
-std::vector<uint8_t> unshown;            // whether a thread's copies have come since its last fence
+std::vector<uint8_t> unshown;            // whether copies have come, by a barrier or its own, since a thread's last fence
 
 // Of TF32 (widen is null) the left operand is in registers: rows as they were at the start, and the thread's own words,
 // which it may not change before the product has been waited for.
@@ -97,6 +98,7 @@ float value(uint64_t descriptor, bool transposed, unsigned i, unsigned k, float 
 
 // Registers of sums belong to the products: the thread itself may write them only before a fence.
 void check_fenced(float *d, unsigned n) {
+    if (unshown[simt_thread()]) simt_fault("a product before a fence showed it the copies");
     Fenced &mine = fenced[simt_thread()];
     if (!mine.any) simt_fault("a product before the first wgmma.fence");
     const auto found = mine.sums.find(d);
@@ -142,6 +144,9 @@ void start(const Product &product) {
 
 extern "C" {
 
+void emu_cp_async_commit();   // ptx.cpp
+void emu_cp_async_wait(int pending);
+
 void simt_pipeline_begins(unsigned threads) {
     barriers.clear();
     meetings.clear();
@@ -160,14 +165,23 @@ void emu_make_barrier(uint32_t address, unsigned count) {
 }
 
 void emu_arrive(uint32_t address) {
-    if (unshown[simt_thread()]) simt_fault("tells of copies that it has not shown to the products");
-    end_phase_if_full(find(address));
+    Barrier &barrier = find(address);
+    if (unshown[simt_thread()]) barrier.unshown = true;
+    end_phase_if_full(barrier);
+}
+
+// The copies happen here, and the arrival with them: that is one of the moments when they may.
+void emu_arrive_with_copies(uint32_t address) {
+    emu_cp_async_commit();
+    emu_cp_async_wait(0);
+    emu_arrive(address);
 }
 
 void emu_wait_phase(uint32_t address, int parity) {
     const Barrier &barrier = find(address);
     simt_wait_until([](const void *b, int p) { return static_cast<int>(static_cast<const Barrier *>(b)->phase & 1) != p; },
                     &barrier, parity);
+    if (barrier.unshown) unshown[simt_thread()] = 1;
 }
 
 void emu_meet(int number, unsigned count) {

@@ -5,6 +5,7 @@
 extern "C" {
 void emu_make_barrier(uint32_t address, unsigned count);
 void emu_arrive(uint32_t address);
+void emu_arrive_with_copies(uint32_t address);
 void emu_wait_phase(uint32_t address, int parity);
 void emu_meet(int number, unsigned count);
 void emu_show_to_products();
@@ -20,6 +21,7 @@ namespace tilewise {
 
 inline void make_barrier(unsigned long long *barrier, int count) { emu_make_barrier(shared_address(barrier), count); }
 inline void arrive(unsigned long long *barrier) { emu_arrive(shared_address(barrier)); }
+inline void arrive_with_copies(unsigned long long *barrier) { emu_arrive_with_copies(shared_address(barrier)); }
 inline void wait_phase(unsigned long long *barrier, int parity) { emu_wait_phase(shared_address(barrier), parity); }
 template <int COUNT> void meet(int number) { emu_meet(number, COUNT); }
 inline void show_to_products() { emu_show_to_products(); }

@@ -14,6 +14,7 @@ add_parts(const Sum<T> *__restrict__ partial, T *__restrict__ c, const T *__rest
     const long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= count) return;
     Sum<T> total = partial[i];
+#pragma unroll 8   // so that as many are loaded before the first is added
     for (long long p = 1; p < parts; ++p) total += partial[p * count + i];
     c[i] = Finish<T>{bias, slope, code}(total, bias ? i % n : 0);
 }

@@ -17,6 +17,10 @@ __device__ __forceinline__ void make_barrier(unsigned long long *barrier, int co
 __device__ __forceinline__ void arrive(unsigned long long *barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_address(barrier)) : "memory");
 }
+// An arrival as soon as the copies that the thread has begun (copy_16_bytes) are there; nobody waits for them here.
+__device__ __forceinline__ void arrive_with_copies(unsigned long long *barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(shared_address(barrier)) : "memory");
+}
 // Until the phase of this parity has ended; the first one is even. Of parity 1 it returns at once before that.
 __device__ __forceinline__ void wait_phase(unsigned long long *barrier, int parity) {
     asm volatile("{\n"
@@ -34,7 +38,8 @@ template <int COUNT> __device__ __forceinline__ void meet(int number) {
     asm volatile("bar.sync %0, %1;" : : "r"(number), "n"(COUNT) : "memory");
 }
 
-// What the thread has written to shared memory before is there for products that begin after it.
+// What is in shared memory, by the thread or by others before a barrier, is there for products that begin after it. Where
+// copies of the thread are under way, it waits for them all: so those do it who multiply, not those who bring.
 __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- registers: a warpgroup gives some up, another takes them

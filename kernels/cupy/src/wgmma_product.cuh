@@ -6,8 +6,8 @@
 //     the bringer                                         the two that multiply
 //     waits until `emptied`                               wait until `filled`
 //     copies a step of 64 of the depth                    start the products of the step
-//     LATER steps later: waits for the copies,            wait for those of the step before
-//     shows them to the products, and tells `filled`      and tell `emptied` of its stage
+//     `filled` is told when they are there                wait for those of the step before
+//                                                         and tell `emptied` of its stage
 //
 // A tile is what the instruction reads with a swizzle of 128 bytes: lines of 128 bytes, whose 16-byte units change places
 // with the line's number modulo 8, so that the same unit of eight lines is in different banks.
@@ -25,7 +25,7 @@ namespace tilewise {
 constexpr int WARPGROUP = 128, MULTIPLIERS = 2 * WARPGROUP, WGMMA_THREADS = 3 * WARPGROUP;
 constexpr int WGMMA_ROWS = 128, WGMMA_STEP = 64, WGMMA_DEPTH = 16;   // of an instruction
 constexpr int LINE_BYTES = 128, LINES = 8, PANEL = 64;               // of a swizzle; elements of a line
-constexpr int FILLING = 4, LATER = 2;                                // stages
+constexpr int FILLING = 4;                                           // stages
 constexpr int WGMMA_OUT_GAP = 8, WGMMA_TURNED_GAP = 4;   // of the sums: lanes write to different banks
 
 // An operand's tile, SIZE x WGMMA_STEP, and how instructions find their part of it.
@@ -55,6 +55,7 @@ template <class E_, int N_, bool LEFT_BY_K_, bool RIGHT_BY_K_> struct WgmmaRoom 
     using Left = SwizzledTile<WGMMA_ROWS, LEFT_BY_K>;
     using Right = SwizzledTile<N, RIGHT_BY_K>;
     static constexpr int STAGE = Left::BYTES + Right::BYTES, OUT_PITCH = N + WGMMA_OUT_GAP;
+    static constexpr bool STORES = false;
     // what the launch has to give: gemm_wgmma.py
     static constexpr int BYTES = FILLING * STAGE;
     static_assert(WGMMA_ROWS * OUT_PITCH * 4 <= BYTES, "the sums have no room");
@@ -63,10 +64,11 @@ template <class E_, int N_, bool LEFT_BY_K_, bool RIGHT_BY_K_> struct WgmmaRoom 
 struct Stages {
     unsigned long long *filled, *emptied;   // FILLING barriers each
 
-    // By one thread; all must meet afterwards.
-    __device__ __forceinline__ void make() const {
+    // By one thread; all must meet afterwards. stores: whether the bringer also stores numbers itself, which copies do not
+    // tell of.
+    __device__ __forceinline__ void make(bool stores = false) const {
         for (int s = 0; s < FILLING; ++s) {
-            make_barrier(filled + s, WARPGROUP);
+            make_barrier(filled + s, stores ? 2 * WARPGROUP : WARPGROUP);
             make_barrier(emptied + s, MULTIPLIERS / 32);   // a lane of each warp
         }
     }
@@ -79,20 +81,14 @@ __device__ __forceinline__ void bring(Left &left, Right &right, const Stages &st
     char *const tiles = static_cast<char *>(dynamic_shared());
     const int thread = threadIdx.x % WARPGROUP, steps = static_cast<int>((end - begin + Room::STEP - 1) / Room::STEP);
 #pragma unroll 1
-    for (int s = 0; s < steps + LATER; ++s) {
-        if (s < steps) {
-            const int stage = s % FILLING;
-            const long long k = begin + static_cast<long long>(s) * Room::STEP;
-            wait_phase(stages.emptied + stage, (s / FILLING + 1) % 2);
-            left.copy(tiles + stage * Room::STAGE, thread, k, end);
-            right.copy(tiles + stage * Room::STAGE + Room::Left::BYTES, thread, k, end);
-        }
-        commit_copies();
-        if (s >= LATER) {
-            wait_copies<LATER>();
-            show_to_products();
-            arrive(stages.filled + (s - LATER) % FILLING);
-        }
+    for (int s = 0; s < steps; ++s) {
+        const int stage = s % FILLING;
+        const long long k = begin + static_cast<long long>(s) * Room::STEP;
+        wait_phase(stages.emptied + stage, (s / FILLING + 1) % 2);
+        left.copy(tiles + stage * Room::STAGE, thread, k, end);
+        right.copy(tiles + stage * Room::STAGE + Room::Left::BYTES, thread, k, end);
+        arrive_with_copies(stages.filled + stage);
+        if constexpr (Room::STORES) arrive(stages.filled + stage);
     }
 }
 
@@ -110,6 +106,7 @@ __device__ __forceinline__ void multiply_filled(float (&sums)[Room::N / 2], cons
         const int stage = s % FILLING;
         const char *const left = tiles + stage * Room::STAGE, *const right = left + Room::Left::BYTES;
         wait_phase(stages.filled + stage, s / FILLING % 2);
+        show_to_products();
         begin_products();
 #pragma unroll
         for (int k = 0; k < WGMMA_STEP; k += WGMMA_DEPTH)

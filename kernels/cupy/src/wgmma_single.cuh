@@ -53,18 +53,21 @@ template <int SIZE, bool BY_K> struct PlainTile {
     }
 };
 
-template <class Math_, int N_, bool LEFT_BY_K_> struct SingleRoom {
+// LAID: whether the right operand comes as gemm_laid.cu lays it out.
+template <class Math_, int N_, bool LEFT_BY_K_, bool LAID = false> struct SingleRoom {
     using E = float;
     using Math = Math_;
     using Operand = typename Math::Operand;
     using Left = PlainTile<WGMMA_ROWS, LEFT_BY_K_>;
     using Right = SwizzledTile<N_, true>;
     static constexpr int N = N_, STEP = LINE_BYTES / 4;
+    static constexpr bool STORES = !LAID;
     static constexpr int PARTS = sizeof(Operand) / 16;       // tiles of the right operand
     static constexpr int TOGETHER = PARTS == 1 ? 1 : 2;      // instructions' depths of a sum from 0
     static constexpr int STAGE = Left::BYTES + PARTS * Right::BYTES, OUT_PITCH = N + WGMMA_OUT_GAP;
     // a thread's, of both kinds: 65,536 in all, less what the launch leaves over
-    static constexpr int BRINGER_REGISTERS = PARTS == 1 ? 136 : 104, MULTIPLIER_REGISTERS = PARTS == 1 ? 184 : 200;
+    static constexpr int BRINGER_REGISTERS = LAID ? 88 : PARTS == 1 ? 136 : 104;
+    static constexpr int MULTIPLIER_REGISTERS = LAID ? 208 : PARTS == 1 ? 184 : 200;
     // what the launch has to give: gemm_wgmma.py
     static constexpr int BYTES = FILLING * STAGE;
     static_assert(WGMMA_ROWS * OUT_PITCH * 4 <= BYTES, "the sums have no room");
@@ -137,6 +140,7 @@ __device__ __forceinline__ void multiply_single(float (&sums)[Room::N / 2], cons
         const char *const left = tiles + stage * Room::STAGE, *const right = left + Room::Left::BYTES;
         typename Room::Operand a[COUNT];
         wait_phase(stages.filled + stage, s / FILLING % 2);
+        show_to_products();
         float next[TOGETHER][4];
         const auto load = [&](int first) {
 #pragma unroll
