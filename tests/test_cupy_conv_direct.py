@@ -1,4 +1,5 @@
-"""Convolution of few channels in CUDA C++: how its threads share the outputs, and blocks that go on to more pixels."""
+"""Convolution of few channels in CUDA C++: how its threads share the outputs, and blocks that go on to more pixels; and
+the bias's gradient."""
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from conv_cases import LAYOUTS, Case, check, reference, wide
 from test_cuda_conv import operands
 
 from tilewise import kernels
+from tilewise.kernels import conv_plan
 
 GPU_BACKENDS = ("cupy",)
 # 1, 2 and 4 lanes for the outputs of a pixel (float64: twice as many); whole vectors of pixels and outputs, and not
@@ -37,3 +39,12 @@ def test_more_taps_than_there_is_room_for(gpu, rng, one_multiprocessor):
     x, weight, bias, _ = operands(rng, case, np.float32, "NCHW")
     y = kernels.conv2d(x, weight, bias, **case.options, algorithm="direct")
     check(y, reference(kernels.conv2d, x, weight, bias, **case.options), case.taps, case, np.float32)
+
+
+@pytest.mark.parametrize("size", [(64, 52), (29, 35)])  # planes of whole vectors, and not
+def test_bias_gradient_of_many_pixels(gpu, rng, monkeypatch, size):
+    """A thread has several vectors, or elements, of a part under way."""
+    monkeypatch.setattr(conv_plan, "_ENOUGH_BLOCKS", 1)
+    grad, x = (rng.standard_normal((2, channels, *size)).astype(np.float32) for channels in (3, 1))
+    bias = kernels.conv2d_backward(grad, x, np.ones((3, 1, 1, 1), np.float32), needs=("bias",))[2]
+    check(bias, grad.astype(np.float64).sum((0, 2, 3)), grad.size // 3, size, np.float32)
