@@ -13,7 +13,7 @@ from tolerances import assert_close, tolerance
 import tilewise
 from tilewise import kernels
 from tilewise.kernels import conv_plan, device_arrays
-from tilewise.kernels.cupy import driver, gemm_parts, gemm_plan, gemm_tensor, gemm_wgmma
+from tilewise.kernels.cupy import driver, gemm_parts, gemm_plan, gemm_tensor, gemm_tile, gemm_wgmma
 
 GPU_BACKENDS = ("cupy",)
 B = np.dtype(ml_dtypes.bfloat16)
@@ -330,3 +330,17 @@ def test_a_batch_of_right_operands_that_are_laid_out_before(gpu, hopper, rng, on
         a, b = random(rng, np.float32, *left, 72, 64), random(rng, np.float32, *right, 64, 72)
         assert_close(kernels.matmul(a, b), np.matmul(*wide(a, b)), reduction=64)
         assert launched(gpu, {"cupy": "cupy matmul_wgmma_laid<SplitMath, 128, true>"}, np.float32)
+
+
+def test_parts_are_made_where_they_pay():
+    """Of 132 multiprocessors 128 tiles leave none idle, and 64 tiles so many, that adding large parts costs more; but
+    not adding those of a layer for 32 images."""
+    half = 2
+    assert gemm_parts.split("wgmma", gemm_wgmma.WIDE, (2048, 2048, 2048, 1), half)[1:] == (1, 2048)
+    assert gemm_parts.split("wgmma", gemm_wgmma.NARROW, (1024, 1024, 1024, 1), half)[1:] == (1, 1024)
+    assert gemm_parts.split("mma", gemm_tensor.LITTLE, (32, 4096, 4096, 1), half)[1] > 2
+    for depth in (1, 31, 32, 33, 500, 16384):
+        _, parts, each = gemm_parts.split("tiles", gemm_tile.TINY, (64, 64, depth, 1), 4)
+        assert (parts - 1) * each < depth <= parts * each
+        assert each % 32 == 0
+    assert parts > 32
