@@ -25,7 +25,7 @@ NARROW_CASES = [
 ]
 WIDE_CASES = [
     Case(1, 40, 8, 9, 130, (2, 3), 1, ((0, 1), (1, 1))),
-    Case(2, 64, 9, 8, 264, (1, 1)),  # two tiles of both; one step
+    Case(3, 64, 9, 7, 264, (1, 1)),  # two tiles of both; one step; no whole vectors in a plane
 ]
 CASES = [(case, 128) for case in NARROW_CASES] + [(case, 256) for case in WIDE_CASES]
 
