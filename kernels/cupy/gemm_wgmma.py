@@ -36,26 +36,26 @@ class Laid(NamedTuple):
     parts: int
 
 
-def _laid(math: str, tile: WgmmaTile, parts: int) -> Laid:
-    name = f"{NAMES}{math}"
-    return Laid(
-        {
-            by_k: Kernel(
-                "gemm_laid.cu", f"lay_out<{name}, {str(by_k).lower()}>", "P P q q", blocks=2, dtypes=("float32",),
-                least=HOPPER, promises=("LDG.128", "STG.128"),
-            )
-            for by_k in (True, False)
-        },
-        {
-            by_k: Kernel(
-                "gemm_wgmma.cu", f"matmul_wgmma_laid<{name}, {tile.columns}, {str(by_k).lower()}>",
-                f"P P P P P r {GEMM}", threads=THREADS, dtypes=("float32",), least=HOPPER, target="sm_90a",
-                shared=tile.shared_bytes(parts), promises=("HGMMA", "LDGSTS", "STG.128", "USETMAXREG"),
-            )
-            for by_k in (True, False)
-        },
-        parts,
-    )  # fmt: skip
+def _lay_out(math: str) -> dict[bool, Kernel]:
+    return {
+        by_k: Kernel(
+            "gemm_laid.cu", f"lay_out<{NAMES}{math}, {str(by_k).lower()}>", "P P q q", blocks=2, dtypes=("float32",),
+            least=HOPPER, promises=("LDG.128", "STG.128"),
+        )
+        for by_k in (True, False)
+    }  # fmt: skip
+
+
+def _laid(lay_out: dict[bool, Kernel], math: str, tile: WgmmaTile, parts: int) -> Laid:
+    products = {
+        by_k: Kernel(
+            "gemm_wgmma.cu", f"matmul_wgmma_laid<{NAMES}{math}, {tile.columns}, {str(by_k).lower()}>",
+            f"P P P P P r {GEMM}", threads=THREADS, dtypes=("float32",), least=HOPPER, target="sm_90a",
+            shared=tile.shared_bytes(parts), promises=("HGMMA", "LDGSTS", "STG.128", "USETMAXREG"),
+        )
+        for by_k in (True, False)
+    }  # fmt: skip
+    return Laid(lay_out, products, parts)
 
 
 def _matmul(template: str, tile: WgmmaTile, order: tuple[bool, bool], dtypes: tuple[str, ...], parts: int) -> Kernel:
@@ -83,8 +83,10 @@ SINGLES = {
     for tile in tiles
 }
 # The same where the right operand is laid out before
+_ROUNDED, _SPLIT = _lay_out("Tf32Math"), _lay_out("SplitMath")
 LAID = {
-    ("tf32", WIDE): _laid("Tf32Math", WIDE, 1), ("tf32", NARROW): _laid("Tf32Math", NARROW, 1),
-    ("split", NARROW): _laid("SplitMath", NARROW, 2),
-}  # fmt: skip
+    ("tf32", WIDE): _laid(_ROUNDED, "Tf32Math", WIDE, 1),
+    ("tf32", NARROW): _laid(_ROUNDED, "Tf32Math", NARROW, 1),
+    ("split", NARROW): _laid(_SPLIT, "SplitMath", NARROW, 2),
+}
 LAID_SIDE = 64  # of what a block lays out
