@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from tilewise.kernels.cpu import recycling
-from tilewise.kernels.cpu.jit import device
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 # Bytes between the places in a page where NumPy's memory and a result start. malloc gives large blocks 16 bytes behind
@@ -25,28 +26,34 @@ APART = 512
 
 
 @intrinsic
-def _elements_to_alignment(typingctx, array):
-    """How many elements lie between the array's start and the next aligned address."""
-    itemsize = array.dtype.bitwidth // 8
-
-    def codegen(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        word = ir.IntType(64)
-        missing = builder.and_(builder.neg(builder.ptrtoint(data, word)), word(ALIGNMENT - 1))
-        return builder.udiv(missing, word(itemsize))
-
-    return types.intp(array), codegen
-
-
-@device(inline="always", allocates=True)
-def scratch(count, like):
+def scratch(typingctx, count, like):
     """An uninitialised, aligned 1-D array of `count` elements of like's dtype, with a vector's length to spare
     behind.
+
+    Emitted here, because compiling np.empty is a twentieth of a kernel's first call.
     """
-    spare = ALIGNMENT // like.itemsize
-    memory = np.empty(count + 2 * spare, like.dtype)
-    start = _elements_to_alignment(memory)
-    return memory[start : start + count + spare]
+    result = types.Array(like.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        spare = ir.IntType(64)(ALIGNMENT // (like.dtype.bitwidth // 8))
+        return _allocated(context, builder, result, builder.add(args[0], spare))
+
+    return result(types.intp, like), codegen
+
+
+def _allocated(context, builder, kind, count):
+    """An array value of this 1-D type and its aligned memory; MemoryError where there is none."""
+    itemsize = kind.dtype.bitwidth // 8
+    size = builder.mul(count, count.type(itemsize))
+    memory = context.nrt.meminfo_alloc_aligned(builder, size, ALIGNMENT)
+    array = context.make_array(kind)(context, builder)
+    place = builder.bitcast(context.nrt.meminfo_data(builder, memory), array.data.type)
+    fields = {
+        "shape": cgutils.pack_array(builder, [count]),
+        "strides": cgutils.pack_array(builder, [size.type(itemsize)]),
+    }
+    populate_array(array, place, itemsize=itemsize, meminfo=memory, **fields)
+    return array._getvalue()
 
 
 @intrinsic
