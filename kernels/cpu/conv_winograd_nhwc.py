@@ -15,7 +15,7 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_winograd import apart, transform_weights
-from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, apply_activation, bounds_of
+from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.row_moves import clear_row
@@ -93,7 +93,8 @@ def _define_tile(
             place = target + i * row_step + j * column_step
             if extra.size > 0:
                 total += extra[place]
-            y[place] = apply_activation(total, code)
+            y[place] = total
+            activate_row(y, place, 1, code)
 
 
 @device()
