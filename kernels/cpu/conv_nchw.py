@@ -23,7 +23,6 @@ shapes is worked out once, by conv_nchw_plan.py. Each chunk owns a block of rows
 and a range of outputs.
 """
 
-import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
@@ -31,7 +30,7 @@ from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.offset_kernel import offset_product
 from tilewise.kernels.cpu.phase_planes import copy_planes
 from tilewise.kernels.cpu.row_moves import clear_row, finish_row
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import integer_table, integers, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lanes
@@ -156,7 +155,7 @@ def _block(
     planes = scratch(size + width + spare, x)
     clear_row(address(planes, size), spare)
     sums = scratch(tile_size * (n_panels * tiles if block < channels else 1), x)
-    runs, places = np.empty((width + 1, 3), np.int64), np.empty(6 * NV, np.int64)
+    runs, places = integer_table(width + 1, 3), integers(6 * NV)
     n_runs = 0
     in_registers = False
     for c0 in range(0, channels, block):
