@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 RECORDS := .asv/records.jsonl
-KERNEL_TESTS := $(foreach family,activation batchnorm conv dropout gemm half padding pool threads,$(wildcard tests/test_$(family)*.py))
+KERNEL_TESTS := $(foreach family,activation batchnorm conv dropout epilogue gemm half padding pool threads,$(wildcard tests/test_$(family)*.py))
 # The figures belong to a commit where there is one (a source archive has none).
 ASV_COMMIT = $(shell git rev-parse --verify --quiet HEAD >/dev/null 2>&1 && echo --set-commit-hash=HEAD)
 

@@ -24,7 +24,7 @@ from tilewise.kernels.cpu.gemm_plan import product_by_blocks
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.plane_moves import exchange_images
 from tilewise.kernels.cpu.row_moves import add_row, clear_row, finish_row
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import progression, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, lanes, micro_kernel
@@ -113,7 +113,7 @@ def _stage(grad, image, first, pixels, outputs, plane, channels_last, pitch, sta
         copy_rows(grad, image * outputs * plane + first, plane, outputs, pixels, stage, 0, pitch)
         return
     start = (image * plane + first) * outputs
-    places = np.arange(0, width * pitch, pitch)
+    places = progression(pitch, width)
     if pixels < width or outputs < width:
         for p in range(pixels):
             for o in range(outputs):

@@ -23,15 +23,14 @@ shapes is worked out once, by conv_nchw_plan.py. Each chunk owns a block of rows
 and a range of outputs.
 """
 
-import numpy as np
 from numba import prange
 
-from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, apply_activation, bounds_of
+from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.offset_kernel import offset_product, offset_product_to
+from tilewise.kernels.cpu.offset_kernel import offset_product
 from tilewise.kernels.cpu.phase_planes import copy_planes
 from tilewise.kernels.cpu.row_moves import clear_row, finish_row
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import integer_table, integers, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lanes
@@ -66,8 +65,7 @@ def _finish_tile(sums, tile, width, outputs, runs, n_runs, y, target, plane, col
         for r in range(n_runs):
             source, count = tile + o * width + runs[r, 0], runs[r, 1]
             where = target + o * plane + runs[r, 2]
-            if column_step == 1:
-                more = where if has_extra else 0
+            more = where if has_extra else 0
             if column_step == 1:
                 finish_row(
                     1, address(y, where), address(sums, source), count, shift, bounds_of(code),
@@ -85,12 +83,13 @@ def _finish_tile(sums, tile, width, outputs, runs, n_runs, y, target, plane, col
                     value = sums[source + j] + shift
                     if has_extra:
                         value += extra[where + j * column_step]
-                    y[where + j * column_step] = apply_activation(value, code)
+                    y[where + j * column_step] = value
+                    activate_row(y, where + j * column_step, 1, code)
 
 
 @device()
 def _place_vectors(runs, n_runs, vectors, lane_width, places):
-    """The runs vector by vector, for `offset_product_to`; False where a vector has more than two."""
+    """The runs vector by vector, for `offset_product`; False where a vector has more than two."""
     at = 0
     for j in range(vectors):
         begin, end = j * lane_width, (j + 1) * lane_width
@@ -111,39 +110,29 @@ def _place_vectors(runs, n_runs, vectors, lane_width, places):
 
 
 @device()
-def _product(vectors, weight, left, whole, source, p, offsets, table, depth, sums, tile, size, accumulate, outputs):
-    a, b, c, steps = address(weight, left), address(source, p), address(sums, tile), address(offsets, table)
-    if vectors >= NV:
-        offset_product(MR, NV, a, whole, b, steps, depth, c, size, accumulate, outputs)
-    elif vectors == 2:
-        offset_product(MR, 2, a, whole, b, steps, depth, c, size, accumulate, outputs)
-    else:
-        offset_product(MR, 1, a, whole, b, steps, depth, c, size, accumulate, outputs)
-
-
-@device()
-def _product_to(
-    vectors, weight, left, whole, source, p, offsets, table, depth, sums, tile, size, accumulate, outputs, y, target,
-    plane, places, bias, first, bounds, panels, beside,
+def _product(
+    vectors, weight, left, whole, source, p, offsets, table, depth, sums, tile, size, accumulate, outputs, finishing, y,
+    target, plane, places, bias, first, bounds, panels, beside,
 ):  # fmt: skip
+    """By the narrowest of three tiles that is wide enough."""
     a, b, c, steps = address(weight, left), address(source, p), address(sums, tile), address(offsets, table)
     to, where = address(y, target), address(places, 0)
     has_bias = 1 if bias.size > 0 else 0
     shift = address(bias, first if has_bias else 0)
     if vectors >= NV:
-        offset_product_to(
-            MR, NV, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, bounds,
-            panels, beside,
+        offset_product(
+            MR, NV, a, whole, b, steps, depth, c, size, accumulate, outputs, finishing, to, plane, where, shift,
+            has_bias, bounds, panels, beside,
         )  # fmt: skip
     elif vectors == 2:
-        offset_product_to(
-            MR, 2, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, bounds,
-            panels, beside,
+        offset_product(
+            MR, 2, a, whole, b, steps, depth, c, size, accumulate, outputs, finishing, to, plane, where, shift,
+            has_bias, bounds, panels, beside,
         )  # fmt: skip
     else:
-        offset_product_to(
-            MR, 1, a, whole, b, steps, depth, c, size, accumulate, outputs, to, plane, where, shift, has_bias, bounds,
-            panels, beside,
+        offset_product(
+            MR, 1, a, whole, b, steps, depth, c, size, accumulate, outputs, finishing, to, plane, where, shift,
+            has_bias, bounds, panels, beside,
         )  # fmt: skip
 
 
@@ -166,7 +155,7 @@ def _block(
     planes = scratch(size + width + spare, x)
     clear_row(address(planes, size), spare)
     sums = scratch(tile_size * (n_panels * tiles if block < channels else 1), x)
-    runs, places = np.empty((width + 1, 3), np.int64), np.empty(6 * NV, np.int64)
+    runs, places = integer_table(width + 1, 3), integers(6 * NV)
     n_runs = 0
     in_registers = False
     for c0 in range(0, channels, block):
@@ -195,32 +184,23 @@ def _block(
                 placed = _place_vectors(runs, n_runs, min(vectors, NV), lanes(x), places)
                 in_registers = placed and column_step == 1 and code <= BOUNDED and extra.size == 0
             tile = panel * tiles * tile_size if block < channels else 0
-            if in_registers:
-                panels = max(1, (end - p) // width) if per_line else 1
-                following = panel + panels
-                _product_to(
-                    vectors, weight, left, whole, source, first + p, offsets, table, depth, sums, tile, tile_size, c0,
-                    outputs, y, target, y_plane, places, bias, bias_start, code, panels,
-                    tiles * tile_size if block < channels else 0,
-                )  # fmt: skip
-                continue
-            if not last:
-                _product(
-                    vectors, weight, left, whole, source, first + p, offsets, table, depth, sums, tile, tile_size, c0,
-                    outputs,
-                )  # fmt: skip
-                continue
-            step = min(vectors, NV) * lanes(x)
-            for o in range(0, outputs, MR):
+            panels = max(1, (end - p) // width) if in_registers and per_line else 1
+            following = panel + panels
+            # what is finished outside the registers is finished tile by tile, still in L1
+            together = outputs if in_registers or not last else MR
+            for o in range(0, outputs, together):
                 one = tile + o // MR * tile_size if block < channels else 0
+                count = min(together, outputs - o)
                 _product(
                     vectors, weight, left + o * whole, whole, source, first + p, offsets, table, depth, sums, one,
-                    tile_size, c0, min(MR, outputs - o),
+                    tile_size, c0, count, 1 if in_registers else 0, y, target, y_plane, places, bias, bias_start, code,
+                    panels, tiles * tile_size if block < channels else 0,
                 )  # fmt: skip
-                _finish_tile(
-                    sums, one, step, min(MR, outputs - o), runs, n_runs, y, target + o * y_plane, y_plane, column_step,
-                    bias, bias_start + o, extra, code,
-                )  # fmt: skip
+                if last and not in_registers:
+                    _finish_tile(
+                        sums, one, min(vectors, NV) * lanes(x), count, runs, n_runs, y, target + o * y_plane, y_plane,
+                        column_step, bias, bias_start + o, extra, code,
+                    )  # fmt: skip
 
 
 @kernel(one_by_one=True)

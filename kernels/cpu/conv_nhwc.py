@@ -22,7 +22,7 @@ from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_kernel import row_product, row_product_to
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row, gather_row
-from tilewise.kernels.cpu.scratch import ALIGNMENT, scratch
+from tilewise.kernels.cpu.scratch import ALIGNMENT, integers, scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lane_count, lanes, settle_stores
 from tilewise.kernels.cpu.vector_move import transpose_square_to
 
@@ -131,7 +131,7 @@ def _parts(rows, columns, channels, joined):
 def pack_weight(weight, start, outputs, depth, order, panels, target):
     """panels[target + o // NR * NR * depth + order[k] * NR + o % NR] = weight[start + o * depth + k]; 0 beyond."""
     width = lanes(weight)
-    places = np.empty(depth, np.int64)
+    places = integers(depth)
     for k in range(depth):
         places[k] = order[k] * NV * width
     for first in range(0, outputs, width):
@@ -253,7 +253,7 @@ def _block(
         copy_padded(x, image, g, images, row0, rows_in, geometry, padded)
         a, base = padded, 0
     most = images * rows * geometry[7] + MR
-    bases, places = np.empty(most, np.int64), np.empty(most, np.int64)
+    bases, places = integers(most), integers(most)
     pixels = _locate_pixels(image, images, row0, rows, rows_in, geometry, bases, places)
     if base > 0:
         for i in range(most):

@@ -23,7 +23,7 @@ from tilewise.kernels.cpu.conv_pass import COST, image_size
 from tilewise.kernels.cpu.depthwise_strip import step
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_moves import clear_row, finish_row
-from tilewise.kernels.cpu.scratch import keep, scratch
+from tilewise.kernels.cpu.scratch import integers, keep, progression, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, lanes, micro_kernel
@@ -108,7 +108,7 @@ def _pack_strided_planes(source, start, plane, some, w, row_step, stride_w, rows
     width = lanes(source)
     last = (columns - 1) * stride_w
     w = min(w, last + width)  # what the squares read
-    places = np.empty(w, np.int64)
+    places = integers(w)
     for j in range(w):  # what is not wanted goes into a place never read
         places[j] = (min(j // stride_w, columns) if j % stride_w == 0 else columns) * width
     for i in range(rows):
@@ -167,7 +167,7 @@ def _pack(source, channels, h, w, stride_h, stride_w, piece, group, geometry, pa
     some = min(width, channels - c)
     target += c // panel * panel_step + c % panel
     if stride_h == 1 and stride_w == 1 and oh == 1:
-        places = np.arange(0, width * panel, panel)
+        places = progression(panel, width)
         _pack_planes(source, start, h * w, some, columns, target, panel, places, panels)
     else:
         stage = scratch((columns + 1) * width, source)

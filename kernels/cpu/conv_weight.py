@@ -24,7 +24,7 @@ from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.phase_planes import copy_planes
 from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import integers, progression, scratch, zeros
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 from tilewise.kernels.cpu.vector_move import add_rows, add_scaled, transpose_square_to
 
@@ -79,7 +79,7 @@ def _count_parts(units, chunks):
 @device(allocates=True)
 def _tile_bases(bases, first, count):
     """The starts of k first .. first + count, and for the rows that fill the last tile up, any."""
-    result = np.empty(((count + MR - 1) // MR) * MR, np.int64)
+    result = integers(((count + MR - 1) // MR) * MR)
     for i in range(result.size):
         result[i] = bases[first + min(i, count - 1)]
     return result
@@ -190,11 +190,7 @@ def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, 
     planes = scratch(some * geometry[11] * plane + 2 * width + geometry[27], x)
     panels = scratch(((outputs + width - 1) // width) * width * block_rows * ow, x)
     sums = scratch(((outputs + width - 1) // width) * width * bases.size, x)
-    starts, columns = np.empty(block_rows, np.int64), np.empty(width, np.int64)
-    for i in range(block_rows):
-        starts[i] = i * pitch
-    for i in range(width):
-        columns[i] = i * width
+    starts, columns = progression(pitch, block_rows), progression(width, width)
     for unit in range(first, last):
         image, row0 = unit // row_blocks, unit % row_blocks * block_rows
         rows = min(block_rows, oh - row0)
@@ -211,9 +207,7 @@ def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, 
         _add_products(planes, bases, count, starts, lines, line, 1, panels, outputs, sums, more)
     if result.size == 0:
         return
-    places = np.empty(outputs + width, np.int64)
-    for o in range(outputs):
-        places[o] = o * channels * geometry[10]
+    places = progression(channels * geometry[10], outputs + width)
     _write_sums(sums, count, outputs, places, result, target)
 
 
@@ -231,10 +225,10 @@ def weight_gradient_nchw(x, grad, result, bias, geometry, bases, phases, sizes):
     size = groups * outputs * channels * taps
     if result.size == 0:
         blocks = size = 1
-    sums = result if parts == 1 or result.size == 0 else np.empty(parts * size, x.dtype)
+    sums = result if parts == 1 or result.size == 0 else scratch(parts * size, x)
     # each group's outputs from a whole number of vectors on, for each part of the pixels
     padded = (outputs + lanes(x) - 1) // lanes(x) * lanes(x)
-    totals = np.zeros(parts * groups * padded if bias.size > 0 else 0, x.dtype)
+    totals = zeros(parts * groups * padded if bias.size > 0 else 0, x)
     for chunk in prange(groups * blocks * parts):
         part = chunk % parts
         c0 = chunk // parts % blocks * block
@@ -265,7 +259,7 @@ def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, 
     padded = scratch(1 if in_place else rows_in * pitch, x)
     panels = scratch(((outputs + width - 1) // width) * width * block_rows * ow, x)
     sums = scratch(((outputs + width - 1) // width) * width * bases.size, x)
-    starts = np.empty(block_rows, np.int64)
+    starts = integers(block_rows)
     for unit in range(first, last):
         image, row0 = unit // row_blocks, unit % row_blocks * block_rows
         rows = min(block_rows, oh - row0)
@@ -287,9 +281,7 @@ def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, 
             _add_products(padded, bases, count, starts, rows, ow, a_step, panels, outputs, sums, more)
     if result.size == 0:
         return
-    places = np.empty(outputs + width, np.int64)
-    for o in range(outputs):
-        places[o] = o * channels * geometry[10]
+    places = progression(channels * geometry[10], outputs + width)
     _write_sums(sums, count, outputs, places, result, target)
 
 
@@ -306,9 +298,9 @@ def weight_gradient_nhwc(x, grad, result, bias, geometry, bases, sizes):
     size = groups * outputs * whole
     if result.size == 0:
         blocks = 1
-    sums = np.empty(parts * size if result.size > 0 else 0, x.dtype)
+    sums = scratch(parts * size, x) if result.size > 0 else result
     padded = (outputs + lanes(x) - 1) // lanes(x) * lanes(x)
-    totals = np.zeros(parts * groups * padded if bias.size > 0 else 0, x.dtype)
+    totals = zeros(parts * groups * padded if bias.size > 0 else 0, x)
     for chunk in prange(groups * blocks * parts):
         part = chunk % parts
         k0 = chunk // parts % blocks * block
@@ -352,7 +344,7 @@ def channel_sums(grad, n, outputs, pixels, sums):
     """sums[o] = sum of grad[:, o, :] for a flat (n, outputs, pixels) array: the gradient of the bias in NCHW."""
     one = grad.dtype.type(1)
     for o in prange(outputs):
-        partial = np.zeros(SUM_LANES, grad.dtype)
+        partial = zeros(SUM_LANES, grad)
         for image in range(n):
             start = (image * outputs + o) * pixels
             for p in range(0, pixels, SUM_LANES):

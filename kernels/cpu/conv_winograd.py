@@ -23,7 +23,7 @@ from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.gemm_blocks import make_pack_left
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_moves import finish_row
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import integer_table, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, micro_kernel
@@ -214,7 +214,7 @@ def _tile_block(
     x, first_channel, x_step, channels, h, w, top, left, weight, start, transformed, outputs, first, used,
     tile_rows, tile_columns, y, first_output, y_step, oh, ow, bias, bias_start, extra, activation,
 ):  # fmt: skip
-    runs = np.empty((TILES, 5), np.int64)
+    runs = integer_table(TILES, 5)
     n_runs = find_tile_runs(first, used, tile_rows, tile_columns, runs)
     row = scratch(4 * TILES + LANES, x)
     stage = scratch(36 * TILES, x)

@@ -15,11 +15,11 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_winograd import apart, transform_weights
-from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, apply_activation, bounds_of
+from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.row_moves import clear_row
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import integer_table, integers, progression, scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lane_count
 from tilewise.kernels.cpu.winograd_vector import input_transform, output_transform_to
 
@@ -93,7 +93,8 @@ def _define_tile(
             place = target + i * row_step + j * column_step
             if extra.size > 0:
                 total += extra[place]
-            y[place] = apply_activation(total, code)
+            y[place] = total
+            activate_row(y, place, 1, code)
 
 
 @device()
@@ -162,7 +163,7 @@ def _tile_block(
     y, oh, ow, bias, extra, code,
 ):  # fmt: skip
     padded = ((channels + LANES - 1) // LANES) * LANES
-    where, bases, zero = np.empty((TILES, 3), np.int64), np.empty(TILES, np.int64), np.zeros(1, np.int64)
+    where, bases, zero = integer_table(TILES, 3), integers(TILES), progression(0, 1)
     _locate_tiles(first, used, tile_rows, tile_columns, padded, where, bases)
     stage = scratch(36 * LANES, x)
     step, product_step = apart(TILES * padded), apart(TILES * NR)
@@ -187,7 +188,7 @@ def _output_panel(
     extra, code,
 ):  # fmt: skip
     used = where.shape[0]
-    zero = np.zeros(1, np.int64)
+    zero = progression(0, 1)
     product_step = apart(bases.size * NR)
     products = scratch(36 * product_step, x)
     here = 1 if packed.size == 0 else 0
@@ -211,7 +212,7 @@ def _convolve_few(
     extra, activation,
 ):  # fmt: skip
     padded = ((channels + LANES - 1) // LANES) * LANES
-    where, bases = np.empty((total, 3), np.int64), np.empty(((total + MR - 1) // MR) * MR, np.int64)
+    where, bases = integer_table(total, 3), integers(((total + MR - 1) // MR) * MR)
     _locate_tiles(0, total, tile_rows, tile_columns, padded, where, bases)
     step = apart(total * padded)
     values = scratch(groups * 36 * step, x)

@@ -26,7 +26,7 @@ from numba import prange
 from tilewise.kernels.cpu.conv_winograd import apart
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.row_moves import clear_row
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import integers, progression, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, micro_kernel
@@ -101,7 +101,7 @@ def estimate(n, channels, outputs, grid):
 @device(allocates=True)
 def _places(rows, columns, left, pitch):
     """Where pixel (i, j) of some rows of an image lies in the stage."""
-    places = np.empty(rows * columns, np.int64)
+    places = integers(rows * columns)
     for i in range(rows):
         for j in range(columns):
             places[i * columns + j] = (i * pitch + j + left) * LANES
@@ -215,9 +215,7 @@ def _write_weights(sums, start, step, pitch, o0, o1, c0, c1, channels, result):
     clear_row(address(taps, 0), max(9, LANES) * LANES)
     residue = scratch(9 * LANES, sums)
     clear_row(address(residue, 0), 9 * LANES)
-    places = np.empty(LANES, np.int64)
-    for lane in range(LANES):
-        places[lane] = 9 * lane
+    places = progression(9, LANES)
     zero = sums.dtype.type(0)
     for o in range(o0, o1):
         for c in range(c0, c1, LANES):
@@ -276,9 +274,7 @@ def weight_gradient(x, grad, result, bias, geometry):
     blocks = (outputs + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS * across if result.size > 0 else 0
     whole = blocks * 36 * apart(BLOCK_OUTPUTS * BLOCK_PANELS * NR)
     sums = scratch(whole if part < n * rows else 0, x)[: whole if part < n * rows else 0]
-    finite = np.empty(blocks, np.bool_)
-    for block in range(blocks):
-        finite[block] = True
+    wrong = progression(0, blocks)
     totals = scratch(bands * LANES, x)
     clear_row(address(totals, 0), bands * LANES)
     for first in range(0, n * rows, part):
@@ -295,10 +291,11 @@ def weight_gradient(x, grad, result, bias, geometry):
                 _transform_grad(grad, first + unit, o, geometry, grad_places, target, v_step, v)
         last = first + units == n * rows
         for block in prange(blocks):
-            finite[block] &= _block(
+            if not _block(
                 u, v, units * columns, u_step, v_step, geometry, np.int64(block), across, sums, 1 if first > 0 else 0,
                 last, result,
-            )  # fmt: skip
+            ):  # fmt: skip
+                wrong[block] = 1
         if bias.size > 0:
             for o in range(0, outputs, LANES):
                 # V[7] = V[1, 1] is the plain sum of a tile
@@ -306,7 +303,7 @@ def weight_gradient(x, grad, result, bias, geometry):
                 add_rows(address(totals, o), tiles, PANEL, units * columns)
     for o in range(bias.size):
         bias[o] = totals[o]
-    everything = True  # finite.all() would make the first call compile it, and a later process import SciPy
+    finite = True  # an array's all() would make the first call compile it, and a later process import SciPy
     for block in range(blocks):
-        everything &= finite[block]
-    return everything
+        finite &= wrong[block] == 0
+    return finite

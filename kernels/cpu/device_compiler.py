@@ -3,8 +3,9 @@
 Numba compiles every function that a kernel calls as if Python called it too: with a wrapper that unpacks Python's
 arguments, one for C callbacks, and machine code of all three, which nothing runs, because the kernel's machine code
 holds the function once more. That was a third of a kernel's first call. Here the pipeline ends with the LLVM code, the
-form in which Numba links one function into another; small functions' is optimised. Numba also cleans each function of a
-module by itself before the module is optimised, which does the same again, and no kernel gained by it.
+form in which Numba links one function into another, as it was lowered: the kernel's library optimises everything at
+once. Numba optimises each library, with all that is linked into it, once for every function on the way to the kernel,
+and cleans each function of a module by itself before; no kernel gained by it, and it was a fifth of a first call.
 
 Compiling makes millions of objects, few of which are garbage: Python's collector pauses meanwhile, which saves a
 twentieth.
@@ -25,10 +26,6 @@ from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.registry import cpu_target
 from numba.core.typed_passes import NativeLowering, NativeParforLowering
 
-# Lines of LLVM code. A longer function holds others, which have been optimised already, and with its kernel it will be
-# once more: a fifth of a product's first call. Loops that ask for wide vectors get them here or never.
-LARGE = 2000
-
 
 class _KernelLibrary(JITCodeLibrary):
     """Machine code, optimised as a whole only."""
@@ -40,22 +37,21 @@ class _KernelLibrary(JITCodeLibrary):
 class _LinkedLibrary(_KernelLibrary):
     """LLVM code to be linked into other libraries; no machine code."""
 
+    _wide = False
+
+    def add_ir_module(self, ir_module):
+        # Loops that ask for wide vectors get them from this library or never: an inlined function loses the attribute.
+        attributes = [attribute for function in ir_module.functions for attribute in function.attributes]
+        self._wide = self._wide or any("prefer-vector-width" in attribute for attribute in attributes)
+        super().add_ir_module(ir_module)
+
     def _optimize_final_module(self):
-        code = str(self._final_module)
-        if "prefer-vector-width" in code or code.count("\n") <= LARGE:
+        if self._wide:
             super()._optimize_final_module()
 
     def _finalize_final_module(self):
         self._finalize_dynamic_globals()
         self._finalized = True
-
-
-class _WrapperLibrary(_LinkedLibrary):
-    """As that, and not optimised before the library that it is linked into is."""
-
-    def _optimize_final_module(self):
-        if self.name.startswith("__numba_parfor_gufunc"):  # the loop's body itself: products gain by it
-            JITCodeLibrary._optimize_final_module(self)
 
 
 _REFUSAL = ctypes.create_string_buffer(b"a device function has no machine code of its own: only kernels can call it")
@@ -142,7 +138,7 @@ class _ParallelLowering(NativeParforLowering):
     def run_pass(self, state):
         codegen = state.targetctx.codegen()
         state.library = _new_library(state)
-        codegen._library_class, codegen.set_env = _WrapperLibrary, partial(_set_env, codegen)
+        codegen._library_class, codegen.set_env = _LinkedLibrary, partial(_set_env, codegen)
         try:
             return super().run_pass(state)
         finally:

@@ -24,12 +24,18 @@ from numba import float32, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from tilewise.kernels.cpu.epilogue_vector import ACTIVATION_CODES as ACTIVATION_CODES
+from tilewise.kernels.cpu.epilogue_vector import (
+    BOUNDED,
+    DOUBLE,
+    DOUBLE_RANGE,
+    LEAKY_SLOPE,
+    SINGLE,
+    SINGLE_RANGE,
+    activate_run,
+)
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device
-
-# The activations that conv2d, linear and batch_norm apply to their result, as their kernels know them.
-ACTIVATION_CODES = {None: 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "sigmoid": 4, "tanh": 5}
-BOUNDED = 2  # codes up to here at most keep a result between two numbers (register_tile.Bounds), in a vector or two
-LEAKY_SLOPE = 0.01
+from tilewise.kernels.cpu.simd import address
 
 
 def _prefer_widest_vectors(typing_context):
@@ -86,10 +92,7 @@ def _expm1_parts(x) -> Any:
 
 
 def _single():
-    biased, per_ln2 = np.float32(1.5 * 2**23 + 127), np.float32(1.4426950408889634)
-    head, tail = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
-    c2, c3, c4 = np.float32(0.49999993), np.float32(0.16666521), np.float32(0.04166839)
-    c5, c6 = np.float32(0.00836873), np.float32(0.00138146)
+    (biased, per_ln2, head, tail), (c2, c3, c4, c5, c6) = (map(np.float32, numbers) for numbers in SINGLE)
 
     def parts(x):
         shifted = x * per_ln2 + biased
@@ -103,10 +106,7 @@ def _single():
 
 
 def _double():
-    biased, per_ln2 = 1.5 * 2.0**52 + 1023, 1.4426950408889634
-    head, tail = 6.93147180369123816490e-01, 1.90821492927058770002e-10
-    c2, c3, c4, c5, c6, c7 = 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040
-    c8, c9, c10, c11, c12, c13 = 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 479001600, 1 / 6227020800
+    (biased, per_ln2, head, tail), (c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13) = DOUBLE
 
     def parts(x):
         shifted = x * per_ln2 + biased
@@ -144,7 +144,8 @@ def _exp_range(x) -> Any:
 
 @overload(_exp_range)
 def _overload_exp_range(x):
-    limits = (np.float32(-88), np.float32(89)) if x == float32 else (-709.0, 710.0)
+    lowest, highest = (map(np.float32, SINGLE_RANGE)) if x == float32 else DOUBLE_RANGE
+    limits = lowest, highest
     return lambda x: limits
 
 
@@ -210,23 +211,7 @@ def bounds_of(code):
     return code if code <= BOUNDED else 0
 
 
-@device()
+@device(fastmath=EXACT_ORDER)
 def activate_row(flat, start, count, code):
-    """Apply an activation in place to flat[start : start + count] of a contiguous 1-D array; one vector loop each."""
-    prefer_widest_vectors()
-    row = flat[start : start + count]
-    if code == 1:
-        for i in range(count):
-            row[i] = relu(row[i])
-    elif code == 2:
-        for i in range(count):
-            row[i] = relu6(row[i])
-    elif code == 3:
-        for i in range(count):
-            row[i] = leaky_relu(row[i], LEAKY_SLOPE)
-    elif code == 4:
-        for i in range(count):
-            row[i] = sigmoid(row[i])
-    elif code == 5:
-        for i in range(count):
-            row[i] = tanh(row[i])
+    """Apply an activation in place to flat[start : start + count] of a contiguous 1-D array."""
+    activate_run(address(flat, start), count, code)

@@ -16,7 +16,6 @@ that neither the blocks nor the thread count changes a bit.
 With AVX2's 16 registers a task packs A as well: gemm_packed.py.
 """
 
-import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.gemm_dots import finish_rows
@@ -25,7 +24,7 @@ from tilewise.kernels.cpu.gemm_packed import multiply_packed_block
 from tilewise.kernels.cpu.gemm_panels import FEWER, GROUP, KC, pack_right_group, pack_right_panel
 from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile, prefetch_tile
 from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import integers, progression, scratch
 from tilewise.kernels.cpu.simd import MR, NV, VECTOR_BYTES, address, lanes
 from tilewise.kernels.cpu.vector_move import copy_lanes, copy_rows, copy_vector, transpose_block, transpose_whole
 
@@ -58,9 +57,9 @@ def make_pack_left(height):
         panel are zero.
         """
         width = lanes(a)
-        offsets = np.empty(height, np.int64)
-        lows = np.zeros(height, np.int64)
-        highs = np.empty(height, np.int64)
+        offsets = integers(height)
+        lows = progression(0, height)
+        highs = integers(height)
         for first in range(0, rows, height):
             used = min(height, rows - first)
             target = panels_start + first * depth

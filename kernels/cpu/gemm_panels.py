@@ -1,11 +1,10 @@
 """The packing of operands for the register tiles of matrix products, KC steps of the sum at a time."""
 
-import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.jit import device
-from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.scratch import integers, progression, scratch
 from tilewise.kernels.cpu.simd import _I64, NV, VECTOR_BYTES, _Emitter, _literal, address, lanes, prefetch
 from tilewise.kernels.cpu.vector_move import _transposed, copy_lanes, copy_vector, transpose_block, transpose_whole
 
@@ -64,11 +63,10 @@ def _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel
     width = lanes(b)
     count = NV * width
     stage = scratch(width * width, b)
-    offsets = np.empty(width, np.int64)
-    lows = np.zeros(width, np.int64)
-    highs = np.empty(width, np.int64)
+    offsets = progression(column_step, width)
+    lows = progression(0, width)
+    highs = integers(width)
     for r in range(width):
-        offsets[r] = r * column_step
         highs[r] = depth if j + r < columns else 0
     for k in range(first, depth, width):
         transpose_square(stage, b, start + j * column_step, offsets, lows, highs, k)

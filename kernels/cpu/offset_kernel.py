@@ -11,32 +11,6 @@ from tilewise.kernels.cpu.simd import _I64, _Emitter, _literal
 _FEW_STEPS = 64
 
 
-@intrinsic(prefer_literal=True)
-def offset_product(typingctx, rows, vectors, a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs):
-    """C[i, j] (+)= sum over k < depth of a[i * a_step + k] * b[offsets[k] + j], i < outputs.
-
-    In tiles of rows x vectors * lanes, all of which are written. offsets: pointer to int64. c: the first tile, its rows
-    one after the other; the next is c_tile on.
-    """
-    shape = _literal(rows), _literal(vectors)
-    intp = types.intp
-    signature = types.void(rows, vectors, a, intp, b, offsets, intp, c, intp, intp, intp)
-
-    def codegen(context, builder, signature, args):
-        a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs = args[2:]
-        emit = _Emitter(builder, signature.args[2].dtype)
-        tile = Tile(emit, *shape)
-        step = _I64(shape[1] * emit.lanes)
-        loop = Loop(builder, outputs, shape[0], "tile")
-        o, a, c = loop.begin((a, builder.mul(a_step, _I64(shape[0]))), (c, c_tile))
-        left = row_pointers(tile, a, a_step, builder.sub(outputs, o))
-        tile.finish(_offset_sums(tile, left, b, offsets, depth, c, step, accumulate), c, step)
-        loop.close()
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
 def _offset_sums(tile, left, b, offsets, depth, c, c_step, accumulate):
     builder = tile.builder
     begun = tile.start(c, c_step, accumulate)
@@ -59,11 +33,17 @@ def _offset_sums(tile, left, b, offsets, depth, c, c_step, accumulate):
 
 
 @intrinsic(prefer_literal=True)
-def offset_product_to(
-    typingctx, rows, vectors, a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias,
-    has_bias, bounds, panels, c_panel,
+def offset_product(
+    typingctx, rows, vectors, a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, finishing, y, y_step,
+    places, bias, has_bias, bounds, panels, c_panel,
 ):  # fmt: skip
-    """`offset_product`, then bias and activation in registers, and straight to y; for neighbouring panels of b and y.
+    """C[i, j] (+)= sum over k < depth of a[i * a_step + k] * b[offsets[k] + j], i < outputs.
+
+    In tiles of rows x vectors * lanes, all of which are written. offsets: pointer to int64. c: the first tile, its rows
+    one after the other; the next is c_tile on.
+
+    Where finishing is not 0 the sums are not written to C: they get bias and activation in registers, and go straight
+    to y; for neighbouring panels of b and y. (One function for both, because each is three tiles to compile.)
 
     All tiles in one call, for setting one up costs 100 cycles and more: as much as 8 steps k of a tile. Row i < outputs
     goes to y[i * y_step ..]; of vector j the lanes places[6 * j] .. places[6 * j + 1] to offset places[6 * j + 2] (that
@@ -74,12 +54,13 @@ def offset_product_to(
     shape = _literal(rows), _literal(vectors)
     intp = types.intp
     signature = types.void(
-        rows, vectors, a, intp, b, offsets, intp, c, intp, intp, intp, y, intp, places, bias, intp, intp, intp, intp
-    )
+        rows, vectors, a, intp, b, offsets, intp, c, intp, intp, intp, intp, y, intp, places, bias, intp, intp, intp,
+        intp,
+    )  # fmt: skip
 
     def codegen(context, builder, signature, args):
-        a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, y, y_step, places, bias, has_bias = args[2:16]
-        bounds, panels, c_panel = args[16:]
+        a, a_step, b, offsets, depth, c, c_tile, accumulate, outputs, finishing, y, y_step, places, bias = args[2:16]
+        has_bias, bounds, panels, c_panel = args[16:]
         emit = _Emitter(builder, signature.args[2].dtype)
         tile = Tile(emit, *shape)
         step = _I64(shape[1] * emit.lanes)
@@ -93,9 +74,16 @@ def offset_product_to(
         o, a, c, y, bias = loop.begin((a, a_tile), (c, c_tile), (y, y_tile), (bias, bias_tile))
         rest = builder.sub(outputs, o)
         left = row_pointers(tile, a, a_step, rest)
-        with builder.if_then(builder.icmp_signed("<", depth, _I64(_FEW_STEPS))):
+        soon = builder.icmp_signed("<", depth, _I64(_FEW_STEPS))
+        finished = builder.icmp_signed("!=", finishing, _I64(0))
+        with builder.if_then(builder.and_(soon, finished)):
             way.ask(y, y_step)
-        way.write(_offset_sums(tile, left, b, offsets, depth, c, step, accumulate), y, y_step, rest, bias)
+        total = _offset_sums(tile, left, b, offsets, depth, c, step, accumulate)
+        with builder.if_else(finished) as (to_y, to_c):
+            with to_y:
+                way.write(total, y, y_step, rest, bias)
+            with to_c:
+                tile.finish(total, c, step)
         loop.close()
         beside.close()
         return context.get_dummy_value()

@@ -1,10 +1,10 @@
 """Arrays turned around for a pass: channels and pixels, images and channels, or outputs and channels change places."""
 
-import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.row_moves import finish_row
+from tilewise.kernels.cpu.scratch import progression
 from tilewise.kernels.cpu.simd import address, lanes
 from tilewise.kernels.cpu.vector_move import reverse_row, transpose_square_to
 
@@ -13,7 +13,7 @@ from tilewise.kernels.cpu.vector_move import reverse_row, transpose_square_to
 def turn_planes(source, n, rows, columns, target):
     """target[i, c, r] = source[i, r, c] for n planes: NCHW to NHWC with (channels, pixels), and back."""
     lane = lanes(source)
-    places = np.arange(0, lane * rows, rows)
+    places = progression(rows, lane)
     blocks = (columns + lane - 1) // lane
     for chunk in prange(n * blocks):
         i = chunk // blocks

@@ -9,12 +9,13 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from tilewise.kernels.cpu import recycling
-from tilewise.kernels.cpu.jit import device
+from tilewise.kernels.cpu.simd import _I64
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 # Bytes between the places in a page where NumPy's memory and a result start. malloc gives large blocks 16 bytes behind
@@ -24,29 +25,87 @@ ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 APART = 512
 
 
+# What follows makes arrays in kernels. All of it is emitted, because compiling np.empty, np.zeros and np.arange, with
+# what they call, is a tenth of a kernel's first call.
+
+
 @intrinsic
-def _elements_to_alignment(typingctx, array):
-    """How many elements lie between the array's start and the next aligned address."""
-    itemsize = array.dtype.bitwidth // 8
-
-    def codegen(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        word = ir.IntType(64)
-        missing = builder.and_(builder.neg(builder.ptrtoint(data, word)), word(ALIGNMENT - 1))
-        return builder.udiv(missing, word(itemsize))
-
-    return types.intp(array), codegen
-
-
-@device(inline="always", allocates=True)
-def scratch(count, like):
+def scratch(typingctx, count, like):
     """An uninitialised, aligned 1-D array of `count` elements of like's dtype, with a vector's length to spare
     behind.
     """
-    spare = ALIGNMENT // like.itemsize
-    memory = np.empty(count + 2 * spare, like.dtype)
-    start = _elements_to_alignment(memory)
-    return memory[start : start + count + spare]
+    result = types.Array(like.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        spare = _I64(ALIGNMENT // (like.dtype.bitwidth // 8))
+        return _allocated(context, builder, result, [builder.add(args[0], spare)])._getvalue()
+
+    return result(types.intp, like), codegen
+
+
+@intrinsic
+def zeros(typingctx, count, like):
+    """`count` zeros of like's dtype."""
+    result = types.Array(like.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        array = _allocated(context, builder, result, [args[0]])
+        cgutils.memset(builder, array.data, builder.mul(args[0], array.itemsize), 0)
+        return array._getvalue()
+
+    return result(types.intp, like), codegen
+
+
+@intrinsic
+def integers(typingctx, count):
+    """An uninitialised array of `count` int64."""
+    result = types.Array(types.int64, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        return _allocated(context, builder, result, args)._getvalue()
+
+    return result(types.intp), codegen
+
+
+@intrinsic
+def integer_table(typingctx, rows, columns):
+    """An uninitialised array of (rows, columns) int64."""
+    result = types.Array(types.int64, 2, "C")
+
+    def codegen(context, builder, signature, args):
+        return _allocated(context, builder, result, args)._getvalue()
+
+    return result(types.intp, types.intp), codegen
+
+
+@intrinsic
+def progression(typingctx, step, count):
+    """The int64 i * step, i < count."""
+    result = types.Array(types.int64, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        step, count = args
+        array = _allocated(context, builder, result, [count])
+        with cgutils.for_range(builder, count) as loop:
+            builder.store(builder.mul(loop.index, step), builder.gep(array.data, [loop.index]))
+        return array._getvalue()
+
+    return result(types.intp, types.intp), codegen
+
+
+def _allocated(context, builder, kind, shape):
+    """An array of this type on aligned memory, whose elements are not set; MemoryError where there is none."""
+    itemsize = kind.dtype.bitwidth // 8
+    strides = [_I64(itemsize)]
+    for length in reversed(shape):
+        strides.insert(0, builder.mul(strides[0], length))
+    memory = context.nrt.meminfo_alloc_aligned(builder, strides[0], ALIGNMENT)
+    array = context.make_array(kind)(context, builder)
+    populate_array(
+        array, builder.bitcast(context.nrt.meminfo_data(builder, memory), array.data.type), itemsize=itemsize,
+        meminfo=memory, shape=cgutils.pack_array(builder, shape), strides=cgutils.pack_array(builder, strides[1:]),
+    )  # fmt: skip
+    return array
 
 
 @intrinsic
