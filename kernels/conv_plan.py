@@ -140,6 +140,7 @@ class Convolution:
     layout).
     codes: of activations. describe(it, dtype, algorithm, ordinal): what the algorithm's name does not tell.
     by_tensor_cores(it, dtype, ordinal): whether its product goes to that device's tensor cores.
+    tf32_is_faster(it): than Winograd's algorithm, where both are to be had.
     prefers_direct(it, dtype): whether its direct sum is faster than a product. counts(it): whether its product's
     kernels count so far. engine_of(place).
     """
@@ -152,6 +153,7 @@ class Convolution:
     why_not_winograd: Callable
     winograd_pays: Callable
     by_tensor_cores: Callable
+    tf32_is_faster: Callable
     describe: Callable = lambda it, dtype, algorithm, ordinal: ""
     prefers_direct: Callable = lambda it, dtype: False
     counts: Callable = lambda it: True
@@ -176,16 +178,16 @@ class Convolution:
                 raise ValueError(f"conv2d: algorithm {wanted!r} does not apply: {why_not[wanted]}")
             return wanted, why_not
         best = self._choose(it, dtype, ordinal)
-        by_tf32 = best == "gemm" and self._goes_by_tf32(it, dtype, ordinal)
+        by_tf32 = best == "gemm" and self._prefers_tf32(it, dtype, ordinal)
         reasons = _SLOWER | ({"winograd": "tensor cores are faster"} if by_tf32 else {})
         return best, {name: reason for name, reason in reasons.items() if name != best} | why_not
 
     def describe_conv2d(self, shapes, dtype, options, ordinal) -> str:
         return self.describe(_forward_of(shapes, options), dtype, options["algorithm"], ordinal)
 
-    def _goes_by_tf32(self, it: Correlation, dtype, ordinal: int) -> bool:
-        """Whether a product of float32 would be one of TF32."""
-        return settings.active().tf32 and self.by_tensor_cores(it, dtype, ordinal)
+    def _prefers_tf32(self, it: Correlation, dtype, ordinal: int) -> bool:
+        """Whether a product of float32 would be one of TF32, and faster than Winograd's algorithm."""
+        return settings.active().tf32 and self.tf32_is_faster(it) and self.by_tensor_cores(it, dtype, ordinal)
 
     def _choose(self, it: Correlation, dtype, ordinal: int) -> str:
         if is_depthwise(it, dtype):
@@ -195,8 +197,7 @@ class Convolution:
             return "direct"
         if self.why_not_winograd(it, dtype) is not None or not self.winograd_pays(it):
             return "gemm"
-        # tensor cores multiply faster than Winograd's transforms save
-        return "gemm" if self._goes_by_tf32(it, dtype, ordinal) else "winograd"
+        return "gemm" if self._prefers_tf32(it, dtype, ordinal) else "winograd"
 
     def _correlate(self, it, x, weight, y, bias, extra, code, algorithm, kept):
         name = self._choose(it, x.dtype, x.place.ordinal) if algorithm == "auto" else algorithm

@@ -54,6 +54,11 @@ def why_not(it: Correlation, dtype) -> str | None:
     return None if dtype == np.float32 else "float32 only: its error is not small beside the rounding of float64"
 
 
+def is_narrow(it: Correlation, channels: int) -> bool:
+    """Whether either side has fewer: a product of TF32 is faster then."""
+    return min(it.channels, it.outputs) < channels
+
+
 def pays(it: Correlation) -> bool:
     """Whether it saves more time in products than it adds in memory."""
     tiles = it.images * ceil_div(it.rows.count, _TILE) * ceil_div(it.columns.count, _TILE)

@@ -66,6 +66,14 @@ def test_never_by_one_product_of_tf32(gpu, rng, split):
     assert not launched(gpu, "Tf32Math")
 
 
+@pytest.mark.parametrize(("channels", "algorithm"), [(64, "gemm"), (96, "winograd")])
+def test_with_tf32_allowed(gpu, split, channels, algorithm):
+    """Of many channels Winograd's exact products are faster than one product of TF32."""
+    x, weight = (np.empty(shape, np.float32) for shape in ((2, channels, 32, 33), (96, channels, 3, 3)))
+    with tilewise.using(tf32=True):
+        assert tilewise.explain(kernels.conv2d, x, weight, padding=1).algorithm == algorithm
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_explain_tells_of_the_products(gpu, rng, split, monkeypatch, layout):
     for ways, part, note in (

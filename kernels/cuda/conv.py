@@ -49,6 +49,7 @@ _CONVOLUTION = Convolution(
     },
     _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES, conv_winograd.why_not, conv_winograd_plan.pays,
     by_tensor_cores=lambda it, dtype, ordinal: conv_tensor.applies(it, dtype, engine_at("cuda", ordinal)),
+    tf32_is_faster=conv_winograd.tf32_is_faster,
 )  # fmt: skip
 
 choose_conv2d, bind_conv2d, conv2d = _CONVOLUTION.choose_conv2d, _CONVOLUTION.bind_conv2d, _CONVOLUTION.conv2d

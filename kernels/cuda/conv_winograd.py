@@ -194,6 +194,11 @@ def winograd_output(
             y[place] = finished(total, o, place, bias, has_bias, extra, has_extra, code, slope)
 
 
+def tf32_is_faster(it: Correlation) -> bool:
+    """By an H100, benchmarks/results/gpu: of 256 channels, and not of 512."""
+    return conv_winograd_plan.is_narrow(it, 512)
+
+
 def why_not(it: Correlation, dtype) -> str | None:
     """conv_winograd_plan.why_not; and a grid must have room for all products."""
     too_many = "too many groups for a grid" if POINTS * it.groups > MOST_BLOCKS else None

@@ -85,7 +85,7 @@ _CONVOLUTION = Convolution(
      "winograd": conv_winograd.correlate},
     _weight_gradient, conv_sums.bias_gradient, ACTIVATION_CODES,
     why_not_winograd=conv_winograd_plan.why_not, winograd_pays=conv_winograd_plan.pays,
-    by_tensor_cores=_by_tensor_cores, describe=_describe,
+    by_tensor_cores=_by_tensor_cores, tf32_is_faster=conv_winograd.tf32_is_faster, describe=_describe,
     prefers_direct=_is_narrow, counts=lambda it: it.narrow,
     engine_of=lambda place: driver.engine(place.ordinal),
 )  # fmt: skip

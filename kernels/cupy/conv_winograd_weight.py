@@ -9,7 +9,7 @@ from tilewise.kernels.conv_geometry import Correlation
 from tilewise.kernels.conv_winograd_plan import POINTS, tiles_of
 from tilewise.kernels.cupy import conv_tensor_weight, conv_winograd, driver
 from tilewise.kernels.cupy.conv_sums import WEIGHT
-from tilewise.kernels.cupy.conv_winograd import AXES, THREADS, make, whole
+from tilewise.kernels.cupy.conv_winograd import AXES, THREADS, make, tf32_is_faster, whole
 from tilewise.kernels.cupy.gemm import multiply
 from tilewise.kernels.device_arrays import DeviceArray
 from tilewise.kernels.gemm_matrices import Matrices
@@ -20,10 +20,12 @@ _taps = make("taps", f"P {WEIGHT} q q q q", 4, _SOURCE)
 
 
 def applies(it: Correlation, dtype, ordinal: int) -> bool:
-    """Whether it is faster than an implicit product: not where that may be one of TF32."""
+    """Whether it is faster than an implicit product, which may be one of TF32."""
     if conv_winograd_plan.why_not(it, dtype) is not None or not conv_winograd_plan.pays(it):
         return False
-    return not settings.active().tf32 or conv_tensor_weight.choose(it, dtype, driver.engine(ordinal))[0] is None
+    if not (settings.active().tf32 and tf32_is_faster(it)):
+        return True
+    return conv_tensor_weight.choose(it, dtype, driver.engine(ordinal))[0] is None
 
 
 def _factors(it: Correlation, grads, values, sizes: tuple[int, int, int], tiles: int) -> tuple[Matrices, Matrices]:
