@@ -245,10 +245,10 @@ class Convolution:
                 engine.synchronize()  # a pool may hand out what kernels of another stream than `write`'s still use
                 write(made)
                 engine.synchronize()  # whatever stream reads it
-                packs[key] = made
+                packs.setdefault(key, made)  # another thread may have been faster, and others may use what it made
                 place.made_lasting()
             kept = packs[key]
-            return DeviceArray(place, place.lasting(kept.pointer), kept.shape, kept.dtype, kept.owner)
+            return place.lasting(DeviceArray(place, kept.pointer, kept.shape, kept.dtype, kept.owner))
 
         def on_device(name, place):
             array = arrays[name]

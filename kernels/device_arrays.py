@@ -104,9 +104,9 @@ class Place:
     def started(self, engine, form, grid: tuple[int, int, int], shared: int, arguments: tuple):
         """A kernel was started with these arguments."""
 
-    def lasting(self, pointer: int) -> int:
-        """The address of memory that is the same in all calls."""
-        return pointer
+    def lasting(self, array: DeviceArray) -> DeviceArray:
+        """An array over memory that is the same in all calls."""
+        return array
 
     def made_lasting(self):
         """Such memory was filled, which later calls do not do again."""

@@ -11,14 +11,16 @@ from tilewise.kernels.device_replay import Recorded, Recorder, bytes_of
 from tilewise.kernels.dispatch import implementation_module
 
 _current_settings = settings.current.get
-
-
 _ONCE, _NEVER = object(), object()  # of a signature: it was called once; it cannot be done again
 
 
 def call(operation, operands: tuple, options: tuple, out, kind):
-    """The operation on a GPU's arrays, planned. kind: of the options."""
-    return _planned(operation, operands, options, out, kind)
+    """The operation on a GPU's arrays: nothing is copied but what is not contiguous, or not aligned as it wants.
+
+    kind: of the options.
+    """
+    plan, views, target = _planned(operation, operands, options, out, kind)
+    return _run(operation, plan, views, target, out)
 
 
 def call_again(operation, library, operands: tuple, options: tuple, out, kind):
@@ -33,19 +35,21 @@ def call_again(operation, library, operands: tuple, options: tuple, out, kind):
     if type(known) is Recorded and not (out is not None and known.overlaps(pointers)):
         result = known.run(pointers)
         return result if out is None else out
-    if known is _ONCE:
-        result, operation.recorded[key] = _planned(operation, operands, options, out, kind, library)
-        return result
-    if known is None:
-        operation.recorded[key] = _ONCE
-    return _planned(operation, operands, options, out, kind)
+    plan, views, target = _planned(operation, operands, options, out, kind)
+    if known is not _ONCE:
+        operation.recorded.setdefault(key, _ONCE)
+        return _run(operation, plan, views, target, out)
+    given = views if target is None else (*views, target)
+    recorder = Recorder(next(v.place for v in given if v is not None), len(given))
+    traced = [None if v is None else recorder.operand(v, i) for i, v in enumerate(given)]
+    result = _run(operation, plan, tuple(traced[: len(views)]), None if target is None else traced[-1], out)
+    again = Recorded(recorder, library, result, bytes_of(given), target is not None) if recorder.repeatable else _NEVER
+    operation.recorded[key] = again
+    return result
 
 
-def _planned(operation, operands: tuple, options: tuple, out, kind, library=None):
-    """The operation's plan, run: nothing is copied but what is not contiguous, or not aligned as it wants.
-
-    library: where the call is to be recorded, the arrays'; then what later calls do is the second result.
-    """
+def _planned(operation, operands: tuple, options: tuple, out, kind) -> tuple:
+    """The operation's plan, views of the operands, and of `out`."""
     views = tuple(
         None if o is None else _view(operation, name, o) for name, o in zip(operation.operands, operands, strict=True)
     )
@@ -57,15 +61,7 @@ def _planned(operation, operands: tuple, options: tuple, out, kind, library=None
     plan = operation.device_plan(views, options, kind)
     if target is not None:
         _check_out(operation, plan.problem, views, target)
-    if library is None:
-        return _run(operation, plan, views, target, out)
-    given = views if target is None else (*views, target)
-    recorder = Recorder(present[0][1].place, len(given))
-    traced = [None if v is None else recorder.operand(v, i) for i, v in enumerate(given)]
-    result = _run(operation, plan, tuple(traced[: len(views)]), None if target is None else traced[-1], out)
-    if not recorder.repeatable:
-        return result, _NEVER
-    return result, Recorded(recorder, library, result, bytes_of(given), target is not None)
+    return plan, views, target
 
 
 def run_from_host(backend: str, run: Callable, changed: tuple[int, ...], values: Callable | None, *operands, out=None):

@@ -12,9 +12,11 @@ stays one when bytes are added to it. A call that starts a kernel with any other
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from math import prod
 from typing import Any
+from weakref import ref
 
 from tilewise.kernels.device_arrays import DeviceArray, Place, row_major
 
@@ -49,7 +51,11 @@ class Recorder(Place):
     def __init__(self, place: Place, operands: int):
         self.ordinal, self.place, self._operands = place.ordinal, place, operands
         self.allocations: list[tuple[tuple[int, ...], Any]] = []
+        self.allocated_before: list[int] = []  # of each, how many kernels had been started
+        self.dead_before: dict[int, int] = {}  # the same when it was given back, where that was during the call
         self.launches: list[tuple] = []
+        self.kept: list[Any] = []  # owners of what lasts
+        self._watched: list[Any] = []
         self._results: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.repeatable = True
 
@@ -64,13 +70,19 @@ class Recorder(Place):
         return DeviceArray(self, Address.of(view.pointer, index), view.shape, view.dtype, view.owner)
 
     def empty(self, shape, dtype):
-        made = self.place.empty(shape, dtype)
-        address = Address.of(made.pointer, self._operands + len(self.allocations))
+        made, index = self.place.empty(shape, dtype), len(self.allocations)
         self.allocations.append((made.shape, made.dtype))
-        return DeviceArray(self, address, made.shape, made.dtype, made.owner)
+        self.allocated_before.append(len(self.launches))
+        with suppress(TypeError):  # of a type that cannot be watched: it lives to the call's end
+            self._watched.append(ref(made.owner, partial(self._died, index)))
+        return DeviceArray(self, Address.of(made.pointer, self._operands + index), made.shape, made.dtype, made.owner)
 
-    def lasting(self, pointer):
-        return Address.of(pointer, None)
+    def _died(self, index: int, _):
+        self.dead_before[index] = len(self.launches)
+
+    def lasting(self, array):
+        self.kept.append(array.owner)
+        return DeviceArray(self, Address.of(array.pointer, None), array.shape, array.dtype, array.owner)
 
     def made_lasting(self):
         self.repeatable = False  # the next call finds it made
@@ -109,15 +121,25 @@ class Recorded:
 
     def __init__(self, recorder: Recorder, library: "Library", result, sizes: list[int], into: bool):
         """result: what the call returned. sizes: bytes of each operand. into: whether the last one is `out`."""
-        place = recorder.place
-        self._allocators = [library.allocator(place, *about) for about in recorder.allocations]
-        self._launches, self._stream, self._pointer = recorder.launches, library.stream(place), library.pointer
+        place, count = recorder.place, len(recorder.launches)
+        self._stream, self._pointer = library.stream(place), library.pointer
         self._sizes, self._into, self._is_tuple = sizes, into, isinstance(result, tuple)
+        self._kept = recorder.kept  # alive as long as their addresses are here
+        results = [] if into else recorder.results(result)
         shapes = [shape for shape, _ in recorder.allocations]
-        self._results = [
-            None if r is None else (r[0], None if shapes[r[0]] == r[1] else r[1])
-            for r in ([] if into else recorder.results(result))
-        ]
+        self._results = [None if r is None else (r[0], None if shapes[r[0]] == r[1] else r[1]) for r in results]
+        allocators = [library.allocator(place, *about) for about in recorder.allocations]
+        wanted = {r[0] for r in results if r is not None}
+        # what is allocated before each kernel, and given back after it, as in the call that was recorded: a call that
+        # held everything to its end could need far more memory
+        self._steps = [
+            (
+                [a for a, before in zip(allocators, recorder.allocated_before, strict=True) if before == i],
+                launch,
+                [j for j, before in recorder.dead_before.items() if before == i + 1 and j not in wanted],
+            )
+            for i, launch in enumerate([*recorder.launches, None][: count + 1])
+        ]  # fmt: skip
 
     def overlaps(self, pointers: list[int]) -> bool:
         """Whether `out` meets an operand, which is for the first way to judge."""
@@ -127,14 +149,21 @@ class Recorded:
 
     def run(self, pointers: list[int]) -> Any:
         """pointers: of the operands; an absent one's is 0."""
-        made = [allocate() for allocate in self._allocators]
-        pointers += map(self._pointer, made)
+        made: list[Any] = []
         stream = self._stream()
-        for start, form, grid, shared, numbers, addresses in self._launches:
+        for allocators, launch, dead in self._steps:
+            for allocate in allocators:
+                made.append(allocate())  # in no variable, which would keep it
+                pointers.append(self._pointer(made[-1]))
+            if launch is None:
+                break
+            start, form, grid, shared, numbers, addresses = launch
             filled = numbers.copy()  # other threads may be here, too
             for position, index, offset in addresses:
                 filled[position] = pointers[index] + offset
             start(form, grid, shared, stream, form.pack_numbers(filled))
+            for j in dead:
+                made[j] = None
         if not self._is_tuple:
             return None if self._into else _shaped(made, self._results[0])
         return tuple(_shaped(made, result) for result in self._results)
@@ -175,9 +204,9 @@ class TorchTensors(Library):
         self._current = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def signature(self, arrays, pointers):
-        device = arrays[0].get_device()
-        if device < 0:
+        if not arrays[0].is_cuda:
             return None
+        device = arrays[0].get_device()
         found: list = [device]
         for a in arrays:
             if a is None:
@@ -234,20 +263,19 @@ class CupyArrays(Library):
         return array.data.ptr
 
 
-_LIBRARIES: dict[type, Library | None] = {}  # by the type of an array
+_LIBRARIES: dict[type, Library] = {}  # by the type of its arrays
+_KNOWN = {"torch": ("Tensor", TorchTensors), "cupy": ("ndarray", CupyArrays)}
 
 
 def library_of(kind: type) -> Library | None:
     """The library whose arrays are of this very type; None for all others, subclasses too."""
-    try:
-        return _LIBRARIES[kind]
-    except KeyError:
+    found = _LIBRARIES.get(kind)
+    if found is None and kind.__name__ in ("Tensor", "ndarray"):
         name = kind.__module__.partition(".")[0]
-        module: Any = sys.modules.get(name)
-        known = {"torch": ("Tensor", TorchTensors), "cupy": ("ndarray", CupyArrays)}.get(name)
-        is_it = known is not None and getattr(module, known[0], None) is kind
-        _LIBRARIES[kind] = known[1](module) if known is not None and is_it else None
-    return _LIBRARIES[kind]
+        type_name, library = _KNOWN.get(name, ("", None))
+        if library is not None and getattr(sys.modules.get(name), type_name, None) is kind:
+            found = _LIBRARIES[kind] = library(sys.modules[name])
+    return found
 
 
 def bytes_of(views: Sequence[DeviceArray | None]) -> list[int]:

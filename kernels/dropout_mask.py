@@ -58,6 +58,8 @@ _drawn: ContextVar[tuple[int, int]] = ContextVar("tilewise_dropout_seed_and_call
 class _Drawing(Operation):
     """An operation whose seed and call change from call to call, and so belong to no plan."""
 
+    replayable = False
+
     def draw(self, x, p, seed, call, out):
         token = _drawn.set((_bits(self.name, "seed", seed), _bits(self.name, "call", call)))
         try:

@@ -108,6 +108,8 @@ class Operation:
         multiple of 16 bytes on, on a GPU, so that the order of their sums does not depend on where an array begins.
     """
 
+    replayable = True  # whether its signature tells all that its kernels are given (device_replay.py)
+
     def __init__(
         self,
         family: str,
@@ -268,7 +270,7 @@ class Operation:
     def _call_foreign(self, operands: tuple, options: tuple, out, kind) -> Any:
         """The way for what is not exactly a NumPy array: torch tensors, subclasses, and everything that is an error."""
         library = library_of(type(operands[0]))
-        if library is not None and kind is not _UNHASHABLE:
+        if library is not None and kind is not _UNHASHABLE and self.replayable:
             result = device_call.call_again(self, library, operands, options, out, kind)
             if result is not NotImplemented:
                 return result

@@ -94,6 +94,8 @@ _numbers: ContextVar[dict[str, float]] = ContextVar("tilewise_update_numbers")
 class Update(Operation):
     """An operation whose numbers change from call to call, such as a learning rate, and so belong to no plan."""
 
+    replayable = False
+
     def update(self, arrays: tuple, options: tuple, numbers: dict[str, float]):
         for i in self.mutates:
             if isinstance(arrays[i], np.ndarray) and not arrays[i].flags.writeable:

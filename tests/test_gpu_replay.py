@@ -1,5 +1,6 @@
 """Calls on a GPU's arrays that were made before (device_replay.py): launches done again, with other arrays."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,6 +108,54 @@ def test_a_call_that_was_made_before(place, planned, rng, name):
         assert len(planned) == min(number + 1, 2)
 
 
+@pytest.mark.parametrize("function", [kernels.dropout, kernels.dropout_backward])
+def test_what_is_drawn_is_drawn_anew(place, rng, function):
+    x = normal(rng, 9, 8)
+    for seed, call in ((1, 0), (1, 1), (1, 2), (1, 3), (2, 3)):
+        with tilewise.using(device="cpu", backend="reference"):
+            wanted = function(x, 0.5, seed=seed, call=call)
+        np.testing.assert_allclose(function(place.array(x), 0.5, seed=seed, call=call).get(), wanted, rtol=1e-6)
+
+
+def test_an_updates_numbers_are_its_own(place, rng):
+    param, first, second = normal(rng, 24), np.zeros(24, np.float32), np.zeros(24, np.float32)
+    arrays = [place.array(a) for a in (param, first, second)]
+    for step in range(1, 6):
+        grad, numbers = normal(rng, 24), {"lr": 0.1 / step, "step": step}
+        with tilewise.using(device="cpu", backend="reference"):
+            kernels.adam_step(param, grad, first, second, **numbers)
+        kernels.adam_step(arrays[0], place.array(grad), *arrays[1:], **numbers)
+        np.testing.assert_allclose(arrays[0].get(), param, rtol=1e-5, atol=1e-6)
+
+
+def test_operations_that_set_a_context_are_planned():
+    """What a context variable hands to kernels is in no signature."""
+    from tilewise.kernels import dropout_mask, optim
+
+    assert not dropout_mask._Drawing.replayable
+    assert not optim.Update.replayable
+
+
+def test_memory_is_given_back_as_in_the_first_call(place, rng, gpu, monkeypatch):
+    """What one pass has allocated is gone before the next one allocates."""
+    live, peaks = {}, []
+
+    def counted(shape, dtype, empty=place.empty):
+        made = empty(shape, dtype)
+        live[id(made.owner)] = made.nbytes
+        weakref.finalize(made.owner, live.pop, id(made.owner))
+        peaks[-1] = max(peaks[-1], sum(live.values()))
+        return made
+
+    monkeypatch.setattr(place, "empty", counted)
+    grad, x, weight = (place.array(normal(rng, *shape)) for shape in ((2, 8, 4, 4), (2, 4, 6, 6), (8, 4, 3, 3)))
+    for _ in range(4):
+        peaks.append(0)
+        kernels.conv2d_backward(grad, x, weight)
+        assert not live
+    assert peaks[3] == peaks[0]
+
+
 def test_the_same_array_twice_is_told_from_two(place, rng):
     a, b = normal(rng, 8, 8), normal(rng, 8, 8)
     x, y = place.array(a), place.array(b)
@@ -203,7 +252,7 @@ class Tensor:
 
     def __init__(self, pointer=256, device=0, requires_grad=False, layout="strided", contiguous=True):
         self.shape, self.dtype, self.layout = (2, 3), "torch.float32", layout
-        self.requires_grad, self._about = requires_grad, (pointer, device, contiguous)
+        self.requires_grad, self.is_cuda, self._about = requires_grad, device >= 0, (pointer, device, contiguous)
 
     def data_ptr(self):
         return self._about[0]
