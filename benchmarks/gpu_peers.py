@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None, device: str = "cuda") -> int:
         print(f"{name}: {seconds * 1e6:.2f} us", flush=True)
     records: list[dict] = []
     path = save(about, launches, records, args.results)
-    for record in _measured(torch, _chosen(args), args, device, backends):
+    for record in _measured(torch, chosen(args.only, args.batch), args, device, backends):
         records.append(record)
         save(about, launches, records, args.results)
     rows = [row for r in records for row in _rows(r)]
@@ -88,11 +88,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _chosen(args) -> Iterator[tuple[Case, str]]:
+def chosen(only: str, batch: int) -> Iterator[tuple[Case, str]]:
     """What matters most first, so that a budget that ends leaves out the least."""
     some = [LARGE, *(case for case in cases.ALL.values() if case.family in FAMILIES)]
-    some = [c if isinstance(c, Matmul | Linear) else c.with_batch(args.batch) for c in some]
-    some = [c for c in dict.fromkeys(some) if re.search(args.only, f"{c.key} {c.shape}")]
+    some = [c if isinstance(c, Matmul | Linear) else c.with_batch(batch) for c in some]
+    some = [c for c in dict.fromkeys(some) if re.search(only, f"{c.key} {c.shape}")]
     forward, backward = ([c for c in some if c.is_backward == which] for which in (False, True))
     products = [c for c in forward if isinstance(c, Matmul | Linear | Conv)]
     others = [c for c in forward if c not in products]
@@ -159,9 +159,9 @@ def _host_view():
 # ---- cases
 
 
-def _measured(torch, chosen: Iterator[tuple[Case, str]], args, device: str, backends: list[str]) -> Iterator[dict]:
+def _measured(torch, some: Iterator[tuple[Case, str]], args, device: str, backends: list[str]) -> Iterator[dict]:
     end, left = time.monotonic() + args.budget, []
-    for case, dtype in chosen:
+    for case, dtype in some:
         if time.monotonic() > end:
             left.append(f"{case.key} {dtype}")
             continue
@@ -182,7 +182,7 @@ def _measured(torch, chosen: Iterator[tuple[Case, str]], args, device: str, back
 
 
 @lru_cache(maxsize=1)  # the other dtypes of the case come next
-def _single(case: Case) -> Arguments:
+def single(case: Case) -> Arguments:
     return case.arguments(np.random.default_rng(SEED), np.dtype(np.float32))
 
 
@@ -199,10 +199,10 @@ def measure(
     kernels: seconds of a call's kernels, without the host. dispatched: the FLOPs and bytes that the dispatcher counts
     for the call.
     """
-    args, options = _single(case)
+    args, options = single(case)
     tensors = engines.torch_tensors(torch, args, device, dtype)
     peers = engines.torch_calls(case, tensors, options)
-    _allow_tf32(torch, False)
+    allow_tf32(torch, False)
     expected = _drawn(torch, case, device) if case.draws else peers[engines.TORCH]()
     record: dict[str, dict] = {"seconds": {}, "kernels": {}, "missing": {}, "errors": {}, "dispatched": {}}
     alone = partial(time_kernels, torch, seconds=seconds) if device == "cuda" else None
@@ -224,24 +224,24 @@ def measure(
                 record["missing"][name] = str(error)
             except Exception as error:  # the other engines are to be measured all the same
                 record["errors"][name] = f"{type(error).__name__}: {error}"
-        _allow_tf32(torch, variant == TF32)
+        allow_tf32(torch, variant == TF32)
         peer = peers[engines.TORCH_LAST if last else engines.TORCH]
         theirs = f"{TORCH} {variant}".strip()
         record["seconds"][theirs] = time_call(torch, peer, seconds)
         with suppress(RuntimeError):  # what PyTorch does not capture has no time of its kernels
             record["kernels"] |= {} if alone is None else {theirs: alone(peer)}
-        _allow_tf32(torch, False)
+        allow_tf32(torch, False)
     return record
 
 
 def _drawn(torch, case: Case, device: str):
     """What our CPU kernel gives: PyTorch draws other numbers."""
-    args, options = _single(case)
+    args, options = single(case)
     with tilewise.using(device="cpu"):
         return engines.torch_tensors(torch, [getattr(tilewise, case.op)(*args, **options)], device)[0]
 
 
-def _allow_tf32(torch, allowed: bool):
+def allow_tf32(torch, allowed: bool):
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -366,9 +366,14 @@ def _machine(torch, device: str) -> dict[str, str]:
     return about | {"CUDA of torch": str(torch.version.cuda), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
 
 
+def slug(device: str) -> str:
+    """A device's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def save(about: dict, launches: dict, records: list[dict], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', about['device'].lower()).strip('-')}.json"
+    path = folder / f"{slug(about['device'])}.json"
     text = json.dumps(about | {"command": "make gpu-check", "launches": launches, "peers": records}, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
     return path

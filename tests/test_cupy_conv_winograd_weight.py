@@ -10,6 +10,7 @@ from test_cupy_conv_winograd import NORMWISE, launched, split
 import tilewise
 from tilewise import kernels
 from tilewise.kernels import conv_winograd_plan
+from tilewise.kernels.cupy import conv_winograd_weight
 
 GPU_BACKENDS = ("cupy",)
 NEEDS = {"needs": ("weight",)}
@@ -31,6 +32,18 @@ def test_weight_gradient(gpu, rng, pays, monkeypatch, room, together, layout):
         gpu.launched.clear()
         backward(rng, case, np.float32, layout, WINOGRAD_GROWTH)
         assert launched(gpu, "conv_winograd_taps") == (case.c > 1), case
+
+
+def test_what_needs_too_much_memory_goes_another_way(gpu, rng, pays, monkeypatch):
+    """Of 9 x 11 pixels in parts of five tiles, each part leaves 36 matrices of 8 x 8."""
+    case, of_a_part = Case(2, 6, 9, 11, 7, (3, 3), 1, 1), 36 * 8 * 8 * 4
+    monkeypatch.setattr(conv_winograd_plan, "_ROOM", 1)
+    monkeypatch.setattr(conv_winograd_plan, "_TOGETHER", 5)
+    for room, taken in ((4 * of_a_part, True), (4 * of_a_part - 1, False)):
+        monkeypatch.setattr(conv_winograd_weight, "_MOST_SUMS", room)
+        gpu.launched.clear()
+        backward(rng, case, np.float32, "NCHW", WINOGRAD_GROWTH)
+        assert launched(gpu, "conv_winograd_taps") == taken
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -324,6 +324,17 @@ def test_a_right_operand_that_is_laid_out_before(gpu, hopper, rng, one_multiproc
         np.testing.assert_array_equal(y, plain)
 
 
+def test_what_is_large_is_not_laid_out(gpu, hopper, rng, one_multiprocessor, monkeypatch):
+    """Of 72 x 64 numbers, each taken apart into two."""
+    monkeypatch.setattr(gemm_plan, "LAID_ROWS", LAID)
+    a, b = random(rng, np.float32, 72, 64), random(rng, np.float32, 64, 72)
+    for most, taken in ((2 * 72 * 64 * 4, True), (2 * 72 * 64 * 4 - 1, False)):
+        monkeypatch.setattr(gemm_plan, "LAID_BYTES", most)
+        gpu.launched.clear()
+        kernels.matmul(a, b)
+        assert any("lay_out" in name for name, _ in gpu.launched) == taken
+
+
 def test_a_batch_of_right_operands_that_are_laid_out_before(gpu, hopper, rng, one_multiprocessor, monkeypatch):
     monkeypatch.setattr(gemm_plan, "LAID_ROWS", LAID)
     for left, right in (((2, 3), (2, 3)), ((2, 3), (3,)), ((3,), (2, 1))):

@@ -11,7 +11,7 @@ from installation import ROOT, run_python
 from simt.installed import emulated_gpu
 
 import tilewise
-from tilewise.benchmarks import cases, gpu_choices, gpu_peers, gpu_report
+from tilewise.benchmarks import cases, gpu_choices, gpu_kernels, gpu_peers, gpu_report
 from tilewise.benchmarks.layers import Activation, BatchNorm, Conv, Dropout, Matmul, Pool
 from tilewise.kernels import dispatch, settings
 
@@ -333,9 +333,19 @@ def test_report_of_what_was_measured(tmp_path, capsys):
     readme.write_text(f"before\n\n{gpu_report.BEGIN}\n\nold\n\n{gpu_report.END}\n\nafter\n")
     assert gpu_report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
     filled = readme.read_text()
-    assert "| activation | float32 | 1.00 (0.50) | 3.00 (3.00) | 4.00 (4.00) |  |" in filled
-    assert "| activation backward | bfloat16 |  |  | 0.50 (0.50) | 1.00 (1.00) |" in filled
-    assert "of 3 cases" in filled
+    assert "| activation | float32 | 2 | 1.00 (0.50) | 3.00 (3.00) | 4.00 (4.00) |  |" in filled
+    assert "| activation backward | bfloat16 | 1 |  |  | 0.50 (0.50) | 1.00 (1.00) |" in filled
     assert "old" not in filled
     assert "Made Up 1000" in capsys.readouterr().out
     assert gpu_report.main(["--results", str(tmp_path / "none")]) == 1
+
+
+def test_kernels_of_calls_are_summed():
+    events = [
+        ("cudaLaunchKernel", 9),
+        ("cuLaunchKernel", 9),
+        *[("sum<float>(int)", 3_000)] * 6,
+        ("cutlass_gemm", 1_500),
+    ]
+    assert gpu_kernels.CALLS == 3
+    assert gpu_kernels.summed(events) == {"sum<float>(int)": (2.0, 6.0), "cutlass_gemm": (0.33, 0.5)}

@@ -15,6 +15,7 @@ from tilewise.kernels.device_arrays import DeviceArray
 from tilewise.kernels.gemm_matrices import Matrices
 
 _SOURCE = "conv_winograd_weight.cu"
+_MOST_SUMS = 256 << 20  # bytes of the products' parts, which grow with the images
 _grad = make("grad", f"P P {AXES} 4q 7q 7qi", 4, _SOURCE)
 _taps = make("taps", f"P {WEIGHT} q q q q", 4, _SOURCE)
 
@@ -22,6 +23,10 @@ _taps = make("taps", f"P {WEIGHT} q q q q", 4, _SOURCE)
 def applies(it: Correlation, dtype, ordinal: int) -> bool:
     """Whether it is faster than an implicit product, which may be one of TF32."""
     if conv_winograd_plan.why_not(it, dtype) is not None or not conv_winograd_plan.pays(it):
+        return False
+    tiling = tiles_of(it, dtype.itemsize)
+    parts = ceil_div(it.images * tiling.of_image, tiling.at_once)
+    if parts * it.groups * POINTS * whole(it.outputs) * whole(it.channels) * dtype.itemsize > _MOST_SUMS:
         return False
     if not (settings.active().tf32 and tf32_is_faster(it)):
         return True

@@ -31,8 +31,10 @@ from tilewise.kernels.gemm_plan import choose_tile
 SPLIT_ON = ((8, 0), (9, 0), (10, 0))
 SPLIT_DEPTH = 64  # a shorter sum would not be worth it
 _BLOCK = 4  # product.cuh's
-# Of the left operand: as many tiles read the right one as pays for laying it out. Predicted, not measured.
-LAID_ROWS = {"tf32": 1024, "split": 2048}
+# Of the left operand: as many tiles read the right one as pays for laying it out, by products of 2048 and 4096 on an
+# H100. The copy may take that many bytes.
+LAID_ROWS = {"tf32": 1024, "split": 4096}
+LAID_BYTES = 1 << 30
 LIKELY = 0.8  # an estimate is better that is less than so much of another
 # rows, columns, depth, matrices, and the device's multiprocessors
 Size = tuple[int, int, int, int, int]
@@ -129,11 +131,18 @@ def _wgmma(way: str, product: _Product) -> Choice | str:
         return TOO_LITTLE
     if tile is WIDE and _estimated(way, NARROW, product) < LIKELY * _estimated(way, WIDE, product):
         tile = NARROW
-    if product.whole and product.size[2] % 4 == 0 and product.size[0] >= LAID_ROWS.get(way, np.inf):
+    if _is_laid_out(way, product):
         laid = LAID[way, tile]
         return Choice(_on_hopper(way), laid.products[product.orders[0]], tile, _lanes(product.dtype), laid)
     kernel = (SINGLES[way, tile] if product.dtype == np.float32 else MATMULS[tile])[product.orders]
     return Choice(_on_hopper(way), kernel, tile, _lanes(product.dtype))
+
+
+def _is_laid_out(way: str, product: _Product) -> bool:
+    rows, columns, depth, matrices, _ = product.size
+    parts = 2 if way == "split" else 1
+    fits = parts * columns * depth * matrices * product.dtype.itemsize <= LAID_BYTES
+    return product.whole and depth % 4 == 0 and rows >= LAID_ROWS.get(way, np.inf) and fits
 
 
 def _estimated(way: str, tile: WgmmaTile, product: _Product) -> float:
