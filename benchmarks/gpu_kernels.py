@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tilewise
 
@@ -81,7 +82,8 @@ def kernels_of(torch, call: Callable) -> dict[str, tuple[float, float]]:
         for _ in range(CALLS):
             call()
         torch.cuda.synchronize()
-    events = profiler.profiler.kineto_results.events()
+    results: Any = profiler.profiler
+    events = results.kineto_results.events()
     return summed((e.name(), e.duration_ns()) for e in events if "CUDA" in str(e.device_type()))
 
 
