@@ -6,7 +6,13 @@ from conv_cases import FLOATS, LAYOUTS, Case, both, check, laid, nchw, reference
 
 import tilewise
 from tilewise import explain, kernels
-from tilewise.kernels.cpu import conv_depthwise_nchw, conv_depthwise_rows, conv_depthwise_same, conv_transposed
+from tilewise.kernels.cpu import (
+    conv_depthwise_nchw,
+    conv_depthwise_rows,
+    conv_depthwise_same,
+    conv_depthwise_weight,
+    conv_transposed,
+)
 from tilewise.kernels.cpu.depthwise_vector import TILE
 from tilewise.kernels.cpu.simd import lane_count
 
@@ -82,7 +88,8 @@ CASES = {
         depthwise(264, 13, 10, stride=2, n=2),
         depthwise(264, 6, 5, padding=((0, 2), (3, 0))),
         depthwise(512, 9, 8, stride=2, padding=((2, 1), (0, 3)), n=2),
-        depthwise(576, 6, 5, (2, 3), padding=(4, 3), dilation=2),  # windows that see padding only
+        depthwise(576, 8, 9, (2, 3), padding=(2, 3)),  # windows that see padding only
+        depthwise(576, 6, 5, (2, 3), padding=(4, 3), dilation=2),  # so wide a border that nothing is copied
         depthwise(512, 8, 9, (2, 2), 3, 0),  # pixels of x that no window sees
         depthwise(2, 4, 5, n=70),
         depthwise(2, 29, 300, (9, 9), padding=4),
@@ -168,6 +175,21 @@ def test_what_is_not_finite_stays_with_its_windows(rng, value, layout, dtype):
             check(actual, right, y.size // case.o, case, dtype)
         assert np.isfinite(gradients[0]).all()
         assert np.isnan(gradients[1]).any(axis=(1, 2, 3)).sum() <= 4
+
+
+@pytest.mark.parametrize("apart", [1, 1000])
+def test_a_border_is_copied_only_where_it_is_small(rng, apart):
+    """A thread copies at most BORDERED images of the channels that it sums, not all that lies between the taps."""
+    case = depthwise(512, 8, 8, padding=apart, dilation=apart)
+    x, weight, _ = case.arrays(rng, np.float32, "NHWC")
+    taps = [np.arange(3) * apart - apart] * 2
+    plan = conv_depthwise_weight.WeightGradient(x.shape, x.shape, weight.shape, taps, (1, 1), "NHWC", x.dtype)
+    assert (0 < plan.room <= conv_depthwise_weight.BORDERED * x.size // 4) if apart == 1 else plan.room == 0
+    grad = rng.standard_normal(x.shape, dtype=np.float32)
+    options = case.options | {"layout": "NHWC", "needs": ("weight",)}
+    expected = reference(kernels.conv2d_backward, grad, x, weight, **options)[1]
+    with tilewise.using(backend="cpu"):
+        check(kernels.conv2d_backward(grad, x, weight, **options)[1], expected, x.size // 512, case)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -38,8 +38,12 @@ from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lane_count, lanes
 BAND_BYTES = 128 << 10
 # Bytes of a pixel from which on its channels are copied together (see _channels_copied).
 FAR = 1024
-# Row bands of the batch that are summed on their own in NHWC: work for this many threads.
+# Chunks in NHWC, at least, where the batch has as many row bands: channels that are copied together, or all, of some of
+# the bands.
 PARTS = 16
+# How many times as large as x's rows and columns those with a border may be, where channels are copied: a dilation of
+# 1000 would make a gigabyte of zeros.
+BORDERED = 3
 # Blocks of channels in NCHW: long enough for a block's planes to lie far behind one another.
 BLOCKS = 16
 COST = 0.02  # estimated serial nanoseconds per FLOP
@@ -241,19 +245,19 @@ def _sum_region(
 
 @kernel(fastmath=EXACT_ORDER)
 def weight_gradient_nhwc(
-    x, grad, result, bias, n, channels, h, w, oh, ow, bands, reach, seen, own, block, stride_h, stride_w, regions,
-    table, all_taps,
+    x, grad, result, bias, n, channels, h, w, oh, ow, bands, reach, seen, own, block, room, stride_h, stride_w,
+    regions, table, all_taps,
 ):  # fmt: skip
     """result: (channels, taps), bias: (channels), flat; regions, table: see Regions. all_taps: 0 for the bias alone.
 
-    own: a chunk's channels, of which `block` are copied together before they are summed; all of them where nothing is
-    copied. reach, seen: the first row of taps, seen from an output's, and rows of taps; the first column that a tap
-    sees, and columns: what is copied has zeros for those that x lacks.
+    own: a chunk's channels, of which `block` are copied together before they are summed, to `room` elements; all of
+    them where nothing is copied. reach, seen: the first row of taps, seen from an output's, and rows of taps; the first
+    column that a tap sees, and columns: what is copied has zeros for those that x lacks.
     """
     width = lanes(x)
     size = (channels + width - 1) // width * width * (all_taps + 1)
     units, shares = n * bands, (channels + own - 1) // own
-    parts = max(1, min(units, PARTS // shares))
+    parts = min(units, -(-PARTS // shares))
     sums = scratch(parts * size, x)
     rows = (oh + bands - 1) // bands
     copied = block if block < channels else 0
@@ -264,8 +268,9 @@ def weight_gradient_nhwc(
         c_end = min(c_first + own, channels)
         totals = address(sums, part * size)
         clear(step(totals, c_first * (all_taps + 1)), (c_end - c_first + width - 1) // width * width * (all_taps + 1))
-        packed_x = scratch(((rows - 1) * stride_h + reach[1]) * pitch * copied, x)
-        packed_x[:] = 0
+        packed_x = scratch(room, x)
+        if all_taps > 0:
+            clear(address(packed_x, 0), room)
         packed_grad = scratch(rows * ow * copied, x)
         for unit in range(units * part // parts, units * (part + 1) // parts):
             image = unit // bands
@@ -309,9 +314,8 @@ def _channels_copied(channels, dtype):
 
     From a vector to the next pixel's is a power of two in the usual networks, 2 KB for 512 channels, so that the pixels
     of a few rows compete for two of L1's 64 sets, and each line comes from L2 once for each tap row and vector. Lines
-    copied side by side stay: 0.9 ms for 1.3 (8 images of 14x14, Zen 3). With 256 bytes a pixel the copies cost more
-    than they save. AVX-512's vector is the whole line: there it pays from 2 KB a pixel on, and with several lines
-    together, as in the forward pass.
+    copied side by side stay. With small pixels the copies cost more than they save. AVX-512's vector is the whole line:
+    there it pays from 2 KB a pixel on, and with several lines together, as in the forward pass.
     """
     if VECTOR_BYTES == ALIGNMENT:
         return channels_copied(channels, dtype)
@@ -338,20 +342,22 @@ class WeightGradient:
         if layout == "NHWC":
             _, h, w, channels = x
             oh, ow = grad[1:3]
-            block = _channels_copied(channels, dtype)
             reach, seen = _seen(1, 1, taps[0]), _seen(ow, stride[1], taps[1])
-            if block < channels:  # what is copied has a border, so all outputs are of one region
-                h_seen = _seen(oh, stride[0], taps[0])[1]
+            bordered = _seen(oh, stride[0], taps[0])[1], seen[1]
+            block = _channels_copied(channels, dtype) if prod(bordered) <= BORDERED * h * w else channels
+            is_copied = block < channels
+            if is_copied:  # with a border, so all outputs are of one region
                 axes = [[(numbers, offsets - offsets.min()) for numbers, offsets in axis] for axis in axes]
-                plan = Regions((h_seen, seen[1]), block, (oh, ow), weight[3], axes, stride)
-            else:
-                plan = Regions((h, w), block, (oh, ow), weight[3], axes, stride)
+            size = bordered if is_copied else (h, w)
+            plan = Regions(size, block, (oh, ow), weight[3], axes, stride)
             # A block of one line leaves to the next block the neighbours that the processor fetches with each line.
             own = block if VECTOR_BYTES == ALIGNMENT else channels
-            bands = row_bands(n, oh, w * stride[0] * own * dtype.itemsize, BAND_BYTES)
+            bands = row_bands(n, oh, size[1] * stride[0] * own * dtype.itemsize, BAND_BYTES)
+            self.room = ((-(-oh // bands) - 1) * stride[0] + reach[1]) * seen[1] * block if is_copied else 0
             self.kernel, self.last = weight_gradient_nhwc.sized(work), ()
             self.constants = (
-                n, channels, h, w, oh, ow, bands, reach, seen, own, block, *stride, plan.regions, plan.table,
+                n, channels, h, w, oh, ow, bands, reach, seen, own, block, self.room, *stride, plan.regions,
+                plan.table,
             )  # fmt: skip
         else:
             _, groups, h, w = x

@@ -73,18 +73,17 @@ def _finish_tile(sums, tile, width, outputs, runs, n_runs, y, target, plane, col
                 )  # fmt: skip
                 if code > BOUNDED:
                     activate_row(y, where, count, code)
-            elif column_step == 2 and code <= BOUNDED:
+            elif column_step == 2:
                 finish_row(
                     2, address(y, where), address(sums, source), count, shift, bounds_of(code),
                     address(extra, more), has_extra,
                 )  # fmt: skip
-            else:
+            else:  # a gradient, or transposed, so without an activation
                 for j in range(count):
                     value = sums[source + j] + shift
                     if has_extra:
                         value += extra[where + j * column_step]
                     y[where + j * column_step] = value
-                    activate_row(y, where + j * column_step, 1, code)
 
 
 @device()

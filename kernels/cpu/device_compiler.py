@@ -2,13 +2,12 @@
 
 Numba compiles every function that a kernel calls as if Python called it too: with a wrapper that unpacks Python's
 arguments, one for C callbacks, and machine code of all three, which nothing runs, because the kernel's machine code
-holds the function once more. That was a third of a kernel's first call. Here the pipeline ends with the LLVM code, the
-form in which Numba links one function into another, as it was lowered: the kernel's library optimises everything at
-once. Numba optimises each library, with all that is linked into it, once for every function on the way to the kernel,
-and cleans each function of a module by itself before; no kernel gained by it, and it was a fifth of a first call.
+holds the function once more: much of a kernel's first call. Here the pipeline ends with the LLVM code, the form in
+which Numba links one function into another, as it was lowered: the kernel's library optimises everything at once. Numba
+optimises each library, with all that is linked into it, once for every function on the way to the kernel, and cleans
+each function of a module by itself before; no kernel gained by it.
 
-Compiling makes millions of objects, few of which are garbage: Python's collector pauses meanwhile, which saves a
-twentieth.
+Compiling makes millions of objects, few of which are garbage: Python's collector pauses meanwhile.
 
 A kernel from the cache is not compiled from these functions any more, so it never had more of them than it has here.
 """

@@ -1,7 +1,7 @@
 """The activations of an epilogue, of whole rows, in explicit vectors; the formulas are those of epilogue.py.
 
-Loops that LLVM vectorises by itself cost more to compile than the rest of many a kernel: five of them, each unrolled,
-with a scalar loop behind, were 0.3 s of a first call. These are one vector wide, and the last vector has a mask.
+Loops that LLVM vectorises by itself cost more to compile than the rest of many a kernel: there were five of them, each
+unrolled, with a scalar loop behind. These are one vector wide, and the last vector has a mask.
 
 Whoever calls this is compiled without reassociation, which would cancel the additions that round to an integer.
 """

@@ -45,7 +45,7 @@ _PARALLEL = {
     "fusion": False,
 }
 
-# The Numba with whose inner workings device_compiler.py was tested. With another, first calls take a third longer.
+# The Numba with whose inner workings device_compiler.py was tested. With another, first calls take longer.
 _SHORTENED_FOR = "0.68."
 
 

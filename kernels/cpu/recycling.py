@@ -95,7 +95,16 @@ def _give_back(block: _Block):
 
 
 def _size(blocks: deque[_Block]) -> int:
-    return sum(block.size for block in tuple(blocks))
+    return sum(block.size for block in _snapshot(blocks))
+
+
+def _snapshot(blocks: deque[_Block]) -> tuple[_Block, ...]:
+    """What is in it now; a result that dies meanwhile, also by the collector in this thread, is no error."""
+    while True:
+        try:
+            return tuple(blocks)
+        except RuntimeError:  # "deque mutated during iteration"
+            continue
 
 
 def _oldest(blocks: deque[_Block]) -> _Block | None:
@@ -109,7 +118,7 @@ def _oldest(blocks: deque[_Block]) -> _Block | None:
 def _take(size: int) -> _Block | None:
     """The idle block that was used last and fits."""
     for blocks in (_kept, _lent):
-        for block in reversed(tuple(blocks)):
+        for block in reversed(_snapshot(blocks)):
             if size <= block.size <= size + max(size // SLACK, HUGE_PAGE):
                 try:
                     blocks.remove(block)

@@ -9,13 +9,14 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from tilewise.kernels.cpu import recycling
 from tilewise.kernels.cpu.simd import _I64
+
+intrinsic: Any = extending.intrinsic  # to a type checker its call does not return
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 # Bytes between the places in a page where NumPy's memory and a result start. malloc gives large blocks 16 bytes behind
@@ -26,7 +27,7 @@ APART = 512
 
 
 # What follows makes arrays in kernels. All of it is emitted, because compiling np.empty, np.zeros and np.arange, with
-# what they call, is a tenth of a kernel's first call.
+# what they call, is a part of a kernel's first call that is felt.
 
 
 @intrinsic
