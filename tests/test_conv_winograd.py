@@ -103,7 +103,7 @@ def test_a_non_finite_weight_reaches_its_output_alone(rng, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("images", [1, 4])
 @pytest.mark.parametrize("finite", [True, False])
-def test_same_bits_for_any_number_of_threads(rng, layout, images, finite):
+def test_same_bits_for_any_number_of_threads(rng, split_everything, layout, images, finite):
     x, weight, bias = operands(rng, (images, 48, 28, 28, 66, 1, 1))
     if not finite:
         x[0, 3, 9, 14] = np.nan  # its tiles' other outputs are computed by the definition
