@@ -9,7 +9,7 @@ import tilewise
 
 GPU_BACKENDS = ("cuda", "cupy")
 # around the tiles' edges, and the steps of the depth
-TENSOR = [(8, 8, 8), (128, 128, 32), (136, 120, 40), (120, 136, 200), (16, 264, 136)]
+TENSOR = [(16, 16, 8), (128, 128, 32), (136, 120, 40), (120, 136, 200), (16, 264, 136)]
 
 
 @pytest.fixture
