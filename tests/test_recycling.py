@@ -96,6 +96,36 @@ def test_a_result_may_die_while_the_queue_is_searched(monkeypatch):
     assert address(again) == where[0]
 
 
+class Contended(deque):
+    """A queue from which another thread takes everything between the look at it and the taking."""
+
+    def remove(self, value):
+        self.clear()
+        super().remove(value)
+
+    def popleft(self):
+        self.clear()
+        return super().popleft()
+
+
+def test_what_another_thread_took_is_not_taken_again(monkeypatch):
+    where = used_and_freed([1])
+    monkeypatch.setattr(recycling, "_kept", Contended(recycling._kept))
+    result, used = scratch.large((recycling.HUGE_PAGE,), np.dtype(np.uint8))
+    assert not used
+    assert address(result) != where[0]
+
+
+@pytest.mark.parametrize("limit", ["KEPT", "MOST_IDLE"])
+def test_what_another_thread_took_is_not_given_back(monkeypatch, limit):
+    used_and_freed([2])
+    (block,) = recycling._kept
+    monkeypatch.setattr(recycling, limit, block.size)
+    monkeypatch.setattr(recycling, "_kept", Contended(recycling._kept))
+    recycling._give_back(block)
+    assert not recycling._lent
+
+
 def test_little_is_kept(monkeypatch):
     monkeypatch.setattr(recycling, "MOST_IDLE", 3 * recycling.HUGE_PAGE)
     where = used_and_freed([1] * 5)
@@ -129,7 +159,11 @@ def test_the_longest_idle_is_given_back(monkeypatch):
         del result
 
 
-def test_results_of_many_threads_do_not_share_memory():
+@pytest.mark.parametrize("pages", [None, 2])
+def test_results_of_many_threads_do_not_share_memory(monkeypatch, pages):
+    if pages:  # blocks are lent and given back all the while
+        monkeypatch.setattr(recycling, "KEPT", pages * recycling.HUGE_PAGE)
+        monkeypatch.setattr(recycling, "MOST_IDLE", 2 * pages * recycling.HUGE_PAGE)
     failures = []
 
     def work(number):
