@@ -141,7 +141,11 @@ def device(
     large one is called with both, write np.int64(0), np.int64(chunk).
     """
     options = {"fastmath": set(fastmath), "error_model": "numpy", "inline": inline, "_nrt": allocates or raises}
-    return _njit(**options, **({} if raises else _FOR_DEVICE))
+    if raises or not _FOR_DEVICE:
+        return _njit(**options)
+    from tilewise.kernels.cpu.device_compiler import for_kernels
+
+    return lambda function: for_kernels(_njit(**options, **_FOR_DEVICE)(function))
 
 
 def compiled(function: Callable, fastmath: frozenset, parallel: bool):
