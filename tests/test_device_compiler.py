@@ -98,6 +98,30 @@ def test_compiled_functions_compute_what_python_does(function, parallel):
     np.testing.assert_allclose(result, expected, rtol=1e-14)
 
 
+@device()
+def refuses(i, x):
+    if x < i:
+        raise ValueError("a text alone")
+    return x
+
+
+@device(raises=True)
+def refuses_with_numbers(i, x):
+    if x < i:
+        raise ValueError("a number too", i)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "told"), [(refuses, ("a text alone",)), (refuses_with_numbers, ("a number too", 3))]
+)
+def test_errors_are_raised(function, told):
+    np.testing.assert_array_equal(run(function, 7.5)[0], 7.5)
+    with pytest.raises(ValueError, match=told[0]) as error:
+        run(function, 2.5)
+    assert error.value.args == told
+
+
 def allocated(function, parallel: bool) -> int:
     """How many arrays and lists it made in eight calls, and gave back."""
     _nrt_python.memsys_enable_stats()
