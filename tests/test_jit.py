@@ -69,3 +69,22 @@ def test_only_long_chunks_of_large_problems_are_handed_out_one_by_one(launched, 
         for work in (LARGE, threads.ONE_BY_ONE_FROM - 1, threads.ONE_BY_ONE_FROM):
             kernel(work, source, 3, result)
     assert launched == [(kernel.parallel, False)] * 2 + [(kernel.parallel, kernel is long_chunks)]
+
+
+def test_only_the_loops_that_we_mark_run_in_parallel(monkeypatch):
+    """In each kernel of a process, and for each signature of one."""
+
+    def shifted(result, steps):
+        result[:] = 0.5
+        for i in prange(steps.size):
+            result[i] += steps[i]
+
+    monkeypatch.setattr(jit, "_open_cache", lambda function: None)
+    for _ in range(2):
+        form = jit.compiled(shifted, jit.FASTMATH, parallel=True)
+        for dtype in (np.float32, np.float64):
+            result = np.empty(5)
+            form(result, np.arange(3, dtype=dtype))
+            np.testing.assert_array_equal(result, [0.5, 1.5, 2.5, 0.5, 0.5])
+        for compiled in form.overloads.values():
+            assert compiled.metadata["parfor_diagnostics"].count_parfors() == 1

@@ -7,6 +7,9 @@ which Numba links one function into another, as it was lowered: the kernel's lib
 optimises each library, with all that is linked into it, once for every function on the way to the kernel, and cleans
 each function of a module by itself before; no kernel gained by it.
 
+Before that, a third of the time went into work in Python whose results nothing used (device_passes.py) or that was done
+over and over (device_typing.py).
+
 Compiling makes millions of objects, few of which are garbage: Python's collector pauses meanwhile.
 
 A kernel from the cache is not compiled from these functions any more, so it never had more of them than it has here.
@@ -16,27 +19,82 @@ import ctypes
 import gc
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from typing import Any
 
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import _dynfunc  # pyright: ignore[reportAttributeAccessIssue]
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.cgutils import normalize_ir_text
+from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder, Flags
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
-from numba.core.registry import cpu_target
+from numba.core.errors import ForceLiteralArg
+from numba.core.registry import CPUDispatcher, cpu_target
+from numba.core.sigutils import normalize_signature
+from numba.core.targetconfig import ConfigStack
 from numba.core.typed_passes import NativeLowering, NativeParforLowering
+
+from tilewise.kernels.cpu.device_passes import LEAN_PASSES
+from tilewise.kernels.cpu.device_typing import brief_refreshes, remembered_calls
+
+
+def _needed(library: CPUCodeLibrary, known: dict | None = None) -> dict:
+    """All libraries that one needs, directly or not, each once, a caller's before those that it calls."""
+    known = {} if known is None else known
+    for called in library._linking_libraries:
+        if called not in known:
+            known[called] = None
+            if isinstance(called, _LinkedLibrary) and not called._wide:
+                _needed(called, known)
+    return known
+
+
+def _part(library: CPUCodeLibrary):
+    """Its module, for one that links whatever else it needs."""
+    return library.own_code() if isinstance(library, _LinkedLibrary) else library._get_module_for_linking()
 
 
 class _KernelLibrary(JITCodeLibrary):
     """Machine code, optimised as a whole only."""
 
+    def add_ir_module(self, ir_module):
+        self._raise_if_finalized()
+        module = llvm.parse_assembly(normalize_ir_text(str(ir_module)))
+        module.name = ir_module.name
+        self.add_llvm_module(module)
+
     def _optimize_functions(self, ll_module):
         ll_module.data_layout = self._codegen._data_layout
 
+    def _link_needed(self):
+        for library in _needed(self):
+            self._reload_init.update(library._reload_init)
+            self._final_module.link_in(_part(library), preserve=True)
+        self._final_module.verify()
+
+    def _verify_declare_only_symbols(self):
+        missing = [f.name for f in self._final_module.functions if f.is_declaration and f.name.startswith("_ZN")]
+        if missing:  # would be called all the same, at address 0
+            raise RuntimeError(f"functions that were not linked into {self.name}: {missing}")
+
+    def finalize(self):
+        self._codegen._check_llvm_bugs()
+        self._raise_if_finalized()
+        self._link_needed()
+        self._optimize_final_module()
+        self._finalize_final_module()
+
 
 class _LinkedLibrary(_KernelLibrary):
-    """LLVM code to be linked into other libraries; no machine code."""
+    """LLVM code to be linked into other libraries; no machine code.
+
+    A kernel's library links it and all that it needs, each once. Numba links level after level, so that the innermost
+    functions are copied into every library on the way to the kernel.
+    """
 
     _wide = False
+    _whole = None
 
     def add_ir_module(self, ir_module):
         # Loops that ask for wide vectors get them from this library or never: an inlined function loses the attribute.
@@ -44,13 +102,26 @@ class _LinkedLibrary(_KernelLibrary):
         self._wide = self._wide or any("prefer-vector-width" in attribute for attribute in attributes)
         super().add_ir_module(ir_module)
 
-    def _optimize_final_module(self):
+    def finalize(self):
+        self._raise_if_finalized()
         if self._wide:
-            super()._optimize_final_module()
-
-    def _finalize_final_module(self):
+            self._link_needed()
+            self._optimize_final_module()
         self._finalize_dynamic_globals()
         self._finalized = True
+
+    def own_code(self):
+        return super()._get_module_for_linking()
+
+    def _get_module_for_linking(self):
+        """For Numba's own libraries, which link what they call and no further."""
+        if self._wide:
+            return self.own_code()
+        if self._whole is None:
+            self._whole = self.own_code().clone()
+            for library in _needed(self):
+                self._whole.link_in(_part(library), preserve=True)
+        return self._whole
 
 
 _REFUSAL = ctypes.create_string_buffer(b"a device function has no machine code of its own: only kernels can call it")
@@ -97,21 +168,81 @@ class _LinkedLowering(NativeLowering):
 
 
 def _with(lowering: type, instead_of: type, state) -> PassManager:
-    """Numba's pipeline for compiled functions, but for one pass."""
+    """Numba's pipeline for compiled functions, with lean passes and a lowering of ours."""
     manager = DefaultPassBuilder.define_nopython_pipeline(state)
-    manager.passes = [(lowering if kind is instead_of else kind, what) for kind, what in manager.passes]
+    ours = LEAN_PASSES | {instead_of: lowering}
+    manager.passes = [(ours.get(kind, kind), what) for kind, what in manager.passes]
     manager.finalize()
     return manager
 
 
-class DeviceCompiler(CompilerBase):
+class _FixedFlags(Flags):
+    """Flags that nobody changes: at every overloaded call Numba looks for them among those of what it has compiled."""
+
+    def __init__(self, copy_from: Flags):
+        super().__init__(copy_from)
+        self._fixed = super().values()
+        self._hash = super().__hash__()
+
+    def values(self):
+        return self._fixed
+
+    def copy(self):
+        return Flags(self)
+
+    def __hash__(self):
+        return self._hash
+
+    __eq__ = Flags.__eq__
+
+
+class _ShortCompiler(CompilerBase):
+    """One pipeline, and flags that are compared quickly."""
+
+    def _compile_core(self):
+        state = self.state
+        with ConfigStack().enter(_FixedFlags(state.flags)):
+            (manager,) = self.define_pipelines()
+            state.metadata["pipeline_times"] = {manager.pipeline_name: manager.exec_times}
+            manager.run(state)
+            state.pipeline = None
+            return state.cr
+
+
+class DeviceCompiler(_ShortCompiler):
     """For functions that kernels call."""
 
     def define_pipelines(self):
         return [_with(_LinkedLowering, NativeLowering, self.state)]
 
 
+class _DeviceDispatcher(CPUDispatcher):
+    """Compiles within a kernel's compilation. Numba would time each: two listeners more to every call of LLVM."""
+
+    _compiler: Any
+
+    def compile(self, sig):
+        with global_compiler_lock, self._compiling_counter:
+            args, return_type = normalize_signature(sig)
+            known = self.overloads.get(tuple(args))
+            if known is not None:
+                return known.entry_point
+            try:
+                result = self._compiler.compile(args, return_type)
+            except ForceLiteralArg as error:
+                raise error.bind_fold_arguments(lambda *of: self._compiler.fold_argument_types(*of)[1]) from None
+            self.add_overload(result)
+            return result.entry_point
+
+
+def for_kernels(dispatcher: CPUDispatcher) -> CPUDispatcher:
+    """A device function's dispatcher, without what only calls from Python need."""
+    dispatcher.__class__ = _DeviceDispatcher
+    return dispatcher
+
+
 def _new_library(state) -> _KernelLibrary:
+    state.flags.no_cfunc_wrapper = True
     library = _KernelLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
     library.enable_object_caching()
     return library
@@ -158,14 +289,18 @@ def _no_collections():
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # the new objects are old now, and not all looked at when the next one is made
+            gc.freeze()
+            gc.unfreeze()
         gc.enable()
 
 
-class SerialCompiler(CompilerBase):
+class SerialCompiler(_ShortCompiler):
     """For kernels' serial forms."""
 
     def compile_extra(self, func):
-        with _no_collections():
+        state, context = self.state, cpu_target.target_context
+        with _no_collections(), remembered_calls(state.typingctx), brief_refreshes(context, state.targetctx):
             return super().compile_extra(func)
 
     def define_pipelines(self):

@@ -19,12 +19,13 @@ from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+from numba.core.cpu import ParallelOptions
 from numba.core.runtime import rtsys
 
 from tilewise.kernels.cpu import threads
 from tilewise.kernels.disk_cache import cache_folder, source_stamp
 
-_njit: Any = numba.njit  # its annotations know neither a dictionary for `parallel` nor our cache
+_njit: Any = numba.njit  # its annotations know neither options for `parallel` nor our cache
 
 # contract: fused multiply-add; reassoc: vectorised sums; nsz: -0 is 0. NaN and Inf keep their meaning.
 FASTMATH = frozenset({"contract", "reassoc", "nsz"})
@@ -33,17 +34,20 @@ EXACT_ORDER = frozenset({"contract", "nsz"})
 # For vectors whose instructions are chosen one by one, and for bits that are to be NumPy's: no contraction either.
 AS_WRITTEN = frozenset()
 
-# Only the loops we mark run in parallel: Numba is not to parallelise array expressions behind our backs.
-_PARALLEL = {
-    "prange": True,
-    "comprehension": False,
-    "reduction": False,
-    "inplace_binop": False,
-    "setitem": False,
-    "numpy": False,
-    "stencil": False,
-    "fusion": False,
-}
+# Only the loops we mark run in parallel: Numba is not to parallelise array expressions behind our backs. Of a plain
+# dictionary it would take the options out, and know none of them when it compiles the next kernel.
+_PARALLEL = ParallelOptions(
+    {
+        "prange": True,
+        "comprehension": False,
+        "reduction": False,
+        "inplace_binop": False,
+        "setitem": False,
+        "numpy": False,
+        "stencil": False,
+        "fusion": False,
+    }
+)
 
 # The Numba with whose inner workings device_compiler.py was tested. With another, first calls take longer.
 _SHORTENED_FOR = "0.68."
@@ -140,7 +144,11 @@ def device(
     large one is called with both, write np.int64(0), np.int64(chunk).
     """
     options = {"fastmath": set(fastmath), "error_model": "numpy", "inline": inline, "_nrt": allocates or raises}
-    return _njit(**options, **({} if raises else _FOR_DEVICE))
+    if raises or not _FOR_DEVICE:
+        return _njit(**options)
+    from tilewise.kernels.cpu.device_compiler import for_kernels
+
+    return lambda function: for_kernels(_njit(**options, **_FOR_DEVICE)(function))
 
 
 def compiled(function: Callable, fastmath: frozenset, parallel: bool):
