@@ -122,7 +122,7 @@ def _rows_of_windows(operation):
         readable, pitch, size = plan[READABLE], plan[PITCH], inside * plan[C]
         ahead, asked = AHEAD // x.itemsize, 2
         if sh == 1 or plan[C] > 1:
-            ahead, asked = ahead + dh * width, 1
+            ahead, asked = ahead + (kh - 1 if sh == 1 else 1) * dh * width, 1
         i = 0
         while i < g:
             h, taps, run = o * sh - top, kh, 1
