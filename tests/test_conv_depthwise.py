@@ -1,17 +1,23 @@
 """Depthwise convolution: the strips and regions of its kernels around their edges, forward, transposed, gradients."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from conv_cases import FLOATS, LAYOUTS, Case, both, check, laid, nchw, reference
 
 import tilewise
 from tilewise import explain, kernels
+from tilewise.kernels import operation
 from tilewise.kernels.cpu import (
+    conv_depthwise,
     conv_depthwise_nchw,
     conv_depthwise_rows,
     conv_depthwise_same,
     conv_depthwise_weight,
     conv_transposed,
+    recycling,
+    scratch,
 )
 from tilewise.kernels.cpu.depthwise_vector import TILE
 from tilewise.kernels.cpu.simd import lane_count
@@ -280,3 +286,34 @@ def test_the_cases_reach_every_path():
     assert seen >= {("same", True), ("same", False), ("rows", 1, "overlapping")}
     assert seen >= {("rows", 2, "short"), ("rows", 2, "whole"), ("rows", 2, "overlapping")}
     assert seen >= {("doubled", True), ("doubled", False)}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, dtype):
+    """The transpose of stride 2 in NCHW."""
+    taken = []
+    monkeypatch.setattr(conv_depthwise, "is_used", lambda y: taken.append(recycling.is_used(y)) or taken[-1])
+
+    def results(x, weight, grad, options):
+        y = kernels.conv2d(x, weight, **options)
+        grad_x, *_ = kernels.conv2d_backward(grad, x, weight, needs=("x",), **options)
+        return y.copy(), grad_x.copy()  # the originals' memory is free again
+
+    # the last row of x alone, and not
+    for case, threads in product((depthwise(8, 5, 128, stride=2), depthwise(8, 6, 96, stride=2)), (1, 2)):
+        x, weight, _ = case.arrays(rng, dtype)
+        options = case.options
+        arguments = x, weight, rng.standard_normal(kernels.conv2d(x, weight, **options).shape).astype(dtype), options
+        with tilewise.using(backend="cpu", threads=threads):
+            kept = results(*arguments)
+            with monkeypatch.context() as patch:
+                for module, name in ((conv_depthwise, "LARGE"), (recycling, "FROM"), (scratch, "ALIGNED_FROM")):
+                    patch.setattr(module, name, 1 << 12)
+                operation.forget_plans()
+                results(*arguments)
+                taken.clear()
+                past = results(*arguments)
+            operation.forget_plans()
+        assert any(taken) or not recycling.AVAILABLE
+        for one, other in zip(past, kept, strict=True):
+            np.testing.assert_array_equal(one, other)
