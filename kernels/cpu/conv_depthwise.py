@@ -29,6 +29,7 @@ from tilewise.kernels.cpu.conv_depthwise_nchw import Strips, ceil_ratio, convolv
 from tilewise.kernels.cpu.conv_depthwise_nhwc import BAND_BYTES, Regions, convolve_nhwc, row_bands
 from tilewise.kernels.cpu.conv_depthwise_rows import by_rows, convolve_doubled_nchw, convolve_rows_nchw, is_doubled
 from tilewise.kernels.cpu.conv_depthwise_same import (
+    ROWS,
     channel_cuts,
     convolve_same_nchw,
     convolve_same_nhwc,
@@ -38,7 +39,7 @@ from tilewise.kernels.cpu.conv_depthwise_same import (
 )
 from tilewise.kernels.cpu.recycling import is_used
 from tilewise.kernels.cpu.scratch import ALIGNMENT
-from tilewise.kernels.cpu.simd import lane_count
+from tilewise.kernels.cpu.simd import VECTOR_BYTES, lane_count
 
 # Estimated serial nanoseconds per FLOP.
 COST = 0.015
@@ -75,8 +76,12 @@ class Depthwise:
             self.constants = (*head, plan.regions, plan.table, all_taps, activation)
             if is_square and is_same(taps, stride, weight[0] // channels, (h, w), (oh, ow)):
                 self.square = convolve_same_nhwc.sized(work)
-                cuts = channel_cuts(n, (h, w), channels, dtype) or (bands, channels)
-                self.square_constants = (n, channels, h, w, numbers, *cuts, activation)
+                whole_tiles = min(bands, ceil_ratio(h, 2 * ROWS))  # a band of one row takes half a tile
+                cuts = channel_cuts(n, (h, w), channels, dtype) or (whole_tiles, channels)
+                self.square_constants = (n, channels, h, w, numbers, *cuts, activation, 0)
+                whole_lines = channels * dtype.itemsize % ALIGNMENT == 0 and VECTOR_BYTES == ALIGNMENT
+                if large and whole_lines and cuts[1] == channels:
+                    self.square_past = (*self.square_constants[:-1], 1)
         else:
             _, channels, h, w = x
             oh, ow = y[2:4]
