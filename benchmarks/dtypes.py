@@ -14,10 +14,12 @@ import re
 import sys
 from functools import partial
 from statistics import geometric_mean
+from unittest import mock
 
 import numpy as np
 
 import tilewise
+from tilewise.kernels.cpu import conv_transposed, conv_weight_gradient
 
 from . import cases, engines, table
 from .layers import Case, Conv, Matmul
@@ -89,9 +91,11 @@ def _pinned(case: Case, call: partial, dtype: np.dtype) -> partial:
     """The call by an algorithm that float64 has too, if that is the dtype."""
     if dtype.itemsize < 8 or not isinstance(case, Conv):
         return call
-    if case.is_backward:  # has no such option: only the gradient that is never Winograd's
-        winograd = case.kernel == 3 and case.stride == 1 and case.groups == 1
-        return partial(call, needs=("weight", "bias")) if winograd else call
+    if case.is_backward:  # has no such option, but keeps the plan of its first call
+        without = partial(mock.patch.object, attribute="why_not_winograd", new=lambda *_: "float64 has none")
+        with without(conv_transposed), without(conv_weight_gradient):
+            call()
+        return call
     args = [a.astype(dtype) for a in call.args]
     return partial(call, algorithm=tilewise.explain(call.func, *args, **call.keywords).algorithm)
 

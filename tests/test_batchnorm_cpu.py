@@ -59,8 +59,8 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
         return [a.copy() for a in (*forward, *running, *gradients)]  # the originals' memory is free again
 
     # planes, or pixels, of whole cache lines, and not; few channels; a tail after the last whole row of pixels
+    monkeypatch.setattr(cpu, "NEAR_BELOW", 0)  # as of all results that are written past the caches
     for shape in ((3, 32, 16, 16), (70, 17, 4, 8), (3, 40, 15, 17), (2, 4, 64, 64), (2, 48, 15, 17)):
-        run = shape[2] * shape[3] if layout == "NCHW" else shape[1]
         x, grad = (laid(a, layout).astype(dtype) for a in rng.standard_normal((2, *shape)))
         vectors = statistics(rng, shape[1], dtype)
         for training, threads in product((True, False), (1, 2)):
@@ -69,7 +69,7 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
                 with monkeypatch.context() as patch:
                     for module, name in ((cpu, "LARGE"), (recycling, "FROM")):
                         patch.setattr(module, name, 1 << 14)
-                    whole = run * x.itemsize % 64 == 0
+                    whole = layout == "NCHW" or shape[1] * x.itemsize % 64 == 0
                     way = cpu._way_to_memory(cpu.forward_by_row, x.shape, layout, x.itemsize)
                     assert way == (cpu.PAST_IN_USED if whole else cpu.KEPT_ALWAYS)
                     operation.forget_plans()
@@ -81,7 +81,8 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
-def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, dtype):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, layout, dtype):
     from tilewise.kernels import operation
     from tilewise.kernels.cpu import batchnorm as cpu
     from tilewise.kernels.cpu import recycling
@@ -94,10 +95,13 @@ def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, dtype):
         start = -memory.ctypes.data % 64 // dtype.itemsize + shift
         return memory[start : start + math.prod(shape)].reshape(shape)
 
-    # rows of whole vectors, and not; too short to be aligned; a tail after the last whole row of pixels
-    for shape in ((3, 9, 7, 32), (2, 5, 7, 256), (2, 5, 7, 257), (2, 5, 7, 160), (2, 3, 5, 96), (3, 5, 7, 24)):
+    # NHWC: rows of whole vectors, and not; too short to be aligned; a tail after the last whole row of pixels
+    shapes = [(3, 9, 7, 32), (2, 5, 7, 256), (2, 5, 7, 257), (2, 5, 7, 160), (2, 3, 5, 96), (3, 5, 7, 24)]
+    if layout == "NCHW":  # whole vectors, and not; less than a vector; one channel; few, in blocks of their planes
+        shapes = [(3, 9, 4, 32), (2, 18, 7, 7), (2, 33, 3, 5), (2, 17, 2, 1), (3, 1, 5, 9), (2, 3, 90, 130)]
+    for shape in shapes:
         x, grad = rng.standard_normal((2, *shape)).astype(dtype)
-        vectors = statistics(rng, shape[3], dtype)
+        vectors = statistics(rng, shape[1 if layout == "NCHW" else 3], dtype)
         results = {}
         monkeypatch.setattr(recycling, "FROM", 0)
         monkeypatch.setattr(cpu, "empty", shifted)
@@ -105,8 +109,8 @@ def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, dtype):
         with tilewise.using(backend="cpu"):
             for shift in (0, 1, 4, 64 // x.itemsize - 1):
                 memories.clear()
-                y = kernels.batch_norm(x, *vectors, layout="NHWC")
-                gradient, *_ = kernels.batch_norm_backward(grad, x, vectors[0], vectors[1], vectors[2], layout="NHWC")
+                y = kernels.batch_norm(x, *vectors, layout=layout)
+                gradient, *_ = kernels.batch_norm_backward(grad, x, *vectors[:3], layout=layout)
                 results[shift] = y, gradient
                 for memory, result in zip(memories, results[shift], strict=True):
                     assert (memory == 7).sum() == memory.size - result.size
@@ -187,6 +191,16 @@ def test_activations_that_rounding_changes_go_by_float32(without_conversions):
     for activation in ("leaky_relu", "sigmoid", "tanh"):
         with pytest.raises(AssertionError, match="a pass of its own"):
             kernels.batch_norm(x, ones, ones, activation=activation)
+
+
+def test_float16_takes_as_many_rows_at_a_time_as_float32():
+    """Else its sums would have another order."""
+    from tilewise.kernels.cpu import batchnorm as cpu
+
+    size = cpu.NEAR_BELOW // 8  # elements of float32 that fill it, in two arrays
+    for elements, channels in ((size - 1, 1), (size, 1), (size, 512), (size, 1024), (2 * size, 1024)):
+        assert cpu._kept(elements, channels, 2, 2) == cpu._kept(elements, channels, 4, 2)
+    assert cpu._kept(size, 1, 2, 2) != cpu._kept(size - 1, 1, 2, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- estimates

@@ -10,7 +10,7 @@ from installation import ROOT
 
 import tilewise
 from tilewise import nn
-from tilewise.benchmarks import engines, models, peers, report, suite, table, timing
+from tilewise.benchmarks import dtypes, engines, models, peers, report, suite, table, timing
 from tilewise.benchmarks.cases import ALL
 from tilewise.benchmarks.timing import Comparison, Timing
 
@@ -139,6 +139,32 @@ def test_readme_without_markers_is_refused():
 
 def test_readme_has_the_markers():
     assert report.BEGIN in report.fill((ROOT / "README.md").read_text(encoding="utf-8"), [])
+
+
+def test_float64_is_compared_with_float32_by_its_own_algorithm(monkeypatch):
+    """Both gradients of a layer that float32 takes by Winograd."""
+    from tilewise.kernels import operation
+    from tilewise.kernels.cpu import conv_pass, conv_transposed, conv_weight_gradient
+
+    class Winograd(Exception):
+        pass
+
+    def refuse(*arguments):
+        if arguments[-1] == "gemm":
+            return conv_pass.prepare_pass(*arguments)
+        raise Winograd
+
+    monkeypatch.setattr(conv_weight_gradient, "_Winograd", refuse)
+    monkeypatch.setattr(conv_transposed, "prepare_pass", refuse)
+    (case,) = (c for c in ALL.values() if c.key == "conv2d_backward resnet50.conv4.3x3")
+    call = engines.ours(case.with_batch(1))[engines.OURS]
+    for needs in (("x",), ("weight",)):
+        gradient = partial(call, needs=needs)
+        with tilewise.using(backend="cpu"):
+            operation.forget_plans()
+            with pytest.raises(Winograd):
+                gradient()
+            dtypes._pinned(case, gradient, np.dtype(np.float64))()
 
 
 def test_prepared_convolutions_beside_the_peers():

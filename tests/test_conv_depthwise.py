@@ -1,20 +1,26 @@
 """Depthwise convolution: the strips and regions of its kernels around their edges, forward, transposed, gradients."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from conv_cases import FLOATS, LAYOUTS, Case, both, check, laid, nchw, reference
 
 import tilewise
 from tilewise import explain, kernels
+from tilewise.kernels import operation
 from tilewise.kernels.cpu import (
+    conv_depthwise,
     conv_depthwise_nchw,
     conv_depthwise_rows,
     conv_depthwise_same,
     conv_depthwise_weight,
     conv_transposed,
+    recycling,
+    scratch,
 )
 from tilewise.kernels.cpu.depthwise_vector import TILE
-from tilewise.kernels.cpu.simd import lane_count
+from tilewise.kernels.cpu.simd import VECTOR_BYTES, lane_count
 
 
 def depthwise(c, h, w, kernel=(3, 3), stride=1, padding: object = 1, dilation=1, n=1, outputs=1):
@@ -280,3 +286,38 @@ def test_the_cases_reach_every_path():
     assert seen >= {("same", True), ("same", False), ("rows", 1, "overlapping")}
     assert seen >= {("rows", 2, "short"), ("rows", 2, "whole"), ("rows", 2, "overlapping")}
     assert seen >= {("doubled", True), ("doubled", False)}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, dtype):
+    """The transpose of stride 2 in NCHW; in NHWC the convolution of stride 1, and its transpose."""
+    taken = []
+    monkeypatch.setattr(conv_depthwise, "is_used", lambda y: taken.append(recycling.is_used(y)) or taken[-1])
+
+    def results(x, weight, grad, options):
+        y = kernels.conv2d(x, weight, **options)
+        grad_x, *_ = kernels.conv2d_backward(grad, x, weight, needs=("x",), **options)
+        return y.copy(), grad_x.copy()  # the originals' memory is free again
+
+    # the last row of x alone, and not; tiles that overlap, and not
+    cases = [depthwise(8, 5, 128, stride=2), depthwise(8, 6, 96, stride=2)]
+    if layout == "NHWC":
+        cases = [depthwise(32, 17, 9), depthwise(48, 16, 8)]
+    for case, threads in product(cases, (1, 2)):
+        x, weight, _ = case.arrays(rng, dtype, layout)
+        options = case.options | {"layout": layout}
+        arguments = x, weight, rng.standard_normal(kernels.conv2d(x, weight, **options).shape).astype(dtype), options
+        with tilewise.using(backend="cpu", threads=threads):
+            kept = results(*arguments)
+            with monkeypatch.context() as patch:
+                for module, name in ((conv_depthwise, "LARGE"), (recycling, "FROM"), (scratch, "ALIGNED_FROM")):
+                    patch.setattr(module, name, 1 << 12)
+                operation.forget_plans()
+                results(*arguments)
+                taken.clear()
+                past = results(*arguments)
+            operation.forget_plans()
+        assert any(taken) or (layout == "NHWC" and VECTOR_BYTES < 64) or not recycling.AVAILABLE
+        for one, other in zip(past, kept, strict=True):
+            np.testing.assert_array_equal(one, other)

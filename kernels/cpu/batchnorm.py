@@ -21,7 +21,7 @@ from tilewise.kernels.cpu.batchnorm_planes import (
     forward_by_channel,
 )
 from tilewise.kernels.cpu.batchnorm_rows import backward_by_row, forward_by_row
-from tilewise.kernels.cpu.batchnorm_vector import FROZEN, KEPT, STREAMED
+from tilewise.kernels.cpu.batchnorm_vector import FROZEN, KEPT, NEAR, STREAMED
 from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.half import BITS, HALF, SINGLE, narrowed, widened
@@ -53,6 +53,9 @@ ROW_BLOCK, MOST_ROWS = 32768, 256
 # a chunk of channels, long after the system was there (a quarter less time in training).
 # How many bytes that are depends on the third-level cache, see memory_from.
 LARGE = memory_from()
+# Several rows are taken at a time (NEAR) where the caches hold all arrays, of fewer bytes than this; of wide rows,
+# whose factors and sums do not stay in L1, also where they hold the result alone.
+NEAR_BELOW, WIDE = LARGE, 4096
 KEPT_ALWAYS, PAST_IN_USED, PAST_ALWAYS = range(3)  # how a result is written
 # Itemsize of an image -> what stands for None in a kernel. The kernels know float16 by its bits; what goes with a
 # channel is float32 then.
@@ -77,11 +80,21 @@ def _group(images: int, plane: int, chunk: tuple[int, int], channel_bytes: int) 
 
 
 def _way_to_memory(kernel, shape: tuple[int, ...], layout: str, itemsize: int) -> int:
-    """How a result is written. Past the caches takes runs of whole cache lines."""
-    run = shape[2] * shape[3] if layout == "NCHW" else shape[3]
-    if prod(shape) * itemsize < LARGE or run * itemsize % ALIGNMENT != 0:
+    """How a result is written. Past the caches takes, in rows, whole cache lines."""
+    if prod(shape) * itemsize < LARGE or (layout == "NHWC" and shape[3] * itemsize % ALIGNMENT != 0):
         return KEPT_ALWAYS
     return PAST_ALWAYS if kernel in (forward_by_channel, backward_by_channel) else PAST_IN_USED
+
+
+def _kept(size: int, channels: int, itemsize: int, arrays: int) -> int:
+    """The mode of a call in NHWC whose result is not written past the caches.
+
+    float16 counts as float32, whose sums then have the same order.
+    """
+    itemsize = max(itemsize, 4)
+    size *= itemsize
+    near = size * arrays < NEAR_BELOW or (size < NEAR_BELOW and channels * itemsize >= WIDE)
+    return NEAR if near else KEPT
 
 
 def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activation, return_stats):
@@ -94,6 +107,7 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
     code = ACTIVATION_CODES[activation]
     kernel, dimensions = _forward_way(shape, layout, training, itemsize)
     way = KEPT_ALWAYS if code else _way_to_memory(kernel, shape, layout, itemsize)
+    kept = _kept(size, channels, itemsize, 2)
     create = empty if size * itemsize >= recycling.FROM else np.empty
     after = (momentum, eps, code) if kernel is forward_by_channel else (training, momentum, eps, code)
     work = size * (0.6 if code <= LAST_CHEAP else 1.6)
@@ -116,7 +130,7 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
             bias = absent
         operands = (x.reshape(size), y.reshape(size), *dimensions, running_mean, running_var, weight, bias)
         if by_row:
-            launch(*operands, mean, invstd, *after, past, _threads(work))
+            launch(*operands, mean, invstd, *after, STREAMED if past else kept, _threads(work))
         else:
             launch(*operands, mean, invstd, *after, past)
         return (y, mean, invstd) if return_stats else y
@@ -197,11 +211,12 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
         return partial(_gradients_of_nothing, channels=channels)
     kernel, dimensions = _backward_way(shape, layout, itemsize)
     way = _way_to_memory(kernel, shape, layout, itemsize) if training else KEPT_ALWAYS
+    kept = _kept(size, channels, itemsize, 3) if training else FROZEN
     create = empty if size * itemsize >= recycling.FROM else np.empty
     launch, by_row = kernel.sized(size), kernel is backward_by_row
 
     def run(grad, x, mean, invstd, weight):
-        mode = KEPT if training else FROZEN
+        mode = kept
         if way == KEPT_ALWAYS:
             result = create(shape, dtype)
         else:

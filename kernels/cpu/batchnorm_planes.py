@@ -21,15 +21,27 @@ from tilewise.kernels.cpu.batchnorm_vector import (
     FROZEN,
     KEPT,
     STREAMED,
-    run_gradient,
+    planes_gradient,
+    planes_normalise,
     run_moments,
-    run_normalise,
     run_sums,
 )
 from tilewise.kernels.cpu.jit import AS_WRITTEN, device, kernel
 from tilewise.kernels.cpu.simd import address, settle_stores
 
 SPLIT = 8192  # elements in a chunk of blocks: a microsecond of work, so that two threads have as much to do
+WHOLE = 4 * BLOCK  # elements of a plane that evaluation does not cut into blocks, each with ends of its own
+
+
+@device(fastmath=AS_WRITTEN)
+def _normalise_runs(x, y, at, count, length, factors, first, step, streamed):
+    """The results of `count` channels from the first one on, whose runs of this length follow each other."""
+    source, target = address(x, at), address(y, at)
+    centre, scale, offset = address(factors, first), address(factors, step + first), address(factors, 2 * step + first)
+    if streamed:
+        planes_normalise(STREAMED, source, target, count, length, centre, scale, offset)
+    else:
+        planes_normalise(KEPT, source, target, count, length, centre, scale, offset)
 
 
 @device(fastmath=AS_WRITTEN, allocates=True)
@@ -53,13 +65,7 @@ def _forward_channels(
     )  # fmt: skip
     for image in range(images):
         base = (image * channels + first) * plane
-        for c in range(own):
-            centre, scale, offset = factors[c], factors[own + c], factors[2 * own + c]
-            source, target = address(x, base + c * plane), address(y, base + c * plane)
-            if streamed:
-                run_normalise(STREAMED, source, target, plane, centre, scale, offset)
-            else:
-                run_normalise(KEPT, source, target, plane, centre, scale, offset)
+        _normalise_runs(x, y, base, own, plane, factors, 0, own, streamed)
         if code:
             activate(y, base, own * plane, code)
     if streamed:
@@ -119,22 +125,25 @@ def _merge_blocks(images, channels, plane, blocks, moments, mean, squares):
 
 
 @device(fastmath=AS_WRITTEN)
+def _runs(c, block, channels, plane, blocks, left):
+    """(how many of the blocks `left` follow each other in one image and are as long, their length)."""
+    if blocks > 1:
+        return 1, min(BLOCK, plane - block * BLOCK)
+    return min(channels - c, left), plane
+
+
+@device(fastmath=AS_WRITTEN)
 def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code, streamed):
     image, c, block = _position(begin, channels, blocks)
-    first = (image * channels + c) * plane + block * BLOCK
-    for _ in range(begin, end):
-        start = block * BLOCK
-        at = (image * channels + c) * plane + start
-        centre, scale, offset = factors[c], factors[channels + c], factors[2 * channels + c]
-        size = min(BLOCK, plane - start)
-        if streamed:
-            run_normalise(STREAMED, address(x, at), address(y, at), size, centre, scale, offset)
-        else:
-            run_normalise(KEPT, address(x, at), address(y, at), size, centre, scale, offset)
-        image, c, block = _next(image, c, block, channels, blocks)
+    first = at = (image * channels + c) * plane + block * BLOCK
+    while begin < end:
+        count, length = _runs(c, block, channels, plane, blocks, end - begin)
+        _normalise_runs(x, y, at, count, length, factors, c, channels, streamed)
+        at += count * length
+        begin += count
+        image, c, block = _next(image, c + count - 1, block, channels, blocks)
     if code:
-        last = (image * channels + c) * plane + block * BLOCK
-        activate(y, first, last - first, code)
+        activate(y, first, at - first, code)
     if streamed:
         settle_stores()
 
@@ -146,8 +155,10 @@ def forward_by_block(
 ):  # fmt: skip
     """Evaluation, and training with few channels; each chunk owns some blocks of the planes."""
     blocks = (plane + BLOCK - 1) // BLOCK
+    if not training and plane <= WHOLE:
+        blocks = 1
     units = images * channels * blocks
-    step = SPLIT // min(plane, BLOCK)
+    step = max(SPLIT * blocks // plane, 1)
     chunks = (units + step - 1) // step
     factors = np.empty(3 * channels, weight.dtype)
     if training:
@@ -170,18 +181,17 @@ def forward_by_block(
 
 
 @device(fastmath=AS_WRITTEN)
-def _gradient_runs(grad, x, result, at, length, count, factors, first, step, mode):
+def _gradient_runs(grad, x, result, at, count, length, factors, first, step, mode):
     """The gradients of `count` channels from the first one on, whose runs of this length follow each other."""
-    for c in range(first, first + count):
-        centre, a, b, offset = factors[c], factors[step + c], factors[2 * step + c], factors[3 * step + c]
-        slopes, values, target = address(grad, at), address(x, at), address(result, at)
-        if mode == KEPT:
-            run_gradient(KEPT, slopes, values, target, length, centre, a, b, offset)
-        elif mode == STREAMED:
-            run_gradient(STREAMED, slopes, values, target, length, centre, a, b, offset)
-        else:
-            run_gradient(FROZEN, slopes, values, target, length, centre, a, b, offset)
-        at += length
+    slopes, values, target = address(grad, at), address(x, at), address(result, at)
+    centre, a = address(factors, first), address(factors, step + first)
+    b, offset = address(factors, 2 * step + first), address(factors, 3 * step + first)
+    if mode == STREAMED:
+        planes_gradient(STREAMED, slopes, values, target, count, length, centre, a, b, offset)
+    elif mode == FROZEN:
+        planes_gradient(FROZEN, slopes, values, target, count, length, centre, a, b, offset)
+    else:
+        planes_gradient(KEPT, slopes, values, target, count, length, centre, a, b, offset)
 
 
 @device(fastmath=AS_WRITTEN, allocates=True)
@@ -216,7 +226,7 @@ def _backward_channels(
     )  # fmt: skip
     for image in range(images):
         base = (image * channels + first) * plane
-        _gradient_runs(grad, x, result, base, plane, own, factors, 0, own, mode)
+        _gradient_runs(grad, x, result, base, own, plane, factors, 0, own, mode)
     if mode == STREAMED:
         settle_stores()
 
@@ -249,11 +259,13 @@ def _sums_of_blocks(grad, x, channels, plane, blocks, begin, end, mean, sums, st
 @device(fastmath=AS_WRITTEN)
 def _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, factors, mode):
     image, c, block = _position(begin, channels, blocks)
-    for _ in range(begin, end):
-        start = block * BLOCK
-        at = (image * channels + c) * plane + start
-        _gradient_runs(grad, x, result, at, min(BLOCK, plane - start), 1, factors, c, channels, mode)
-        image, c, block = _next(image, c, block, channels, blocks)
+    at = (image * channels + c) * plane + block * BLOCK
+    while begin < end:
+        count, length = _runs(c, block, channels, plane, blocks, end - begin)
+        _gradient_runs(grad, x, result, at, count, length, factors, c, channels, mode)
+        at += count * length
+        begin += count
+        image, c, block = _next(image, c + count - 1, block, channels, blocks)
     if mode == STREAMED:
         settle_stores()
 

@@ -26,6 +26,7 @@ from tilewise.kernels.cpu.batchnorm_channel import (
 from tilewise.kernels.cpu.batchnorm_vector import (
     FROZEN,
     KEPT,
+    NEAR,
     STREAMED,
     rows_deviations,
     rows_gradient,
@@ -102,19 +103,22 @@ def _backwards(turn, chunks, threads):
 
 
 @device(fastmath=AS_WRITTEN)
-def _normalise_rows(x, y, at, stride, rows, columns, factors, step, streamed):
+def _normalise_rows(x, y, at, stride, rows, columns, factors, step, mode):
+    values, target = address(x, at), address(y, at)
     centre, scale, offset = address(factors, 0), address(factors, step), address(factors, 2 * step)
-    if streamed:
-        rows_normalise(STREAMED, address(x, at), address(y, at), stride, rows, columns, centre, scale, offset)
+    if mode == NEAR:
+        rows_normalise(NEAR, values, target, stride, rows, columns, centre, scale, offset)
+    elif mode == STREAMED:
+        rows_normalise(STREAMED, values, target, stride, rows, columns, centre, scale, offset)
         settle_stores()
     else:
-        rows_normalise(KEPT, address(x, at), address(y, at), stride, rows, columns, centre, scale, offset)
+        rows_normalise(KEPT, values, target, stride, rows, columns, centre, scale, offset)
 
 
 @kernel(fastmath=AS_WRITTEN)
 def forward_by_row(
     x, y, channels, width, block, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
-    training, momentum, eps, code, streamed, threads,
+    training, momentum, eps, code, mode, threads,
 ):  # fmt: skip
     """Each chunk owns a block of `block` rows."""
     rows = x.size // width
@@ -144,11 +148,11 @@ def forward_by_row(
         chunk = _backwards(turn, chunks, threads) if training else turn
         start = chunk * step
         whole = min(block, rows - chunk * block)
-        _normalise_rows(x, y, start, width, whole, width, factors, width, streamed)
+        _normalise_rows(x, y, start, width, whole, width, factors, width, mode)
         tail = start + whole * width
         stop = min(start + step, x.size)
         if tail < stop:
-            _normalise_rows(x, y, tail, width, 1, stop - tail, factors, width, streamed)
+            _normalise_rows(x, y, tail, width, 1, stop - tail, factors, width, mode)
         activate(y, start, stop - start, code)
 
 
@@ -163,7 +167,9 @@ def _block_sums(grad, x, start, stride, rows, columns, centre, sums, at, step, m
         address(sums, at),
         address(sums, at + step),
     )
-    if mode == STREAMED:
+    if mode == NEAR:
+        rows_sums(NEAR, slopes, values, stride, rows, columns, centre, total, product)
+    elif mode == STREAMED:
         rows_sums(STREAMED, slopes, values, stride, rows, columns, centre, total, product)
     else:
         rows_sums(KEPT, slopes, values, stride, rows, columns, centre, total, product)
@@ -186,7 +192,9 @@ def _gradient_rows(grad, x, result, at, stride, rows, columns, factors, step, mo
     slopes, values, target = address(grad, at), address(x, at), address(result, at)
     centre, a = address(factors, 0), address(factors, step)
     b, offset = address(factors, 2 * step), address(factors, 3 * step)
-    if mode == KEPT:
+    if mode == NEAR:
+        rows_gradient(NEAR, slopes, values, target, stride, rows, columns, centre, a, b, offset)
+    elif mode == KEPT:
         rows_gradient(KEPT, slopes, values, target, stride, rows, columns, centre, a, b, offset)
     elif mode == STREAMED:
         rows_gradient(STREAMED, slopes, values, target, stride, rows, columns, centre, a, b, offset)

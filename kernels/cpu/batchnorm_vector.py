@@ -16,16 +16,18 @@ from tilewise.kernels.cpu.half_vector import emitted
 from tilewise.kernels.cpu.simd import _I64, VECTOR_BYTES, _literal
 
 ROWS = 8  # rows summed at a time, so that a column's sum in memory is touched once for eight of them
-# The same where each row is read from two arrays, and where results are written: fewer streams. Zen 3 does not fetch
-# eight of them ahead in rows of 1 KB: the gradient of 8x256x56x56 takes 10 ms by four rows and 6.5 ms by one.
+# The same where each row is read from two arrays, and where results are written, so that a column's factors are read
+# once for four rows; but only in the caches (NEAR). From memory, processors fetch one row after the other faster than
+# several at a time, most of all rows of 1 KB.
 ROWS_OF_TWO = 4 if VECTOR_BYTES == 64 else 1
 # Bytes that passes over large arrays (STREAMED) ask for ahead (float16: half as many), because Zen 3 itself stops at
 # every row: in NHWC, on one thread, training takes 9 to 19 % less time and the gradient 2 to 10 %. Arrays in the
 # third-level cache lose as much.
 AHEAD = 4096
 # How a pass writes its result: through the caches, or past them, for which result and run must be whole, aligned
-# vectors. FROZEN: a gradient through statistics that do not depend on x.
-KEPT, STREAMED, FROZEN = 0, 1, 2
+# vectors of a row. FROZEN: a gradient through statistics that do not depend on x. NEAR: as KEPT, by several rows at a
+# time.
+KEPT, STREAMED, FROZEN, NEAR = range(4)
 
 
 @intrinsic
@@ -54,22 +56,22 @@ def run_moments(typingctx, x, count, moments, step):
 
 
 @intrinsic(prefer_literal=True)
-def run_normalise(typingctx, mode, x, y, count, centre, scale, offset):
-    """y = (x - centre) * scale + offset along a run. mode: a literal."""
+def planes_normalise(typingctx, mode, x, y, count, length, centre, scale, offset):
+    """y = (x - centre[c]) * scale[c] + offset[c] in run c of `count`, each of this length, one behind the other. mode:
+    a literal."""
     past = _literal(mode) == STREAMED
 
     def emission(emit, args):
-        _, x, y, count, *factors = args
-        centre, scale, offset = (emit.splat(factor) for factor in factors)
+        _, x, y, count, length, *factors = args
 
-        def normalise(at, _, mask):
+        def normalise(at, factors, mask):
+            centre, scale, offset = factors
             deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
             emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask, past)
-            return []
 
-        emit.over_run(count, 0, normalise, None if past else y)
+        emit.over_planes(count, length, y, past, factors, normalise)
 
-    return emitted(types.void(mode, x, y, types.intp, centre, scale, offset), emission)
+    return emitted(types.void(mode, x, y, types.intp, types.intp, centre, scale, offset), emission)
 
 
 @intrinsic
@@ -101,24 +103,22 @@ def _gradient(emit, frozen, slope, x, at, mask, centre, a, b, offset):
 
 
 @intrinsic(prefer_literal=True)
-def run_gradient(typingctx, mode, grad, x, result, count, centre, a, b, offset):
-    """result = grad * a + ((x - centre) * b + offset) along a run; FROZEN: result = grad * a. mode: a
-    literal."""
+def planes_gradient(typingctx, mode, grad, x, result, count, length, centre, a, b, offset):
+    """result = grad * a[c] + ((x - centre[c]) * b[c] + offset[c]) in run c of `count`, each of this length, one behind
+    the other; FROZEN: result = grad * a[c]. mode: a literal."""
     frozen, past = _literal(mode) == FROZEN, _literal(mode) == STREAMED
 
     def emission(emit, args):
-        _, grad, x, result, count, *factors = args
-        centre, a, b, offset = (emit.splat(factor) for factor in factors)
+        _, grad, x, result, count, length, *factors = args
 
-        def gradient(at, _, mask):
+        def gradient(at, factors, mask):
             slope = emit.read(grad, at, mask)
-            value = _gradient(emit, frozen, slope, x, at, mask, centre, a, b, offset)
-            emit.write(value, result, at, mask, past)
-            return []
+            emit.write(_gradient(emit, frozen, slope, x, at, mask, *factors), result, at, mask, past)
 
-        emit.over_run(count, 0, gradient, None if past else result)
+        emit.over_planes(count, length, result, past, factors, gradient)
 
-    return emitted(types.void(mode, grad, x, result, types.intp, centre, a, b, offset), emission)
+    signature = types.void(mode, grad, x, result, types.intp, types.intp, centre, a, b, offset)
+    return emitted(signature, emission)
 
 
 def _prefetch(emit, x, places, ahead, mask):
@@ -132,6 +132,10 @@ def _prefetch_operands(emit, operands, places, mask):
     """The same for all of them, AHEAD bytes further."""
     for operand in operands:
         _prefetch(emit, operand, places, _I64(AHEAD // emit.itemsize), mask)
+
+
+def _rows_of_two(mode) -> int:
+    return ROWS_OF_TWO if _literal(mode) == NEAR else 1
 
 
 @intrinsic
@@ -193,7 +197,7 @@ def rows_normalise(typingctx, mode, x, y, stride, rows, columns, centre, scale, 
                 deviation = emit.builder.fsub(emit.read(x, at, mask), centre)
                 emit.write(emit.multiply_add(deviation, scale, offset), y, at, mask, past)
 
-        emit.sweep(rows, columns, 1, normalise, None if past else y, stride)
+        emit.sweep(rows, columns, _rows_of_two(mode), normalise, None if past else y, stride)
 
     signature = types.void(mode, x, y, types.intp, types.intp, types.intp, centre, scale, offset)
     return emitted(signature, emission)
@@ -220,7 +224,7 @@ def rows_sums(typingctx, mode, grad, x, stride, rows, columns, centre, total, pr
             emit.write(emit.add(emit.read(total, j, mask), emit.tree_sum(slopes)), total, j, mask)
             emit.write(products, product, j, mask)
 
-        emit.sweep(rows, columns, ROWS_OF_TWO, add)
+        emit.sweep(rows, columns, _rows_of_two(mode), add)
 
     return emitted(types.void(mode, grad, x, types.intp, types.intp, types.intp, centre, total, product), emission)
 
@@ -243,7 +247,7 @@ def rows_gradient(typingctx, mode, grad, x, result, stride, rows, columns, centr
                 value = _gradient(emit, frozen, slope, x, at, mask, centre, a, b, offset)
                 emit.write(value, result, at, mask, past)
 
-        emit.sweep(rows, columns, ROWS_OF_TWO, gradient, None if past else result, stride)
+        emit.sweep(rows, columns, _rows_of_two(mode), gradient, None if past else result, stride)
 
     return emitted(
         types.void(mode, grad, x, result, types.intp, types.intp, types.intp, centre, a, b, offset), emission

@@ -24,10 +24,12 @@ from math import prod
 
 import numpy as np
 
+from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.conv_depthwise_nchw import Strips, ceil_ratio, convolve_nchw
 from tilewise.kernels.cpu.conv_depthwise_nhwc import BAND_BYTES, Regions, convolve_nhwc, row_bands
 from tilewise.kernels.cpu.conv_depthwise_rows import by_rows, convolve_doubled_nchw, convolve_rows_nchw, is_doubled
 from tilewise.kernels.cpu.conv_depthwise_same import (
+    ROWS,
     channel_cuts,
     convolve_same_nchw,
     convolve_same_nhwc,
@@ -35,9 +37,13 @@ from tilewise.kernels.cpu.conv_depthwise_same import (
     planes_together,
     tap_numbers,
 )
+from tilewise.kernels.cpu.recycling import is_used
+from tilewise.kernels.cpu.scratch import ALIGNMENT
+from tilewise.kernels.cpu.simd import VECTOR_BYTES, lane_count
 
 # Estimated serial nanoseconds per FLOP.
 COST = 0.015
+LARGE = memory_from()  # bytes of a result that is written past the caches
 
 
 class Depthwise:
@@ -47,7 +53,7 @@ class Depthwise:
     of (numbers, offsets); see Strips. A convolution has one phase, its transpose as many as its stride.
     """
 
-    __slots__ = ("constants", "kernel", "no_extra", "square", "square_constants")
+    __slots__ = ("constants", "kernel", "no_extra", "square", "square_constants", "square_past")
 
     packing = None  # nothing to prepare: the weights are few and read as they lie, or packed in no time
 
@@ -56,6 +62,8 @@ class Depthwise:
         n, all_taps, phases = x[0], prod(weight[2:]), [len(axis) for axis in taps]
         work = 2 * prod(y) * all_taps / prod(phases) * COST
         self.square = None  # the kernel for 3x3 and stride 1 or 2, which knows of no extra
+        self.square_past = None  # its constants for large results in used memory, which are written past the caches
+        large = prod(y) * dtype.itemsize >= LARGE and activation == 0
         # A transpose's only phase may have three rows of taps, one apart, of a kernel with five.
         numbers, is_square = tap_numbers(taps, weight[3]), all_taps == 9
         if layout == "NHWC":
@@ -68,8 +76,12 @@ class Depthwise:
             self.constants = (*head, plan.regions, plan.table, all_taps, activation)
             if is_square and is_same(taps, stride, weight[0] // channels, (h, w), (oh, ow)):
                 self.square = convolve_same_nhwc.sized(work)
-                cuts = channel_cuts(n, (h, w), channels, dtype) or (bands, channels)
-                self.square_constants = (n, channels, h, w, numbers, *cuts, activation)
+                whole_tiles = min(bands, ceil_ratio(h, 2 * ROWS))  # a band of one row takes half a tile
+                cuts = channel_cuts(n, (h, w), channels, dtype) or (whole_tiles, channels)
+                self.square_constants = (n, channels, h, w, numbers, *cuts, activation, 0)
+                whole_lines = channels * dtype.itemsize % ALIGNMENT == 0 and VECTOR_BYTES == ALIGNMENT
+                if large and whole_lines and cuts[1] == channels:
+                    self.square_past = (*self.square_constants[:-1], 1)
         else:
             _, channels, h, w = x
             oh, ow = y[2:4]
@@ -88,11 +100,17 @@ class Depthwise:
                 self.square_constants = (n * channels, channels, h, w, numbers, group, activation)
             elif is_doubled(*problem):
                 self.square = convolve_doubled_nchw.sized(work)
-                self.square_constants = (n * channels, channels, h, w, oh, ow, activation)
+                self.square_constants = (n * channels, channels, h, w, oh, ow, activation, 0)
+                # whole vectors only: what is under a mask touches the next row's line, just written, which takes long
+                if large and ow * dtype.itemsize % ALIGNMENT == 0 and w % lane_count(dtype.itemsize) == 0:
+                    self.square_past = (*self.square_constants[:-1], 1)
 
     def __call__(self, x, weight, y, bias, extra=None, packed=None):
         if self.square is not None and (extra is None or extra.size == 0):
-            self.square(x.ravel(), weight.ravel(), y.ravel(), bias, *self.square_constants)
+            constants = self.square_constants
+            if self.square_past is not None and is_used(y):
+                constants = self.square_past
+            self.square(x.ravel(), weight.ravel(), y.ravel(), bias, *constants)
             return
         extra = self.no_extra if extra is None else extra
         self.kernel(x.ravel(), weight.ravel(), y.ravel(), bias, extra, *self.constants)

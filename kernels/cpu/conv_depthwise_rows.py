@@ -12,6 +12,7 @@ from math import prod
 import numpy as np
 from numba import prange
 
+from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.conv_depthwise_nchw import CHUNKS, FEWEST
 from tilewise.kernels.cpu.conv_depthwise_same import sum_lanes, write_gradients
 from tilewise.kernels.cpu.depthwise_rows import correlate_plane, double_plane, sum_products
@@ -19,17 +20,21 @@ from tilewise.kernels.cpu.depthwise_strip import clear
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import EXACT_ORDER, kernel
 from tilewise.kernels.cpu.scratch import keep, scratch
-from tilewise.kernels.cpu.simd import address, lanes
+from tilewise.kernels.cpu.simd import address, lanes, settle_stores
 
-# Bytes of a plane from which on rows are faster with stride 1: what does not fit L1.
-LARGE_PLANE = 32 << 10
+# Bytes of a plane from which on rows are faster with stride 1: what does not fit L1; and where all planes come from
+# memory, which is fetched faster in its order.
+LARGE_PLANE, LARGE_IN_MEMORY = 32 << 10, 16 << 10
+LARGE = memory_from()  # bytes of such planes
 
 
 def by_rows(planes, taps, stride, outputs, x_size, y_size, itemsize):
     """Whether these kernels serve a convolution; taps: as for Depthwise."""
     if [len(axis) for axis in taps] != [1, 1] or outputs != 1 or planes < FEWEST:
         return False
-    if tuple(stride) != (2, 2) and (tuple(stride) != (1, 1) or prod(x_size) * itemsize < LARGE_PLANE):
+    plane = prod(x_size) * itemsize
+    least = LARGE_IN_MEMORY if planes * plane >= LARGE else LARGE_PLANE
+    if tuple(stride) != (2, 2) and (tuple(stride) != (1, 1) or plane < least):
         return False
     rows, columns = (axis[0][1] for axis in taps)
     if any(o.size != 3 or (np.diff(o) != 1).any() or o[0] not in (0, -1) for o in (rows, columns)):
@@ -64,18 +69,22 @@ def is_doubled(planes, taps, stride, outputs, x_size, y_size):
 
 
 @kernel()
-def convolve_doubled_nchw(x, weight, y, bias, planes, channels, h, w, oh, ow, activation):
+def convolve_doubled_nchw(x, weight, y, bias, planes, channels, h, w, oh, ow, activation, past):
     """The transpose of convolve_rows_nchw; x is the smaller."""
     shift = bias if bias.size > 0 else np.zeros(channels, x.dtype)
     chunks = min(planes, CHUNKS)
     for chunk in prange(chunks):
         for plane in range(planes * chunk // chunks, planes * (chunk + 1) // chunks):
             c, out = plane % channels, plane * oh * ow
-            double_plane(
-                address(x, plane * h * w), h, w, address(weight, c * 9), address(shift, c), address(y, out), oh, ow
-            )
+            source, factors, value = address(x, plane * h * w), address(weight, c * 9), address(shift, c)
+            if past:
+                double_plane(1, source, h, w, factors, value, address(y, out), oh, ow)
+            else:
+                double_plane(0, source, h, w, factors, value, address(y, out), oh, ow)
             if activation != 0:
                 activate_row(y, out, oh * ow, activation)
+        if past:
+            settle_stores()
 
 
 @kernel(fastmath=EXACT_ORDER)

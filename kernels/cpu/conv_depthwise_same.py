@@ -16,7 +16,7 @@ from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.row_moves import copy_lines
 from tilewise.kernels.cpu.scratch import keep, scratch
-from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lanes
+from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lanes, settle_stores
 
 # The tile in NHWC. AVX-512's 32 registers hold 9 weights, 8 sums and a few inputs; of 16, four sums fit.
 ROWS, COLUMNS = 2 if VECTOR_BYTES == 64 else 1, 4
@@ -89,7 +89,7 @@ def convolve_same_nchw(x, weight, y, bias, planes, channels, h, w, numbers, grou
 
 
 @device()
-def _tile_rows(x, row, pixel, rows, above, below, zeros, w, weights, bias, y, y_row, y_pixel, count):
+def _tile_rows(x, row, pixel, rows, above, below, zeros, w, weights, bias, y, y_row, y_pixel, count, past):
     """`rows` rows of y, at least one, from x's, of which there may be one above and one below."""
     for i in range(0, rows, ROWS):
         before = 1 if i > 0 else above
@@ -102,6 +102,11 @@ def _tile_rows(x, row, pixel, rows, above, below, zeros, w, weights, bias, y, y_
                 tile_pixels(
                     1, COLUMNS, 0, source, row, pixel, before, after, left, right, zeros, weights, bias, target, y_row,
                     y_pixel, count,
+                )  # fmt: skip
+            elif past:
+                tile_pixels(
+                    ROWS, COLUMNS, 2, source, row, pixel, before, after, left, right, zeros, weights, bias, target,
+                    y_row, y_pixel, count,
                 )  # fmt: skip
             elif pixel == y_pixel:
                 tile_pixels(
@@ -116,7 +121,7 @@ def _tile_rows(x, row, pixel, rows, above, below, zeros, w, weights, bias, y, y_
 
 
 @kernel()
-def convolve_same_nhwc(x, weight, y, bias, n, channels, h, w, numbers, bands, block, activation):
+def convolve_same_nhwc(x, weight, y, bias, n, channels, h, w, numbers, bands, block, activation, past):
     """The same in NHWC; w is at least COLUMNS. block: channels that are copied together first; all: nothing is."""
     width = lanes(x)
     shift = bias if bias.size > 0 else np.zeros(channels, x.dtype)
@@ -149,10 +154,12 @@ def convolve_same_nhwc(x, weight, y, bias, n, channels, h, w, numbers, bands, bl
                     )
                 _tile_rows(
                     source, x_row, pixel, i1 - i0, above, below, address(nothing_memory, 0), w, address(packed, c * 9),
-                    address(shift, c), address(y, first + c), row, channels, some,
+                    address(shift, c), address(y, first + c), row, channels, some, past,
                 )  # fmt: skip
             if activation != 0:
                 activate_row(y, first, count, activation)
+        if past:
+            settle_stores()
         keep(nothing_memory)
         keep(band_memory)
 

@@ -195,8 +195,8 @@ def sum_products(typingctx, stride, taps, sums, x, h, w, top, left, numbers, gra
     return signature, codegen
 
 
-@intrinsic
-def double_plane(typingctx, grad, oh, ow, weights, bias, y, h, w):
+@intrinsic(prefer_literal=True)
+def double_plane(typingctx, past, grad, oh, ow, weights, bias, y, h, w):
     """The transpose of `correlate_plane` for stride 2 and a padding of 1: y[2 i - 1 + r, 2 j - 1 + s] +=
     weights[3 r + s] * grad[i, j].
 
@@ -206,11 +206,11 @@ def double_plane(typingctx, grad, oh, ow, weights, bias, y, h, w):
         y[2 i + 1, 2 j] = w21 g[i, j] + w01 g[i + 1, j]      y[2 i + 1, 2 j + 1] = w22 g[i, j] + w20 g[i, j + 1]
                                                                     + w02 g[i + 1, j] + w00 g[i + 1, j + 1]
     """
-    index = types.intp
-    signature = types.void(grad, index, index, weights, bias, y, index, index)
+    index, streamed = types.intp, bool(_literal(past))
+    signature = types.void(past, grad, index, index, weights, bias, y, index, index)
 
     def codegen(context, builder, signature, args):
-        _Doubling(builder, signature.args[0].dtype, args).emit()
+        _Doubling(builder, signature.args[1].dtype, streamed, args[1:]).emit()
         return context.get_dummy_value()
 
     return signature, codegen
@@ -219,16 +219,16 @@ def double_plane(typingctx, grad, oh, ow, weights, bias, y, h, w):
 class _Doubling:
     """The code of one `double_plane`."""
 
-    def __init__(self, builder, element, args):
-        self.builder, self.emitter = builder, _Emitter(builder, element)
+    def __init__(self, builder, element, streamed, args):
+        self.builder, self.emitter, self.streamed = builder, _Emitter(builder, element), streamed
         self.grad, self.oh, self.ow, weights, bias, self.y, self.h, self.w = args
         self.factors = [self.emitter.splat(builder.load(builder.gep(weights, [_I64(t)]))) for t in range(SIZE**2)]
         self.shift = self.emitter.splat(builder.load(bias))
 
     def emit(self):
         builder, emit = self.builder, self.emitter
-        over = builder.sub(self.ow, _I64(emit.lanes))
-        last = builder.select(builder.icmp_signed(">", over, _I64(0)), over, _I64(0))
+        # not over the vector before it: a line that was written past the caches must not be written again
+        last = builder.and_(builder.sub(self.ow, _I64(1)), _I64(-emit.lanes))
         count = builder.sub(self.ow, last)
         loads = [emit.mask(_I64(0), builder.sub(count, _I64(k))) for k in (0, 1)]
         rest = builder.sub(self.w, builder.mul(last, _I64(2)))
@@ -280,7 +280,9 @@ class _Doubling:
             half = ir.Constant(ir.VectorType(_I32, emit.lanes), order[k * emit.lanes : (k + 1) * emit.lanes])
             value = builder.shuffle_vector(even, odd, half)
             place = builder.add(builder.mul(j, _I64(2)), _I64(k * emit.lanes))
-            if mask is None:
-                emit.store(value, row, place)
-            else:
+            if mask is not None:
                 emit.masked_store(value, row, place, mask)
+            elif self.streamed:
+                emit.store_past(value, row, place)
+            else:
+                emit.store(value, row, place)

@@ -197,9 +197,9 @@ def tile_pixels(
     """y[i, j, c] = bias[c] + sum over taps of weight * x, for i < rows, j < columns and c < count.
 
     rows, columns: literals, of the tile. x, y: pointers to its first pixel, with how far apart rows and pixels are in
-    each; alike: a literal, 1 if equally far, which saves registers. above, below, left, right: whether there is image
-    on that side; where there is no row, `zeros` is read, columns + 2 pixels. weights: in blocks of vectors, a vector
-    for each tap.
+    each; alike: a literal, 1 if equally far, which saves registers; 2 if whole vectors also go past the caches, to
+    aligned places. above, below, left, right: whether there is image on that side; where there is no row, `zeros` is
+    read, columns + 2 pixels. weights: in blocks of vectors, a vector for each tap.
     """
     shape = _literal(rows), _literal(columns), _literal(alike)
     index = types.intp
@@ -220,6 +220,7 @@ class _Tile:
     def __init__(self, builder, element, shape, args):
         self.builder, self.vector = builder, _Emitter(builder, element)
         self.rows, self.columns, alike = shape
+        self.past = alike == 2
         x, row, pixel, above, below, self.left, self.right, zeros, self.weights, self.bias, *places, self.count = args
         y, y_row, y_pixel = places
         if alike:
@@ -266,7 +267,9 @@ class _Tile:
         for line, values in zip(self.outputs, sums, strict=True):
             line = builder.gep(line, [i])
             for step, value in zip(self.y_steps, values, strict=True):
-                if mask is None:
-                    vector.store(value, line, step)
-                else:
+                if mask is not None:
                     vector.masked_store(value, line, step, mask)
+                elif self.past:
+                    vector.store_past(value, line, step)
+                else:
+                    vector.store(value, line, step)

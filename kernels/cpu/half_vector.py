@@ -42,8 +42,9 @@ class HalfPass(Pass):
         else:
             self.bits.write(narrow_vector(self.builder, value, self.lanes), pointer, offset, mask, streamed)
 
-    def to_alignment(self, pointer, count):
-        return super().to_alignment(pointer, count) if not _is_half(pointer) else self.bits.to_alignment(pointer, count)
+    def to_alignment(self, pointer, count, always=False):
+        emit = self.bits if _is_half(pointer) else super()
+        return emit.to_alignment(pointer, count, always)
 
 
 def emitted(signature, emission):

@@ -27,10 +27,11 @@ from tilewise.kernels.cpu.simd import address, fused, lane_count
 # Bytes of a block of a folded row, a third of L1; and of half of what is worked on at once: the folded rows of a
 # group, and what they are folded from.
 PART = 16384
-# Bytes to prefetch ahead of the second row of a window: far enough for memory's latency (100 ns at 20 GB/s are 2 KB),
-# near enough for L1. Of NCHW's short rows, of which processors fetch few ahead, those of the next windows are asked for
-# in the order of the memory where windows move by two, which is faster than asking for both rows of a window side by
-# side (`make bench-peers ARGS='--only "pool forward"'`, ResNet's pool1, Zen 4). In NHWC that gains nothing.
+# Bytes to prefetch ahead of the second row of a window, or of its last one where windows move by one: far enough for
+# memory's latency (100 ns at 20 GB/s are 2 KB), near enough for L1. Of NCHW's short rows, of which processors fetch few
+# ahead, those of the next windows are asked for in the order of the memory where windows move by two, which is faster
+# than asking for both rows of a window side by side (`make bench-peers ARGS='--only "pool forward"'`, ResNet's pool1,
+# Zen 4). In NHWC that gains nothing.
 AHEAD = 4096
 # Elements that a chunk reads: some tens of microseconds, well above what handing out a chunk costs.
 CHUNK = 32768
@@ -122,7 +123,7 @@ def _rows_of_windows(operation):
         readable, pitch, size = plan[READABLE], plan[PITCH], inside * plan[C]
         ahead, asked = AHEAD // x.itemsize, 2
         if sh == 1 or plan[C] > 1:
-            ahead, asked = ahead + dh * width, 1
+            ahead, asked = ahead + (kh - 1 if sh == 1 else 1) * dh * width, 1
         i = 0
         while i < g:
             h, taps, run = o * sh - top, kh, 1

@@ -127,12 +127,14 @@ class Pass(_Emitter):
             with narrow:
                 self.rest(at, count, [], lambda _, mask: body(at, mask) or [])
 
-    def to_alignment(self, pointer, count):
+    def to_alignment(self, pointer, count, always=False):
         """How many of `count` elements lie before the first whole, aligned vector; 0 in a short run, where one more
-        vector under a mask costs as much as it saves."""
+        vector under a mask costs as much as it saves, unless always."""
         builder = self.builder
         missing = builder.and_(builder.neg(builder.ptrtoint(pointer, _I64)), _I64(self.lanes * self.itemsize - 1))
         missing = builder.udiv(missing, _I64(self.itemsize))
+        if always:
+            return missing
         return builder.select(builder.icmp_signed("<", count, _I64(8 * self.lanes)), _I64(0), missing)
 
     def over_run(self, count, sums, body, result=None):
@@ -157,6 +159,51 @@ class Pass(_Emitter):
             return []
         first = self.rest(at, count, first, lambda values, mask: body(at, values, mask))
         return [self.tree_sum([first[s], *many[s + sums :: sums]]) for s in range(sums)]
+
+    def over_planes(self, count, length, result, past, factors, body):
+        """body(at, factors, mask) for `count` runs of `length` elements, one behind the other, each with its own number
+        of every factor (pointers).
+
+        Vectors are aligned in the result (past: always, as stores past the caches need), from the first run to the
+        last; where two runs meet, each lane takes its own run's factors. Runs shorter than a vector are done alone."""
+        builder, start = self.builder, _I64(0)
+        with builder.if_else(builder.icmp_signed("<", length, _I64(self.lanes))) as (short, long):
+            with short:
+
+                def alone(c, _):
+                    body(builder.mul(c, length), self._splats(factors, c), self.below(length))
+                    return []
+
+                self.loop(start, count, 1, [], alone)
+            with long:
+                self._over_long_planes(count, length, result, past, factors, body)
+
+    def _over_long_planes(self, count, length, result, past, factors, body):
+        builder, start = self.builder, _I64(0)
+        total, last = builder.mul(count, length), builder.sub(count, _I64(1))
+        first = self.to_alignment(result, total, past)
+        values = self._splats(factors, start)
+        self.rest(start, first, [], lambda _, mask: body(start, values, mask) or [])
+
+        def plane(c, carried):
+            at, end, *own = carried
+            at, _ = self.loop(at, end, self.lanes, [], lambda i, _: body(i, own, None) or [])
+            more = builder.add(c, _I64(1))
+            more = builder.select(builder.icmp_signed("<", c, last), more, c)
+            others, beyond = self._splats(factors, more), builder.add(at, _I64(self.lanes))
+            meet = builder.icmp_signed("<", at, end)
+            meet = builder.and_(meet, builder.icmp_signed("<=", beyond, total))
+            with builder.if_then(meet):
+                mask = self.below(builder.sub(end, at))
+                mixed = [builder.select(mask, *pair) for pair in zip(own, others, strict=True)]
+                body(at, mixed, None)
+            return [builder.select(meet, beyond, at), builder.add(end, length), *others]
+
+        _, (at, _, *values) = self.loop(start, count, 1, [first, length, *values], plane)
+        self.rest(at, total, [], lambda _, mask: body(at, values, mask) or [])
+
+    def _splats(self, pointers, offset):
+        return [self.splat(self.builder.load(self.builder.gep(pointer, [offset]))) for pointer in pointers]
 
     def sweep(self, rows, columns, together, body, result=None, stride=None):
         """body(first row, rows, column, mask) for every vector: along the columns for `together` rows at a time.

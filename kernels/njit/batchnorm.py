@@ -13,9 +13,9 @@ from tilewise.kernels.njit.images import check_images
 from tilewise.kernels.njit.linking import call_kernel, contiguous, optional, shaped
 from tilewise.kernels.shapes import EPILOGUES
 
-for function in (cpu._rows, cpu._group):
+for function in (cpu._rows, cpu._group, cpu._kept):
     register_jitable(error_model="numpy")(function)
-rows_of, group_of = cpu._rows, cpu._group
+rows_of, group_of, kept_of = cpu._rows, cpu._group, cpu._kept
 ENOUGH_CHANNELS, SMALL, FORWARD_CHUNK, BACKWARD_CHUNK = (
     cpu.ENOUGH_CHANNELS, cpu.SMALL, cpu.FORWARD_CHUNK, cpu.BACKWARD_CHUNK
 )  # fmt: skip
@@ -27,9 +27,10 @@ def evaluated(x, y, images, channels, pixels, running_mean, running_var, weight,
     operands = running_mean, running_var, weight, bias, mean, invstd
     if pixels == 0:
         width, block = rows_of(channels, images, x.itemsize)
+        mode = kept_of(x.size, channels, x.itemsize, 2)
         call_kernel(
             "cpu.batchnorm_rows.forward_by_row",
-            (x, y, channels, width, block, *operands, False, 0.0, eps, code, False, 1),
+            (x, y, channels, width, block, *operands, False, 0.0, eps, code, mode, 1),
         )
     else:
         call_kernel(
@@ -44,9 +45,10 @@ def trained(x, y, images, channels, pixels, running_mean, running_var, weight, b
     operands = running_mean, running_var, weight, bias, mean, invstd
     if pixels == 0:
         width, block = rows_of(channels, images, x.itemsize)
+        mode = kept_of(x.size, channels, x.itemsize, 2)
         call_kernel(
             "cpu.batchnorm_rows.forward_by_row",
-            (x, y, channels, width, block, *operands, True, momentum, eps, code, False, 1),
+            (x, y, channels, width, block, *operands, True, momentum, eps, code, mode, 1),
         )
     elif channels < ENOUGH_CHANNELS and x.size >= SMALL:
         call_kernel(
@@ -64,6 +66,8 @@ def trained(x, y, images, channels, pixels, running_mean, running_var, weight, b
 @kernel(parallel=False)
 def gradients(grad, x, result, images, channels, pixels, mean, invstd, weight, grad_weight, grad_bias, mode):
     """As `evaluated`."""
+    if pixels == 0 and mode == KEPT:
+        mode = kept_of(x.size, channels, x.itemsize, 3)
     operands = mean, invstd, weight, grad_weight, grad_bias, mode
     if pixels == 0:
         width, block = rows_of(channels, images, x.itemsize)
