@@ -103,7 +103,8 @@ def dots(m, n, depth, dtype):
     step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // itemsize
     work = _work(m, n, depth, itemsize)
     rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else _shared(m, ROWS, 64, work)
-    columns = _shared(n, COLUMNS, 4 * BLOCK, work) if n <= 4 * BLOCK else _chunk(n, BLOCK, max(4 * BLOCK, n // 4))
+    # equal shares, not whole blocks: in 4 chunks of 4096 rows of B the last had 883 of them then, and the others 1071
+    columns = _shared(n, COLUMNS, 4 * BLOCK, work) if n <= 4 * BLOCK else _chunk(n, COLUMNS, max(4 * BLOCK, -(-n // 4)))
     return multiply_dots.bound(work, like, like, like, no_bias, 0, 0, 0, 0), (rows, columns, max(step, 1))
 
 
