@@ -12,7 +12,7 @@ from ..kernels import conv2d, conv2d_backward, pad, pad_backward, prepare_conv2d
 from ..kernels.shapes import Padding, explicit_padding, integer, padding_pairs, pair
 from .init import Rng
 from .linear import Affine
-from .module import Changes, Parameter
+from .module import Changes
 
 Size = int | Sequence[int]  # one number for both, or a pair (height, width)
 PaddingLike = int | str | Sequence[int] | Sequence[Sequence[int]]

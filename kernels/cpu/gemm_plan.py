@@ -159,7 +159,7 @@ def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
 def is_wide(m, n, depth, itemsize):
     """Is it a product for `_plan_wide`? Only with whole vectors of columns: others are dot products there, with other
     bits."""
-    few = WIDE_ROWS <= m and 4 * m <= n and depth <= WIDE_DEPTH
+    few = m >= WIDE_ROWS and 4 * m <= n and depth <= WIDE_DEPTH
     return few and n >= WIDE_COLUMNS and n % lane_count(itemsize) == 0
 
 
