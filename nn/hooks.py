@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .module import Module
+from .module import Changes, Module
 
 
 @contextmanager
@@ -31,6 +31,7 @@ def observed(modules: Iterable[Module], methods: tuple[str, ...], seen: Callable
     try:
         for module, name, _ in places:
             vars(module)[name] = telling(module, getattr(module, name))
+        Changes.note()
         yield
     finally:
         for module, name, own in places:
@@ -38,3 +39,4 @@ def observed(modules: Iterable[Module], methods: tuple[str, ...], seen: Callable
                 vars(module).pop(name, None)
             else:  # a method that the user gave this module
                 vars(module)[name] = own
+        Changes.note()

@@ -9,7 +9,9 @@ of other classes, with a forward of their own, and modules in training mode insi
 called as they are.
 
 A program holds modules, not numbers: parameters, statistics and options are read at each call, and `Conv2d.prepared`
-compares what it was made of. Where a module was replaced or set to another mode, the network makes a new program.
+compares what it was made of. Where a module was replaced or set to another mode, the network makes a new program. Both
+look at attributes only where `Changes` tells that one was set anywhere: reading those of a network of fifty
+convolutions, which nothing else of a call needs, takes longer than one of the convolutions.
 """
 
 import warnings
@@ -25,7 +27,7 @@ from .batchnorm import BatchNorm2d
 from .conv import Conv2d
 from .dropout import Dropout
 from .linear import Linear
-from .module import Module
+from .module import Changes, Module
 
 _ACTIVATIONS = {ReLU: "relu", ReLU6: "relu6", LeakyReLU: "leaky_relu", Sigmoid: "sigmoid", Tanh: "tanh"}
 _SLOPE = 0.01  # of the kernels' leaky_relu
@@ -73,17 +75,23 @@ class Program:
     """A network's steps, and what they were decided by."""
 
     def __init__(self, network: Network):
-        opened = Opened()
+        opened, self.mark = Opened(), Changes.latest
         self.steps = opened.sequence([network], root=network)
         # weakly: the network holds this program, and should go when its last user lets it go
         self.members = [(weakref.ref(module), module._members()) for module in opened.networks]
         self.states = [(weakref.ref(module), _state(module)) for module in opened.leaves]
 
     def is_current(self) -> bool:
+        mark = Changes.latest
+        if self.mark is mark:
+            return True
         for found, members in self.members:
             if (network := found()) is None or network._members() != members:
                 return False
-        return all((module := found()) is not None and _state(module) == state for found, state in self.states)
+        if not all((module := found()) is not None and _state(module) == state for found, state in self.states):
+            return False
+        self.mark = mark
+        return True
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         for step in self.steps:

@@ -8,6 +8,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+class Changes:
+    """Whether anything may have changed: `latest` is another object after each change of an attribute of any module or
+    parameter. Who derived something from attributes compares one object first, and all of them only where it differs.
+
+    It is replaced after the change; take it before the attributes are read.
+    """
+
+    latest = object()
+
+    @staticmethod
+    def note():
+        Changes.latest = object()
+
+
 class Parameter:
     """An array that is trained, and its gradient.
 
@@ -23,6 +37,11 @@ class Parameter:
         self.data = data
         self.grad: np.ndarray | None = None
         self.requires_grad = requires_grad
+
+    def __setattr__(self, name: str, value: Any):
+        object.__setattr__(self, name, value)
+        if name in ("data", "version"):
+            Changes.note()
 
     def accumulate(self, grad: np.ndarray | None):
         """Add to the gradient. The array is kept, so the caller must not use it again."""
@@ -104,6 +123,15 @@ class Module:
         super().__init_subclass__(**options)
         for name in {"backward", "backward_parameters"} & vars(cls).keys():
             setattr(cls, name, _located(vars(cls)[name]))
+
+    def __setattr__(self, name: str, value: Any):
+        object.__setattr__(self, name, value)
+        if name not in self.transient:
+            Changes.note()
+
+    def __delattr__(self, name: str):
+        object.__delattr__(self, name)
+        Changes.note()
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")

@@ -49,6 +49,9 @@ PARTS = [
     (257, 33, 2048),
 ]  # fmt: skip
 
+# few rows, many columns, whole vectors of them: as a convolution by 1x1 kernels, in tiles of 8 x 48 (AVX2: 4 x 24)
+WIDE = [(65, 2064, 97), (64, 2048, 130), (100, 4112, 30)]
+
 
 def stored(array, by_columns):
     return np.asfortranarray(array) if by_columns else array
@@ -196,3 +199,19 @@ def test_no_way_depends_on_the_thread_count(rng, split_everything, dtype):
     for other in results[1:]:
         for one, more in zip(results[0], other, strict=True):
             assert one.tobytes() == more.tobytes()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("sizes", WIDE, ids=str)
+def test_wide_products_have_the_bits_of_those_by_blocks(rng, sizes, dtype):
+    m, n, k = sizes
+    dtype = np.dtype(dtype)
+    assert gemm_plan.is_wide(m, n, k, dtype.itemsize)
+    a, b = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (k, n)))
+    by_blocks = np.empty((m, n), dtype)
+    gemm_plan.product_by_blocks(m, n, k, True, True, dtype.itemsize)(a, b, by_blocks, np.empty(0, dtype), 0)
+    assert_close(by_blocks, a.astype(np.float64) @ b, k)
+    np.testing.assert_array_equal(kernels.matmul(a, b), by_blocks)
+    bias = rng.standard_normal(n).astype(dtype)
+    y = kernels.linear(a, b.T, bias, activation="relu")
+    np.testing.assert_array_equal(y, np.maximum(by_blocks + bias, 0))

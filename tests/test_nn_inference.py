@@ -241,6 +241,15 @@ CHANGES = {
     "batch norm replaced": lambda main: main.__setitem__(1, nn.BatchNorm2d(120).eval()),
 }
 
+SET = {
+    "a parameter's array": lambda main: (main[0].weight, "data", main[0].weight.data + 1),
+    "a statistic": lambda main: (main[1], "running_var", main[1].running_var * 4),
+    "an option": lambda main: (main[1], "eps", 0.5),
+    "an activation's option": lambda main: (main[2], "negative_slope", 0.5),
+    "a method": lambda main: (main[2], "forward", np.tanh),
+    "a module": lambda main: (main, "2", nn.Tanh().eval()),
+}
+
 
 class TestNeverStale:
     @pytest.mark.parametrize("change", CHANGES)
@@ -251,6 +260,17 @@ class TestNeverStale:
         model.eval()
         assert not np.array_equal(model(x), before)
         assert_close(model(x), one_by_one(model, x), TERMS)
+
+    @pytest.mark.parametrize("place", SET)
+    def test_a_single_attribute_set(self, rng, place):
+        """All is made before, and nothing else is set, such as the mode by eval()."""
+        model, x = large(rng), images(rng, 1, 6, 5, 5)
+        owner, name, value = SET[place](model[0].main)
+        before = model(x)
+        setattr(owner, name, value)
+        after = model(x)
+        assert not np.array_equal(after, before)
+        assert_close(after, one_by_one(model, x), TERMS)
 
     @pytest.mark.parametrize("change", [_step_of_one_number, _other_array, _state])
     def test_changes_that_no_sample_shows(self, rng, change):
@@ -337,9 +357,9 @@ class TestNeverStale:
     def test_a_forward_of_an_instance_is_called(self, rng):
         model, x = large(rng), images(rng, 1, 6, 5, 5)
         model(x)
-        vars(model[0].main[1])["forward"] = np.zeros_like
+        model[0].main[1].forward = np.zeros_like
         assert_close(model(x), one_by_one(model[0].shortcut, x), TERMS)
-        vars(model[0].main[1]).pop("forward")
+        del model[0].main[1].forward
         assert_close(model(x), one_by_one(model, x), TERMS)
 
     def test_a_slice_and_its_network_alternate(self, rng):

@@ -3,6 +3,7 @@
 - gemm_vector.py multiplies a vector by a large matrix.
 - gemm_in_place.py reads both operands where they lie: small products, and those with few rows.
 - gemm_dots.py multiplies rows by rows: a dense layer, a matrix and a vector.
+- conv_pointwise.py multiplies few rows by many columns, whose panels the first tile of rows packs on its way.
 - gemm_blocks.py copies blocks into the caches: everything large.
 - gemm_parts.py does so for parts of a long sum, where the result is small.
 """
@@ -11,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from tilewise.kernels.cpu import threads
+from tilewise.kernels.cpu import conv_pointwise, threads
 from tilewise.kernels.cpu.gemm_blocks import BLOCK_COLUMNS, BLOCK_ROWS, multiply_blocks
 from tilewise.kernels.cpu.gemm_dots import BLOCK, COLUMNS, ROWS, STEP_BYTES, finish, multiply_dots, multiply_stack_dots
 from tilewise.kernels.cpu.gemm_in_place import multiply_in_place, multiply_stack_in_place
@@ -38,6 +39,12 @@ DOT_ROWS, DOT_COLUMNS, DOT_BOTH = (48, 8, 128) if VECTOR_BYTES == 32 else (96, 8
 IN_STACK = 64 << 10
 # Chunks of the result that threads share, if there are that many, and the fewest of one that is worth sharing.
 CHUNKS, FEWEST_CHUNKS = 8, 2
+# Rows and columns from which, and steps up to which, a wide product is one of a convolution by 1x1 kernels. Its tiles
+# of 8 rows waste none of 64 or 128, those of 14 every tenth, and B is not copied by itself.
+WIDE_ROWS, WIDE_COLUMNS, WIDE_DEPTH = 64, 2048, 640
+# Bytes of B a chunk that a sum in steps passes by again and again: 2048 pages, which the second table of addresses
+# still holds (3072 on Zen 4, 2048 on Ice Lake).
+PAGED_BYTES = 8 << 20
 # Rows and columns of a result up to which a sum is split into parts, and the fewest steps of a part.
 IN_PARTS, PART_DEPTH = 256, 4 * KC
 
@@ -82,6 +89,8 @@ def _cached_plan(_, m, n, depth, a_by_rows, b_by_rows, dtype):
     if a_by_rows and n <= DOT_COLUMNS:
         turned = _plan_dots(m, n, depth, dtype)
         return lambda a, b, *rest: turned(a, np.ascontiguousarray(b.T), *rest)
+    if a_by_rows and b_by_rows and dtype.kind == "f" and is_wide(m, n, depth, itemsize):
+        return _plan_wide(m, n, depth, dtype, work)
     return _plan_blocks(m, n, depth, a_by_rows, b_by_rows, work, itemsize)
 
 
@@ -97,13 +106,21 @@ def by_dots(m, n):
     return m <= DOT_ROWS or n <= DOT_COLUMNS or max(m, n) <= DOT_BOTH
 
 
+def dot_columns(n, depth, step, itemsize):
+    """Rows of B a chunk: equal shares, at most a quarter, and not more than PAGED_BYTES where the sum goes in steps."""
+    most = -(-n // 4)
+    if step < depth:
+        most = min(most, PAGED_BYTES // (depth * itemsize))
+    return _chunk(n, COLUMNS, max(4 * BLOCK, most))
+
+
 def dots(m, n, depth, dtype):
     """The kernel of dot products, and its rows and columns a chunk and step of the sum."""
     itemsize, like, no_bias = dtype.itemsize, np.empty((0, 0), dtype), np.empty(0, dtype)
     step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // itemsize
     work = _work(m, n, depth, itemsize)
     rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else _shared(m, ROWS, 64, work)
-    columns = _shared(n, COLUMNS, 4 * BLOCK, work) if n <= 4 * BLOCK else _chunk(n, BLOCK, max(4 * BLOCK, n // 4))
+    columns = _shared(n, COLUMNS, 4 * BLOCK, work) if n <= 4 * BLOCK else dot_columns(n, depth, step, itemsize)
     return multiply_dots.bound(work, like, like, like, no_bias, 0, 0, 0, 0), (rows, columns, max(step, 1))
 
 
@@ -133,6 +150,26 @@ def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
 
     def run(a, b, c, bias, activation):
         product(a, b, c, geometry)
+        if bias.size > 0 or activation != 0:
+            finish(work, c, bias, activation)
+
+    return run
+
+
+def is_wide(m, n, depth, itemsize):
+    """Is it a product for `_plan_wide`? Only with whole vectors of columns: others are dot products there, with other
+    bits."""
+    few = m >= WIDE_ROWS and 4 * m <= n and depth <= WIDE_DEPTH
+    return few and n >= WIDE_COLUMNS and n % lane_count(itemsize) == 0
+
+
+def _plan_wide(m, n, depth, dtype, work):
+    """C as one image of n pixels, its channels the rows; the sums are in the order of gemm_blocks.py's."""
+    geometry, phase = conv_pointwise.plan(1, 1, depth, (1, n), m, (1, 1), dtype.itemsize, 0)
+    product, nothing = conv_pointwise.convolve.sized(work), np.empty(0, dtype)
+
+    def run(a, b, c, bias, activation):
+        product(b.ravel(), a.ravel(), c.ravel(), nothing, nothing, geometry, phase)
         if bias.size > 0 or activation != 0:
             finish(work, c, bias, activation)
 

@@ -20,8 +20,8 @@ from tilewise.kernels.njit.linking import call_kernel, contiguous, optional, sha
 from tilewise.kernels.shapes import EPILOGUES
 
 lane_count, chunk, blocks_of = simd.lane_count, gemm_plan._chunk, gemm_plan._blocks
-fits_in_place, fits_dots = gemm_plan.fits_in_place, gemm_plan.by_dots
-for function in (lane_count, chunk, gemm_plan._tasks, blocks_of, fits_in_place, fits_dots):
+fits_in_place, fits_dots, dot_columns = gemm_plan.fits_in_place, gemm_plan.by_dots, gemm_plan.dot_columns
+for function in (lane_count, chunk, gemm_plan._tasks, blocks_of, fits_in_place, fits_dots, dot_columns):
     register_jitable(error_model="numpy")(function)
 DOT_ROWS, DOT_COLUMNS, ROWS, BLOCK, STEP_BYTES = (
     gemm_plan.DOT_ROWS, gemm_plan.DOT_COLUMNS, gemm_plan.ROWS, gemm_plan.BLOCK, gemm_plan.STEP_BYTES
@@ -42,7 +42,7 @@ def by_dots(a, b, c, bias, code):
     (m, depth), n = a.shape, b.shape[0]
     step = depth if m <= ROWS or n <= DOT_COLUMNS else STEP_BYTES // a.itemsize
     rows = m if n > DOT_COLUMNS and m <= DOT_ROWS else chunk(m, ROWS, 64)
-    columns = chunk(n, BLOCK, max(4 * BLOCK, n // 4))
+    columns = dot_columns(n, depth, max(step, 1), a.itemsize)
     call_kernel("cpu.gemm_dots.multiply_dots", (a, b, c, bias, code, rows, columns, max(step, 1)))
 
 
