@@ -24,7 +24,8 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_winograd import apart
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.emitted import emitted
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.row_moves import clear_row
 from tilewise.kernels.cpu.scratch import integers, progression, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
@@ -98,7 +99,7 @@ def estimate(n, channels, outputs, grid):
     return channels * outputs * (5.5 + 72 * tiles / 180) + 8 * tiles * (channels + outputs)
 
 
-@device(allocates=True)
+@emitted
 def _places(rows, columns, left, pitch):
     """Where pixel (i, j) of some rows of an image lies in the stage."""
     places = integers(rows * columns)
@@ -108,7 +109,7 @@ def _places(rows, columns, left, pitch):
     return places
 
 
-@device()
+@emitted
 def _fill_stage(source, image, rows, size_h, size_w, first_row, channels, c, channels_last, places, pitch, stage):
     """stage[(i * pitch + j + left) * LANES + lane] = channel c + lane of the pixels of `rows` rows from first_row on,
     those inside the image; the rest of the stage is 0 already, and rows outside are cleared here.
@@ -142,7 +143,7 @@ def _fill_stage(source, image, rows, size_h, size_w, first_row, channels, c, cha
             stage[target + places[q] + lane] = source[start + lane * plane + q]
 
 
-@device(allocates=True)
+@emitted
 def _transform_x(x, unit, c, geometry, places, target, step, values):
     """One row of tiles of one vector of channels: values[target + xi * step + tile * NR]."""
     channels, h, w, top = geometry[1], geometry[2], geometry[3], geometry[7]
@@ -158,7 +159,7 @@ def _transform_x(x, unit, c, geometry, places, target, step, values):
         input_transform(address(values, target + tile * NR), step, source, pitch * LANES, LANES)
 
 
-@device(allocates=True)
+@emitted
 def _transform_grad(grad, unit, o, geometry, places, target, step, values):
     """The same for grad: values[target + xi * step + tile * PANEL]."""
     outputs, oh, ow, rows, columns = geometry[4], geometry[5], geometry[6], geometry[9], geometry[10]
@@ -173,7 +174,7 @@ def _transform_grad(grad, unit, o, geometry, places, target, step, values):
         grad_transform(address(values, target + tile * PANEL), step, source, pitch * LANES, LANES)
 
 
-@device()
+@emitted
 def _multiply(u, v, tiles, u_step, v_step, o0, o1, p0, p1, channels, sums, start, step, pitch, more):
     """sums[start + xi * step + (o - o0) * pitch + c] (+)= the products of a block: panels p0 .. p1 of channels."""
     for xi in range(36):
@@ -194,7 +195,7 @@ def _multiply(u, v, tiles, u_step, v_step, o0, o1, p0, p1, channels, sums, start
                         micro_kernel(MR, 1, left, PANEL, right, NR, depth, c, pitch, MR, NR, add)
 
 
-@device()
+@emitted
 def _interleave(taps, weights, places):
     """weights[9 * lane + t] = taps[t * LANES + lane]; up to 7 numbers more are written."""
     t = 0
@@ -208,7 +209,7 @@ def _interleave(taps, weights, places):
             t += 1
 
 
-@device(allocates=True)
+@emitted
 def _write_weights(sums, start, step, pitch, o0, o1, c0, c1, channels, result):
     """Transform a block of M back; returns whether all of its weights are finite."""
     taps, weights = scratch(max(9, LANES) * LANES, sums), scratch(10 * LANES, sums)
@@ -237,7 +238,7 @@ def _write_weights(sums, start, step, pitch, o0, o1, c0, c1, channels, result):
     return finite
 
 
-@device(allocates=True)
+@emitted
 def _block(u, v, tiles, u_step, v_step, geometry, block, across, sums, more, last, result):
     """One block of M: its products, and with the last part of the tiles its weights. Returns whether they are finite.
 
@@ -249,7 +250,8 @@ def _block(u, v, tiles, u_step, v_step, geometry, block, across, sums, more, las
     o0, p0 = block // across * BLOCK_OUTPUTS, block % across * BLOCK_PANELS
     o1, p1 = min(outputs, o0 + BLOCK_OUTPUTS), min((channels + NR - 1) // NR, p0 + BLOCK_PANELS)
     in_parts = sums.size > 0
-    products = sums if in_parts else scratch(36 * step, u)
+    own = scratch(0 if in_parts else 36 * step, u)
+    products = sums if in_parts else own
     start = block * 36 * step if in_parts else 0
     _multiply(u, v, tiles, u_step, v_step, o0, o1, p0, p1, channels, products, start, step, pitch, more)
     if not last:

@@ -18,12 +18,13 @@ With AVX2's 16 registers a task packs A as well: gemm_packed.py.
 
 from numba import prange
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.gemm_dots import finish_rows
 from tilewise.kernels.cpu.gemm_in_place import multiply_rows_in_place, tall_tiles
 from tilewise.kernels.cpu.gemm_packed import multiply_packed_block
-from tilewise.kernels.cpu.gemm_panels import FEWER, GROUP, KC, pack_right_group, pack_right_panel
+from tilewise.kernels.cpu.gemm_panels import FEWER, GROUP, KC, pack_fewer, pack_right_group, pack_right_panel
 from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile, prefetch_tile
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.scratch import integers, progression, scratch
 from tilewise.kernels.cpu.simd import MR, NV, VECTOR_BYTES, address, lanes
 from tilewise.kernels.cpu.vector_move import copy_lanes, copy_rows, copy_vector, transpose_block, transpose_whole
@@ -49,7 +50,7 @@ AWAITED_DEPTH = 128
 def make_pack_left(height):
     """The packing of A for register tiles of `height` rows."""
 
-    @device(allocates=True)
+    @emitted
     def pack_left(a, start, row_step, column_step, rows, depth, panels, panels_start):
         """Pack a rows x depth block of A, element (i, k) at a[start + i * row_step + k * column_step], into panels.
 
@@ -102,14 +103,14 @@ def make_pack_left(height):
     return pack_left
 
 
-@device()
+@emitted
 def _tile_stride(array):
     """MR rounded up to whole vectors."""
     width = lanes(array)
     return (MR + width - 1) // width * width
 
 
-@device()
+@emitted
 def _copy_left(a, start, row_step, column_step, rows, depth, panels):
     """The task's rows of A for KC of the sum; returns what is between two tiles' panels, two rows and two steps.
 
@@ -128,7 +129,7 @@ def _copy_left(a, start, row_step, column_step, rows, depth, panels):
     return KC * stride, 1, stride
 
 
-@device()
+@emitted
 def _multiply_panel(
     a, a_at, tile_step, a_row, a_column, rows, b, b_at, b_row, b_column, panel, panel_at, packed, depth, c, c_at,
     c_step, columns, accumulate,
@@ -166,14 +167,14 @@ def _multiply_panel(
         )  # fmt: skip
 
 
-@device()
+@emitted
 def _alias(step):
     """Would rows so many bytes apart share a few places of L1?"""
     beyond = step % ALIASING
     return min(beyond, ALIASING - beyond) < LINE
 
 
-@device(allocates=True)
+@emitted
 def multiply_block(
     a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole
 ):  # fmt: skip
@@ -182,7 +183,8 @@ def multiply_block(
     collected = whole > COLLECTED_FROM or (whole > 2 * KC and _alias(c_step * c.itemsize))
     across = (columns + count - 1) // count * count
     copied = a_column != 1 or _alias(a_row * a.itemsize)
-    panels_a = scratch((rows + MR - 1) // MR * _tile_stride(c) * (KC + PAD), c) if copied else a
+    copy = scratch((rows + MR - 1) // MR * _tile_stride(c) * (KC + PAD) if copied else 0, c)
+    panels_a = copy if copied else a
     far = b_column == 1 and b_row * b.itemsize > NEAR
     panel = scratch((GROUP if far else 1) * count * KC, c)
     sums = scratch(across * rows if collected else 1, c)
@@ -202,10 +204,10 @@ def multiply_block(
                 first = end = j
                 if left_over >= GROUP:
                     end += GROUP * count
-                    pack_right_group(b, right, b_row, depth, GROUP, panel, 0)
+                    pack_right_group(b, right, b_row, depth, panel, 0)
                 elif left_over >= FEWER:
                     end += FEWER * count
-                    pack_right_group(b, right, b_row, depth, FEWER, panel, 0)
+                    pack_fewer(b, right, b_row, depth, panel, 0)
             if collected:
                 _multiply_panel(
                     panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel,
@@ -220,7 +222,7 @@ def multiply_block(
         _store_sums(sums, rows, columns, c, c_at, c_step)
 
 
-@device()
+@emitted
 def _store_sums(sums, rows, columns, c, c_at, c_step):
     """C[:rows, :columns] from the panels in which the sums were collected."""
     width = lanes(c)

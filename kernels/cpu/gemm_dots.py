@@ -11,9 +11,10 @@ Adding up costs about 100 cycles a tile, 3 to 10 % of a long sum; packing costs 
 
 from numba import prange
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.gemm_tile import beyond, dot_tile
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lanes
 from tilewise.kernels.cpu.vector_move import copy_rows
@@ -30,7 +31,7 @@ BLOCK = 63
 
 
 def _make_dot_tiles(height):
-    @device()
+    @emitted
     def dot_tiles(a, a_step, b, b_step, depth, c, c_step, columns, accumulate):
         """C[:height, :columns] (+)= A B^T, tile by tile; a, b and c are pointers."""
         j = 0
@@ -49,7 +50,7 @@ def _make_dot_tiles(height):
 tall_dots, middle_dots, short_dots, single_dots = (_make_dot_tiles(height) for height in (ROWS, ROWS // 2, 2, 1))
 
 
-@device()
+@emitted
 def dot_block(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, c_step, accumulate):
     """C[:rows, :columns] (+)= A B^T, in tiles of ROWS and fewer rows."""
     right = address(b, b_at)
@@ -79,7 +80,7 @@ def dot_block(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, c
         )  # fmt: skip
 
 
-@device()
+@emitted
 def finish_rows(c, start, c_step, rows, columns, bias, bias_start, activation):
     """Add the bias (one number a column, if there is any) and apply the activation, on rows still in the cache."""
     for i in range(rows):
@@ -91,7 +92,7 @@ def finish_rows(c, start, c_step, rows, columns, bias, bias_start, activation):
             activate_row(c, row, columns, activation)
 
 
-@device(allocates=True)
+@emitted
 def _dot_chunk(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, c_step, step):
     """One chunk of C, the sum in steps: where there are several, or it pays, A's part of each is copied."""
     width = lanes(a)
