@@ -21,14 +21,13 @@ from numba import prange
 
 from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.epilogue import activate_row
-from tilewise.kernels.cpu.gemm_blocks import make_pack_left
 from tilewise.kernels.cpu.jit import kernel
-from tilewise.kernels.cpu.row_moves import finish_row
-from tilewise.kernels.cpu.scratch import integer_table, scratch
+from tilewise.kernels.cpu.row_moves import clear_row, finish_row
+from tilewise.kernels.cpu.scratch import integer_table, progression, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, micro_kernel
-from tilewise.kernels.cpu.vector_move import copy_lanes
+from tilewise.kernels.cpu.vector_move import copy_lanes, transpose_square_to
 from tilewise.kernels.cpu.winograd_vector import (
     input_transform,
     join_fours,
@@ -39,7 +38,6 @@ from tilewise.kernels.cpu.winograd_vector import (
 
 LANES = lane_count(4)  # float32 only: in float64 the transforms' error is no longer small beside the rounding
 TILES = NV * LANES
-pack_outputs = make_pack_left(LANES)
 
 
 @emitted
@@ -119,11 +117,27 @@ def _transform_input(x, first_channel, image_step, channels, h, w, top, left, ru
 
 
 @emitted
+def _pack_taps(weight, start, row, outputs, depth, taps):
+    """taps[k * LANES + o] = weight[start + o * row + k] for o < outputs <= LANES, k < depth; 0 for other o."""
+    if outputs == LANES and depth >= LANES:
+        places = progression(LANES, LANES)
+        for k in range(0, depth, LANES):
+            at = min(k, depth - LANES)  # the last square overlaps the one before
+            source = address(weight, start + at)
+            transpose_square_to(address(taps, at * LANES), address(places, 0), source, row)
+        return
+    for k in range(depth):
+        clear_row(address(taps, k * LANES), LANES)
+        for o in range(outputs):
+            taps[k * LANES + o] = weight[start + o * row + k]
+
+
+@emitted
 def transform_weights(weight, start, outputs, row, channels, width, transformed, target):
     """U of up to LANES outputs, whose taps begin `row` apart: transformed[target + xi * apart(channels * width) + c *
     width + lane]."""
     taps = scratch(channels * 9 * LANES, weight)
-    pack_outputs(weight, start, row, 1, min(LANES, outputs), channels * 9, taps, 0)
+    _pack_taps(weight, start, row, min(LANES, outputs), channels * 9, taps)
     for c in range(channels):
         where = address(transformed, target + c * width)
         weight_transform(where, apart(channels * width), address(taps, c * 9 * LANES), 3 * LANES, LANES)

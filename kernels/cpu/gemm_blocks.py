@@ -25,9 +25,9 @@ from tilewise.kernels.cpu.gemm_packed import multiply_packed_block
 from tilewise.kernels.cpu.gemm_panels import FEWER, GROUP, KC, pack_fewer, pack_right_group, pack_right_panel
 from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile, prefetch_tile
 from tilewise.kernels.cpu.jit import kernel
-from tilewise.kernels.cpu.scratch import integers, progression, scratch
-from tilewise.kernels.cpu.simd import MR, NV, VECTOR_BYTES, address, lanes
-from tilewise.kernels.cpu.vector_move import copy_lanes, copy_rows, copy_vector, transpose_block, transpose_whole
+from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.simd import MR, NV, VECTOR_BYTES, address, flat, lanes
+from tilewise.kernels.cpu.vector_move import copy_lanes, copy_rows, copy_vector
 
 # Panels of A hold MR rows and up to a whole number of vectors.
 PAD = 16
@@ -45,62 +45,6 @@ ALIASING, LINE = 2048, 64
 # Steps from which a tile asks for its part of C beforehand, which costs 14 cycles, as much as a step: behind fewer
 # steps it would come too late.
 AWAITED_DEPTH = 128
-
-
-def make_pack_left(height):
-    """The packing of A for register tiles of `height` rows."""
-
-    @emitted
-    def pack_left(a, start, row_step, column_step, rows, depth, panels, panels_start):
-        """Pack a rows x depth block of A, element (i, k) at a[start + i * row_step + k * column_step], into panels.
-
-        panels[panels_start + (i // height) * height * depth + k * height + i % height]; missing rows of the last
-        panel are zero.
-        """
-        width = lanes(a)
-        offsets = integers(height)
-        lows = progression(0, height)
-        highs = integers(height)
-        for first in range(0, rows, height):
-            used = min(height, rows - first)
-            target = panels_start + first * depth
-            source = start + first * row_step
-            if column_step == 1:
-                for r in range(height):
-                    offsets[r] = r * row_step
-                    highs[r] = depth if r < used else 0
-                whole = depth // width * width if used == height else 0
-                for k in range(0, whole, width):
-                    transpose_whole(
-                        height, address(panels, target + k * height), height, address(a, source + k), row_step
-                    )
-                for k in range(whole, depth, width):
-                    transpose_block(
-                        height,
-                        address(panels, target + k * height),
-                        address(a, source),
-                        address(offsets, 0),
-                        address(lows, 0),
-                        address(highs, 0),
-                        k,
-                        depth - k,
-                    )
-            elif row_step == 1:
-                # whole vectors, front to back: lanes beyond height belong to the next step, which overwrites them
-                for k in range(depth - 1):
-                    for r in range(0, height, width):
-                        place, origin = target + k * height + r, source + k * column_step + r
-                        copy_lanes(1, 0, address(panels, place), address(a, origin), 0, used - r, 1)
-                for r in range(height if depth > 0 else 0):
-                    last = source + (depth - 1) * column_step + r
-                    panels[target + (depth - 1) * height + r] = a[last] if r < used else a.dtype.type(0)
-            else:
-                for k in range(depth):
-                    for r in range(height):
-                        value = a[source + r * row_step + k * column_step] if r < used else a.dtype.type(0)
-                        panels[target + k * height + r] = value
-
-    return pack_left
 
 
 @emitted
@@ -246,7 +190,7 @@ def multiply_blocks(
     activation,
 ):  # fmt: skip
     """C = activation(A B + bias) for one or many matrices; matrix i of A begins at a[a_starts[i]]."""
-    flat_a, flat_b, flat_c = a.reshape(a.size), b.reshape(b.size), c.reshape(c.size)
+    flat_a, flat_b, flat_c = flat(a), flat(b), flat(c)
     across = (n + block_columns - 1) // block_columns
     tasks = (m + block_rows - 1) // block_rows * across
     for number in prange(a_starts.size * tasks):

@@ -16,7 +16,7 @@ from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.gemm_tile import beyond, dot_tile
 from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.scratch import scratch
-from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lanes
+from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, flat, lanes
 from tilewise.kernels.cpu.vector_move import copy_rows
 
 # Rows of A x rows of B in a register tile: 24 sums and 4 operands of AVX-512's 32 registers, 12 and 4 of AVX2's 16.
@@ -115,7 +115,7 @@ def _dot_chunk(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, 
 @kernel(parallel=False)
 def finish(c, bias, activation):
     """The same for a whole matrix."""
-    finish_rows(c.reshape(c.size), 0, c.shape[1], c.shape[0], c.shape[1], bias, 0, activation)
+    finish_rows(flat(c), 0, c.shape[1], c.shape[0], c.shape[1], bias, 0, activation)
 
 
 @kernel()
@@ -130,7 +130,7 @@ def multiply_dots(a, b, c, bias, activation, chunk_rows, chunk_columns, step):
         j0 = chunk % across * chunk_columns
         rows, columns = min(chunk_rows, m - i0), min(chunk_columns, n - j0)
         _dot_chunk(a, i0 * depth, depth, rows, b, j0 * depth, depth, columns, depth, c, i0 * n + j0, n, step)
-        finish_rows(c.reshape(c.size), i0 * n + j0, n, rows, columns, bias, j0, activation)
+        finish_rows(flat(c), i0 * n + j0, n, rows, columns, bias, j0, activation)
 
 
 @kernel()
