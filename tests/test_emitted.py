@@ -102,7 +102,7 @@ def narrow(bytes_, at):
 def pruned(array):
     """A branch that constants rule out may hold what has no meaning."""
     if WIDE > 8:
-        return no_such_name  # noqa: F821
+        return no_such_name  # noqa: F821  # pyright: ignore
     width = lanes(array)
     return width * WIDE
 

@@ -261,7 +261,7 @@ def _sizes(geometry, result):
     outputs to transform in each; blocks of M.
     """
     n, channels, outputs, rows, part = geometry[0], geometry[1], geometry[4], geometry[9], geometry[11]
-    u_step, v_step = _steps(geometry)
+    u_step, v_step = _steps(geometry)  # pyright: ignore
     panels, bands = (channels + NR - 1) // NR, (outputs + LANES - 1) // LANES
     u, v = panels * 36 * u_step, (outputs + PANEL - 1) // PANEL * 36 * v_step
     groups = (channels + LANES - 1) // LANES if result.size > 0 else 0
@@ -272,10 +272,10 @@ def _sizes(geometry, result):
 
 
 @emitted
-def _transform(x, grad, u, v, x_places, grad_places, geometry, first, each, chunk):
+def _transform_vector(x, grad, u, v, x_places, grad_places, geometry, first, each, chunk):
     """A vector of channels, or of outputs, of a row of tiles of a part that begins with row `first`."""
     columns = geometry[10]
-    u_step, v_step = _steps(geometry)
+    u_step, v_step = _steps(geometry)  # pyright: ignore
     unit = chunk // each
     i = chunk - unit * each
     groups = each - (geometry[4] + LANES - 1) // LANES
@@ -295,7 +295,7 @@ def _block(u, v, geometry, first, units, block, sums, result, wrong):
     in parts, `sums` holds all blocks; wrong[block] = 1 where a weight is not finite.
     """
     channels, outputs, lines = geometry[1], geometry[4], geometry[0] * geometry[9]
-    u_step, v_step = _steps(geometry)
+    u_step, v_step = _steps(geometry)  # pyright: ignore
     pitch = BLOCK_PANELS * NR
     step = apart(BLOCK_OUTPUTS * pitch)
     panels = (channels + NR - 1) // NR
@@ -319,7 +319,7 @@ def _add_bias(v, geometry, units, totals, bias):
     """totals += the sums of grad over a part's tiles."""
     if bias.size == 0:
         return
-    _, v_step = _steps(geometry)
+    _, v_step = _steps(geometry)  # pyright: ignore
     for o in range(0, geometry[4], LANES):
         # V[7] = V[1, 1] is the plain sum of a tile
         tiles = address(v, (o // PANEL * 36 + 7) * v_step + o % PANEL)
@@ -342,14 +342,14 @@ def weight_gradient(x, grad, result, bias, geometry):
     """result: (outputs, channels, 3, 3), flat, or empty; bias: the sums of grad over its pixels, (outputs,), or empty;
     for a `plan`. Returns whether all of the result is finite.
     """
-    u_size, v_size, kept, padded, lines, each, blocks = _sizes(geometry, result)
+    u_size, v_size, kept, padded, lines, each, blocks = _sizes(geometry, result)  # pyright: ignore
     u, v, sums, totals = scratch(u_size, x), scratch(v_size, x), scratch(kept, x), zeros(padded, x)
     x_places, grad_places = _x_places(geometry), _grad_places(geometry)
     wrong = progression(0, blocks)
     for first in range(0, lines, geometry[11]):
         units = min(geometry[11], lines - first)
         for chunk in prange(units * each):
-            _transform(x, grad, u, v, x_places, grad_places, geometry, first, each, chunk)
+            _transform_vector(x, grad, u, v, x_places, grad_places, geometry, first, each, chunk)
         for block in prange(blocks):
             _block(u, v, geometry, first, units, block, sums, result, wrong)
         _add_bias(v, geometry, units, totals, bias)

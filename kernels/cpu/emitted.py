@@ -20,6 +20,7 @@ Fused and reordered arithmetic is as the kernel's: a function whose bits depend 
 import ast
 import inspect
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import FunctionType
@@ -34,7 +35,7 @@ from numba.extending import intrinsic
 from tilewise.kernels.cpu.emitted_values import Arithmetic, Value
 
 
-def emitted(function: FunctionType):
+def emitted(function: FunctionType) -> Callable[..., Any]:
     """The intrinsic that calls the function's LLVM code, emitted once for each kernel and kind of arguments."""
     source = _Source(function)
 
@@ -56,7 +57,7 @@ def emitted(function: FunctionType):
         function.__name__,
         given.replace(parameters=[first, *given.parameters.values()]),
     )
-    handle = intrinsic(define)
+    handle: Any = intrinsic(define)
     handle.emitted = source
     return handle
 
@@ -92,7 +93,7 @@ class _Source:
             # a trial says what is returned
             self._results[kinds] = types.none
             if returns:
-                context = cpu_target.target_context.subtarget(enable_nrt=True)
+                context = cpu_target.target_context.subtarget(enable_nrt=True)  # pyright: ignore
                 self._results[kinds] = self._emit(typing, context, ir.Module(), kinds).returned
         return self._results[kinds]
 
@@ -145,7 +146,7 @@ class _Emission:
 
     def __init__(self, source: _Source, typing, context, function, kinds):
         self.source, self.typing, self.function = source, typing, function
-        self.builder = ir.IRBuilder(function.append_basic_block("entry"))
+        self.builder: Any = ir.IRBuilder(function.append_basic_block("entry"))
         context.call_conv.init_call_helper(self.builder)
         self.a = Arithmetic(context, self.builder)
         self.names: dict[str, Any] = {}  # variables, and constants

@@ -3,6 +3,7 @@
 import ast
 import operator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ _COMPARISONS = {
 class Value:
     """made: an array that the function has just made, and is to let go at its end."""
 
-    kind: types.Type
+    kind: Any
     value: Any
     made: bool = False
 
@@ -95,11 +96,11 @@ class Arithmetic:
             values = [self.as_value(part) for part in value]
             kind = types.Tuple([part.kind for part in values])
             return Value(kind, self.context.make_tuple(self.builder, kind, [part.value for part in values]))
-        if isinstance(value, (bool, np.bool_)):
+        if isinstance(value, bool):
             return Value(types.boolean, ir.IntType(1)(int(value)))
-        if isinstance(value, (int, np.integer)):
+        if isinstance(value, Integral):
             return Value(types.int64, _I64(int(value)))
-        if isinstance(value, np.float32):
+        if isinstance(value, np.float32):  # pyright: ignore
             return Value(types.float32, ir.FloatType()(float(value)))
         if isinstance(value, float):
             return Value(types.float64, ir.DoubleType()(value))
@@ -132,7 +133,7 @@ class Arithmetic:
             if target.width < now.type.width:
                 now = builder.trunc(now, target)
             elif target.width > now.type.width:
-                signed = isinstance(was, types.Integer) and was.signed
+                signed = isinstance(was, types.Integer) and was.signed  # pyright: ignore
                 now = builder.sext(now, target) if signed else builder.zext(now, target)
         elif isinstance(kind, types.Float) and isinstance(was, types.Boolean):
             now = builder.uitofp(now, target)

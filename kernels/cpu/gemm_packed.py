@@ -45,7 +45,7 @@ def _pack_left(a, start, row_step, column_step, rows, depth, steps, panels):
             panels[place] = 0
 
 
-@device()
+@device(allocates=True)
 def _pack_right(b, start, row_step, column_step, depth, steps, columns, panels, first):
     """Up to GROUP panels of B, from panel number `first` on; zeros from depth to `steps`."""
     count = NV * lanes(b)
