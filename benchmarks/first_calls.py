@@ -62,11 +62,11 @@ def _convolutions(form: str, layout: str):
         options = {"padding": kernel // 2, "groups": groups, "layout": layout, "algorithm": algorithm}
         return (image(size), _normal(channels, channels // groups, kernel, kernel), _normal(channels)), options
 
-    def backward(kernel: int, stride: int = 1):
+    def backward(kernel: int, stride: int = 1, groups: int = 1):
         padding = kernel // 2
         grad = image((size + 2 * padding - kernel) // stride + 1)
-        options = {"stride": stride, "padding": padding, "layout": layout}
-        return (grad, image(size), _normal(channels, channels, kernel, kernel)), options
+        options = {"stride": stride, "padding": padding, "groups": groups, "layout": layout}
+        return (grad, image(size), _normal(channels, channels // groups, kernel, kernel)), options
 
     for algorithm in ("gemm", "winograd"):
         yield f"conv2d 3x3 {algorithm} {layout}", "conv2d", partial(forward, 3, algorithm=algorithm)
@@ -74,6 +74,7 @@ def _convolutions(form: str, layout: str):
     yield f"conv2d depthwise {layout}", "conv2d", partial(forward, 3, groups=channels)
     yield f"conv2d_backward 3x3 {layout}", "conv2d_backward", partial(backward, 3)
     yield f"conv2d_backward 3x3 s2 {layout}", "conv2d_backward", partial(backward, 3, 2)
+    yield f"conv2d_backward depthwise {layout}", "conv2d_backward", partial(backward, 3, groups=channels)
 
 
 def _pools(form: str):
@@ -102,7 +103,13 @@ def _elementwise(form: str):
             "batch_norm",
             lambda training=training: ((_normal(*shape), ones.copy(), ones.copy(), ones, ones, training), {}),
         )
-    yield "batch_norm_backward", "batch_norm_backward", lambda: ((_normal(*shape), _normal(*shape), ones, ones), {})
+    last = batch, size, size, channels
+    for name, laid, layout in (("batch_norm_backward", shape, "NCHW"), ("batch_norm_backward NHWC", last, "NHWC")):
+        yield (
+            name,
+            "batch_norm_backward",
+            lambda laid=laid, layout=layout: ((_normal(*laid), _normal(*laid), ones, ones), {"layout": layout}),
+        )
     yield "relu", "relu", lambda: ((_normal(*shape),), {})
     yield "relu_backward", "relu_backward", lambda: ((_normal(*shape), _normal(*shape)), {})
     yield "dropout", "dropout", lambda: ((_normal(*shape),), {"seed": 0})

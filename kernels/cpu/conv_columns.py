@@ -20,8 +20,9 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_pass import COST, NO_BIAS, image_size
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.gemm_plan import product_by_blocks
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.plane_moves import exchange_images
 from tilewise.kernels.cpu.row_moves import add_row, clear_row, finish_row
 from tilewise.kernels.cpu.scratch import progression, scratch
@@ -95,7 +96,7 @@ def plan(n, outputs, grid, weight, size, stride, padding, dilation, channels_las
     return np.array([*geometry, block], np.int64), np.array(taps, np.int64)
 
 
-@device()
+@emitted
 def _pack_weight(weight, outputs, depth, panels):
     """panels[k // MR * MR * outputs + o * MR + k % MR] = weight[o, k]; 0 beyond."""
     for first in range(0, depth, MR):
@@ -105,7 +106,7 @@ def _pack_weight(weight, outputs, depth, panels):
                 panels[first * outputs + o * MR + i] = value
 
 
-@device(allocates=True)
+@emitted
 def _stage(grad, image, first, pixels, outputs, plane, channels_last, pitch, stage):
     """stage[o * pitch + p] = pixel first + p of output o."""
     width = lanes(grad)
@@ -127,7 +128,7 @@ def _stage(grad, image, first, pixels, outputs, plane, channels_last, pitch, sta
             transpose_square_to(address(stage, at * pitch + p), address(places, 0), source, outputs)
 
 
-@device()
+@emitted
 def _multiply(panels, start, stage, outputs, depth, pixels, pitch, columns):
     width = NV * lanes(stage)
     for p in range(0, pixels, width):
@@ -143,7 +144,7 @@ def _multiply(panels, start, stage, outputs, depth, pixels, pitch, columns):
                 micro_kernel(MR, 1, left, MR, right, pitch, outputs, c, pitch, MR, width, 0)
 
 
-@device()
+@emitted
 def _write(sums, c0, channels, rows, y0, image, geometry, x):
     """Shuffle the phases together: x from the sums of rows y0 .. y0 + rows."""
     h, w, phases, pitch, origin = geometry[5], geometry[6], geometry[8], geometry[13], geometry[14]
@@ -170,7 +171,7 @@ def _write(sums, c0, channels, rows, y0, image, geometry, x):
                         x[target + m * phases + q] = sums[source + q * pitch + m]
 
 
-@device(allocates=True)
+@emitted
 def _block(grad, image, c0, channels, y0, rows, panels, bias, geometry, taps, x):
     """Rows y0 .. y0 + rows of channels c0 .. c0 + channels of an image."""
     outputs, oh, ow, stride_h, phases = geometry[1], geometry[2], geometry[3], geometry[7], geometry[8]

@@ -25,8 +25,9 @@ and a range of outputs.
 
 from numba import prange
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.offset_kernel import offset_product
 from tilewise.kernels.cpu.phase_planes import copy_planes
 from tilewise.kernels.cpu.row_moves import clear_row, finish_row
@@ -36,7 +37,7 @@ from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lanes
 
 
-@device()
+@emitted
 def _find_runs(p0, end, ow, pitch, rows, image_step, row_step, column_step, runs):
     """Lanes of the panel p0 .. end that are pixels, not waste: runs[r] = (lane, count, offset in y)."""
     n = 0
@@ -56,7 +57,7 @@ def _find_runs(p0, end, ow, pitch, rows, image_step, row_step, column_step, runs
     return n
 
 
-@device()
+@emitted
 def _finish_tile(sums, tile, width, outputs, runs, n_runs, y, target, plane, column_step, bias, first, extra, code):
     """Bias, extra summand and activation, on the way from a register tile's sums to y."""
     has_extra = 1 if extra.size > 0 else 0
@@ -86,7 +87,7 @@ def _finish_tile(sums, tile, width, outputs, runs, n_runs, y, target, plane, col
                     y[where + j * column_step] = value
 
 
-@device()
+@emitted
 def _place_vectors(runs, n_runs, vectors, lane_width, places):
     """The runs vector by vector, for `offset_product`; False where a vector has more than two."""
     at = 0
@@ -108,7 +109,7 @@ def _place_vectors(runs, n_runs, vectors, lane_width, places):
     return True
 
 
-@device()
+@emitted
 def _product(
     vectors, weight, left, whole, source, p, offsets, table, depth, sums, tile, size, accumulate, outputs, finishing, y,
     target, plane, places, bias, first, bounds, panels, beside,
@@ -135,7 +136,7 @@ def _product(
         )  # fmt: skip
 
 
-@device(allocates=True)
+@emitted
 def _block(
     x, base, image_step, images, row0, rows, weight, start, outputs, geometry, offsets, phases,
     in_place, y, target, bias, bias_start, extra,

@@ -18,8 +18,9 @@ from math import ceil
 import numpy as np
 from numba import prange
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.row_kernel import row_product, row_product_to
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row, gather_row
 from tilewise.kernels.cpu.scratch import ALIGNMENT, integers, scratch
@@ -127,7 +128,7 @@ def _parts(rows, columns, channels, joined):
     return starts[:pieces], parts[:visits].copy()
 
 
-@device(allocates=True)
+@emitted
 def pack_weight(weight, start, outputs, depth, order, panels, target):
     """panels[target + o // NR * NR * depth + order[k] * NR + o % NR] = weight[start + o * depth + k]; 0 beyond."""
     width = lanes(weight)
@@ -153,7 +154,7 @@ def pack_weight(weight, start, outputs, depth, order, panels, target):
             clear_row(address(panels, panel + k * NV * width + last % (NV * width)), NV * width - last % (NV * width))
 
 
-@device()
+@emitted
 def copy_padded(x, image, g, images, row0, rows, geometry, padded):
     """padded[(b * rows + i) * pitch + j * channels + c]: the rows that a block needs, the padding as zeros."""
     groups, channels, h, w = geometry[1], geometry[2], geometry[3], geometry[4]
@@ -186,7 +187,7 @@ def copy_padded(x, image, g, images, row0, rows, geometry, padded):
             clear_row(address(padded, target + some * channels), (count - left - some) * channels)
 
 
-@device()
+@emitted
 def _locate_pixels(image, images, row0, rows, rows_in, geometry, bases, places):
     """Where each pixel's first tap lies in the padded rows (or in x), and its outputs in y; returns how many."""
     h, ow, stride_h, stride_w = geometry[3], geometry[7], geometry[8], geometry[9]
@@ -208,7 +209,7 @@ def _locate_pixels(image, images, row0, rows, rows_in, geometry, bases, places):
     return n
 
 
-@device()
+@emitted
 def _multiply(
     a, bases, pixels, starts, parts, part, panels, panel, sums, last, y, places, columns, bias, o, extra, bounds, past
 ):  # fmt: skip
@@ -237,7 +238,7 @@ def _multiply(
         )  # fmt: skip
 
 
-@device(allocates=True)
+@emitted
 def _block(
     x, image, images, g, row0, rows, first_output, last_output, panels, geometry, starts, parts, y, bias, extra
 ):  # fmt: skip
@@ -296,7 +297,7 @@ def packed_size(geometry, lane):
     return groups * ceil(outputs / (NV * lane)) * NV * lane * channels * n_taps
 
 
-@device()
+@emitted
 def _pack_panel(weight, i, geometry, order, panels):
     """Panel i of the packed weights: those of up to NR outputs of one group."""
     outputs, depth, width = geometry[5], geometry[2] * geometry[10], NV * lanes(weight)

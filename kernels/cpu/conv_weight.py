@@ -20,7 +20,8 @@ from numba import prange
 
 from tilewise.kernels.cpu import conv_nchw_plan, conv_nhwc
 from tilewise.kernels.cpu.conv_nhwc import copy_padded
-from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
+from tilewise.kernels.cpu.emitted import emitted
+from tilewise.kernels.cpu.jit import EXACT_ORDER, kernel
 from tilewise.kernels.cpu.phase_planes import copy_planes
 from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.row_moves import clear_row, copy_row
@@ -76,7 +77,7 @@ def _count_parts(units, chunks):
     return max(1, min(units, MAX_PARTS, ceil(CHUNKS / chunks)))
 
 
-@device(allocates=True)
+@emitted
 def _tile_bases(bases, first, count):
     """The starts of k first .. first + count, and for the rows that fill the last tile up, any."""
     result = integers(((count + MR - 1) // MR) * MR)
@@ -85,7 +86,7 @@ def _tile_bases(bases, first, count):
     return result
 
 
-@device()
+@emitted
 def _add_products(a, bases, count, starts, rows, length, a_step, panels, outputs, sums, more):
     """sums[o // NR * NR * padded + k * NR + o % NR] (+)= the products of one block of pixels."""
     width = NV * lanes(a)
@@ -100,7 +101,7 @@ def _add_products(a, bases, count, starts, rows, length, a_step, panels, outputs
             row_product(MR, 1, left, rows_of_k, a_step, segments, rows, length, right, width, c, width, more, count)
 
 
-@device()
+@emitted
 def _write_sums(sums, count, outputs, places, result, target):
     """result[target + places[o] + k] = the sum of (k, o): squares of vectors, turned in registers."""
     width, lane = NV * lanes(sums), lanes(sums)
@@ -119,7 +120,7 @@ def _write_sums(sums, count, outputs, places, result, target):
                 result[target + places[o + j] + k] = sums[panel + k * width + j]
 
 
-@device()
+@emitted
 def _pack_planes(grad, start, plane, outputs, pixels, columns, panels):
     """panels[o // NR * NR * pixels + p * NR + o % NR] = grad[start + o * plane + p]; what is missing is 0."""
     width, lane = NV * lanes(grad), lanes(grad)
@@ -138,7 +139,7 @@ def _pack_planes(grad, start, plane, outputs, pixels, columns, panels):
                 panels[panel + p * width + j] = grad[start + (o + j) * plane + p]
 
 
-@device()
+@emitted
 def _pack_rows(grad, start, step, outputs, pixels, panels):
     """panels[o // NR * NR * pixels + p * NR + o % NR] = grad[start + p * step + o]; what is missing is 0."""
     width = NV * lanes(grad)
@@ -155,7 +156,7 @@ def _pack_rows(grad, start, step, outputs, pixels, panels):
                 copy_row(1, address(panels, target), address(grad, source), width)
 
 
-@device()
+@emitted
 def _add_pixels(panels, outputs, pixels, sums, at):
     """sums[at + o] += the packed pixels of grad's output o."""
     width = NV * lanes(panels)
@@ -164,7 +165,7 @@ def _add_pixels(panels, outputs, pixels, sums, at):
         add_rows(address(sums, at + o), pixel, width, pixels)
 
 
-@device()
+@emitted
 def _add_totals(totals, parts, groups, outputs, padded, bias):
     """bias = the parts' sums, added in order; each group's `padded` apart."""
     for i in range(bias.size):
@@ -175,7 +176,7 @@ def _add_totals(totals, parts, groups, outputs, padded, bias):
         bias[i] = total
 
 
-@device(allocates=True)
+@emitted
 def _nchw_chunk(x, grad, first, last, g, c0, some, geometry, all_bases, phases, sizes, result, target, bias, at):
     """The k of channels c0 .. c0 + some from the blocks of rows first .. last; where bias is not empty, its sums from
     `at` on.
@@ -243,7 +244,7 @@ def weight_gradient_nchw(x, grad, result, bias, geometry, bases, phases, sizes):
     _add_totals(totals, parts, groups, outputs, padded, bias)
 
 
-@device(allocates=True)
+@emitted
 def _nhwc_chunk(x, grad, first, last, g, k0, count, geometry, all_bases, sizes, result, target, bias, at):
     """The k from k0 on from the blocks of rows first .. last; where bias is not empty, its sums from `at` on."""
     groups, channels, h, outputs, oh, ow = (
@@ -314,7 +315,7 @@ def weight_gradient_nhwc(x, grad, result, bias, geometry, bases, sizes):
     _add_totals(totals, parts, groups, outputs, padded, bias)
 
 
-@device()
+@emitted
 def _add_row_by_tap(sums, parts, size, start, channels, taps, result):
     """Add one output's parts, and put (tap, channel) into the weights' order (channel, tap)."""
     for part in range(1, parts):
@@ -325,7 +326,7 @@ def _add_row_by_tap(sums, parts, size, start, channels, taps, result):
             result[start + c * taps + t] = sums[start + t * channels + c]
 
 
-@device()
+@emitted
 def _add_parts(sums, parts, size, result):
     for i in range(size):
         result[i] = sums[i]

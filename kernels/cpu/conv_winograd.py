@@ -19,15 +19,15 @@ that end up with one are computed again by the definition.
 import numpy as np
 from numba import prange
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.epilogue import activate_row
-from tilewise.kernels.cpu.gemm_blocks import make_pack_left
-from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.row_moves import finish_row
-from tilewise.kernels.cpu.scratch import integer_table, scratch
+from tilewise.kernels.cpu.jit import kernel
+from tilewise.kernels.cpu.row_moves import clear_row, finish_row
+from tilewise.kernels.cpu.scratch import integer_table, progression, scratch
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, micro_kernel
-from tilewise.kernels.cpu.vector_move import copy_lanes
+from tilewise.kernels.cpu.vector_move import copy_lanes, transpose_square_to
 from tilewise.kernels.cpu.winograd_vector import (
     input_transform,
     join_fours,
@@ -38,16 +38,15 @@ from tilewise.kernels.cpu.winograd_vector import (
 
 LANES = lane_count(4)  # float32 only: in float64 the transforms' error is no longer small beside the rounding
 TILES = NV * LANES
-pack_outputs = make_pack_left(LANES)
 
 
-@device()
+@emitted
 def apart(size):
     """The distance of 36 streams of `size` elements: a cache line more, or they would all compete for the same sets."""
     return size + LANES
 
 
-@device()
+@emitted
 def find_tile_runs(first, used, rows, columns, runs):
     """Split tiles first .. first + used into runs within one row of tiles: (lane, count, image, tile row, tile
     column).
@@ -66,7 +65,7 @@ def find_tile_runs(first, used, rows, columns, runs):
     return n
 
 
-@device()
+@emitted
 def _copy_row(x, source, low, high, row, target):
     """row[target + i] = x[source + i] for low <= i < high: whole vectors without a mask, and what is left with one."""
     i = low
@@ -77,7 +76,7 @@ def _copy_row(x, source, low, high, row, target):
         copy_lanes(1, 1, address(row, target + i), address(x, source + i), 0, high - i, 1)
 
 
-@device()
+@emitted
 def _gather_tiles(x, channel, image_step, h, w, top, left, runs, n_runs, row, stage):
     """stage[(i * 6 + j) * TILES + lane] = pixel (i, j) of the 6x6 input of each tile, zero outside the image.
 
@@ -108,7 +107,7 @@ def _gather_tiles(x, channel, image_step, h, w, top, left, runs, n_runs, row, st
                 stage[(i * 6 + 4 + j) * TILES + last] = x[source + j] if inside else zero
 
 
-@device()
+@emitted
 def _transform_input(x, first_channel, image_step, channels, h, w, top, left, runs, n_runs, row, stage, values):
     for c in range(channels):
         _gather_tiles(x, first_channel + c * h * w, image_step, h, w, top, left, runs, n_runs, row, stage)
@@ -117,18 +116,34 @@ def _transform_input(x, first_channel, image_step, channels, h, w, top, left, ru
             input_transform(target, apart(channels * TILES), address(stage, v * LANES), 6 * TILES, TILES)
 
 
-@device(allocates=True)
+@emitted
+def _pack_taps(weight, start, row, outputs, depth, taps):
+    """taps[k * LANES + o] = weight[start + o * row + k] for o < outputs <= LANES, k < depth; 0 for other o."""
+    if outputs == LANES and depth >= LANES:
+        places = progression(LANES, LANES)
+        for k in range(0, depth, LANES):
+            at = min(k, depth - LANES)  # the last square overlaps the one before
+            source = address(weight, start + at)
+            transpose_square_to(address(taps, at * LANES), address(places, 0), source, row)
+        return
+    for k in range(depth):
+        clear_row(address(taps, k * LANES), LANES)
+        for o in range(outputs):
+            taps[k * LANES + o] = weight[start + o * row + k]
+
+
+@emitted
 def transform_weights(weight, start, outputs, row, channels, width, transformed, target):
     """U of up to LANES outputs, whose taps begin `row` apart: transformed[target + xi * apart(channels * width) + c *
     width + lane]."""
     taps = scratch(channels * 9 * LANES, weight)
-    pack_outputs(weight, start, row, 1, min(LANES, outputs), channels * 9, taps, 0)
+    _pack_taps(weight, start, row, min(LANES, outputs), channels * 9, taps)
     for c in range(channels):
         where = address(transformed, target + c * width)
         weight_transform(where, apart(channels * width), address(taps, c * 9 * LANES), 3 * LANES, LANES)
 
 
-@device()
+@emitted
 def _multiply(transformed, channels, first, some, values, products, step):
     """products[xi * step + o * TILES + tile] for outputs first + o, o < some; the last panel is computed whole."""
     for xi in range(36):
@@ -140,7 +155,7 @@ def _multiply(transformed, channels, first, some, values, products, step):
             micro_kernel(MR, NV, address(transformed, left), LANES, right, TILES, channels, where, TILES, MR, TILES, 0)
 
 
-@device()
+@emitted
 def _all_finite(rows):
     total = rows.dtype.type(0)
     for i in range(16 * TILES):
@@ -148,7 +163,7 @@ def _all_finite(rows):
     return total == 0
 
 
-@device()
+@emitted
 def _define_tile(x, image, channels, h, w, top, left, weight, start, row, column, rows, lane):
     """The 4x4 sums of one tile by the definition."""
     for i in range(4):
@@ -164,7 +179,7 @@ def _define_tile(x, image, channels, h, w, top, left, weight, start, row, column
             rows[i * 4 * TILES + 4 * lane + j] = total
 
 
-@device()
+@emitted
 def _repair(x, image_step, first_channel, channels, h, w, top, left, weight, start, runs, n_runs, rows):
     """Compute again every tile that holds a NaN or an Inf: it may have come from a neighbour within the tile."""
     zero = rows.dtype.type(0)
@@ -180,7 +195,7 @@ def _repair(x, image_step, first_channel, channels, h, w, top, left, weight, sta
                 _define_tile(x, image, channels, h, w, top, left, weight, start, runs[r, 3], runs[r, 4] + t, rows, lane)
 
 
-@device()
+@emitted
 def _add_rows(rows, extra, output, image_step, oh, ow, runs, n_runs):
     """rows += extra, which is laid out as y; see `_write_rows`."""
     zero = rows.dtype.type(0)
@@ -192,7 +207,7 @@ def _add_rows(rows, extra, output, image_step, oh, ow, runs, n_runs):
             finish_row(1, row, row, count, zero, 0, address(extra, source), 1)
 
 
-@device()
+@emitted
 def _write_rows(rows, y, output, image_step, oh, ow, runs, n_runs):
     for r in range(n_runs):
         for i in range(min(4, oh - 4 * runs[r, 3])):
@@ -202,14 +217,14 @@ def _write_rows(rows, y, output, image_step, oh, ow, runs, n_runs):
             _copy_row(rows, source, 0, count, y, target)
 
 
-@device()
+@emitted
 def output_block(channels):
     """Outputs multiplied at a time: enough to use V, which grows with the channels, several times from the cache; their
     products are block * 36 * TILES * 4 bytes, 110 KB for 16."""
     return 16 if channels <= 64 else (32 if channels <= 128 else 64)
 
 
-@device(allocates=True)
+@emitted
 def _tile_block(
     x, first_channel, x_step, channels, h, w, top, left, weight, start, transformed, outputs, first, used,
     tile_rows, tile_columns, y, first_output, y_step, oh, ow, bias, bias_start, extra, activation,
@@ -257,7 +272,7 @@ def packed_size(groups, outputs, channels):
     return groups * -(-outputs // LANES) * 36 * (channels * LANES + LANES)
 
 
-@device()
+@emitted
 def _pack_block(weight, i, outputs, channels, transformed):
     """Block i of the packed weights: U of up to LANES outputs of one group."""
     blocks = (outputs + LANES - 1) // LANES

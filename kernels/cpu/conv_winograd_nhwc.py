@@ -15,8 +15,9 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_winograd import apart, transform_weights
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.epilogue import BOUNDED, activate_row, bounds_of
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.row_kernel import row_product
 from tilewise.kernels.cpu.row_moves import clear_row
 from tilewise.kernels.cpu.scratch import integer_table, integers, progression, scratch
@@ -35,7 +36,7 @@ LARGE_U, MORE_TILES = 5 << 20, 256
 CHANNELS = 128
 
 
-@device()
+@emitted
 def _stage_tile(x, image, row, column, h, w, all_channels, first_channel, channels, c, stage):
     """stage[(i * 6 + j) * LANES + lane]: one vector of channels of a tile's 6x6 pixels, zero outside the image."""
     clear_row(address(stage, 0), 36 * LANES)
@@ -47,7 +48,7 @@ def _stage_tile(x, image, row, column, h, w, all_channels, first_channel, channe
                 stage[(i * 6 + j) * LANES + lane] = x[source + lane]
 
 
-@device()
+@emitted
 def _transform_input(
     x, h, w, all_channels, first_channel, channels, top, left, where, first, last, stage, values, step, padded
 ):  # fmt: skip
@@ -65,7 +66,7 @@ def _transform_input(
                 input_transform(target, step, address(stage, 0), 6 * LANES, LANES)
 
 
-@device()
+@emitted
 def _multiply(values, first, step, used, panels, panel, channels, products, product_step, bases, zero, more):
     """products[xi * product_step + tile * NR + o] (+)= V U for one panel of outputs; whole register tiles."""
     for xi in range(36):
@@ -74,7 +75,7 @@ def _multiply(values, first, step, used, panels, panel, channels, products, prod
         row_product(MR, NV, left, tiles, 1, address(zero, 0), 1, channels, right, NR, c, NR, more, used)
 
 
-@device()
+@emitted
 def _define_tile(
     x, image, row, column, h, w, all_channels, first_channel, channels, weight, start, y, target, row_step,
     column_step, rows, columns, bias, extra, code,
@@ -97,7 +98,7 @@ def _define_tile(
             activate_row(y, place, 1, code)
 
 
-@device()
+@emitted
 def _write_tiles(
     x, h, w, all_channels, first_channel, channels, top, left, weight, start, where, used, products, step, outputs, o0,
     y, first_output, oh, ow, all_outputs, bias, bias_start, extra, code,
@@ -129,7 +130,7 @@ def _write_tiles(
                     )  # fmt: skip
 
 
-@device()
+@emitted
 def _locate_tiles(first, used, tile_rows, tile_columns, padded, where, bases):
     """where[i] = (image, tile row, tile column); bases[i]: the tile's place in V, or any to fill a register tile."""
     for i in range(used):
@@ -142,7 +143,7 @@ def _locate_tiles(first, used, tile_rows, tile_columns, padded, where, bases):
         bases[i] = min(i, used - 1) * padded
 
 
-@device()
+@emitted
 def _transform_panel(weight, start, outputs, row, channels, transformed, target):
     """U of one panel of outputs, NR of them or fewer."""
     for half in range(NV):
@@ -157,7 +158,7 @@ def _transform_panel(weight, start, outputs, row, channels, transformed, target)
                     clear_row(address(transformed, target + block + xi * apart(channels * NR) + c * NR), LANES)
 
 
-@device(allocates=True)
+@emitted
 def _tile_block(
     x, h, w, groups, g, channels, top, left, weight, transformed, outputs, first, used, tile_rows, tile_columns,
     y, oh, ow, bias, extra, code,
@@ -182,7 +183,7 @@ def _tile_block(
         )  # fmt: skip
 
 
-@device(allocates=True)
+@emitted
 def _output_panel(
     x, h, w, groups, g, channels, top, left, weight, packed, values, step, outputs, o, where, bases, y, oh, ow, bias,
     extra, code,
@@ -237,7 +238,7 @@ def packed_size(groups, outputs, channels):
     return groups * -(-outputs // NR) * 36 * (channels * NR + LANES)
 
 
-@device()
+@emitted
 def _pack_panel(weight, i, outputs, channels, transformed):
     """Panel i of the packed weights: U of up to NR outputs of one group."""
     panels = (outputs + NR - 1) // NR

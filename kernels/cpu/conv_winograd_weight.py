@@ -24,9 +24,10 @@ import numpy as np
 from numba import prange
 
 from tilewise.kernels.cpu.conv_winograd import apart
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.emitted import emitted
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.row_moves import clear_row
-from tilewise.kernels.cpu.scratch import integers, progression, scratch
+from tilewise.kernels.cpu.scratch import integers, progression, scratch, zeros
 from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import address, lane_count, micro_kernel
@@ -98,7 +99,7 @@ def estimate(n, channels, outputs, grid):
     return channels * outputs * (5.5 + 72 * tiles / 180) + 8 * tiles * (channels + outputs)
 
 
-@device(allocates=True)
+@emitted
 def _places(rows, columns, left, pitch):
     """Where pixel (i, j) of some rows of an image lies in the stage."""
     places = integers(rows * columns)
@@ -108,7 +109,17 @@ def _places(rows, columns, left, pitch):
     return places
 
 
-@device()
+@emitted
+def _x_places(geometry):
+    return _places(6, geometry[3], geometry[8], 4 * geometry[10] + 2)
+
+
+@emitted
+def _grad_places(geometry):
+    return _places(4, geometry[6], 0, 4 * geometry[10])
+
+
+@emitted
 def _fill_stage(source, image, rows, size_h, size_w, first_row, channels, c, channels_last, places, pitch, stage):
     """stage[(i * pitch + j + left) * LANES + lane] = channel c + lane of the pixels of `rows` rows from first_row on,
     those inside the image; the rest of the stage is 0 already, and rows outside are cleared here.
@@ -142,7 +153,7 @@ def _fill_stage(source, image, rows, size_h, size_w, first_row, channels, c, cha
             stage[target + places[q] + lane] = source[start + lane * plane + q]
 
 
-@device(allocates=True)
+@emitted
 def _transform_x(x, unit, c, geometry, places, target, step, values):
     """One row of tiles of one vector of channels: values[target + xi * step + tile * NR]."""
     channels, h, w, top = geometry[1], geometry[2], geometry[3], geometry[7]
@@ -152,13 +163,13 @@ def _transform_x(x, unit, c, geometry, places, target, step, values):
     clear_row(address(stage, 0), 6 * pitch * LANES)
     image = unit // rows
     first = (unit - image * rows) * 4 - top
-    _fill_stage(x, image, np.int64(6), h, w, first, channels, c, geometry[12], places, pitch, stage)
+    _fill_stage(x, image, 6, h, w, first, channels, c, geometry[12], places, pitch, stage)
     for tile in range(columns):
         source = address(stage, tile * 4 * LANES)
         input_transform(address(values, target + tile * NR), step, source, pitch * LANES, LANES)
 
 
-@device(allocates=True)
+@emitted
 def _transform_grad(grad, unit, o, geometry, places, target, step, values):
     """The same for grad: values[target + xi * step + tile * PANEL]."""
     outputs, oh, ow, rows, columns = geometry[4], geometry[5], geometry[6], geometry[9], geometry[10]
@@ -167,13 +178,13 @@ def _transform_grad(grad, unit, o, geometry, places, target, step, values):
     clear_row(address(stage, 0), 4 * pitch * LANES)
     image = unit // rows
     first = (unit - image * rows) * 4
-    _fill_stage(grad, image, np.int64(4), oh, ow, first, outputs, o, geometry[12], places, pitch, stage)
+    _fill_stage(grad, image, 4, oh, ow, first, outputs, o, geometry[12], places, pitch, stage)
     for tile in range(columns):
         source = address(stage, tile * 4 * LANES)
         grad_transform(address(values, target + tile * PANEL), step, source, pitch * LANES, LANES)
 
 
-@device()
+@emitted
 def _multiply(u, v, tiles, u_step, v_step, o0, o1, p0, p1, channels, sums, start, step, pitch, more):
     """sums[start + xi * step + (o - o0) * pitch + c] (+)= the products of a block: panels p0 .. p1 of channels."""
     for xi in range(36):
@@ -194,7 +205,7 @@ def _multiply(u, v, tiles, u_step, v_step, o0, o1, p0, p1, channels, sums, start
                         micro_kernel(MR, 1, left, PANEL, right, NR, depth, c, pitch, MR, NR, add)
 
 
-@device()
+@emitted
 def _interleave(taps, weights, places):
     """weights[9 * lane + t] = taps[t * LANES + lane]; up to 7 numbers more are written."""
     t = 0
@@ -208,7 +219,7 @@ def _interleave(taps, weights, places):
             t += 1
 
 
-@device(allocates=True)
+@emitted
 def _write_weights(sums, start, step, pitch, o0, o1, c0, c1, channels, result):
     """Transform a block of M back; returns whether all of its weights are finite."""
     taps, weights = scratch(max(9, LANES) * LANES, sums), scratch(10 * LANES, sums)
@@ -237,24 +248,93 @@ def _write_weights(sums, start, step, pitch, o0, o1, c0, c1, channels, result):
     return finite
 
 
-@device(allocates=True)
-def _block(u, v, tiles, u_step, v_step, geometry, block, across, sums, more, last, result):
-    """One block of M: its products, and with the last part of the tiles its weights. Returns whether they are finite.
+@emitted
+def _steps(geometry):
+    """The distances in U and V of two elementwise products."""
+    tiles = geometry[11] * geometry[10]
+    return apart(tiles * NR), apart(tiles * PANEL)
 
-    sums: of all blocks, where the tiles come in parts, else empty.
+
+@emitted
+def _sizes(geometry, result):
+    """Elements of U, V, the sums kept between parts, and the bias' totals; rows of tiles; vectors of channels and
+    outputs to transform in each; blocks of M.
     """
-    channels, outputs = geometry[1], geometry[4]
+    n, channels, outputs, rows, part = geometry[0], geometry[1], geometry[4], geometry[9], geometry[11]
+    u_step, v_step = _steps(geometry)  # pyright: ignore
+    panels, bands = (channels + NR - 1) // NR, (outputs + LANES - 1) // LANES
+    u, v = panels * 36 * u_step, (outputs + PANEL - 1) // PANEL * 36 * v_step
+    groups = (channels + LANES - 1) // LANES if result.size > 0 else 0
+    across = (panels + BLOCK_PANELS - 1) // BLOCK_PANELS
+    blocks = (outputs + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS * across if result.size > 0 else 0
+    kept = blocks * 36 * apart(BLOCK_OUTPUTS * BLOCK_PANELS * NR) if part < n * rows else 0
+    return u, v, kept, bands * LANES, n * rows, groups + bands, blocks
+
+
+@emitted
+def _transform_vector(x, grad, u, v, x_places, grad_places, geometry, first, each, chunk):
+    """A vector of channels, or of outputs, of a row of tiles of a part that begins with row `first`."""
+    columns = geometry[10]
+    u_step, v_step = _steps(geometry)  # pyright: ignore
+    unit = chunk // each
+    i = chunk - unit * each
+    groups = each - (geometry[4] + LANES - 1) // LANES
+    if i < groups:
+        c = i * LANES
+        target = c // NR * 36 * u_step + unit * columns * NR + c % NR
+        _transform_x(x, first + unit, c, geometry, x_places, target, u_step, u)
+    else:
+        o = (i - groups) * LANES
+        target = o // PANEL * 36 * v_step + unit * columns * PANEL + o % PANEL
+        _transform_grad(grad, first + unit, o, geometry, grad_places, target, v_step, v)
+
+
+@emitted
+def _block(u, v, geometry, first, units, block, sums, result, wrong):
+    """One block of M from a part of the tiles: its products, and with the last part its weights. Where the tiles come
+    in parts, `sums` holds all blocks; wrong[block] = 1 where a weight is not finite.
+    """
+    channels, outputs, lines = geometry[1], geometry[4], geometry[0] * geometry[9]
+    u_step, v_step = _steps(geometry)  # pyright: ignore
     pitch = BLOCK_PANELS * NR
     step = apart(BLOCK_OUTPUTS * pitch)
+    panels = (channels + NR - 1) // NR
+    across = (panels + BLOCK_PANELS - 1) // BLOCK_PANELS
     o0, p0 = block // across * BLOCK_OUTPUTS, block % across * BLOCK_PANELS
-    o1, p1 = min(outputs, o0 + BLOCK_OUTPUTS), min((channels + NR - 1) // NR, p0 + BLOCK_PANELS)
-    in_parts = sums.size > 0
-    products = sums if in_parts else scratch(36 * step, u)
+    o1, p1 = min(outputs, o0 + BLOCK_OUTPUTS), min(panels, p0 + BLOCK_PANELS)
+    in_parts = geometry[11] < lines
+    own = scratch(0 if in_parts else 36 * step, u)
+    products = sums if in_parts else own
     start = block * 36 * step if in_parts else 0
+    tiles, more = units * geometry[10], 1 if first > 0 else 0
     _multiply(u, v, tiles, u_step, v_step, o0, o1, p0, p1, channels, products, start, step, pitch, more)
-    if not last:
-        return True
-    return _write_weights(products, start, step, pitch, o0, o1, p0 * NR, min(channels, p1 * NR), channels, result)
+    if first + units == lines and not _write_weights(
+        products, start, step, pitch, o0, o1, p0 * NR, min(channels, p1 * NR), channels, result
+    ):
+        wrong[block] = 1
+
+
+@emitted
+def _add_bias(v, geometry, units, totals, bias):
+    """totals += the sums of grad over a part's tiles."""
+    if bias.size == 0:
+        return
+    _, v_step = _steps(geometry)  # pyright: ignore
+    for o in range(0, geometry[4], LANES):
+        # V[7] = V[1, 1] is the plain sum of a tile
+        tiles = address(v, (o // PANEL * 36 + 7) * v_step + o % PANEL)
+        add_rows(address(totals, o), tiles, PANEL, units * geometry[10])
+
+
+@emitted
+def _finish(totals, bias, wrong, blocks):
+    """Writes the bias; returns whether all blocks' weights are finite."""
+    for o in range(bias.size):
+        bias[o] = totals[o]
+    bad = 0
+    for block in range(blocks):
+        bad += wrong[block]
+    return bad == 0
 
 
 @kernel()
@@ -262,48 +342,15 @@ def weight_gradient(x, grad, result, bias, geometry):
     """result: (outputs, channels, 3, 3), flat, or empty; bias: the sums of grad over its pixels, (outputs,), or empty;
     for a `plan`. Returns whether all of the result is finite.
     """
-    n, channels, w, outputs, ow = geometry[0], geometry[1], geometry[3], geometry[4], geometry[6]
-    rows, columns, part = geometry[9], geometry[10], geometry[11]
-    u_step, v_step = apart(part * columns * NR), apart(part * columns * PANEL)
-    groups, bands = (channels + LANES - 1) // LANES if result.size > 0 else 0, (outputs + LANES - 1) // LANES
-    u = scratch((channels + NR - 1) // NR * 36 * u_step, x)
-    v = scratch((outputs + PANEL - 1) // PANEL * 36 * v_step, x)
-    x_places = _places(np.int64(6), w, geometry[8], 4 * columns + 2)
-    grad_places = _places(np.int64(4), ow, np.int64(0), 4 * columns)
-    across = ((channels + NR - 1) // NR + BLOCK_PANELS - 1) // BLOCK_PANELS
-    blocks = (outputs + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS * across if result.size > 0 else 0
-    whole = blocks * 36 * apart(BLOCK_OUTPUTS * BLOCK_PANELS * NR)
-    sums = scratch(whole if part < n * rows else 0, x)[: whole if part < n * rows else 0]
+    u_size, v_size, kept, padded, lines, each, blocks = _sizes(geometry, result)  # pyright: ignore
+    u, v, sums, totals = scratch(u_size, x), scratch(v_size, x), scratch(kept, x), zeros(padded, x)
+    x_places, grad_places = _x_places(geometry), _grad_places(geometry)
     wrong = progression(0, blocks)
-    totals = scratch(bands * LANES, x)
-    clear_row(address(totals, 0), bands * LANES)
-    for first in range(0, n * rows, part):
-        units = min(part, n * rows - first)
-        for chunk in prange(units * (groups + bands)):
-            unit, i = chunk // (groups + bands), chunk % (groups + bands)
-            if i < groups:
-                c = i * LANES
-                target = c // NR * 36 * u_step + unit * columns * NR + c % NR
-                _transform_x(x, first + unit, c, geometry, x_places, target, u_step, u)
-            else:
-                o = (i - groups) * LANES
-                target = o // PANEL * 36 * v_step + unit * columns * PANEL + o % PANEL
-                _transform_grad(grad, first + unit, o, geometry, grad_places, target, v_step, v)
-        last = first + units == n * rows
+    for first in range(0, lines, geometry[11]):
+        units = min(geometry[11], lines - first)
+        for chunk in prange(units * each):
+            _transform_vector(x, grad, u, v, x_places, grad_places, geometry, first, each, chunk)
         for block in prange(blocks):
-            if not _block(
-                u, v, units * columns, u_step, v_step, geometry, np.int64(block), across, sums, 1 if first > 0 else 0,
-                last, result,
-            ):  # fmt: skip
-                wrong[block] = 1
-        if bias.size > 0:
-            for o in range(0, outputs, LANES):
-                # V[7] = V[1, 1] is the plain sum of a tile
-                tiles = address(v, (o // PANEL * 36 + 7) * v_step + o % PANEL)
-                add_rows(address(totals, o), tiles, PANEL, units * columns)
-    for o in range(bias.size):
-        bias[o] = totals[o]
-    finite = True  # an array's all() would make the first call compile it, and a later process import SciPy
-    for block in range(blocks):
-        finite &= wrong[block] == 0
-    return finite
+            _block(u, v, geometry, first, units, block, sums, result, wrong)
+        _add_bias(v, geometry, units, totals, bias)
+    return _finish(totals, bias, wrong, blocks)

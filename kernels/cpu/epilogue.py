@@ -24,6 +24,7 @@ from numba import float32, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.epilogue_vector import ACTIVATION_CODES as ACTIVATION_CODES
 from tilewise.kernels.cpu.epilogue_vector import (
     BOUNDED,
@@ -205,7 +206,7 @@ def apply_activation(value, code):
     return value
 
 
-@device()
+@emitted
 def bounds_of(code):
     """What `register_tile.Bounds` knows of an activation."""
     return code if code <= BOUNDED else 0

@@ -18,15 +18,16 @@ With AVX2's 16 registers a task packs A as well: gemm_packed.py.
 
 from numba import prange
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.gemm_dots import finish_rows
 from tilewise.kernels.cpu.gemm_in_place import multiply_rows_in_place, tall_tiles
 from tilewise.kernels.cpu.gemm_packed import multiply_packed_block
-from tilewise.kernels.cpu.gemm_panels import FEWER, GROUP, KC, pack_right_group, pack_right_panel
+from tilewise.kernels.cpu.gemm_panels import FEWER, GROUP, KC, pack_fewer, pack_right_group, pack_right_panel
 from tilewise.kernels.cpu.gemm_tile import multiply_and_pack_tile, prefetch_tile
-from tilewise.kernels.cpu.jit import device, kernel
-from tilewise.kernels.cpu.scratch import integers, progression, scratch
-from tilewise.kernels.cpu.simd import MR, NV, VECTOR_BYTES, address, lanes
-from tilewise.kernels.cpu.vector_move import copy_lanes, copy_rows, copy_vector, transpose_block, transpose_whole
+from tilewise.kernels.cpu.jit import kernel
+from tilewise.kernels.cpu.scratch import scratch
+from tilewise.kernels.cpu.simd import MR, NV, VECTOR_BYTES, address, flat, lanes
+from tilewise.kernels.cpu.vector_move import copy_lanes, copy_rows, copy_vector
 
 # Panels of A hold MR rows and up to a whole number of vectors.
 PAD = 16
@@ -46,70 +47,14 @@ ALIASING, LINE = 2048, 64
 AWAITED_DEPTH = 128
 
 
-def make_pack_left(height):
-    """The packing of A for register tiles of `height` rows."""
-
-    @device(allocates=True)
-    def pack_left(a, start, row_step, column_step, rows, depth, panels, panels_start):
-        """Pack a rows x depth block of A, element (i, k) at a[start + i * row_step + k * column_step], into panels.
-
-        panels[panels_start + (i // height) * height * depth + k * height + i % height]; missing rows of the last
-        panel are zero.
-        """
-        width = lanes(a)
-        offsets = integers(height)
-        lows = progression(0, height)
-        highs = integers(height)
-        for first in range(0, rows, height):
-            used = min(height, rows - first)
-            target = panels_start + first * depth
-            source = start + first * row_step
-            if column_step == 1:
-                for r in range(height):
-                    offsets[r] = r * row_step
-                    highs[r] = depth if r < used else 0
-                whole = depth // width * width if used == height else 0
-                for k in range(0, whole, width):
-                    transpose_whole(
-                        height, address(panels, target + k * height), height, address(a, source + k), row_step
-                    )
-                for k in range(whole, depth, width):
-                    transpose_block(
-                        height,
-                        address(panels, target + k * height),
-                        address(a, source),
-                        address(offsets, 0),
-                        address(lows, 0),
-                        address(highs, 0),
-                        k,
-                        depth - k,
-                    )
-            elif row_step == 1:
-                # whole vectors, front to back: lanes beyond height belong to the next step, which overwrites them
-                for k in range(depth - 1):
-                    for r in range(0, height, width):
-                        place, origin = target + k * height + r, source + k * column_step + r
-                        copy_lanes(1, 0, address(panels, place), address(a, origin), 0, used - r, 1)
-                for r in range(height if depth > 0 else 0):
-                    last = source + (depth - 1) * column_step + r
-                    panels[target + (depth - 1) * height + r] = a[last] if r < used else a.dtype.type(0)
-            else:
-                for k in range(depth):
-                    for r in range(height):
-                        value = a[source + r * row_step + k * column_step] if r < used else a.dtype.type(0)
-                        panels[target + k * height + r] = value
-
-    return pack_left
-
-
-@device()
+@emitted
 def _tile_stride(array):
     """MR rounded up to whole vectors."""
     width = lanes(array)
     return (MR + width - 1) // width * width
 
 
-@device()
+@emitted
 def _copy_left(a, start, row_step, column_step, rows, depth, panels):
     """The task's rows of A for KC of the sum; returns what is between two tiles' panels, two rows and two steps.
 
@@ -128,7 +73,7 @@ def _copy_left(a, start, row_step, column_step, rows, depth, panels):
     return KC * stride, 1, stride
 
 
-@device()
+@emitted
 def _multiply_panel(
     a, a_at, tile_step, a_row, a_column, rows, b, b_at, b_row, b_column, panel, panel_at, packed, depth, c, c_at,
     c_step, columns, accumulate,
@@ -166,14 +111,14 @@ def _multiply_panel(
         )  # fmt: skip
 
 
-@device()
+@emitted
 def _alias(step):
     """Would rows so many bytes apart share a few places of L1?"""
     beyond = step % ALIASING
     return min(beyond, ALIASING - beyond) < LINE
 
 
-@device(allocates=True)
+@emitted
 def multiply_block(
     a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole
 ):  # fmt: skip
@@ -182,7 +127,8 @@ def multiply_block(
     collected = whole > COLLECTED_FROM or (whole > 2 * KC and _alias(c_step * c.itemsize))
     across = (columns + count - 1) // count * count
     copied = a_column != 1 or _alias(a_row * a.itemsize)
-    panels_a = scratch((rows + MR - 1) // MR * _tile_stride(c) * (KC + PAD), c) if copied else a
+    copy = scratch((rows + MR - 1) // MR * _tile_stride(c) * (KC + PAD) if copied else 0, c)
+    panels_a = copy if copied else a
     far = b_column == 1 and b_row * b.itemsize > NEAR
     panel = scratch((GROUP if far else 1) * count * KC, c)
     sums = scratch(across * rows if collected else 1, c)
@@ -202,10 +148,10 @@ def multiply_block(
                 first = end = j
                 if left_over >= GROUP:
                     end += GROUP * count
-                    pack_right_group(b, right, b_row, depth, GROUP, panel, 0)
+                    pack_right_group(b, right, b_row, depth, panel, 0)
                 elif left_over >= FEWER:
                     end += FEWER * count
-                    pack_right_group(b, right, b_row, depth, FEWER, panel, 0)
+                    pack_fewer(b, right, b_row, depth, panel, 0)
             if collected:
                 _multiply_panel(
                     panels_a, left, tile_step, row, column, rows, b, right, b_row, b_column, panel,
@@ -220,7 +166,7 @@ def multiply_block(
         _store_sums(sums, rows, columns, c, c_at, c_step)
 
 
-@device()
+@emitted
 def _store_sums(sums, rows, columns, c, c_at, c_step):
     """C[:rows, :columns] from the panels in which the sums were collected."""
     width = lanes(c)
@@ -244,7 +190,7 @@ def multiply_blocks(
     activation,
 ):  # fmt: skip
     """C = activation(A B + bias) for one or many matrices; matrix i of A begins at a[a_starts[i]]."""
-    flat_a, flat_b, flat_c = a.reshape(a.size), b.reshape(b.size), c.reshape(c.size)
+    flat_a, flat_b, flat_c = flat(a), flat(b), flat(c)
     across = (n + block_columns - 1) // block_columns
     tasks = (m + block_rows - 1) // block_rows * across
     for number in prange(a_starts.size * tasks):

@@ -11,11 +11,12 @@ Adding up costs about 100 cycles a tile, 3 to 10 % of a long sum; packing costs 
 
 from numba import prange
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.gemm_tile import beyond, dot_tile
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.scratch import scratch
-from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lanes
+from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, flat, lanes
 from tilewise.kernels.cpu.vector_move import copy_rows
 
 # Rows of A x rows of B in a register tile: 24 sums and 4 operands of AVX-512's 32 registers, 12 and 4 of AVX2's 16.
@@ -30,7 +31,7 @@ BLOCK = 63
 
 
 def _make_dot_tiles(height):
-    @device()
+    @emitted
     def dot_tiles(a, a_step, b, b_step, depth, c, c_step, columns, accumulate):
         """C[:height, :columns] (+)= A B^T, tile by tile; a, b and c are pointers."""
         j = 0
@@ -49,7 +50,7 @@ def _make_dot_tiles(height):
 tall_dots, middle_dots, short_dots, single_dots = (_make_dot_tiles(height) for height in (ROWS, ROWS // 2, 2, 1))
 
 
-@device()
+@emitted
 def dot_block(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, c_step, accumulate):
     """C[:rows, :columns] (+)= A B^T, in tiles of ROWS and fewer rows."""
     right = address(b, b_at)
@@ -79,7 +80,7 @@ def dot_block(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, c
         )  # fmt: skip
 
 
-@device()
+@emitted
 def finish_rows(c, start, c_step, rows, columns, bias, bias_start, activation):
     """Add the bias (one number a column, if there is any) and apply the activation, on rows still in the cache."""
     for i in range(rows):
@@ -91,7 +92,7 @@ def finish_rows(c, start, c_step, rows, columns, bias, bias_start, activation):
             activate_row(c, row, columns, activation)
 
 
-@device(allocates=True)
+@emitted
 def _dot_chunk(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, c_step, step):
     """One chunk of C, the sum in steps: where there are several, or it pays, A's part of each is copied."""
     width = lanes(a)
@@ -114,7 +115,7 @@ def _dot_chunk(a, a_at, a_step, rows, b, b_at, b_step, columns, depth, c, c_at, 
 @kernel(parallel=False)
 def finish(c, bias, activation):
     """The same for a whole matrix."""
-    finish_rows(c.reshape(c.size), 0, c.shape[1], c.shape[0], c.shape[1], bias, 0, activation)
+    finish_rows(flat(c), 0, c.shape[1], c.shape[0], c.shape[1], bias, 0, activation)
 
 
 @kernel()
@@ -129,7 +130,7 @@ def multiply_dots(a, b, c, bias, activation, chunk_rows, chunk_columns, step):
         j0 = chunk % across * chunk_columns
         rows, columns = min(chunk_rows, m - i0), min(chunk_columns, n - j0)
         _dot_chunk(a, i0 * depth, depth, rows, b, j0 * depth, depth, columns, depth, c, i0 * n + j0, n, step)
-        finish_rows(c.reshape(c.size), i0 * n + j0, n, rows, columns, bias, j0, activation)
+        finish_rows(flat(c), i0 * n + j0, n, rows, columns, bias, j0, activation)
 
 
 @kernel()

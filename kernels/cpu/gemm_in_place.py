@@ -17,8 +17,9 @@ With a single row of A, a tile's rows of B are too short for the prefetchers: ge
 
 from numba import prange
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.gemm_tile import beyond, multiply_tile
-from tilewise.kernels.cpu.jit import device, kernel
+from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 
 # Register tiles below MR rows, for what is left: with 14 rows, 8, 4, 2 and 1.
@@ -26,7 +27,7 @@ MIDDLE = 8 if MR > 8 else 4
 
 
 def _make_row_tiles(height):
-    @device()
+    @emitted
     def row_tiles(a, a_row, a_column, b, b_step, depth, c, c_step, columns, accumulate):
         """C[:height, :columns] (+)= A B, register tile by register tile; a, b and c are pointers."""
         width = lanes(c)
@@ -52,7 +53,7 @@ tall_tiles, middle_tiles, short_tiles, pair_tiles, single_tiles = (
 )
 
 
-@device()
+@emitted
 def multiply_rows_in_place(
     a, a_at, a_row, a_column, b, b_at, b_step, depth, c, c_at, c_step, rows, columns, accumulate
 ):  # fmt: skip
@@ -123,7 +124,7 @@ def multiply_stack_in_place(a, a_starts, a_row, a_column, b, b_starts, c, m, n, 
             )  # fmt: skip
 
 
-@device()
+@emitted
 def _add_rows_up(matrix, sums, rows, columns):
     for j in range(columns):
         sums[j] = 0

@@ -45,12 +45,12 @@ def _pack_left(a, start, row_step, column_step, rows, depth, steps, panels):
             panels[place] = 0
 
 
-@device()
+@device(allocates=True)
 def _pack_right(b, start, row_step, column_step, depth, steps, columns, panels, first):
     """Up to GROUP panels of B, from panel number `first` on; zeros from depth to `steps`."""
     count = NV * lanes(b)
     if column_step == 1 and columns >= GROUP * count:
-        pack_right_group(b, start, row_step, depth, GROUP, panels, first * count * KC)
+        pack_right_group(b, start, row_step, depth, panels, first * count * KC)
     for j in range(0, columns, count):
         target = (first * count + j) * KC
         if column_step != 1 or columns < GROUP * count:

@@ -3,7 +3,7 @@
 from numba import types
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.jit import device
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.scratch import integers, progression, scratch
 from tilewise.kernels.cpu.simd import _I64, NV, VECTOR_BYTES, _Emitter, _literal, address, lanes, prefetch
 from tilewise.kernels.cpu.vector_move import _transposed, copy_lanes, copy_vector, transpose_block, transpose_whole
@@ -18,7 +18,7 @@ KC = 256
 GROUP, FEWER, ROWS_AHEAD = (8, 4, 4) if VECTOR_BYTES == 64 else (4, 4, 0)
 
 
-@device()
+@emitted
 def pack_right_panel(b, start, row_step, column_step, depth, columns, panel, target):
     """Pack depth x columns (at most NR) of B, element (k, j) at b[start + k * row_step + j * column_step].
 
@@ -44,7 +44,7 @@ def pack_right_panel(b, start, row_step, column_step, depth, columns, panel, tar
                 panel[target + k * count + j] = value
 
 
-@device()
+@emitted
 def _pack_right_transposed(b, start, column_step, depth, columns, panel, target):
     """Whole squares of vectors are turned in registers; what is left goes through a stage, under masks."""
     width = lanes(b)
@@ -58,7 +58,7 @@ def _pack_right_transposed(b, start, column_step, depth, columns, panel, target)
             _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel, target)
 
 
-@device(allocates=True)
+@emitted
 def _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel, target):
     width = lanes(b)
     count = NV * width
@@ -74,7 +74,7 @@ def _pack_rest_transposed(b, start, column_step, first, depth, j, columns, panel
             copy_vector(address(panel, target + (k + i) * count + j), address(stage, i * width))
 
 
-@device()
+@emitted
 def _turn_square(target, at, step, source, start, source_step):
     """target[at + k * step + r] = source[start + r * source_step + k] for r, k < lanes."""
     if lanes(source) == 16:
@@ -87,7 +87,7 @@ def _turn_square(target, at, step, source, start, source_step):
         transpose_whole(2, address(target, at), step, address(source, start), source_step)
 
 
-@device()
+@emitted
 def transpose_square(stage, source, start, offsets, lows, highs, k):
     """A lanes x lanes square: stage[i * lanes + r] = source[start + offsets[r] + k + i] within the rows' bounds."""
     if lanes(source) == 16:
@@ -115,20 +115,26 @@ def transpose_square(stage, source, start, offsets, lows, highs, k):
         )
 
 
-@device()
-def pack_right_group(b, b_at, b_row, depth, group, panels, panels_at):
-    """`group` whole panels of B, each KC rows behind the one before. group: a literal, whose loops are unrolled."""
-    width = lanes(b)
-    count = NV * width
-    for k in range(depth):
-        target, source = panels_at + k * count, b_at + k * b_row
-        if ROWS_AHEAD > 0:
-            for j in range(0, group * count, width):
-                prefetch(address(b, source + ROWS_AHEAD * b_row + j))
-        for number in range(group):
-            for j in range(0, count, width):
-                place, origin = target + number * count * KC + j, source + number * count + j
-                copy_vector(address(panels, place), address(b, origin))
+def _make_pack_right_group(group):
+    @emitted
+    def pack_right_group(b, b_at, b_row, depth, panels, panels_at):
+        """`group` whole panels of B, each KC rows behind the one before, by unrolled loops."""
+        width = lanes(b)
+        count = NV * width
+        for k in range(depth):
+            target, source = panels_at + k * count, b_at + k * b_row
+            if ROWS_AHEAD > 0:
+                for j in range(0, group * count, width):
+                    prefetch(address(b, source + ROWS_AHEAD * b_row + j))
+            for number in range(group):
+                for j in range(0, count, width):
+                    place, origin = target + number * count * KC + j, source + number * count + j
+                    copy_vector(address(panels, place), address(b, origin))
+
+    return pack_right_group
+
+
+pack_right_group, pack_fewer = _make_pack_right_group(GROUP), _make_pack_right_group(FEWER)
 
 
 @intrinsic(prefer_literal=True)

@@ -125,8 +125,8 @@ def kernel(
 
     one_by_one: its chunks are few and take long, so that a large problem's are handed out one by one (threads.py).
 
-    In the parallel form Numba takes a name's array to be as long as the first that it was given: after h = zeros(3) and,
-    in a loop or a branch, h = zeros(5), h[1:] has two elements. One array, one name; or slice in a device function.
+    In the parallel form Numba takes a name's array to be as long as the first one: after h = zeros(3) and, in a loop or
+    a branch, h = zeros(5), h[1:] has two elements. One array, one name; or slice in a device function.
     """
     return lambda function: Kernel(function, fastmath, parallel, one_by_one)
 

@@ -4,12 +4,12 @@ How a plane is filled follows from four numbers in `phases`: the first row (of b
 columns inside x, and the first of them.
 """
 
-from tilewise.kernels.cpu.jit import device
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.row_moves import clear_row, copy_lines, copy_row, gather_row
 from tilewise.kernels.cpu.simd import address, lanes
 
 
-@device()
+@emitted
 def _copy_plane_row(x, base, h, w, row, stride_w, phases, phase, pitch, planes, target):
     left, count = phases[phase + 1], phases[phase + 2]
     if row < 0 or row >= h or count == 0:
@@ -28,7 +28,7 @@ def _copy_plane_row(x, base, h, w, row, stride_w, phases, phase, pitch, planes, 
         clear_row(address(planes, target + left + count), pitch - left - count)
 
 
-@device()
+@emitted
 def copy_plane(x, base, h, w, row, rows, stride_h, stride_w, phases, phase, pitch, planes, target):
     """The rows row, row + stride_h, ... of x into one plane; those inside x, clear of its end, in one call."""
     left, count = phases[phase + 1], phases[phase + 2]
@@ -56,7 +56,7 @@ def copy_plane(x, base, h, w, row, rows, stride_h, stride_w, phases, phase, pitc
         _copy_plane_row(x, base, h, w, row + i * stride_h, stride_w, phases, phase, pitch, planes, target + i * pitch)
 
 
-@device()
+@emitted
 def copy_planes(x, base, image_step, images, channels, row0, rows, geometry, phases, planes):
     """planes[(c * phases + phase) * plane + (image * rows + i) * pitch + j]; `rows` with those that taps add."""
     h, w, stride_h, stride_w = geometry[3], geometry[4], geometry[8], geometry[9]

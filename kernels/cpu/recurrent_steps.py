@@ -17,6 +17,7 @@ LLVM vectorises a loop only where eight comparisons tell it that its arrays do n
 import numpy as np
 from numba import prange
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES, prefer_widest_vectors, sigmoid, tanh
 from tilewise.kernels.cpu.gemm_in_place import multiply_rows_in_place
 from tilewise.kernels.cpu.gemm_panels import pack_right_panel
@@ -27,7 +28,7 @@ from tilewise.kernels.cpu.simd import NV, lanes
 RELU = ACTIVATION_CODES["relu"]
 
 
-@device()
+@emitted
 def _pack(matrix, row_step, column_step, depth, columns, panels, number):
     """Panel `number` of a matrix of depth x columns, element (k, j) at matrix[k * row_step + j * column_step]."""
     width = NV * lanes(matrix)
@@ -37,7 +38,7 @@ def _pack(matrix, row_step, column_step, depth, columns, panels, number):
     )
 
 
-@device()
+@emitted
 def _multiply(a, a_at, panels, depth, columns, c, c_at, rows, accumulate):
     """C[:rows, :columns] (+)= A B, one panel of B after another; A and C have no gaps between their rows."""
     width = NV * lanes(c)

@@ -13,8 +13,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.errors import RequireLiteralValue
+from numba.core.imputils import impl_ret_borrowed
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 _I1, _I32, _I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 
@@ -76,6 +78,21 @@ def address(typingctx, array, offset):
         return builder.gep(data, [args[1]])
 
     return signature, codegen
+
+
+@intrinsic
+def flat(typingctx, array):
+    """The elements of a contiguous array in one dimension; where Numba compiles `reshape` anew, this is emitted."""
+    result = types.Array(array.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        old = context.make_array(signature.args[0])(context, builder, args[0])
+        new = context.make_array(result)(context, builder)
+        shape, strides = (cgutils.pack_array(builder, [length]) for length in (old.nitems, old.itemsize))
+        populate_array(new, old.data, shape, strides, old.itemsize, old.meminfo, old.parent)
+        return impl_ret_borrowed(context, builder, result, new._getvalue())
+
+    return result(array), codegen
 
 
 @intrinsic

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tilewise.kernels.cpu.jit import device
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal, address, lanes
 
 
@@ -245,7 +245,7 @@ def transpose_whole(typingctx, rows, target, target_step, source, source_step):
     return signature, codegen
 
 
-@device()
+@emitted
 def copy_rows(source, at, step, rows, columns, target, target_at, target_step):
     """A rows x columns block of one matrix to another; behind the last column, zeros up to a whole vector."""
     width = lanes(source)

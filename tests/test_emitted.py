@@ -1,0 +1,206 @@
+"""Emitted functions mean what the same source means to Python."""
+
+import numpy as np
+import pytest
+from numba import njit
+from numba.core.errors import TypingError
+
+from tilewise.kernels.cpu.emitted import emitted
+from tilewise.kernels.cpu.scratch import integers
+from tilewise.kernels.cpu.simd import lanes
+
+WIDE = 4
+
+
+@emitted
+def arithmetic(a, b, numbers):
+    """Rounded down as in Python, for every pair of signs."""
+    numbers[0], numbers[1] = a // b, a % b
+    numbers[2], numbers[3] = a // 8, a % 8
+    numbers[4], numbers[5] = a // 3, a % 3
+    numbers[6] = min(a, b, 2) - max(a, -b)
+    numbers[7] = (a << 2) + (a >> 1) + (a & 6) + (a | 1)
+    numbers[8] = -a
+
+
+@emitted
+def collatz(n):
+    steps = 0
+    while n != 1:
+        n = n // 2 if n % 2 == 0 else 3 * n + 1
+        steps += 1
+    return steps
+
+
+@emitted
+def first_pair(numbers, total):
+    """Nested loops, continue, break and return; two results."""
+    tried = 0
+    for i in range(numbers.size - 1, -1, -1):
+        if numbers[i] < 0:
+            continue
+        for j in range(0, i, 2):
+            if numbers[j] > 1000:
+                break
+            tried += 1
+            if numbers[i] + numbers[j] == total:
+                return i, j * 100 + tried
+    return -1, tried
+
+
+@emitted
+def guarded(numbers, i):
+    """The element is not read where the index is outside."""
+    inside = 0 <= i < numbers.size and numbers[i] > 0
+    return 1 if inside or not i > -5 else 0
+
+
+@emitted
+def swapped(a, b):
+    for _ in range(3):
+        a, b = b, a + b
+    return a, b
+
+
+@emitted
+def table_sum(table, weights):
+    total = weights.dtype.type(0)
+    for i in range(table.shape[0]):
+        for j in range(table.shape[1]):
+            total += table[i, j] * weights[j]
+    return total
+
+
+@emitted
+def squares(count):
+    """An array that is made here and handed on."""
+    result, spare = integers(count), integers(count)
+    for i in range(count):
+        spare[i] = i
+        result[i] = spare[i] * i
+    return result
+
+
+@emitted
+def last_of_squares(count):
+    made = squares(count)
+    rest = made[count - 2 :]
+    return rest[1] + rest.size
+
+
+@emitted
+def narrow(bytes_, at):
+    value = bytes_[at]
+    total = 0
+    for _ in range(3):
+        total += value * 100
+    bytes_[at] = total
+    return total
+
+
+@emitted
+def pruned(array):
+    """A branch that constants rule out may hold what has no meaning."""
+    if WIDE > 8:
+        return no_such_name  # noqa: F821  # pyright: ignore
+    width = lanes(array)
+    return width * WIDE
+
+
+def call(function, *arguments):
+    inputs = ", ".join(f"a{i}" for i in range(len(arguments)))
+    names = {"function": function}
+    exec(f"def caller({inputs}): return function({inputs})", names)
+    return njit(error_model="numpy")(names["caller"])(*arguments)
+
+
+def python(function):
+    return function.emitted.function
+
+
+@pytest.mark.parametrize(("a", "b"), [(17, 5), (-17, 5), (17, -5), (-17, -5), (-16, 8), (0, 3), (2**40 + 3, 7)])
+def test_integers_are_pythons(a, b):
+    here, there = np.zeros(9, np.int64), np.zeros(9, np.int64)
+    call(arithmetic, a, b, here)
+    python(arithmetic)(a, b, there)
+    assert here.tolist() == there.tolist()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (collatz, (27,)),
+        (first_pair, (np.array([3, -1, 4, 1, 5, 9, 2, 6]), 11)),
+        (first_pair, (np.array([3, -1, 2000, 1, 5, 9, 2, 6]), 99)),
+        (guarded, (np.array([0, 1]), 1)),
+        (guarded, (np.array([0, 1]), 2)),
+        (guarded, (np.array([0, 1]), 1 << 60)),
+        (guarded, (np.array([0, 1]), -6)),
+        (swapped, (2, 5)),
+        (table_sum, (np.arange(12.0).reshape(3, 4), np.array([1.0, -2.0, 0.5, 3.0]))),
+        (table_sum, (np.arange(12, dtype=np.float32).reshape(3, 4), np.ones(4, np.float32))),
+    ],
+)
+def test_results_are_pythons(function, arguments):
+    assert call(function, *arguments) == python(function)(*arguments)
+
+
+def test_arrays_made_here_live_as_long_as_they_are_used():
+    for count in (2, 1000):
+        assert call(squares, count).tolist() == [i * i for i in range(count)]
+        assert call(last_of_squares, count) == (count - 1) ** 2 + 2
+
+
+def test_an_allocation_that_fails_is_an_error_in_every_caller():
+    with pytest.raises(MemoryError):
+        call(last_of_squares, 1 << 55)
+
+
+def test_narrow_elements_are_computed_with_as_int64():
+    numbers = np.array([0, 200], np.uint8)
+    assert call(narrow, numbers, 1) == 60000
+    assert numbers[1] == 60000 % 256
+
+
+def test_branches_that_constants_rule_out_are_not_emitted():
+    assert call(pruned, np.zeros(1, np.float32)) % WIDE == 0
+
+
+@emitted
+def makes_in_a_loop(count):
+    for _ in range(count):
+        made = integers(3)
+        made[0] = 1
+
+
+@emitted
+def reads_backwards(numbers):
+    return numbers[-1]
+
+
+@emitted
+def walks_an_array(numbers):
+    for number in numbers:
+        numbers[0] = number
+
+
+@emitted
+def changes_its_mind(numbers):
+    total = numbers
+    total = 1
+    return total
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "words"),
+    [
+        (makes_in_a_loop, (3,), "array made in a loop"),
+        (reads_backwards, (np.zeros(2),), "negative indices"),
+        (walks_an_array, (np.zeros(2),), "range"),
+        (changes_its_mind, (np.zeros(2),), "cannot emit changes_its_mind, line 4"),
+        (collatz, (np.zeros(2),), "nothing in common"),
+    ],
+)
+def test_what_is_not_understood_is_an_error(function, arguments, words):
+    with pytest.raises((TypeError, TypingError), match=words):
+        call(function, *arguments)
