@@ -191,9 +191,46 @@ def changes_its_mind(numbers):
     return total
 
 
+@emitted
+def rounds_its_total(numbers):
+    total = 0
+    for i in range(numbers.size):
+        total += numbers[i]
+    return total
+
+
+@emitted
+def narrows_its_total(numbers, factor):
+    total = numbers[0]
+    total = total * factor
+    return total
+
+
+@emitted
+def returns_either(numbers, i):
+    if i > 0:
+        return i
+    return numbers[0]
+
+
+@emitted
+def smaller(numbers):
+    return min(numbers[0], 1)
+
+
+@emitted
+def at_a_fraction(numbers):
+    return numbers[numbers[0]]
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "words"),
     [
+        (rounds_its_total, (np.ones(2),), "float64 is no int64"),
+        (narrows_its_total, (np.ones(2, np.float32), 0.5), "float64 is no float32"),
+        (returns_either, (np.ones(2), 1), "float64 is no int64"),
+        (smaller, (np.ones(2),), "float64 is no integer"),
+        (at_a_fraction, (np.ones(2),), "float64 is no integer"),
         (makes_in_a_loop, (3,), "array made in a loop"),
         (reads_backwards, (np.zeros(2),), "negative indices"),
         (walks_an_array, (np.zeros(2),), "range"),

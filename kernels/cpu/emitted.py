@@ -10,7 +10,7 @@ comparisons, `and`, `or`, `not`, `a if c else b`, min and max of integers; tuple
 computed from them are constants: a branch that they rule out is not emitted. Everything else is a TypeError when the
 kernel is compiled. It means what it means to Numba, with three limits:
 
-- an index is never negative;
+- an index is never negative, nor is a step of `range` that is not a constant;
 - no one divides by zero;
 - a variable keeps its type, and an array that is made here (`scratch`) keeps its variable, to the function's end.
 
@@ -247,7 +247,7 @@ class _Emission:
             raise TypeError(f"{name} is another array already")
         if value.made and own and self.loops:
             raise TypeError(f"{name} is an array made in a loop, which would be let go once only")
-        self.builder.store(self.a.cast(value, known.kind).value, known.place)
+        self.builder.store(self.a.kept(value, known.kind).value, known.place)
 
     def emit_If(self, node):
         condition = self.value(node.test)
@@ -275,11 +275,11 @@ class _Emission:
         bounds = [self.value(part) for part in node.iter.args]
         step = bounds[2] if len(bounds) > 2 else 1
         start, end = (0, bounds[0]) if len(bounds) == 1 else bounds[:2]
-        end = self.a.cast(self.a.as_value(end), types.int64).value
+        end = self.a.whole(end)
         builder, counter = self.builder, cgutils.alloca_once(self.builder, ir.IntType(64))
-        builder.store(self.a.cast(self.a.as_value(start), types.int64).value, counter)
+        builder.store(self.a.whole(start), counter)
         sign = ">" if isinstance(step, int) and step < 0 else "<"
-        step = self.a.cast(self.a.as_value(step), types.int64).value
+        step = self.a.whole(step)
 
         def goes_on():
             now = builder.load(counter)
@@ -324,7 +324,7 @@ class _Emission:
             if self.returned == types.none:
                 self.returned = value.kind
             if self.source.result(self.typing, self.kinds) != types.none:
-                self.builder.store(self.a.cast(value, self.returned).value, self.where)
+                self.builder.store(self.a.kept(value, self.returned).value, self.where)
         self.builder.branch(self.end)
 
     # Expressions: a Value, or what is known already

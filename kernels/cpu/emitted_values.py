@@ -147,6 +147,19 @@ class Arithmetic:
             raise TypeError(f"{was} is no {kind}")
         return Value(kind, now)
 
+    def whole(self, value):
+        """An integer as int64: bounds, indices, and what is compared with them."""
+        value = self.as_value(value)
+        if not isinstance(value.kind, (types.Integer, types.Boolean)):
+            raise TypeError(f"{value.kind} is no integer")
+        return self.cast(value, types.int64).value
+
+    def kept(self, value: Value, kind) -> Value:
+        """For a variable of this kind: nothing is rounded or cut off on the way."""
+        if value.kind != kind and not (isinstance(value.kind, types.Boolean) and kind == types.int64):
+            raise TypeError(f"{value.kind} is no {kind}, which the variable was before")
+        return self.cast(value, kind)
+
     def truth(self, value: Value):
         return self.cast(value, types.boolean).value
 
@@ -237,7 +250,7 @@ class Arithmetic:
     def _place(self, array: Value, indices: tuple):
         if any(isinstance(index, int) and index < 0 for index in indices):
             raise TypeError("negative indices are not understood")
-        numbers = [self.cast(self.as_value(index), types.int64).value for index in indices]
+        numbers = [self.whole(index) for index in indices]
         if isinstance(array.kind, types.CPointer) and len(numbers) == 1:
             return self.builder.gep(array.value, numbers)
         if not isinstance(array.kind, types.Array) or array.kind.ndim != len(numbers):
@@ -264,8 +277,8 @@ class Arithmetic:
     def _slice(self, array: Value, part: slice) -> Value:
         if part.step is not None or array.kind.ndim != 1:
             raise TypeError("only start and end of a vector's part are understood")
-        start = _I64(0) if part.start is None else self.as_value(part.start).value
-        end = self._field(array, _COUNT) if part.stop is None else self.as_value(part.stop).value
+        start = _I64(0) if part.start is None else self.whole(part.start)
+        end = self._field(array, _COUNT) if part.stop is None else self.whole(part.stop)
         data = self.builder.gep(self._field(array, _DATA), [start])
         return self._array(array.kind, data, [self.builder.sub(end, start)])
 
@@ -291,7 +304,7 @@ class Arithmetic:
         """min or max, of integers."""
         if not any(isinstance(argument, Value) for argument in arguments):
             return min(arguments) if sign == "<" else max(arguments)
-        result, *others = (self.cast(self.as_value(argument), types.int64).value for argument in arguments)
+        result, *others = map(self.whole, arguments)
         for other in others:
             result = self.builder.select(self.builder.icmp_signed(sign, other, result), other, result)
         return Value(types.int64, result)
