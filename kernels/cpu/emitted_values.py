@@ -10,12 +10,14 @@ import numpy as np
 from llvmlite import ir
 from numba import from_dtype, types
 from numba.core import cgutils
+from numba.core.datamodel import default_manager
 from numba.core.dispatcher import Dispatcher
 from numba.np.arrayobj import populate_array
 
 _I64 = ir.IntType(64)
-# Where Numba keeps what in an array's structure (numba/core/datamodel: ArrayModel).
-_COUNT, _DATA, _SHAPE = 2, 4, 5
+# Where Numba keeps what in an array's structure.
+_ARRAY: Any = default_manager.lookup(types.Array(types.float32, 1, "C"))
+_COUNT, _DATA, _SHAPE = map(_ARRAY.get_field_position, ("nitems", "data", "shape"))
 
 _ON_CONSTANTS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
