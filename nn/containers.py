@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .inference import Join, Network, Opened
-from .module import Changes, Module
+from .module import Module, changes
 
 
 def learns(module: Module) -> bool:
@@ -70,7 +70,7 @@ class Container(Network):
         if name in vars(self).get("_modules", {}):
             self._check(name, value)
             self._modules[name] = value
-            Changes.note()
+            changes.note()
         else:
             super().__setattr__(name, value)
 

@@ -12,7 +12,7 @@ from ..kernels import conv2d, conv2d_backward, pad, pad_backward, prepare_conv2d
 from ..kernels.shapes import Padding, explicit_padding, integer, padding_pairs, pair
 from .init import Rng
 from .linear import Affine
-from .module import Changes
+from .module import changes
 
 Size = int | Sequence[int]  # one number for both, or a pair (height, width)
 PaddingLike = int | str | Sequence[int] | Sequence[Sequence[int]]
@@ -140,7 +140,7 @@ class Conv2d(Affine):
         """
         use, kept = (id(norm), activation), self._prepared or {}  # read once: another thread may be at it
         found = kept.get(use)
-        if found is not None and found[0].mark is Changes.latest and found[0].holds():
+        if found is not None and found[0].mark is changes.latest and found[0].holds():
             return found[1]
         source = _Source(self, norm, activation)
         if found is not None and source.is_as(found[0]) and found[0].holds():
@@ -174,13 +174,13 @@ class Conv2d(Affine):
 class _Source:
     """What a prepared convolution is made of, to see whether that has changed.
 
-    mark: `Changes.latest` when this was last what the modules hold.
+    mark: `changes.latest` when this was last what the modules hold.
     """
 
     __slots__ = ("arrays", "mark", "numbers", "options", "samples", "statistics")
 
     def __init__(self, layer: Conv2d, norm: Any, activation: str | None):
-        self.mark = Changes.latest  # before anything is read
+        self.mark = changes.latest  # before anything is read
         parameters = layer.weight, layer.bias
         self.statistics = None if norm is None else norm.evaluation()
         *vectors, eps = self.statistics or (None,)

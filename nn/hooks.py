@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .module import Changes, Module
+from .module import Module, changes
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def observed(modules: Iterable[Module], methods: tuple[str, ...], seen: Callable
     try:
         for module, name, _ in places:
             vars(module)[name] = telling(module, getattr(module, name))
-        Changes.note()
+        changes.note()
         yield
     finally:
         for module, name, own in places:
@@ -39,4 +39,4 @@ def observed(modules: Iterable[Module], methods: tuple[str, ...], seen: Callable
                 vars(module).pop(name, None)
             else:  # a method that the user gave this module
                 vars(module)[name] = own
-        Changes.note()
+        changes.note()

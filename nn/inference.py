@@ -10,7 +10,7 @@ called as they are.
 
 A program holds modules, not numbers: parameters, statistics and options are read at each call, and `Conv2d.prepared`
 compares what it was made of. Where a module was replaced or set to another mode, the network makes a new program. Both
-look at attributes only where `Changes` tells that one was set anywhere: reading those of a network of fifty
+look at attributes only where `changes` tells that one was set anywhere: reading those of a network of fifty
 convolutions, which nothing else of a call needs, takes longer than one of the convolutions.
 """
 
@@ -27,7 +27,7 @@ from .batchnorm import BatchNorm2d
 from .conv import Conv2d
 from .dropout import Dropout
 from .linear import Linear
-from .module import Changes, Module
+from .module import Module, changes
 
 _ACTIVATIONS = {ReLU: "relu", ReLU6: "relu6", LeakyReLU: "leaky_relu", Sigmoid: "sigmoid", Tanh: "tanh"}
 _SLOPE = 0.01  # of the kernels' leaky_relu
@@ -75,14 +75,14 @@ class Program:
     """A network's steps, and what they were decided by."""
 
     def __init__(self, network: Network):
-        opened, self.mark = Opened(), Changes.latest
+        opened, self.mark = Opened(), changes.latest
         self.steps = opened.sequence([network], root=network)
         # weakly: the network holds this program, and should go when its last user lets it go
         self.members = [(weakref.ref(module), module._members()) for module in opened.networks]
         self.states = [(weakref.ref(module), _state(module)) for module in opened.leaves]
 
     def is_current(self) -> bool:
-        mark = Changes.latest
+        mark = changes.latest
         if self.mark is mark:
             return True
         for found, members in self.members:

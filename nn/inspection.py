@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .hooks import observed
-from .module import Changes, Module, Parameter
+from .module import Module, Parameter, changes
 
 Output = tuple[tuple[int, ...], int, int]  # shape, bytes, FLOPs
 HEADINGS = ("layer", "kind", "output", "parameters", "MFLOP", "output MB")
@@ -199,7 +199,7 @@ def _recording(modules: list[Module]) -> Iterator[dict[int, list[Output]]]:
             if mode is not None:
                 module.training = mode
             module.release()
-        Changes.note()
+        changes.note()
 
 
 def _own_parameters(module: Module) -> list[Parameter]:

@@ -15,11 +15,14 @@ class Changes:
     It is replaced after the change; take it before the attributes are read.
     """
 
-    latest = object()
+    def __init__(self):
+        self.latest = object()
 
-    @staticmethod
-    def note():
-        Changes.latest = object()
+    def note(self):
+        self.latest = object()
+
+
+changes = Changes()
 
 
 class Parameter:
@@ -41,7 +44,7 @@ class Parameter:
     def __setattr__(self, name: str, value: Any):
         object.__setattr__(self, name, value)
         if name in ("data", "version"):
-            Changes.note()
+            changes.note()
 
     def accumulate(self, grad: np.ndarray | None):
         """Add to the gradient. The array is kept, so the caller must not use it again."""
@@ -127,11 +130,11 @@ class Module:
     def __setattr__(self, name: str, value: Any):
         object.__setattr__(self, name, value)
         if name not in self.transient:
-            Changes.note()
+            changes.note()
 
     def __delattr__(self, name: str):
         object.__delattr__(self, name)
-        Changes.note()
+        changes.note()
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")

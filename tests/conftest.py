@@ -190,3 +190,17 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line(f"not executed: {name} {', '.join(d for n, d in missing if n == name)}")
     for text in unsupported:
         terminalreporter.line(f"cannot be executed: {text}")
+
+
+@pytest.fixture
+def allocations():
+    """A function: (arrays allocated, arrays freed) by compiled code."""
+    from numba.core.registry import cpu_target
+    from numba.core.runtime import _nrt_python, rtsys
+
+    rtsys.initialize(cpu_target.target_context)
+    counted = _nrt_python.memsys_stats_enabled()
+    _nrt_python.memsys_enable_stats()
+    yield lambda: rtsys.get_allocation_stats()[:2]
+    if not counted:
+        _nrt_python.memsys_disable_stats()

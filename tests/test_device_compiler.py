@@ -19,6 +19,10 @@ from tilewise.kernels.cpu.device_compiler import _FixedFlags, _needed
 from tilewise.kernels.cpu.device_typing import _known
 from tilewise.kernels.cpu.jit import device
 
+pytestmark = pytest.mark.skipif(
+    not numba.__version__.startswith(jit._SHORTENED_FOR), reason="with another Numba its own pipelines compile kernels"
+)
+
 
 @pytest.fixture(autouse=True)
 def nothing_cached(monkeypatch):

@@ -1,11 +1,15 @@
 """Emitted functions mean what the same source means to Python."""
 
+import linecache
+
 import numpy as np
 import pytest
-from numba import njit
+from numba import njit, prange
 from numba.core.errors import TypingError
 
+from tilewise.kernels.cpu import jit
 from tilewise.kernels.cpu.emitted import emitted
+from tilewise.kernels.cpu.jit import device
 from tilewise.kernels.cpu.scratch import integers
 from tilewise.kernels.cpu.simd import lanes
 
@@ -163,7 +167,112 @@ def test_narrow_elements_are_computed_with_as_int64():
 
 
 def test_branches_that_constants_rule_out_are_not_emitted():
-    assert call(pruned, np.zeros(1, np.float32)) % WIDE == 0
+    array = np.zeros(1, np.float32)
+    assert call(pruned, array) == WIDE * njit(lambda array: lanes(array))(array)
+
+
+@device()
+def halved(number):
+    return number / 2
+
+
+@emitted
+def quartered(number):
+    return halved(halved(number))
+
+
+def test_device_functions_are_called():
+    assert call(quartered, 3.0) == 0.75
+
+
+@emitted
+def byte_plus(number):
+    number += 1000
+    return number
+
+
+@emitted
+def first_byte_plus(bytes_):
+    return byte_plus(bytes_[0])
+
+
+def test_narrow_arguments_arrive_as_int64():
+    assert call(first_byte_plus, np.array([7], np.uint8)) == 1007
+
+
+def made_with(factor):
+    @emitted
+    def scaled(number):
+        return number * factor
+
+    return scaled
+
+
+def test_functions_of_one_name_are_told_apart():
+    """Those of two closures, and one whose global constant has changed."""
+    whole, half, single = made_with(2), made_with(0.5), made_with(np.float32(0.1))
+    assert [call(f, 3.0) for f in (whole, half, single)] == [6, 1.5, 3.0 * np.float32(0.1)]
+    names = {f.emitted.digest for f in (whole, half, single, made_with(0.1))}
+    assert len(names) == 4
+    text = "@emitted\ndef scaled(number):\n    return number * FACTOR\n"
+    lines = {"first.py": text, "second.py": text}
+    for file, factor in zip(lines, (2, 3), strict=True):
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        names = {"emitted": emitted, "FACTOR": factor}
+        exec(compile(text, file, "exec"), names)
+        assert call(names["scaled"], 5) == 5 * factor
+
+
+def test_a_source_that_changed_meanwhile_is_an_error():
+    text = "@emitted\ndef added(number):\n    return number + {}\n"
+    now = text.format(2)
+    linecache.cache["changed.py"] = (len(now), None, now.splitlines(keepends=True), "changed.py")
+    names = {"emitted": emitted}
+    exec(compile(text.format(1), "changed.py", "exec"), names)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="source of added has changed"):
+            call(names["added"], 5)
+
+
+def _fill(numbers, result):
+    for i in prange(result.size):
+        result[i] = last_of_squares(i + 2) + table_sum(numbers, numbers[0])
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_kernels_call_them_and_are_kept(tmp_path, monkeypatch, parallel):
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
+    numbers = np.arange(6, dtype=np.float32).reshape(2, 3)
+    results = []
+    for _ in range(2):
+        form, result = jit.compiled(_fill, jit.FASTMATH, parallel), np.zeros(40)
+        form(numbers, result)
+        results.append((form.stats.cache_hits, result.tolist()))
+    expected = [(i + 1) ** 2 + 2 + 19.0 for i in range(40)]
+    assert [found for _, found in results] == [expected] * 2
+    assert [sum(hits.values()) for hits, _ in results] == [0, 1]
+
+
+def test_what_is_made_is_given_back(allocations):
+    early_or_late = njit(lambda n: early(n))
+    for count in (1, 5):
+        early_or_late(count)
+        before = allocations()
+        early_or_late(count)
+        call(squares, count), call(last_of_squares, 2)
+        made, freed = (now - earlier for now, earlier in zip(allocations(), before, strict=True))
+        assert made == freed > 2
+
+
+@emitted
+def early(count):
+    """Returns before the second array is made, or after."""
+    first = integers(count)
+    first[0] = 1
+    if count < 3:
+        return first[0]
+    second = squares(count)
+    return second[1] + first[0]
 
 
 @emitted
@@ -223,9 +332,96 @@ def at_a_fraction(numbers):
     return numbers[numbers[0]]
 
 
+@emitted
+def makes_twins(count):
+    made = other = integers(count)
+    return made[0] + other[0]
+
+
+@emitted
+def gives_one_up(count):
+    made, other = integers(count), integers(count)
+    made = other
+    return made[0]
+
+
+@emitted
+def returns_a_part(count):
+    made = integers(count)
+    return made[1:]
+
+
+@emitted
+def returns_one_of_two(count):
+    made, other = integers(count), integers(count)
+    if count > 3:
+        return made
+    return other
+
+
+@emitted
+def returns_what_it_was_given(numbers):
+    return numbers
+
+
+@emitted
+def drops(count):
+    squares(count)
+
+
+@emitted
+def loops_else(count):
+    for _ in range(count):
+        count -= 1
+    else:
+        return 1
+    return count
+
+
+@emitted
+def count_or_one(count):
+    return (count or 1) + 1
+
+
+@emitted
+def by_name(count):
+    return collatz(n=count)
+
+
+@emitted
+def sometimes(count):
+    if count > 1:
+        return count
+
+
+@emitted
+def bare(count):
+    if count > 1:
+        return count
+    return
+
+
+@emitted
+def half_an_array(count):
+    made = integers(count * 0.5)
+    return made[0]
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "words"),
     [
+        (makes_twins, (3,), "needs one name"),
+        (gives_one_up, (3,), "another array already"),
+        (returns_a_part, (3,), "one array is returned"),
+        (returns_one_of_two, (3,), "one array is returned"),
+        (returns_what_it_was_given, (np.ones(2),), "one array is returned"),
+        (drops, (3,), "needs a name"),
+        (loops_else, (3,), "else of a loop"),
+        (count_or_one, (3,), "what is no bool"),
+        (by_name, (3,), "by name"),
+        (sometimes, (3,), "not at its end"),
+        (bare, (3,), "does so everywhere"),
+        (half_an_array, (3,), "float64 is no int64"),
         (rounds_its_total, (np.ones(2),), "float64 is no int64"),
         (narrows_its_total, (np.ones(2, np.float32), 0.5), "float64 is no float32"),
         (returns_either, (np.ones(2), 1), "float64 is no int64"),
@@ -239,5 +435,6 @@ def at_a_fraction(numbers):
     ],
 )
 def test_what_is_not_understood_is_an_error(function, arguments, words):
-    with pytest.raises((TypeError, TypingError), match=words):
-        call(function, *arguments)
+    for _ in range(2):  # the first leaves nothing behind that would hide what is wrong
+        with pytest.raises((TypeError, TypingError), match=words):
+            call(function, *arguments)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from numba import prange
-from numba.core.runtime import _nrt_python, rtsys
 
 from tilewise.kernels.cpu import jit
 from tilewise.kernels.cpu.scratch import ALIGNMENT, integer_table, integers, keep, progression, scratch, zeros
@@ -32,17 +31,6 @@ def _fill(like, chunks, result):
 
 
 fill = jit.kernel()(_fill)
-
-
-@pytest.fixture
-def allocations():
-    """A function: (arrays allocated, arrays freed) by compiled code."""
-    rtsys.initialize(fill.serial.targetctx)
-    counted = _nrt_python.memsys_stats_enabled()
-    _nrt_python.memsys_enable_stats()
-    yield lambda: rtsys.get_allocation_stats()[:2]
-    if not counted:
-        _nrt_python.memsys_disable_stats()
 
 
 @pytest.mark.parametrize("form", ["serial", "parallel"])

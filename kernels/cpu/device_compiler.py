@@ -39,15 +39,25 @@ from tilewise.kernels.cpu.device_passes import LEAN_PASSES
 from tilewise.kernels.cpu.device_typing import brief_refreshes, remembered_calls
 
 
-def _needed(library: CPUCodeLibrary, known: dict | None = None) -> dict:
-    """All libraries that one needs, directly or not, each once, a caller's before those that it calls."""
-    known = {} if known is None else known
-    for called in library._linking_libraries:
-        if called not in known:
-            known[called] = None
-            if isinstance(called, _LinkedLibrary) and not called._wide:
-                _needed(called, known)
-    return known
+def _needed(library: CPUCodeLibrary) -> list[CPUCodeLibrary]:
+    """All libraries that one needs, directly or not, each once, a caller's before those that it calls.
+
+    Linking leaves out what nothing linked before refers to. Numba's own come last: any of ours may call them.
+    """
+    seen: set[CPUCodeLibrary] = set()
+    callees_first: list[CPUCodeLibrary] = []
+
+    def visit(caller: CPUCodeLibrary):
+        for called in caller._linking_libraries:
+            if called not in seen:
+                seen.add(called)
+                if isinstance(called, _LinkedLibrary) and not called._wide:
+                    visit(called)
+                callees_first.append(called)
+
+    visit(library)
+    callees_first.reverse()
+    return sorted(callees_first, key=lambda needed: not isinstance(needed, _LinkedLibrary))
 
 
 def _part(library: CPUCodeLibrary):

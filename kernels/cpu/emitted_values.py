@@ -162,6 +162,13 @@ class Arithmetic:
             raise TypeError(f"{value.kind} is no {kind}, which the variable was before")
         return self.cast(value, kind)
 
+    def given(self, value: Value, kind) -> Value:
+        """As an argument: no float is cut off or rounded."""
+        to_integer = isinstance(kind, types.Integer)
+        if isinstance(value.kind, types.Float) and (to_integer or (value.kind, kind) == (types.float64, types.float32)):
+            raise TypeError(f"{value.kind} is no {kind}")
+        return self.cast(value, kind)
+
     def truth(self, value: Value):
         return self.cast(value, types.boolean).value
 
@@ -226,12 +233,6 @@ class Arithmetic:
         ordered = self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered
         return Value(types.boolean, ordered(sign, a, b))
 
-    def both(self, first, second):
-        for one, other in ((first, second), (second, first)):
-            if not isinstance(one, Value):
-                return other if one else False
-        return Value(types.boolean, self.builder.and_(first.value, second.value))
-
     # Arrays and pointers
 
     def attribute(self, value, name):
@@ -269,11 +270,17 @@ class Arithmetic:
             return array[indices[0]]
         if isinstance(array.kind, types.BaseTuple):
             return self.unpacked(array)[indices[0]]
+        self._refuse_bools(array)
         return Value(array.kind.dtype, self.builder.load(self._place(array, indices)))
 
-    def store(self, array, indices, value):
+    def _refuse_bools(self, array: Value):
         if isinstance(array.kind.dtype, types.Boolean):
             raise TypeError("arrays of bool are not understood")
+
+    def store(self, array, indices, value):
+        self._refuse_bools(array)
+        if isinstance(array.kind, types.Array) and not array.kind.mutable:
+            raise TypeError("the array is read-only")
         self.builder.store(self.cast(self.as_value(value), array.kind.dtype).value, self._place(array, indices))
 
     def _slice(self, array: Value, part: slice) -> Value:
@@ -314,7 +321,7 @@ class Arithmetic:
     def _device_function(self, typing, called, values):
         kind = typing.resolve_value_type(called)
         signature = kind.get_call_type(typing, tuple(value.kind for value in values), {})
-        values = [self.cast(value, kind).value for value, kind in zip(values, signature.args, strict=True)]
+        values = [self.given(value, kind).value for value, kind in zip(values, signature.args, strict=True)]
         self.may_fail = True
         result = self.context.get_function(kind, signature)(self.builder, values)
         kind = signature.return_type
@@ -328,7 +335,7 @@ class Arithmetic:
             for argument, value, constant in zip(arguments, values, constants, strict=True)
         ]
         signature, generate = called._defn(typing, *kinds)
-        values = [self.cast(value, kind).value for value, kind in zip(values, signature.args, strict=True)]
+        values = [self.given(value, kind).value for value, kind in zip(values, signature.args, strict=True)]
         result = generate(self.context, self.builder, signature, values)
         kind = signature.return_type
         if isinstance(kind, types.Array):

@@ -12,7 +12,7 @@ from functools import lru_cache
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.errors import RequireLiteralValue
+from numba.core.errors import RequireLiteralValue, TypingError
 from numba.core.imputils import impl_ret_borrowed
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
@@ -82,7 +82,12 @@ def address(typingctx, array, offset):
 
 @intrinsic
 def flat(typingctx, array):
-    """The elements of a contiguous array in one dimension; where Numba compiles `reshape` anew, this is emitted."""
+    """The elements of a contiguous array in one dimension; where Numba compiles `reshape` anew, this is emitted.
+
+    Numba does not know that it is the same array: in a kernel, hand it on, and store nothing into it.
+    """
+    if array.layout != "C":
+        raise TypingError(f"{array} is not contiguous")
     result = types.Array(array.dtype, 1, "C")
 
     def codegen(context, builder, signature, args):
