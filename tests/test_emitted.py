@@ -60,6 +60,17 @@ def guarded(numbers, i):
 
 
 @emitted
+def is_even(number):
+    return number % 2 == 0
+
+
+@emitted
+def even_and_small(number):
+    found = is_even(number) and number < 10
+    return 5 if found or not is_even(number + 1) else 3
+
+
+@emitted
 def swapped(a, b):
     for _ in range(3):
         a, b = b, a + b
@@ -140,6 +151,8 @@ def test_integers_are_pythons(a, b):
         (guarded, (np.array([0, 1]), 2)),
         (guarded, (np.array([0, 1]), 1 << 60)),
         (guarded, (np.array([0, 1]), -6)),
+        (is_even, (4,)),
+        (is_even, (5,)),
         (swapped, (2, 5)),
         (table_sum, (np.arange(12.0).reshape(3, 4), np.array([1.0, -2.0, 0.5, 3.0]))),
         (table_sum, (np.arange(12, dtype=np.float32).reshape(3, 4), np.ones(4, np.float32))),
@@ -147,6 +160,10 @@ def test_integers_are_pythons(a, b):
 )
 def test_results_are_pythons(function, arguments):
     assert call(function, *arguments) == python(function)(*arguments)
+
+
+def test_a_bool_that_is_returned_is_one_for_other_emitted_functions():
+    assert [call(even_and_small, number) for number in (4, 5, 11, 12)] == [5, 3, 3, 5]
 
 
 def test_arrays_made_here_live_as_long_as_they_are_used():

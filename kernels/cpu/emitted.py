@@ -21,6 +21,7 @@ be at hand when a kernel is compiled, as it was when it was imported.
 
 import ast
 import builtins
+import dis
 import hashlib
 import inspect
 import textwrap
@@ -51,8 +52,8 @@ def emitted(function: FunctionType) -> Callable[..., Any]:
         def generate(context, builder, signature, arguments):
             arithmetic = Arithmetic(context, builder)
             values = [Value(kind, value) for kind, value in zip(kinds, arguments, strict=True)]
-            result = source.call(typing, arithmetic, values)
-            return context.get_dummy_value() if result.kind == types.none else result.value
+            value = source.call(typing, arithmetic, values)
+            return context.get_dummy_value() if result == types.none else arithmetic.cast(value, result).value
 
         return result(*kinds), generate
 
@@ -80,6 +81,7 @@ class _Source:
         self.function = function
         self.name = function.__name__
         self._results: dict[tuple, types.Type] = {}
+        self._truths: set[tuple] = set()  # kinds for which the int64 that is returned is a bool
 
     @cached_property
     def text(self) -> str:
@@ -102,8 +104,11 @@ class _Source:
     def digest(self) -> str:
         """Of what the code depends on beside its arguments: one name, one code, also in the kernels' cache."""
         inner = inspect.getclosurevars(self.function)
-        used = {**inner.globals, **inner.nonlocals}
-        parts = [self.text, *(f"{name} {_told(used[name])}" for name in sorted(used))]
+        enclosed = {name: _told(value) for name, value in inner.nonlocals.items()}
+        if any("<locals>" in told for told in enclosed.values()):
+            raise TypeError(f"{self.name} encloses functions that others enclose under the same name: {enclosed}")
+        used = {name: _told(value) for name, value in inner.globals.items()} | enclosed
+        parts = [self.text, *(f"{name} {used[name]}" for name in sorted(used))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def result(self, typing, kinds: tuple) -> types.Type:
@@ -122,7 +127,10 @@ class _Source:
         context: Any = cpu_target.target_context
         library = context.codegen().create_library(f"trial of {self.name}")
         with context.push_code_library(library):
-            return self._emit(typing, context.subtarget(enable_nrt=True), ir.Module(), kinds).returned
+            emission = self._emit(typing, context.subtarget(enable_nrt=True), ir.Module(), kinds)
+        if emission.returns_truth:
+            self._truths.add(kinds)
+        return emission.returned
 
     def _emit(self, typing, context, module, kinds):
         result = self._results[kinds]
@@ -159,12 +167,17 @@ class _Source:
             with cgutils.if_unlikely(builder, builder.icmp_signed("!=", status, status.type(0))):
                 builder.ret(status)
         arithmetic.may_fail |= function.may_fail
+        if kinds in self._truths:
+            return arithmetic.cast(Value(result, builder.load(where)), types.boolean)
         made = isinstance(result, types.Array)
         return Value(result, None if result == types.none else builder.load(where), made)
 
 
 def _is_source_of(tree: ast.FunctionDef, function: FunctionType) -> bool:
-    """The file is read when a kernel is compiled; it may be another one by then."""
+    """The file is read when a kernel is compiled; it may be another by then, with other names, constants or operators.
+
+    Not all of the byte code is compared: calls of imported names are compiled otherwise where their import is seen.
+    """
     plain = ast.FunctionDef(**{**vars(tree), "decorator_list": []})
     free = function.__code__.co_freevars
     around = ast.parse(f"def around({', '.join(free)}): pass").body[0]
@@ -172,8 +185,12 @@ def _is_source_of(tree: ast.FunctionDef, function: FunctionType) -> bool:
     module = ast.fix_missing_locations(ast.Module([around], []))
     (outer,) = (part for part in compile(module, "", "exec").co_consts if isinstance(part, CodeType))
     (code,) = (part for part in outer.co_consts if isinstance(part, CodeType))
-    same = ("co_code", "co_consts", "co_names", "co_varnames")
-    return all(getattr(code, name) == getattr(function.__code__, name) for name in same)
+    return _operations(code) == _operations(function.__code__)
+
+
+def _operations(code: CodeType) -> tuple:
+    operators = [step.argrepr for step in dis.get_instructions(code) if step.opname in ("BINARY_OP", "COMPARE_OP")]
+    return code.co_names, code.co_consts, code.co_varnames, operators
 
 
 def _told(constant) -> str:
@@ -185,6 +202,4 @@ def _told(constant) -> str:
     if isinstance(constant, (bool, int, float, str, np.generic)):
         return f"{type(constant).__name__} {constant!r}"
     name = getattr(constant, "__qualname__", None) or getattr(constant, "__name__", None)
-    if name is None or "<locals>" in name:
-        raise TypeError(f"{constant!r} is no constant of an emitted function")
-    return f"{getattr(constant, '__module__', '')} {name}"
+    return f"{getattr(constant, '__module__', '')} {name or constant!r}"

@@ -29,7 +29,7 @@ class Emission:
         self.names: dict[str, Any] = {}  # variables, and constants
         self.loops: list[tuple] = []  # (where `continue` goes, where `break` goes)
         self.owned: list[_Variable] = []
-        self.handed_on = False
+        self.handed_on = self.returns_truth = False
         self.returned = types.none
         self.kinds = kinds
         stores = [n.id for n in ast.walk(source.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
@@ -210,7 +210,11 @@ class Emission:
             raise TypeError("what returns something does so everywhere")
         if node.value is not None:
             value = self.a.as_value(self.value(node.value))
-            if value.kind == types.boolean:  # which Numba passes on otherwise than it keeps it
+            truth = value.kind == types.boolean
+            if self.returned != types.none and truth != self.returns_truth:
+                raise TypeError("a bool is returned, and an integer elsewhere")
+            self.returns_truth = truth
+            if truth:  # Numba passes it on otherwise than it keeps it
                 value = self.a.cast(value, types.int64)
             if isinstance(value.kind, (types.Array, types.BaseTuple)):
                 self.hand_on(node.value, value)
