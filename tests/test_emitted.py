@@ -301,7 +301,8 @@ def test_what_is_made_is_given_back(allocations):
         early_or_late(count)
         before = allocations()
         early_or_late(count)
-        call(squares, count), call(last_of_squares, 2)
+        call(squares, count)
+        call(last_of_squares, 2)
         made, freed = (now - earlier for now, earlier in zip(allocations(), before, strict=True))
         assert made == freed > 2
 

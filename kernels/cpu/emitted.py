@@ -21,6 +21,7 @@ be at hand when a kernel is compiled, as it was when it was imported.
 
 import ast
 import builtins
+import copy
 import dis
 import hashlib
 import inspect
@@ -153,7 +154,7 @@ class _Source:
         values = [arithmetic.cast(value, kind) for value, kind in zip(values, kinds, strict=True)]
         result = self.result(typing, kinds)
         builder, context = arithmetic.builder, arithmetic.context
-        function = builder.module.globals.get(self._name_in(context, kinds))
+        function: Any = builder.module.globals.get(self._name_in(context, kinds))
         if function is None:
             emission = self._emit(typing, context, builder.module, kinds)
             function = emission.function
@@ -178,7 +179,8 @@ def _is_source_of(tree: ast.FunctionDef, function: FunctionType) -> bool:
 
     Not all of the byte code is compared: calls of imported names are compiled otherwise where their import is seen.
     """
-    plain = ast.FunctionDef(**{**vars(tree), "decorator_list": []})
+    plain = copy.copy(tree)
+    plain.decorator_list = []
     free = function.__code__.co_freevars
     around = ast.parse(f"def around({', '.join(free)}): pass").body[0]
     around.body = [plain]  # pyright: ignore[reportAttributeAccessIssue]

@@ -227,7 +227,7 @@ class Emission:
     def hand_on(self, node, value: Value):
         """An array goes to the caller if it was made here, and no other may."""
         if isinstance(value.kind, types.BaseTuple):
-            if any(isinstance(kind, types.Array) for kind in value.kind.types):
+            if any(isinstance(part.kind, types.Array) for part in self.a.unpacked(value)):
                 raise TypeError("arrays in a tuple are not returned")
             return
         known = self.names.get(node.id) if isinstance(node, ast.Name) else None
