@@ -27,6 +27,8 @@ def test_first_calls_are_valid(name, form):
     call = first_calls.prepared(name, form)
     decision = tilewise.explain(call.func, *call.args, **call.keywords)
     assert decision.backend == "cpu"
+    if call.func is tilewise.conv2d_backward:  # explained as such: each gradient has its own algorithm
+        return
     for algorithm in ("gemm", "winograd", "depthwise"):
         assert algorithm not in name.split() or decision.algorithm == algorithm
 
