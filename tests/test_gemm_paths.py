@@ -52,6 +52,7 @@ PARTS = [
 # few rows, many columns, whole vectors of them: as a convolution by 1x1 kernels, in tiles of 8 x 48 (AVX2: 4 x 24),
 # 16 panels of columns a chunk; the sum in one go, beyond 256 steps, too
 WIDE = [(65, 2064, 97), (64, 2048, 130), (100, 4112, 30), (64, 2048, 256), (67, 2080, 257), (71, 2048, 640)]
+WIDE = [(m, n, min(depth, gemm_plan.WIDE_DEPTH)) for m, n, depth in WIDE]
 
 
 def stored(array, by_columns):
@@ -230,14 +231,16 @@ def test_wide_products_are_convolutions_with_the_bits_of_blocks_up_to_their_step
 
 
 def test_products_are_wide_within_measured_limits():
-    def wide(m, n=8192, depth=300):
+    def wide(m, n=8192, depth=gemm_plan.WIDE_DEPTH):
         return gemm_plan.is_wide(m, n, depth, 4)
 
     rows, depth, columns = gemm_plan.WIDE_ROWS_MOST, gemm_plan.WIDE_DEPTH, gemm_plan.WIDE_COLUMNS
     assert wide(gemm_plan.WIDE_ROWS)
-    assert wide(rows, columns, depth)
+    assert wide(rows, 4 * rows, depth)
+    assert wide(64, columns)
     assert not wide(gemm_plan.WIDE_ROWS - 1)
-    assert not wide(rows + 1)
+    assert not wide(rows + 1, 8 * rows)
+    assert not wide(rows, 3 * rows)
     assert not wide(64, depth=depth + 1)
     assert not wide(64, columns - lane_count(4))
     assert not wide(64, columns + 1)

@@ -41,8 +41,9 @@ IN_STACK = 64 << 10
 # Chunks of the result that threads share, if there are that many, and the fewest of one that is worth sharing.
 CHUNKS, FEWEST_CHUNKS = 8, 2
 # Rows from and up to which, columns from which and steps up to which a wide product is one of a convolution by 1x1
-# kernels. Its tiles of 8 rows waste none of 64 or 128, those of 14 every tenth, and B is not copied by itself.
-WIDE_ROWS, WIDE_ROWS_MOST, WIDE_COLUMNS, WIDE_DEPTH = 64, 256, 2048, 640
+# kernels. Its tiles of 8 rows waste none of 64 or 128, those of 14 every tenth, and B is not copied by itself. With
+# AVX2, blocks are faster from 256 steps on.
+WIDE_ROWS, WIDE_ROWS_MOST, WIDE_COLUMNS, WIDE_DEPTH = 64, 4096, 2048, 640 if VECTOR_BYTES == 64 else 64
 # Bytes of B a chunk that a sum in steps passes by again and again: 2048 pages, which the second table of addresses
 # still holds (3072 on Zen 4, 2048 on Ice Lake).
 PAGED_BYTES = 8 << 20
@@ -163,7 +164,7 @@ def is_wide(m, n, depth, itemsize):
     Only with whole vectors of columns: some left over may be dot products there (conv_pointwise.whole_pixels), with
     bits that no other way gives.
     """
-    few = WIDE_ROWS <= m <= WIDE_ROWS_MOST and depth <= WIDE_DEPTH
+    few = WIDE_ROWS <= m <= WIDE_ROWS_MOST and 4 * m <= n and depth <= WIDE_DEPTH
     return few and n >= WIDE_COLUMNS and n % lane_count(itemsize) == 0
 
 
