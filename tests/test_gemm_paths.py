@@ -7,7 +7,7 @@ from tolerances import assert_close
 
 import tilewise
 from tilewise import kernels
-from tilewise.kernels.cpu import gemm_plan, threads
+from tilewise.kernels.cpu import conv_pointwise, gemm_plan, threads
 from tilewise.kernels.cpu.simd import NV, lane_count
 
 FLOATS = (np.float32, np.float64)
@@ -49,8 +49,10 @@ PARTS = [
     (257, 33, 2048),
 ]  # fmt: skip
 
-# few rows, many columns, whole vectors of them: as a convolution by 1x1 kernels, in tiles of 8 x 48 (AVX2: 4 x 24)
-WIDE = [(65, 2064, 97), (64, 2048, 130), (100, 4112, 30)]
+# few rows, many columns, whole vectors of them: as a convolution by 1x1 kernels, in tiles of 8 x 48 (AVX2: 4 x 24),
+# 16 panels of columns a chunk; the sum in one go, beyond 256 steps, too
+WIDE = [(65, 2064, 97), (64, 2048, 130), (100, 4112, 30), (64, 2048, 256), (67, 2080, 257), (71, 2048, 640)]
+WIDE = [(m, n, min(depth, gemm_plan.WIDE_DEPTH)) for m, n, depth in WIDE]
 
 
 def stored(array, by_columns):
@@ -61,8 +63,8 @@ def stored(array, by_columns):
 @pytest.mark.parametrize("orders", ["rows rows", "columns rows", "rows columns", "columns columns"])
 @pytest.mark.parametrize(
     "sizes",
-    [IN_PLACE, FEW_ROWS, VECTOR, DOTS, BLOCKS, PACKED, PARTS, ALIASED],
-    ids=["in place", "few rows", "vector", "dots", "blocks", "packed", "parts", "aliased"],
+    [IN_PLACE, FEW_ROWS, VECTOR, DOTS, BLOCKS, PACKED, PARTS, ALIASED, WIDE],
+    ids=["in place", "few rows", "vector", "dots", "blocks", "packed", "parts", "aliased", "wide"],
 )
 def test_products_at_the_edges(rng, sizes, orders, dtype):
     a_order, b_order = orders.split()
@@ -83,6 +85,7 @@ SHARED = {
     "few rows": [(16, 300, 300), (9, 1024, 200)],
     "dots": [(16, 120, 800), (64, 120, 400), (8, 252, 700), (30, 63, 700), (90, 8, 4000)],
     "blocks": [(128, 128, 128), (112, 40, 400), (70, 64, 300), (112, 250, 100), (256, 256, 256)],
+    "wide": [(64, 2048, 33), (65, 2064, 40), (64, 4096, 20)],
 }
 
 
@@ -97,6 +100,10 @@ def test_two_threads_find_two_chunks(way):
             rows, columns = gemm_plan._shared_blocks(m, n, NV * lane_count(4), 1, work)
         elif way == "dots":
             _, (rows, columns, _) = gemm_plan.dots(m, n, depth, float32)
+        elif way == "wide":
+            assert gemm_plan.is_wide(m, n, depth, 4)
+            geometry, _ = conv_pointwise.plan(1, 1, depth, (1, n), m, (1, 1), 4, 0)
+            rows, columns = m, geometry[5] * conv_pointwise.NV * lane_count(4)
         else:
             assert gemm_plan.fits_in_place(m, n, depth, True, 4)
             _, geometry = gemm_plan.in_place(m, n, depth, True, float32)
@@ -190,12 +197,13 @@ def test_no_way_depends_on_the_thread_count(rng, split_everything, dtype):
         for m, n, depth in sizes
     ]
     stacks = rng.standard_normal((70, 16, 20)).astype(dtype), rng.standard_normal((70, 20, 17)).astype(dtype)
+    wide = [(rng.random((m, depth), dtype), rng.random((depth, n), dtype)) for m, n, depth in (WIDE[2], WIDE[4])]
     results = []
     for count in (1, 2, 3):
         with tilewise.using(backend="cpu", threads=count):
             some = [kernels.matmul(a, np.asfortranarray(b) if i % 2 else b) for i, (a, b) in enumerate(operands)]
             swapped = kernels.matmul(stacks[0], np.ascontiguousarray(stacks[1].swapaxes(1, 2)).swapaxes(1, 2))
-            results.append([*some, kernels.matmul(*stacks), swapped])
+            results.append([*some, kernels.matmul(*stacks), swapped, *(kernels.matmul(a, b) for a, b in wide)])
     for other in results[1:]:
         for one, more in zip(results[0], other, strict=True):
             assert one.tobytes() == more.tobytes()
@@ -203,15 +211,52 @@ def test_no_way_depends_on_the_thread_count(rng, split_everything, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("sizes", WIDE, ids=str)
-def test_wide_products_have_the_bits_of_those_by_blocks(rng, sizes, dtype):
+def test_wide_products_are_convolutions_with_the_bits_of_blocks_up_to_their_steps(rng, sizes, dtype):
     m, n, k = sizes
     dtype = np.dtype(dtype)
     assert gemm_plan.is_wide(m, n, k, dtype.itemsize)
     a, b = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (k, n)))
-    by_blocks = np.empty((m, n), dtype)
+    bias, by_blocks = rng.standard_normal(n).astype(dtype), np.empty((m, n), dtype)
     gemm_plan.product_by_blocks(m, n, k, True, True, dtype.itemsize)(a, b, by_blocks, np.empty(0, dtype), 0)
-    assert_close(by_blocks, a.astype(np.float64) @ b, k)
-    np.testing.assert_array_equal(kernels.matmul(a, b), by_blocks)
-    bias = rng.standard_normal(n).astype(dtype)
-    y = kernels.linear(a, b.T, bias, activation="relu")
-    np.testing.assert_array_equal(y, np.maximum(by_blocks + bias, 0))
+    with tilewise.using(backend="cpu"):
+        y, convolved = kernels.matmul(a, b), kernels.conv2d(b.reshape(1, k, 1, n), a.reshape(m, k, 1, 1))
+        shifted, bounded = kernels.linear(a, b.T, bias), kernels.linear(a, b.T, activation="relu")
+    assert_close(y, a.astype(np.float64) @ b, reduction=k)
+    np.testing.assert_array_equal(y, convolved.reshape(m, n))
+    if k <= gemm_plan.KC:
+        np.testing.assert_array_equal(y, by_blocks)
+    # a dense layer's bias and activation are done block by block
+    np.testing.assert_array_equal(shifted, by_blocks + bias)
+    np.testing.assert_array_equal(bounded, np.maximum(by_blocks, 0))
+
+
+def test_products_are_wide_within_measured_limits():
+    def wide(m, n=8192, depth=gemm_plan.WIDE_DEPTH):
+        return gemm_plan.is_wide(m, n, depth, 4)
+
+    rows, depth, columns = gemm_plan.WIDE_ROWS_MOST, gemm_plan.WIDE_DEPTH, gemm_plan.WIDE_COLUMNS
+    assert wide(gemm_plan.WIDE_ROWS)
+    assert wide(rows, 4 * rows, depth)
+    assert wide(64, columns)
+    assert not wide(gemm_plan.WIDE_ROWS - 1)
+    assert not wide(rows + 1, 8 * rows)
+    assert not wide(rows, 3 * rows)
+    assert not wide(64, depth=depth + 1)
+    assert not wide(64, columns - lane_count(4))
+    assert not wide(64, columns + 1)
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_chunks_of_a_dense_layers_weight(itemsize):
+    """Whole tiles, at least a quarter of them each, and no more pages than are known where they are passed by again."""
+    for n in (253, 1000, 1001, 4096, 5000, 11008, 32000):
+        for depth in (100, 769, 1024, 4096, 5001, 8192):
+            for step in (depth, gemm_plan.STEP_BYTES // itemsize):
+                columns = gemm_plan.dot_columns(n, depth, step, itemsize)
+                chunks = -(-n // columns)
+                assert columns % gemm_plan.COLUMNS == 0
+                assert chunks >= 4 or columns <= 4 * gemm_plan.BLOCK
+                if step < depth and columns > 4 * gemm_plan.BLOCK:
+                    assert columns * depth * itemsize <= gemm_plan.PAGED_BYTES
+                # equal shares: the last is short of the others by less than a tile for each chunk
+                assert chunks * columns - n < chunks * gemm_plan.COLUMNS

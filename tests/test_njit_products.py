@@ -7,10 +7,11 @@ from numba.core.errors import TypingError
 
 import tilewise as t
 
-# (m, depth, n): by dot products, in place, in blocks, and the sum in parts; with AVX2 by dot products, others by blocks
+# (m, depth, n): by dot products, in place, in blocks, and the sum in parts; with AVX2 by dot products, others by
+# blocks; wide, by the 1x1 convolution
 SIZES = [
     (5, 30, 6), (1, 300, 40), (130, 100, 150), (200, 500, 300), (40, 5000, 30), (300, 64, 3), (4, 0, 3), (0, 4, 3),
-    (100, 500, 100),
+    (100, 500, 100), (65, 300, 2064),
 ]  # fmt: skip
 
 
@@ -61,8 +62,9 @@ def test_matmul_of_vectors_and_stacks(rng):
 def test_linear(rng, dtype):
     for rows, depth, outputs in SIZES:
         x, weight, bias = (rng.standard_normal(s).astype(dtype) for s in ((rows, depth), (outputs, depth), (outputs,)))
-        for result, activation, shift in zip(dense(x, weight, bias), ("relu", None), (bias, None), strict=True):
-            np.testing.assert_array_equal(result, t.linear(x, weight, shift, activation=activation))
+        for matrix in (weight, np.asfortranarray(weight)):
+            for result, activation, shift in zip(dense(x, matrix, bias), ("relu", None), (bias, None), strict=True):
+                np.testing.assert_array_equal(result, t.linear(x, matrix, shift, activation=activation))
         grad = rng.standard_normal((rows, outputs)).astype(dtype)
         if depth:
             for result, right in zip(dense_gradients(grad, x, weight), t.linear_backward(grad, x, weight), strict=True):

@@ -3,7 +3,8 @@
 - gemm_vector.py multiplies a vector by a large matrix.
 - gemm_in_place.py reads both operands where they lie: small products, and those with few rows.
 - gemm_dots.py multiplies rows by rows: a dense layer, a matrix and a vector.
-- conv_pointwise.py multiplies few rows by many columns, whose panels the first tile of rows packs on its way.
+- conv_pointwise.py multiplies few rows by many columns, whose panels the first tile of rows packs on its way. It sums
+  in one go where gemm_blocks.py adds up every KC steps: up to there the bits are the same.
 - gemm_blocks.py copies blocks into the caches: everything large.
 - gemm_parts.py does so for parts of a long sum, where the result is small.
 """
@@ -39,9 +40,10 @@ DOT_ROWS, DOT_COLUMNS, DOT_BOTH = (48, 8, 128) if VECTOR_BYTES == 32 else (96, 8
 IN_STACK = 64 << 10
 # Chunks of the result that threads share, if there are that many, and the fewest of one that is worth sharing.
 CHUNKS, FEWEST_CHUNKS = 8, 2
-# Rows and columns from which, and steps up to which, a wide product is one of a convolution by 1x1 kernels. Its tiles
-# of 8 rows waste none of 64 or 128, those of 14 every tenth, and B is not copied by itself.
-WIDE_ROWS, WIDE_COLUMNS, WIDE_DEPTH = 64, 2048, 640
+# Rows from and up to which, columns from which and steps up to which a wide product is one of a convolution by 1x1
+# kernels. Its tiles of 8 rows waste none of 64 or 128, those of 14 every tenth, and B is not copied by itself. With
+# AVX2, blocks are faster from 256 steps on.
+WIDE_ROWS, WIDE_ROWS_MOST, WIDE_COLUMNS, WIDE_DEPTH = 64, 4096, 2048, 640 if VECTOR_BYTES == 64 else 64
 # Bytes of B a chunk that a sum in steps passes by again and again: 2048 pages, which the second table of addresses
 # still holds (3072 on Zen 4, 2048 on Ice Lake).
 PAGED_BYTES = 8 << 20
@@ -110,7 +112,7 @@ def dot_columns(n, depth, step, itemsize):
     """Rows of B a chunk: equal shares, at most a quarter, and not more than PAGED_BYTES where the sum goes in steps."""
     most = -(-n // 4)
     if step < depth:
-        most = min(most, PAGED_BYTES // (depth * itemsize))
+        most = min(most, PAGED_BYTES // (depth * itemsize) // COLUMNS * COLUMNS)
     return _chunk(n, COLUMNS, max(4 * BLOCK, most))
 
 
@@ -157,21 +159,26 @@ def _plan_in_place(m, n, depth, a_by_rows, dtype, work):
 
 
 def is_wide(m, n, depth, itemsize):
-    """Is it a product for `_plan_wide`? Only with whole vectors of columns: others are dot products there, with other
-    bits."""
-    few = m >= WIDE_ROWS and 4 * m <= n and depth <= WIDE_DEPTH
+    """Is it a product for `_plan_wide`, if floats stored by rows, with neither bias nor activation?
+
+    Only with whole vectors of columns: some left over may be dot products there (conv_pointwise.whole_pixels), with
+    bits that no other way gives.
+    """
+    few = WIDE_ROWS <= m <= WIDE_ROWS_MOST and 4 * m <= n and depth <= WIDE_DEPTH
     return few and n >= WIDE_COLUMNS and n % lane_count(itemsize) == 0
 
 
 def _plan_wide(m, n, depth, dtype, work):
-    """C as one image of n pixels, its channels the rows; the sums are in the order of gemm_blocks.py's."""
+    """C as one image of n pixels, its channels the rows. A bias is one number a column here, a row there: by blocks."""
     geometry, phase = conv_pointwise.plan(1, 1, depth, (1, n), m, (1, 1), dtype.itemsize, 0)
     product, nothing = conv_pointwise.convolve.sized(work), np.empty(0, dtype)
+    blocks = _plan_blocks(m, n, depth, True, True, work, dtype.itemsize)
 
     def run(a, b, c, bias, activation):
-        product(b.ravel(), a.ravel(), c.ravel(), nothing, nothing, geometry, phase)
-        if bias.size > 0 or activation != 0:
-            finish(work, c, bias, activation)
+        if bias.size > 0 or activation != 0:  # on blocks still in the caches, not on the whole of C in memory
+            blocks(a, b, c, bias, activation)
+        else:
+            product(b.ravel(), a.ravel(), c.ravel(), nothing, nothing, geometry, phase)
 
     return run
 

@@ -35,8 +35,8 @@ def panel_product_to(
         _, b_now, panel_now, y_now, extra_now = beside.begin((b, width), (panel, size), (y, width), (extra, more))
         begun = way.start(bias, extra_now, outputs)
         a_tile = builder.mul(depth, step)
-        following = builder.gep(a, [a_tile])
-        way.write(way.sums(begun, a, b_now, b_step, depth, outputs, following, panel_now), y_now, outputs)
+        next_rows = builder.gep(a, [a_tile])
+        way.write(way.sums(begun, a, b_now, b_step, depth, outputs, next_rows, panel_now), y_now, outputs)
         beside.close()
         rest = builder.sub(outputs, step)
         with builder.if_then(builder.icmp_signed(">", rest, _I64(0))):
@@ -49,13 +49,13 @@ def panel_product_to(
             asking = builder.icmp_signed("<", o, _I64(shape[0] * shape[1]))
             vector = builder.mul(builder.sdiv(o, step), _I64(tile.emit.lanes))
             ahead = builder.gep(b, [builder.add(builder.mul(panels, width), vector)])
-            following = builder.gep(a, [a_tile])
+            next_rows = builder.gep(a, [a_tile])
             apart = builder.select(asking, b_step, _I64(0))
             further = builder.select(asking, width, _I64(0))
             beside = Loop(builder, panels, 1, "beside")
             _, panel, y, extra, ahead = beside.begin((panel, size), (y, width), (extra, more), (ahead, further))
             begun = way.start(bias, extra, left)
-            way.write(way.sums(begun, a, panel, width, depth, left, following, ahead=(ahead, apart)), y, left)
+            way.write(way.sums(begun, a, panel, width, depth, left, next_rows, ahead=(ahead, apart)), y, left)
             beside.close()
             loop.close()
         return context.get_dummy_value()
@@ -105,10 +105,10 @@ class _WayThrough:
         tile.extend(phis, more, adding)
         return phis
 
-    def sums(self, begun, a, b, b_step, depth, count, following, panel=None, ahead=None):
+    def sums(self, begun, a, b, b_step, depth, count, next_rows, panel=None, ahead=None):
         """The sum over k; with a panel, b is copied into it, the last vector under its mask.
 
-        following: the next tile's rows of a, asked for meanwhile: in a network they come from memory or the last cache,
+        next_rows: the next tile's rows of a, asked for meanwhile: in a network they come from memory or the last cache,
         and eight runs as short as the channels are too many, and too short, for the processor to foresee.
         """
         tile, builder, emit = self.tile, self.tile.builder, self.tile.emit
@@ -119,7 +119,7 @@ class _WayThrough:
         k, b_now = builder.phi(_I64), builder.phi(b.type)
         sums = tile.phis(begun, entry)
         places = [_I64(j * emit.lanes) for j in range(tile.vectors)]
-        emit.prefetch(builder.gep(following, [builder.mul(k, _I64(tile.rows))]), 2)
+        emit.prefetch(builder.gep(next_rows, [builder.mul(k, _I64(tile.rows))]), 2)
         if ahead is not None:
             emit.prefetch(builder.gep(ahead[0], [builder.mul(k, ahead[1])]), 2)
         if panel is None:

@@ -20,8 +20,9 @@ from tilewise.kernels.njit.linking import call_kernel, contiguous, optional, sha
 from tilewise.kernels.shapes import EPILOGUES
 
 lane_count, chunk, blocks_of = simd.lane_count, gemm_plan._chunk, gemm_plan._blocks
-fits_in_place, fits_dots, dot_columns = gemm_plan.fits_in_place, gemm_plan.by_dots, gemm_plan.dot_columns
-for function in (lane_count, chunk, gemm_plan._tasks, blocks_of, fits_in_place, fits_dots, dot_columns):
+fits_in_place, fits_dots, is_wide = gemm_plan.fits_in_place, gemm_plan.by_dots, gemm_plan.is_wide
+dot_columns = gemm_plan.dot_columns
+for function in (lane_count, chunk, gemm_plan._tasks, blocks_of, fits_in_place, fits_dots, is_wide, dot_columns):
     register_jitable(error_model="numpy")(function)
 DOT_ROWS, DOT_COLUMNS, ROWS, BLOCK, STEP_BYTES = (
     gemm_plan.DOT_ROWS, gemm_plan.DOT_COLUMNS, gemm_plan.ROWS, gemm_plan.BLOCK, gemm_plan.STEP_BYTES
@@ -85,6 +86,14 @@ def by_blocks(a, a_starts, a_by_rows, b, b_starts, b_by_rows, c, m, n, depth, bi
 
 
 @kernel(parallel=False)
+def wide(a, b, c):
+    """c = a b, as a convolution of one image by 1x1 kernels; see gemm_plan._plan_wide."""
+    (m, n), depth, one, nothing = c.shape, b.shape[0], np.int64(1), np.empty(0, c.dtype)
+    image, weight, result = shaped(b, (1, depth, 1, n)), shaped(a, (m, depth, 1, 1)), shaped(c, (1, m, 1, n))
+    call_kernel("njit.conv.pointwise", (image, weight, result, nothing, nothing, (one, one), one, 0))
+
+
+@kernel(parallel=False)
 def multiply(a, a_by_rows, b, b_by_rows, c, bias, code):
     """c = activation(a b + bias); see gemm_plan.plan. a and b as they lie: transposed where not by rows."""
     m, n = c.shape
@@ -101,6 +110,8 @@ def multiply(a, a_by_rows, b, b_by_rows, c, bias, code):
             for k in range(depth):
                 turned[j, k] = b[k, j]
         call_kernel("njit.gemm.by_dots", (a, turned, c, bias, code))
+    elif a_by_rows and b_by_rows and bias.size == 0 and code == 0 and is_wide(m, n, depth, c.itemsize):
+        call_kernel("njit.gemm.wide", (a, b, c))
     else:
         start = np.zeros(1, np.int64)
         call_kernel(
