@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,6 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
         return [a.copy() for a in (*forward, *running, *gradients)]  # the originals' memory is free again
 
     # planes, or pixels, of whole cache lines, and not; few channels; a tail after the last whole row of pixels
-    monkeypatch.setattr(cpu, "NEAR_BELOW", 0)  # as of all results that are written past the caches
     for shape in ((3, 32, 16, 16), (70, 17, 4, 8), (3, 40, 15, 17), (2, 4, 64, 64), (2, 48, 15, 17)):
         x, grad = (laid(a, layout).astype(dtype) for a in rng.standard_normal((2, *shape)))
         vectors = statistics(rng, shape[1], dtype)
@@ -118,6 +118,49 @@ def test_results_anywhere_in_memory_are_the_same(rng, monkeypatch, layout, dtype
         for pair in results.values():
             for result, aligned in zip(pair, results[0], strict=True):
                 np.testing.assert_array_equal(result, aligned)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_several_rows_at_a_time_give_the_same_bits(rng, monkeypatch, planned_anew, dtype):
+    """Else the bits would depend on the size of the processor's caches."""
+    from tilewise.kernels.cpu import batchnorm as cpu
+    from tilewise.kernels.cpu import batchnorm_vector as modes
+
+    chosen, choose = [], cpu._kept
+    monkeypatch.setattr(cpu, "_kept", lambda *sizes: chosen.append(choose(*sizes)) or chosen[-1])
+    # rows of whole vectors, and not; a rest of one to three rows
+    for shape in ((2, 7, 9, 64), (3, 5, 7, 257), (1, 23, 1, 300)):
+        x, grad = rng.standard_normal((2, *shape)).astype(dtype)
+        vectors = statistics(rng, shape[3], dtype)
+        results = []
+        for near in (0, 1 << 30):
+            planned_anew(cpu, "NEAR_BELOW", near)
+            chosen.clear()
+            with tilewise.using(backend="cpu"):
+                forward = kernels.batch_norm(x, None, None, *vectors[2:], True, layout="NHWC", return_stats=True)
+                results.append([*forward, kernels.batch_norm(x, *vectors, layout="NHWC")])
+                for training in (True, False):
+                    results[-1] += kernels.batch_norm_backward(
+                        grad, x, *forward[1:], vectors[2], training=training, layout="NHWC"
+                    )
+            pair = (modes.NEAR, modes.FROZEN_NEAR) if near else (modes.KEPT, modes.FROZEN)
+            assert chosen == [pair[0], pair[0], *pair]
+        for one, other in zip(*results, strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=f"{shape}")
+
+
+@pytest.mark.parametrize(("images", "channels"), [(1, 1), (1, 3), (2, 2)])
+def test_evaluation_that_is_split_has_a_share_for_two_threads(images, channels):
+    """Also with sigmoid, and so few elements that they are only just split."""
+    from tilewise.kernels.cpu import batchnorm_planes, threads
+
+    device: Any = batchnorm_planes._division
+    division = device.py_func
+    for plane in (4096, 15_700, 16_384, 16_385):
+        blocks, step, chunks = division(images, channels, plane, False)
+        assert (chunks - 1) * step < images * channels * blocks <= chunks * step
+        assert chunks >= 2 or images * channels * plane * 1.6 < threads.SERIAL_BELOW
+    assert division(images, channels, 16_384, False)[0] == (1 if images * channels > 3 else 4)
 
 
 # ------------------------------------------------------------------------------------------------------------ float16
@@ -191,16 +234,6 @@ def test_activations_that_rounding_changes_go_by_float32(without_conversions):
     for activation in ("leaky_relu", "sigmoid", "tanh"):
         with pytest.raises(AssertionError, match="a pass of its own"):
             kernels.batch_norm(x, ones, ones, activation=activation)
-
-
-def test_float16_takes_as_many_rows_at_a_time_as_float32():
-    """Else its sums would have another order."""
-    from tilewise.kernels.cpu import batchnorm as cpu
-
-    size = cpu.NEAR_BELOW // 8  # elements of float32 that fill it, in two arrays
-    for elements, channels in ((size - 1, 1), (size, 1), (size, 512), (size, 1024), (2 * size, 1024)):
-        assert cpu._kept(elements, channels, 2, 2) == cpu._kept(elements, channels, 4, 2)
-    assert cpu._kept(size, 1, 2, 2) != cpu._kept(size - 1, 1, 2, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- estimates

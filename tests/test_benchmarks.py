@@ -141,7 +141,7 @@ def test_readme_has_the_markers():
     assert report.BEGIN in report.fill((ROOT / "README.md").read_text(encoding="utf-8"), [])
 
 
-def test_float64_is_compared_with_float32_by_its_own_algorithm(monkeypatch):
+def test_float64_is_compared_with_float32_by_its_own_algorithm(planned_anew):
     """Both gradients of a layer that float32 takes by Winograd."""
     from tilewise.kernels import operation
     from tilewise.kernels.cpu import conv_pass, conv_transposed, conv_weight_gradient
@@ -154,8 +154,8 @@ def test_float64_is_compared_with_float32_by_its_own_algorithm(monkeypatch):
             return conv_pass.prepare_pass(*arguments)
         raise Winograd
 
-    monkeypatch.setattr(conv_weight_gradient, "_Winograd", refuse)
-    monkeypatch.setattr(conv_transposed, "prepare_pass", refuse)
+    planned_anew(conv_weight_gradient, "_Winograd", refuse)
+    planned_anew(conv_transposed, "prepare_pass", refuse)
     (case,) = (c for c in ALL.values() if c.key == "conv2d_backward resnet50.conv4.3x3")
     call = engines.ours(case.with_batch(1))[engines.OURS]
     for needs in (("x",), ("weight",)):

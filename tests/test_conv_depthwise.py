@@ -1,6 +1,7 @@
 """Depthwise convolution: the strips and regions of its kernels around their edges, forward, transposed, gradients."""
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tilewise.kernels.cpu import (
     scratch,
 )
 from tilewise.kernels.cpu.depthwise_vector import TILE
-from tilewise.kernels.cpu.simd import VECTOR_BYTES, lane_count
+from tilewise.kernels.cpu.simd import lane_count
 
 
 def depthwise(c, h, w, kernel=(3, 3), stride=1, padding: object = 1, dilation=1, n=1, outputs=1):
@@ -288,12 +289,14 @@ def test_the_cases_reach_every_path():
     assert seen >= {("doubled", True), ("doubled", False)}
 
 
+@pytest.mark.skipif(not recycling.AVAILABLE, reason="no memory is known to have been used")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, dtype):
     """The transpose of stride 2 in NCHW; in NHWC the convolution of stride 1, and its transpose."""
     taken = []
     monkeypatch.setattr(conv_depthwise, "is_used", lambda y: taken.append(recycling.is_used(y)) or taken[-1])
+    passes = 1 if layout == "NCHW" else 2 * conv_depthwise_same.WHOLE_LINES
 
     def results(x, weight, grad, options):
         y = kernels.conv2d(x, weight, **options)
@@ -311,13 +314,52 @@ def test_results_written_past_the_caches_are_the_same(rng, monkeypatch, layout, 
         with tilewise.using(backend="cpu", threads=threads):
             kept = results(*arguments)
             with monkeypatch.context() as patch:
-                for module, name in ((conv_depthwise, "LARGE"), (recycling, "FROM"), (scratch, "ALIGNED_FROM")):
+                patch.setattr(conv_depthwise_rows, "memory_from", lambda: 1 << 12)
+                for module, name in ((recycling, "FROM"), (scratch, "ALIGNED_FROM")):
                     patch.setattr(module, name, 1 << 12)
                 operation.forget_plans()
                 results(*arguments)
                 taken.clear()
                 past = results(*arguments)
             operation.forget_plans()
-        assert any(taken) or (layout == "NHWC" and VECTOR_BYTES < 64) or not recycling.AVAILABLE
+        assert taken.count(True) == passes, case
         for one, other in zip(past, kept, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_planes_from_memory_are_taken_row_after_row_from_a_smaller_size_on(rng, monkeypatch, planned_anew):
+    """Of 16 to 32 KB: in the caches down their columns."""
+    chosen = []
+    for module in (conv_depthwise, conv_depthwise_weight):
+        monkeypatch.setattr(
+            module, "by_rows", lambda *problem: chosen.append(conv_depthwise_rows.by_rows(*problem)) or chosen[-1]
+        )
+    for dtype, case in ((np.float32, depthwise(9, 70, 71)), (np.float64, depthwise(4, 50, 51, n=2))):
+        assert 16 << 10 <= case.h * case.w * np.dtype(dtype).itemsize < 32 << 10
+        x, weight, bias = case.arrays(rng, dtype)
+        y = reference(kernels.conv2d, x, weight, bias, **case.options)
+        grad = rng.standard_normal(y.shape).astype(dtype)
+        expected = reference(kernels.conv2d_backward, grad, x, weight, needs=("weight",), **case.options)[1]
+        for size, rows in ((1 << 30, False), (0, True)):
+            planned_anew(conv_depthwise_rows, "memory_from", lambda size=size: size)
+            chosen.clear()
+            with tilewise.using(backend="cpu"):
+                check(kernels.conv2d(x, weight, bias, **case.options), y, case.taps + 1, case, dtype)
+                gradient = kernels.conv2d_backward(grad, x, weight, needs=("weight",), **case.options)[1]
+            check(gradient, expected, y.size // case.o, case, dtype)
+            assert chosen == [rows, rows], case
+
+
+@pytest.mark.parametrize(
+    ("images", "height", "bands", "wanted"),
+    [(1, 14, 10, 7), (1, 7, 8, 4), (1, 4, 4, 2), (1, 17, 8, 8), (1, 56, 25, 14), (1, 112, 98, 28), (8, 14, 10, 4)],
+)
+def test_bands_of_one_image_are_enough_for_the_threads(monkeypatch, images, height, bands, wanted):
+    """Of two tiles where images are many, of one where they are few."""
+    monkeypatch.setattr(conv_depthwise_same, "ROWS", 2)
+    assert conv_depthwise_same.whole_tiles(images, height, bands) == wanted
+    device: Any = conv_depthwise_same._band
+    ends = [device.py_func(height, wanted, band) for band in range(wanted)]
+    assert [first for first, _ in ends] == [0, *(end for _, end in ends[:-1])]
+    assert ends[-1][1] == height
+    assert all(first < end and first % 2 == 0 for first, end in ends)

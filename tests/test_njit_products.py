@@ -90,6 +90,11 @@ def trained_nhwc(x, mean, var, weight, bias):
 
 
 @njit
+def frozen_nhwc(grad, x, mean, invstd, weight):
+    return t.batch_norm_backward(grad, x, mean, invstd, weight, training=False, layout="NHWC")
+
+
+@njit
 def norm_gradients(grad, x, mean, invstd, weight):
     return t.batch_norm_backward(grad, x, mean, invstd, weight)
 
@@ -124,6 +129,13 @@ def test_batch_norm_nhwc_in_double_precision(rng):
     results = trained_nhwc(x, *ours, weight, bias)
     wanted = t.batch_norm(x, *theirs, weight, bias, True, 0.2, layout="NHWC", return_stats=True)
     for result, right in zip((*results, *ours), (*wanted, *theirs), strict=True):
+        np.testing.assert_array_equal(result, right)
+    grad = rng.standard_normal(x.shape)
+    for result, right in zip(
+        frozen_nhwc(grad, x, *wanted[1:], weight),
+        t.batch_norm_backward(grad, x, *wanted[1:], weight, training=False, layout="NHWC"),
+        strict=True,
+    ):
         np.testing.assert_array_equal(result, right)
 
 

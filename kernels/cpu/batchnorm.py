@@ -21,7 +21,7 @@ from tilewise.kernels.cpu.batchnorm_planes import (
     forward_by_channel,
 )
 from tilewise.kernels.cpu.batchnorm_rows import backward_by_row, forward_by_row
-from tilewise.kernels.cpu.batchnorm_vector import FROZEN, KEPT, NEAR, STREAMED
+from tilewise.kernels.cpu.batchnorm_vector import FROZEN, FROZEN_NEAR, KEPT, NEAR, STREAMED
 from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.half import BITS, HALF, SINGLE, narrowed, widened
@@ -86,14 +86,12 @@ def _way_to_memory(kernel, shape: tuple[int, ...], layout: str, itemsize: int) -
     return PAST_ALWAYS if kernel in (forward_by_channel, backward_by_channel) else PAST_IN_USED
 
 
-def _kept(size: int, channels: int, itemsize: int, arrays: int) -> int:
-    """The mode of a call in NHWC whose result is not written past the caches.
-
-    float16 counts as float32, whose sums then have the same order.
-    """
-    itemsize = max(itemsize, 4)
+def _kept(size: int, channels: int, itemsize: int, arrays: int, frozen: bool) -> int:
+    """The mode of a call whose result is not written past the caches; NEAR matters in NHWC alone."""
     size *= itemsize
     near = size * arrays < NEAR_BELOW or (size < NEAR_BELOW and channels * itemsize >= WIDE)
+    if frozen:
+        return FROZEN_NEAR if near else FROZEN
     return NEAR if near else KEPT
 
 
@@ -107,7 +105,7 @@ def prepare_batch_norm(shapes, dtype, *, training, momentum, eps, layout, activa
     code = ACTIVATION_CODES[activation]
     kernel, dimensions = _forward_way(shape, layout, training, itemsize)
     way = KEPT_ALWAYS if code else _way_to_memory(kernel, shape, layout, itemsize)
-    kept = _kept(size, channels, itemsize, 2)
+    kept = _kept(size, channels, itemsize, 2, False)
     create = empty if size * itemsize >= recycling.FROM else np.empty
     after = (momentum, eps, code) if kernel is forward_by_channel else (training, momentum, eps, code)
     work = size * (0.6 if code <= LAST_CHEAP else 1.6)
@@ -211,7 +209,7 @@ def prepare_batch_norm_backward(shapes, dtype, *, training, layout):
         return partial(_gradients_of_nothing, channels=channels)
     kernel, dimensions = _backward_way(shape, layout, itemsize)
     way = _way_to_memory(kernel, shape, layout, itemsize) if training else KEPT_ALWAYS
-    kept = _kept(size, channels, itemsize, 3) if training else FROZEN
+    kept = _kept(size, channels, itemsize, 3, not training)
     create = empty if size * itemsize >= recycling.FROM else np.empty
     launch, by_row = kernel.sized(size), kernel is backward_by_row
 

@@ -19,6 +19,7 @@ from tilewise.kernels.cpu.batchnorm_channel import (
 )
 from tilewise.kernels.cpu.batchnorm_vector import (
     FROZEN,
+    FROZEN_NEAR,
     KEPT,
     STREAMED,
     planes_gradient,
@@ -30,7 +31,8 @@ from tilewise.kernels.cpu.jit import AS_WRITTEN, device, kernel
 from tilewise.kernels.cpu.simd import address, settle_stores
 
 SPLIT = 8192  # elements in a chunk of blocks: a microsecond of work, so that two threads have as much to do
-WHOLE = 4 * BLOCK  # elements of a plane that evaluation does not cut into blocks, each with ends of its own
+# Evaluation does not cut planes of so many elements into blocks, each with ends of its own, unless there are few.
+WHOLE, FEW = 4 * BLOCK, 4
 
 
 @device(fastmath=AS_WRITTEN)
@@ -84,6 +86,16 @@ def forward_by_channel(
             x, y, images, channels, plane, first, min(group, channels - first),
             running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps, code, streamed,
         )  # fmt: skip
+
+
+@device(fastmath=AS_WRITTEN)
+def _division(images, channels, plane, training):
+    """(the blocks of a plane, how many of all blocks a chunk owns, chunks)."""
+    blocks = (plane + BLOCK - 1) // BLOCK
+    if not training and plane <= WHOLE and images * channels >= FEW:
+        blocks = 1
+    step = max(SPLIT * blocks // plane, 1)
+    return blocks, step, (images * channels * blocks + step - 1) // step
 
 
 @device(fastmath=AS_WRITTEN)
@@ -154,12 +166,8 @@ def forward_by_block(
     training, momentum, eps, code, streamed,
 ):  # fmt: skip
     """Evaluation, and training with few channels; each chunk owns some blocks of the planes."""
-    blocks = (plane + BLOCK - 1) // BLOCK
-    if not training and plane <= WHOLE:
-        blocks = 1
+    blocks, step, chunks = _division(images, channels, plane, training)
     units = images * channels * blocks
-    step = max(SPLIT * blocks // plane, 1)
-    chunks = (units + step - 1) // step
     factors = np.empty(3 * channels, weight.dtype)
     if training:
         parts = images * blocks * channels
@@ -188,7 +196,7 @@ def _gradient_runs(grad, x, result, at, count, length, factors, first, step, mod
     b, offset = address(factors, 2 * step + first), address(factors, 3 * step + first)
     if mode == STREAMED:
         planes_gradient(STREAMED, slopes, values, target, count, length, centre, a, b, offset)
-    elif mode == FROZEN:
+    elif mode >= FROZEN_NEAR:
         planes_gradient(FROZEN, slopes, values, target, count, length, centre, a, b, offset)
     else:
         planes_gradient(KEPT, slopes, values, target, count, length, centre, a, b, offset)

@@ -25,8 +25,10 @@ from tilewise.kernels.cpu.batchnorm_channel import (
 )
 from tilewise.kernels.cpu.batchnorm_vector import (
     FROZEN,
+    FROZEN_NEAR,
     KEPT,
     NEAR,
+    SEVERAL,
     STREAMED,
     rows_deviations,
     rows_gradient,
@@ -106,7 +108,7 @@ def _backwards(turn, chunks, threads):
 def _normalise_rows(x, y, at, stride, rows, columns, factors, step, mode):
     values, target = address(x, at), address(y, at)
     centre, scale, offset = address(factors, 0), address(factors, step), address(factors, 2 * step)
-    if mode == NEAR:
+    if SEVERAL and mode == NEAR:
         rows_normalise(NEAR, values, target, stride, rows, columns, centre, scale, offset)
     elif mode == STREAMED:
         rows_normalise(STREAMED, values, target, stride, rows, columns, centre, scale, offset)
@@ -167,7 +169,7 @@ def _block_sums(grad, x, start, stride, rows, columns, centre, sums, at, step, m
         address(sums, at),
         address(sums, at + step),
     )
-    if mode == NEAR:
+    if SEVERAL and NEAR <= mode <= FROZEN_NEAR:
         rows_sums(NEAR, slopes, values, stride, rows, columns, centre, total, product)
     elif mode == STREAMED:
         rows_sums(STREAMED, slopes, values, stride, rows, columns, centre, total, product)
@@ -192,15 +194,15 @@ def _gradient_rows(grad, x, result, at, stride, rows, columns, factors, step, mo
     slopes, values, target = address(grad, at), address(x, at), address(result, at)
     centre, a = address(factors, 0), address(factors, step)
     b, offset = address(factors, 2 * step), address(factors, 3 * step)
-    if mode == NEAR:
+    if SEVERAL and mode == NEAR:
         rows_gradient(NEAR, slopes, values, target, stride, rows, columns, centre, a, b, offset)
-    elif mode == KEPT:
-        rows_gradient(KEPT, slopes, values, target, stride, rows, columns, centre, a, b, offset)
     elif mode == STREAMED:
         rows_gradient(STREAMED, slopes, values, target, stride, rows, columns, centre, a, b, offset)
         settle_stores()
-    else:
+    elif mode >= FROZEN_NEAR:  # which reads one factor only
         rows_gradient(FROZEN, slopes, values, target, stride, rows, columns, centre, a, b, offset)
+    else:
+        rows_gradient(KEPT, slopes, values, target, stride, rows, columns, centre, a, b, offset)
 
 
 @kernel(fastmath=AS_WRITTEN)

@@ -1,10 +1,11 @@
 """The passes of batch norm in explicit vectors, on pointers.
 
 `run_*` go along a run of one channel's pixels (NCHW), `rows_*` down the columns of a matrix of pixels by channels
-(NHWC), several rows at a time. Whole vectors are moved without a mask; only a run's or row's last vector has one. The
-order of every sum is part of the code, so the serial and the parallel form of a kernel give the same bits; without
-slices of arrays no references are counted, which would cost more than a plane of 7x7. Images (x, y, grad, result) may
-also be float16, as its bits; what goes with a channel is float32 then.
+(NHWC), several rows at a time; `planes_*` along the runs of several channels, one behind the other (NCHW). How they
+treat what is left of a vector at an end is vector_pass.py's. The order of every sum is part of the code, so the serial
+and the parallel form of a kernel give the same bits; without slices of arrays no references are counted, which would
+cost more than a plane of 7x7. Images (x, y, grad, result) may also be float16, as its bits; what goes with a channel is
+float32 then.
 
 Callers are compiled without reassociation, which Numba would otherwise add to the instructions here too.
 """
@@ -18,16 +19,17 @@ from tilewise.kernels.cpu.simd import _I64, VECTOR_BYTES, _literal
 ROWS = 8  # rows summed at a time, so that a column's sum in memory is touched once for eight of them
 # The same where each row is read from two arrays, and where results are written, so that a column's factors are read
 # once for four rows; but only in the caches (NEAR). From memory, processors fetch one row after the other faster than
-# several at a time, most of all rows of 1 KB.
+# several at a time, most of all rows of 1 KB. Sums are the same either way, row after row.
 ROWS_OF_TWO = 4 if VECTOR_BYTES == 64 else 1
+SEVERAL = ROWS_OF_TWO > 1  # else NEAR would be KEPT's code once more
 # Bytes that passes over large arrays (STREAMED) ask for ahead (float16: half as many), because Zen 3 itself stops at
 # every row: in NHWC, on one thread, training takes 9 to 19 % less time and the gradient 2 to 10 %. Arrays in the
 # third-level cache lose as much.
 AHEAD = 4096
 # How a pass writes its result: through the caches, or past them, for which result and run must be whole, aligned
-# vectors of a row. FROZEN: a gradient through statistics that do not depend on x. NEAR: as KEPT, by several rows at a
-# time.
-KEPT, STREAMED, FROZEN, NEAR = range(4)
+# vectors of a row. FROZEN: a gradient through statistics that do not depend on x. NEAR, FROZEN_NEAR: as KEPT and
+# FROZEN, by several rows at a time. Kernels compare them by their order.
+KEPT, STREAMED, NEAR, FROZEN_NEAR, FROZEN = range(5)
 
 
 @intrinsic
@@ -216,12 +218,13 @@ def rows_sums(typingctx, mode, grad, x, stride, rows, columns, centre, total, pr
             places = emit.places(i, height, stride, j)
             if past:
                 _prefetch_operands(emit, (grad, x), places, mask)
-            slopes = [emit.read(grad, at, mask) for at in places]
-            products = emit.read(product, j, mask)
-            for slope, at in zip(slopes, places, strict=True):
+            slopes, products = emit.read(total, j, mask), emit.read(product, j, mask)
+            for at in places:
+                slope = emit.read(grad, at, mask)
                 deviation = emit.builder.fsub(emit.read(x, at, mask), middle)
+                slopes = emit.add(slopes, slope)
                 products = emit.multiply_add(slope, deviation, products)
-            emit.write(emit.add(emit.read(total, j, mask), emit.tree_sum(slopes)), total, j, mask)
+            emit.write(slopes, total, j, mask)
             emit.write(products, product, j, mask)
 
         emit.sweep(rows, columns, _rows_of_two(mode), add)

@@ -24,26 +24,31 @@ from math import prod
 
 import numpy as np
 
-from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.conv_depthwise_nchw import Strips, ceil_ratio, convolve_nchw
 from tilewise.kernels.cpu.conv_depthwise_nhwc import BAND_BYTES, Regions, convolve_nhwc, row_bands
-from tilewise.kernels.cpu.conv_depthwise_rows import by_rows, convolve_doubled_nchw, convolve_rows_nchw, is_doubled
+from tilewise.kernels.cpu.conv_depthwise_rows import (
+    by_rows,
+    convolve_doubled_nchw,
+    convolve_rows_nchw,
+    in_memory,
+    is_doubled,
+)
 from tilewise.kernels.cpu.conv_depthwise_same import (
-    ROWS,
+    WHOLE_LINES,
     channel_cuts,
     convolve_same_nchw,
     convolve_same_nhwc,
     is_same,
     planes_together,
     tap_numbers,
+    whole_tiles,
 )
 from tilewise.kernels.cpu.recycling import is_used
 from tilewise.kernels.cpu.scratch import ALIGNMENT
-from tilewise.kernels.cpu.simd import VECTOR_BYTES, lane_count
+from tilewise.kernels.cpu.simd import lane_count
 
 # Estimated serial nanoseconds per FLOP.
 COST = 0.015
-LARGE = memory_from()  # bytes of a result that is written past the caches
 
 
 class Depthwise:
@@ -63,7 +68,7 @@ class Depthwise:
         work = 2 * prod(y) * all_taps / prod(phases) * COST
         self.square = None  # the kernel for 3x3 and stride 1 or 2, which knows of no extra
         self.square_past = None  # its constants for large results in used memory, which are written past the caches
-        large = prod(y) * dtype.itemsize >= LARGE and activation == 0
+        large = in_memory(prod(y) * dtype.itemsize) and activation == 0
         # A transpose's only phase may have three rows of taps, one apart, of a kernel with five.
         numbers, is_square = tap_numbers(taps, weight[3]), all_taps == 9
         if layout == "NHWC":
@@ -76,10 +81,9 @@ class Depthwise:
             self.constants = (*head, plan.regions, plan.table, all_taps, activation)
             if is_square and is_same(taps, stride, weight[0] // channels, (h, w), (oh, ow)):
                 self.square = convolve_same_nhwc.sized(work)
-                whole_tiles = min(bands, ceil_ratio(h, 2 * ROWS))  # a band of one row takes half a tile
-                cuts = channel_cuts(n, (h, w), channels, dtype) or (whole_tiles, channels)
+                cuts = channel_cuts(n, (h, w), channels, dtype) or (whole_tiles(n, h, bands), channels)
                 self.square_constants = (n, channels, h, w, numbers, *cuts, activation, 0)
-                whole_lines = channels * dtype.itemsize % ALIGNMENT == 0 and VECTOR_BYTES == ALIGNMENT
+                whole_lines = WHOLE_LINES and channels * dtype.itemsize % ALIGNMENT == 0
                 if large and whole_lines and cuts[1] == channels:
                     self.square_past = (*self.square_constants[:-1], 1)
         else:

@@ -25,7 +25,11 @@ from tilewise.kernels.cpu.simd import address, lanes, settle_stores
 # Bytes of a plane from which on rows are faster with stride 1: what does not fit L1; and where all planes come from
 # memory, which is fetched faster in its order.
 LARGE_PLANE, LARGE_IN_MEMORY = 32 << 10, 16 << 10
-LARGE = memory_from()  # bytes of such planes
+
+
+def in_memory(size):
+    """Whether an array of so many bytes is read from memory, and better written past the caches."""
+    return size >= memory_from()
 
 
 def by_rows(planes, taps, stride, outputs, x_size, y_size, itemsize):
@@ -33,7 +37,7 @@ def by_rows(planes, taps, stride, outputs, x_size, y_size, itemsize):
     if [len(axis) for axis in taps] != [1, 1] or outputs != 1 or planes < FEWEST:
         return False
     plane = prod(x_size) * itemsize
-    least = LARGE_IN_MEMORY if planes * plane >= LARGE else LARGE_PLANE
+    least = LARGE_IN_MEMORY if in_memory(planes * plane) else LARGE_PLANE
     if tuple(stride) != (2, 2) and (tuple(stride) != (1, 1) or plane < least):
         return False
     rows, columns = (axis[0][1] for axis in taps)

@@ -15,11 +15,12 @@ from tilewise.kernels.cpu.depthwise_vector import sum_of_lanes
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import EXACT_ORDER, device, kernel
 from tilewise.kernels.cpu.row_moves import copy_lines
-from tilewise.kernels.cpu.scratch import keep, scratch
+from tilewise.kernels.cpu.scratch import ALIGNMENT, keep, scratch
 from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lanes, settle_stores
 
 # The tile in NHWC. AVX-512's 32 registers hold 9 weights, 8 sums and a few inputs; of 16, four sums fit.
 ROWS, COLUMNS = 2 if VECTOR_BYTES == 64 else 1, 4
+WHOLE_LINES = VECTOR_BYTES == ALIGNMENT  # vectors are, which alone are written past the caches
 # Bytes of the planes whose columns are computed together.
 GROUP_BYTES = 8 << 10
 # NHWC: from one pixel to the next is a power of two in the usual networks. From FAR_APART bytes on, a tile's pixels
@@ -67,6 +68,13 @@ def channel_cuts(images, size, channels, dtype):
     return min(bands, ceil_ratio(size[0], 2 * ROWS)), block
 
 
+def whole_tiles(images, height, bands):
+    """At most `bands` bands of whole tiles in NHWC; of two, as each reads the rows around it, if that leaves enough."""
+    tiles = ceil_ratio(height, ROWS)
+    halves = ceil_ratio(tiles, 2)
+    return min(bands, halves if images * halves >= FEWEST else tiles)
+
+
 @kernel()
 def convolve_same_nchw(x, weight, y, bias, planes, channels, h, w, numbers, group, activation):
     """numbers: which weight tap (r, s) has; group: planes whose vectors of the same columns follow each other."""
@@ -89,8 +97,18 @@ def convolve_same_nchw(x, weight, y, bias, planes, channels, h, w, numbers, grou
 
 
 @device()
+def _band(h, bands, band):
+    """(the first row of a band, its end); all but the last band have whole tiles."""
+    tiles = (h + ROWS - 1) // ROWS
+    return tiles * band // bands * ROWS, min(tiles * (band + 1) // bands * ROWS, h)
+
+
+@device()
 def _tile_rows(x, row, pixel, rows, above, below, zeros, w, weights, bias, y, y_row, y_pixel, count, past):
-    """`rows` rows of y, at least one, from x's, of which there may be one above and one below."""
+    """`rows` rows of y, at least one, from x's, of which there may be one above and one below.
+
+    Tests of constants come first: Numba leaves out what they rule out.
+    """
     for i in range(0, rows, ROWS):
         before = 1 if i > 0 else above
         after = 1 if i + ROWS < rows else below
@@ -98,12 +116,12 @@ def _tile_rows(x, row, pixel, rows, above, below, zeros, w, weights, bias, y, y_
             j = min(start, w - COLUMNS)  # the last two tiles overlap
             source, target = step(x, i * row + j * pixel), step(y, i * y_row + j * y_pixel)
             left, right = min(j, 1), min(w - j - COLUMNS, 1)
-            if i + ROWS > rows:
+            if ROWS > 1 and i + ROWS > rows:
                 tile_pixels(
                     1, COLUMNS, 0, source, row, pixel, before, after, left, right, zeros, weights, bias, target, y_row,
                     y_pixel, count,
                 )  # fmt: skip
-            elif past:
+            elif WHOLE_LINES and past:
                 tile_pixels(
                     ROWS, COLUMNS, 2, source, row, pixel, before, after, left, right, zeros, weights, bias, target,
                     y_row, y_pixel, count,
@@ -132,7 +150,7 @@ def convolve_same_nhwc(x, weight, y, bias, n, channels, h, w, numbers, bands, bl
     row = w * channels
     units = n * bands
     chunks = min(units, CHUNKS)
-    copied = (h + bands - 1) // bands + 2 if block < channels else 0
+    copied = ((h + ROWS - 1) // ROWS + bands - 1) // bands * ROWS + 2 if block < channels else 0
     for chunk in prange(chunks):
         nothing_memory = scratch((COLUMNS + 2) * block, x)
         nothing_memory[:] = 0
@@ -140,7 +158,7 @@ def convolve_same_nhwc(x, weight, y, bias, n, channels, h, w, numbers, bands, bl
         for unit in range(units * chunk // chunks, units * (chunk + 1) // chunks):
             image = unit // bands
             band = unit - image * bands
-            i0, i1 = h * band // bands, h * (band + 1) // bands
+            i0, i1 = _band(h, bands, band)
             above, below = min(i0, 1), min(h - i1, 1)
             first, count = (image * h + i0) * row, (i1 - i0) * row
             for c in range(0, channels, block):

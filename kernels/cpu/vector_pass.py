@@ -1,9 +1,10 @@
 """Passes over arrays in explicit vectors, on pointers: the loops that the intrinsics of several families share.
 
-Whole vectors are moved without a mask; only a run's or row's last vector has one, and where nothing is summed not even
-that, as AVX2's masked store takes 12 cycles on Zen 3: the last vector ends with the run, over the one before it. The
-order of every sum is part of the code, so the serial and the parallel form of a kernel give the same bits, if what
-calls it is compiled without reassociation: Numba would add that to these instructions too.
+Whole vectors are moved without a mask, and what an end leaves of a vector under one. But where masked stores are slow
+(not MASKED), a run or row that is not summed ends with a whole vector over the one before it (`ends`). Planes one
+behind the other have no more than two ends in all (`over_planes`). The order of every sum is part of the code, so the
+serial and the parallel form of a kernel give the same bits, if what calls it is compiled without reassociation: Numba
+would add that to these instructions too.
 """
 
 from llvmlite import ir
@@ -12,7 +13,7 @@ from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.simd import _I32, _I64, VECTOR_BYTES, _Emitter
 
-MASKED = VECTOR_BYTES == 64  # masked stores are as fast as others
+MASKED = VECTOR_BYTES == 64  # masked stores are as fast as others; AVX2's take 12 cycles on Zen 3
 UNROLLED = 4  # vectors of a run taken together: as many sums as an addition takes cycles
 
 

@@ -5,7 +5,6 @@ from numba.core.errors import TypingError
 from numba.extending import register_jitable
 
 from tilewise.kernels.cpu import batchnorm as cpu
-from tilewise.kernels.cpu.batchnorm_vector import FROZEN, KEPT
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.njit.arguments import WrongShape, check_arrays, check_number, is_absent, literal
@@ -27,7 +26,7 @@ def evaluated(x, y, images, channels, pixels, running_mean, running_var, weight,
     operands = running_mean, running_var, weight, bias, mean, invstd
     if pixels == 0:
         width, block = rows_of(channels, images, x.itemsize)
-        mode = kept_of(x.size, channels, x.itemsize, 2)
+        mode = kept_of(x.size, channels, x.itemsize, 2, False)
         call_kernel(
             "cpu.batchnorm_rows.forward_by_row",
             (x, y, channels, width, block, *operands, False, 0.0, eps, code, mode, 1),
@@ -45,7 +44,7 @@ def trained(x, y, images, channels, pixels, running_mean, running_var, weight, b
     operands = running_mean, running_var, weight, bias, mean, invstd
     if pixels == 0:
         width, block = rows_of(channels, images, x.itemsize)
-        mode = kept_of(x.size, channels, x.itemsize, 2)
+        mode = kept_of(x.size, channels, x.itemsize, 2, False)
         call_kernel(
             "cpu.batchnorm_rows.forward_by_row",
             (x, y, channels, width, block, *operands, True, momentum, eps, code, mode, 1),
@@ -64,10 +63,9 @@ def trained(x, y, images, channels, pixels, running_mean, running_var, weight, b
 
 
 @kernel(parallel=False)
-def gradients(grad, x, result, images, channels, pixels, mean, invstd, weight, grad_weight, grad_bias, mode):
+def gradients(grad, x, result, images, channels, pixels, mean, invstd, weight, grad_weight, grad_bias, frozen):
     """As `evaluated`."""
-    if pixels == 0 and mode == KEPT:
-        mode = kept_of(x.size, channels, x.itemsize, 3)
+    mode = kept_of(x.size, channels, x.itemsize, 3, frozen)
     operands = mean, invstd, weight, grad_weight, grad_bias, mode
     if pixels == 0:
         width, block = rows_of(channels, images, x.itemsize)
@@ -168,7 +166,7 @@ def batch_norm_backward(grad, x, mean, invstd, weight=None, training=True, layou
     axis = _channel_axis(name, x, layout)
     if grad.ndim != x.ndim:
         raise TypingError(f"{name}: grad must have x's shape, got {grad.ndim} and {x.ndim} dimensions")
-    mode = KEPT if literal(name, "training", training, False, True) else FROZEN
+    frozen = not literal(name, "training", training, False, True)
     sizes = register_jitable(_sizes_of(x.ndim, axis))
 
     def implementation(grad, x, mean, invstd, weight=None, training=True, layout="NCHW"):
@@ -185,7 +183,7 @@ def batch_norm_backward(grad, x, mean, invstd, weight=None, training=True, layou
         if x.size > 0:
             arrays = shaped(contiguous(grad), (x.size,)), shaped(contiguous(x), (x.size,)), shaped(result, (x.size,))
             vectors = contiguous(mean), contiguous(invstd), factors, grad_weight, grad_bias
-            call_kernel("njit.batchnorm.gradients", (*arrays, *sizes(x.shape, x.size), *vectors, mode))
+            call_kernel("njit.batchnorm.gradients", (*arrays, *sizes(x.shape, x.size), *vectors, frozen))
         return result, grad_weight, grad_bias
 
     return implementation
