@@ -104,8 +104,8 @@ for layout, shape in (("NCHW", (3, 21, 7, 9)), ("NHWC", (3, 7, 9, 21))):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is an x86-64 feature")
 @pytest.mark.parametrize("family", PROGRAMS)
-def test_avx2_machines_get_right_results_without_zmm_registers(family):
-    environment = os.environ | AVX2
+def test_avx2_machines_get_right_results_without_zmm_registers(family, tmp_path):
+    environment = os.environ | AVX2 | {"NUMBA_CACHE_DIR": str(tmp_path)}  # code from a cache cannot be looked at
     program = START + PROGRAMS[family] + END
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600, check=False
