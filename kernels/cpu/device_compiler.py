@@ -7,7 +7,7 @@ which Numba links one function into another, as it was lowered: the kernel's lib
 optimises each library, with all that is linked into it, once for every function on the way to the kernel, and cleans
 each function of a module by itself before; no kernel gained by it.
 
-Before that, a third of the time went into work in Python whose results nothing used (device_passes.py) or that was done
+Before that, much of the time went into work in Python whose results nothing used (device_passes.py) or that was done
 over and over (device_typing.py).
 
 Compiling makes millions of objects, few of which are garbage: Python's collector pauses meanwhile.

@@ -1,8 +1,8 @@
 """Numba's passes over a kernel's intermediate code, without work whose results nothing uses there.
 
-Numba computes anew after nearly every pass which variables are alive where: a fifth of the time that it spends in
-Python. Only generators, and functions that count references, ask for it, the latter just before they are lowered and
-where an expression of whole arrays is rewritten. The passes here differ from Numba's in nothing else.
+Numba computes anew after nearly every pass which variables are alive where. Only generators, and functions that count
+references, ask for it, the latter just before they are lowered and where an expression of whole arrays is rewritten.
+The passes here differ from Numba's in nothing else.
 """
 
 import functools

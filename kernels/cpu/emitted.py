@@ -1,8 +1,8 @@
 """Functions that only kernels call, straight from Python's syntax to LLVM's: `@emitted` instead of `@device`.
 
-Numba takes about a millisecond for each addition of a kernel's source and seven for each loop, because it searches for
-the meaning of every operation anew among all that it knows. Here an operation is one that the list below knows, so that
-a function of fifty lines takes some milliseconds: a kernel's first call waits for little else than LLVM.
+Numba searches for the meaning of every operation anew among all that it knows, and most of a kernel's first call was
+that. Here an operation is one that the list below knows, and a first call waits for LLVM above all. (`make latency`
+prints what it takes.)
 
 What is understood: int64, float32, float64 and bool; contiguous arrays and pointers to their elements; intrinsics and
 other emitted functions. Assignments, `for` over range, `while`, `if`, `break`, `continue`, `return`; arithmetic,
