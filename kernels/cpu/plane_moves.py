@@ -6,7 +6,7 @@ from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.row_moves import finish_row
 from tilewise.kernels.cpu.scratch import progression
 from tilewise.kernels.cpu.simd import address, lanes
-from tilewise.kernels.cpu.vector_move import reverse_row, transpose_square_to
+from tilewise.kernels.cpu.vector_move import reverse_row, transpose_part, transpose_square_to
 
 
 @kernel()
@@ -15,19 +15,18 @@ def turn_planes(source, n, rows, columns, target):
     lane = lanes(source)
     places = progression(rows, lane)
     blocks = (columns + lane - 1) // lane
+    high, wide = min(rows, lane), min(columns, lane)
     for chunk in prange(n * blocks):
         i = chunk // blocks
-        c = min((chunk - i * blocks) * lane, max(0, columns - lane))
-        start = i * rows * columns
-        if rows < lane or columns < lane:
-            for r in range(rows):
-                for k in range(c, min(columns, c + lane)):
-                    target[start + k * rows + r] = source[start + r * columns + k]
-            continue
+        c = min((chunk - i * blocks) * lane, columns - wide)
         for r in range(0, rows, lane):
-            at = min(r, rows - lane)
-            where = address(source, start + at * columns + c)
-            transpose_square_to(address(target, start + c * rows + at), address(places, 0), where, columns)
+            at = min(r, rows - high)
+            to = address(target, i * rows * columns + c * rows + at)
+            where = address(source, i * rows * columns + at * columns + c)
+            if high < lane or wide < lane:
+                transpose_part(to, rows, where, columns, high, wide)
+            else:
+                transpose_square_to(to, address(places, 0), where, columns)
 
 
 @kernel()
