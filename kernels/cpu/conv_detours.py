@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from tilewise.kernels.cpu.plane_moves import exchange_images, turn_planes
+from tilewise.kernels.cpu.plane_moves import exchange_images, spread_pixels, turn_planes
 
 # Bytes that copies of x and y may always take.
 COPIES = 4 << 20
@@ -39,6 +39,29 @@ class PointwiseJoined:
             extra = joined_y  # added in place
         self.move(joined_x, weight, joined_y, bias, extra)
         self.part(joined_y, outputs, n, pixels, y.ravel())
+
+
+class PointwiseSpread:
+    """A transposed NCHW convolution by 1x1 kernels with a stride: a dense one, whose pixels are then set apart.
+
+    Each phase of the stride as a convolution would write every second pixel of every second row, and every line of y
+    goes through the caches twice: once for the zeros between. x, y: shapes. move: the pass to the dense image.
+    """
+
+    __slots__ = ("dense", "move", "places", "spread")
+
+    packing = None
+
+    def __init__(self, x, y, stride, move):
+        n, channels, *size = y
+        self.dense, self.move = (n, channels, *x[2:]), move
+        self.places = n * channels, channels, tuple(x[2:]), tuple(size), tuple(stride)
+        self.spread = spread_pixels.sized(1.0 * prod(y))
+
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        dense = np.empty(self.dense, y.dtype)
+        self.move(x, weight, dense, bias)
+        self.spread(dense.ravel(), *self.places, bias, y.ravel())
 
 
 class ThroughNHWC:

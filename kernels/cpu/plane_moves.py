@@ -38,6 +38,25 @@ def exchange_images(source, outer, inner, pixels, target):
             finish_row(1, to, row, pixels, source.dtype.type(0), 0, row, 0)
 
 
+@kernel()
+def spread_pixels(source, planes, channels, grid, size, stride, bias, target):
+    """target[p, i * stride[0], j * stride[1]] = source[p, i, j], all other pixels bias[p % channels], or 0 without."""
+    (oh, ow), (h, w) = grid, size
+    for p in prange(planes):
+        fill = bias[p % channels] if bias.size > 0 else source.dtype.type(0)
+        for i in range(oh):
+            first, last = i * stride[0], h if i == oh - 1 else (i + 1) * stride[0]
+            for k in range((p * h + first) * w, (p * h + last) * w):
+                target[k] = fill
+            to, row = (p * h + first) * w, (p * oh + i) * ow
+            if stride[1] == 2:
+                where = address(target, to)
+                finish_row(2, where, address(source, row), ow, source.dtype.type(0), 0, where, 0)
+            else:
+                for j in range(ow):
+                    target[to + j * stride[1]] = source[row + j]
+
+
 # A square of channels and outputs whose taps fit L1 together: transposed at once, or each row would be a page apart.
 _EXCHANGE = 16
 
