@@ -138,10 +138,11 @@ def test_backward(rng, case, layout, reached, dtype):
 # 1x1 on 7x7: a quarter of NCHW's lanes would be empty
 THROUGH = Case(8, 140, 7, 7, 70, (3, 3), 1, 1)
 ONE_IMAGE = THROUGH._replace(n=1, h=14, w=14, o=64)
+FEW_OUTPUTS = Case(20, 6, 14, 14, 16, (5, 5))  # LeNet's second layer: rows of 10 pixels
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("case", [THROUGH, THROUGH._replace(h=9, w=9, stride=2, o=64), ONE_IMAGE], ids=str)
+@pytest.mark.parametrize("case", [THROUGH, THROUGH._replace(h=9, w=9, stride=2, o=64), ONE_IMAGE, FEW_OUTPUTS], ids=str)
 def test_small_images_go_through_nhwc(rng, case, dtype, monkeypatch):
     turned = []
     turn = conv_detours.ThroughNHWC.__call__
@@ -224,8 +225,9 @@ def test_explain_tells_of_copied_images(rng, case, options, note):
 
 FENCED = """
 import numpy as np
-from fences import fenced_copy
+from fences import fenced, fenced_copy
 from tilewise import kernels
+from tilewise.kernels.cpu.plane_moves import turn_planes
 
 rng = np.random.default_rng(0)
 for layout in ("NCHW", "NHWC"):
@@ -259,6 +261,11 @@ kernels.conv2d(x, fenced_copy(rng.standard_normal((400, 400, 1, 1), dtype=np.flo
 x = fenced_copy(rng.standard_normal((1, 16, 1, 1041), dtype=np.float32))  # one row of output, in two pieces
 weight = fenced_copy(rng.standard_normal((16, 16, 1, 1), dtype=np.float32))
 kernels.conv2d_backward(kernels.conv2d(x, weight, stride=2), x, weight, stride=2)
+for rows, columns in ((6, 35), (35, 6), (3, 5)):
+    x = fenced_copy(rng.standard_normal((2, rows, columns), dtype=np.float32))
+    turned = fenced((2, columns, rows))
+    turn_planes(0, x.ravel(), 2, rows, columns, turned.ravel())
+    assert (turned == x.swapaxes(1, 2)).all()
 print("done")
 """
 

@@ -9,7 +9,7 @@ from conv_cases import FLOATS, LAYOUTS, Case, check, reference
 
 from tilewise import kernels, using
 from tilewise.kernels import operation
-from tilewise.kernels.cpu import conv_columns, conv_pointwise_weight, conv_transposed, simd
+from tilewise.kernels.cpu import conv_columns, conv_detours, conv_pointwise_weight, conv_transposed, simd
 from tilewise.kernels.cpu.simd import CHANNEL_NV, lane_count
 
 # around 8 rows of k, panels of 48 pixels, blocks of rows and of channels
@@ -99,6 +99,40 @@ def check_by_columns(rng, monkeypatch, case, layout, dtype, called):
     result = kernels.conv_transpose2d(grad, weight, bias, **options)
     expected = reference(kernels.conv_transpose2d, grad, weight, bias, **options)
     check(result, expected, case.o * weight[0, 0].size, (case, layout, "transposed"), dtype)
+    operation.forget_plans()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("channels", [8, 9, 16])
+def test_channels_that_fill_a_vector_of_nhwc_go_by_the_convolution(rng, monkeypatch, channels, dtype):
+    calls = watched(monkeypatch, conv_columns, "plan")
+    case = Case(2, channels, 9, 11, 32, (5, 5), 1, 2)
+    compare(case, dtype, "NHWC", *arrays(rng, case, dtype, "NHWC"))
+    assert bool(calls) == (channels <= 8)
+    operation.forget_plans()
+
+
+STRIDED = [
+    Case(5, 20, 13, 15, 49, (1, 1), 2),
+    Case(1, 16, 17, 33, 8, (1, 1), (3, 2)),
+    Case(2, 12, 8, 10, 30, (1, 1), (2, 1), groups=2),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("at_once", [0, 1 << 30])
+@pytest.mark.parametrize("case", STRIDED, ids=str)
+def test_input_gradient_of_strided_1x1(rng, monkeypatch, case, at_once, dtype):
+    """A dense image whose pixels are set apart: of the whole batch, and in parts."""
+    monkeypatch.setattr(conv_detours, "COPIES", at_once)
+    calls = watched(monkeypatch, conv_detours.PointwiseSpread, "__call__")
+    grad, x, weight = arrays(rng, case, dtype, "NCHW")
+    compare(case, dtype, "NCHW", grad, x, weight)
+    assert len(calls) == (1 if at_once else -(-case.n // max(1, case.n // 2)))
+    bias = rng.standard_normal(case.c).astype(dtype)
+    result = kernels.conv_transpose2d(grad, weight, bias, **case.options)
+    expected = reference(kernels.conv_transpose2d, grad, weight, bias, **case.options)
+    check(result, expected, case.o, case, dtype)
     operation.forget_plans()
 
 

@@ -69,10 +69,22 @@ def test_strides(rng, dtype, stride, size):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_equal_shares_of_one_image(rng, dtype):
+    """As many as two or four threads share, none of more panels than PANELS, most of them not the same."""
+    lane = lane_count(np.dtype(dtype).itemsize)
+    for panels in (2, 3, 5, 9, 38, 75, 16 * 21 + 6):
+        pixels = panels * NV * lane - 3
+        geometry, _ = conv_pointwise.plan(1, 1, 3, (1, pixels), 5, (1, 1), np.dtype(dtype).itemsize, 0)
+        assert geometry[5] % 4 == 0 or geometry[5] == panels
+        assert panels / 16 <= geometry[5] <= panels
+        check(rng, Case(1, 3, 1, pixels, 5, (1, 1)), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_outputs_in_parts(rng, dtype, monkeypatch):
     monkeypatch.setattr(conv_pointwise, "WEIGHT_BYTES", 1 << 14)
     operation.forget_plans()
-    for outputs in (8 * MR * 4, 8 * MR * 4 + 3):
+    for outputs in (8 * MR * 4, 8 * MR * 4 + 3, 8 * MR * 5 + MR):
         case = Case(9, 80, 7, 7, outputs, (1, 1))
         pixels, whole, parts = planned(case, dtype)
         assert parts > 1

@@ -103,7 +103,7 @@ def test_two_threads_find_two_chunks(way):
         elif way == "wide":
             assert gemm_plan.is_wide(m, n, depth, 4)
             geometry, _ = conv_pointwise.plan(1, 1, depth, (1, n), m, (1, 1), 4, 0)
-            rows, columns = m, geometry[5] * conv_pointwise.NV * lane_count(4)
+            rows, columns = m, n // geometry[5]
         else:
             assert gemm_plan.fits_in_place(m, n, depth, True, 4)
             _, geometry = gemm_plan.in_place(m, n, depth, True, float32)

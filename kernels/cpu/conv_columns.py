@@ -32,9 +32,9 @@ from tilewise.kernels.cpu.simd import address, lane_count, lanes, micro_kernel
 from tilewise.kernels.cpu.vector_move import copy_rows, transpose_square_to
 
 # Channels up to which it pays, without and with a stride. Without: where a convolution of grad leaves too much of its
-# tile empty, of 8 rows or of 32 lanes. With: that is a convolution for each phase, in NCHW with planes of its own, and
-# always slower.
-FEW_CHANNELS = {("NCHW", False): 6, ("NHWC", False): 16, ("NCHW", True): 1 << 30, ("NHWC", True): 8}
+# tile empty, of 8 rows or of the lanes of one vector (`make bench-peers ARGS='--only "backward.*5x5"'`: 16 channels in
+# NHWC). With: that is a convolution for each phase, in NCHW with planes of its own, and always slower.
+FEW_CHANNELS = {("NCHW", False): 6, ("NHWC", False): 8, ("NCHW", True): 1 << 30, ("NHWC", True): 8}
 # Of more channels than those, the columns of few outputs cost more additions than products.
 OUTPUTS = 16
 # Outputs whose stage for a panel of pixels, 512 * 48 * 4 = 98 KB, stays in L2 with all else.

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from tilewise.kernels.cpu.plane_moves import exchange_images, turn_planes
+from tilewise.kernels.cpu.plane_moves import exchange_images, spread_pixels, turn_planes
 
 # Bytes that copies of x and y may always take.
 COPIES = 4 << 20
@@ -41,11 +41,35 @@ class PointwiseJoined:
         self.part(joined_y, outputs, n, pixels, y.ravel())
 
 
+class PointwiseSpread:
+    """A transposed NCHW convolution by 1x1 kernels with a stride: a dense one, whose pixels are then set apart.
+
+    Each phase of the stride as a convolution would write every second pixel of every second row, and every line of y
+    goes through the caches twice: once for the zeros between. x, y: shapes. move: the pass to the dense image.
+    """
+
+    __slots__ = ("dense", "move", "places", "spread")
+
+    packing = None
+
+    def __init__(self, x, y, stride, move):
+        n, channels, *size = y
+        self.dense, self.move = (n, channels, *x[2:]), move
+        self.places = n * channels, channels, tuple(x[2:]), tuple(size), tuple(stride)
+        self.spread = spread_pixels.sized(1.0 * prod(y))
+
+    def __call__(self, x, weight, y, bias, extra=None, packed=None):
+        dense = np.empty(self.dense, y.dtype)
+        self.move(x, weight, dense, bias)
+        self.spread(dense.ravel(), *self.places, bias, y.ravel())
+
+
 class ThroughNHWC:
-    """An NCHW convolution of small images with many channels, by way of NHWC.
+    """An NCHW convolution of small images, by way of NHWC.
 
     In NCHW the vectors run along pixels, and rows of 7 leave a quarter of their lanes empty; in NHWC they run along
-    outputs. Turning x and y around costs an element each, which hundreds of products an element outweigh.
+    outputs. Turning x and y around costs an element each, which hundreds of products an element outweigh. With rows of
+    10 pixels in planes of 14, as LeNet's second layer has them, 16 outputs are enough, but not for a single image.
     """
 
     __slots__ = ("move", "turn_x", "turn_y", "x", "y")

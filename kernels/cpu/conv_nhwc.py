@@ -98,7 +98,9 @@ def efficiency(n, oh, ow, outputs, lane, groups=1):
     rows, images, _ = _blocks(n, groups, oh, ow, outputs, BLOCK_PIXELS)
     used = sum(ceil(images * min(rows, oh - first) * ow / MR) * MR for first in range(0, oh, rows))
     width = NV * lane
-    return oh * ow * images / used * outputs / (ceil(outputs / width) * width)
+    rest = outputs % width  # a tile of one vector is enough for a few
+    padded = outputs - rest + (0 if rest == 0 else lane if rest <= lane else width)
+    return oh * ow * images / used * outputs / padded
 
 
 def _parts(rows, columns, channels, joined):

@@ -36,6 +36,9 @@ _DIRECT = {
 COST = {"gemm": 0.015, "winograd": 0.008, "direct": 0.5}
 # Multiply-adds of a vector in whose time a weight is packed.
 PACKING = 1.2
+# The same to turn a pixel's vector of channels around, and for the calls that do so; nothing beside the products of
+# so many outputs.
+TURNING, CALLS, MANY_OUTPUTS = 5, 10_000, 64
 # Pixels of an image up to which turning it around may pay (see `ThroughNHWC`).
 _SMALL_IMAGE = 16 * 16
 
@@ -248,15 +251,20 @@ class _WinogradNHWC:
 def _better_in_nhwc(x, weight, dtype, product, grid, groups):
     """Whether so many lanes would be wasted in NCHW that turning around pays."""
     lane = lane_count(dtype.itemsize)
-    steps, outputs = weight[1] * weight[2] * weight[3], weight[0] // groups
-    if grid[:4] != (0, 0, 1, 1) or outputs < 64 or steps < 128 or x[2] * x[3] > _SMALL_IMAGE:
+    steps, outputs, pixels = weight[1] * weight[2] * weight[3], weight[0] // groups, prod(grid[4:])
+    if grid[:4] != (0, 0, 1, 1) or outputs < lane or steps < 128 or x[2] * x[3] > _SMALL_IMAGE:
         return False
     there = conv_nhwc.efficiency(x[0], *grid[4:], outputs, lane, groups)
     # Its weights are packed first, which a single image of 7x7 feels. (This counts for prepared weights, too: their
     # results are a call's, bit for bit.) Measured: with full tiles in both, NHWC is a tenth faster, for its weights lie
     # one after the other.
-    there = 1 / (1 / there + PACKING * lane / (x[0] * prod(grid[4:])))
-    return conv_nchw_plan.efficiency(product.plan[0], lane) < 1.1 * there
+    there = 1 / (1 / there + PACKING * lane / (x[0] * pixels))
+    here = conv_nchw_plan.efficiency(product.plan[0], lane)
+    if outputs >= MANY_OUTPUTS:
+        return here < 1.1 * there
+    saved = steps * weight[0] / lane * pixels * (1 / here - 1 / there)
+    turns = TURNING * (ceil(x[1] / lane) * x[2] * x[3] + ceil(weight[0] / lane) * pixels)
+    return x[0] * (saved - turns) > CALLS
 
 
 def prepare_pass(x, weight, y, dtype, taps, stride, grid, groups, layout, algorithm, activation=0):

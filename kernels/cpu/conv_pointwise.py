@@ -36,9 +36,10 @@ from tilewise.kernels.cpu.simd import CHANNEL_MR as MR
 from tilewise.kernels.cpu.simd import CHANNEL_NV as NV
 from tilewise.kernels.cpu.simd import VECTOR_BYTES, address, lane_count, lanes
 
-# Panels a chunk, and how many chunks there should be to share out.
+# The most panels a chunk, how many chunks there should be to share out, and what divides their number where there is
+# but one image: equal shares for two or four threads.
 PANELS = 16
-CHUNKS = 8
+CHUNKS, EVEN = 8, 4
 
 
 # Where x is strided: panels of which a chunk takes a copy, 192 pixels of 256 channels are 196 KB. With AVX2, whose
@@ -72,13 +73,16 @@ def plan(n, groups, channels, size, outputs, stride, itemsize, activation):
     some = STRIDED_PANELS if strided else PANELS
     while some > 1 and n * groups * ceil(panels / some) < CHUNKS:
         some = ceil(some / 2)
-    chunks, splits = groups * n * ceil(panels / some), 1
+    blocks = ceil(panels / some)
+    if n * groups == 1 and blocks > 1:  # shares for two or four threads
+        blocks = min(panels, ceil(blocks / EVEN) * EVEN)
+    chunks, splits = groups * n * blocks, 1
     while outputs // MR >= 4 * splits and (
         chunks * splits < CHUNKS or channels * outputs * itemsize > WEIGHT_BYTES * splits
     ):
         splits *= 2
     geometry = [
-        n, groups, channels, oh * ow, outputs, some, splits, activation, whole, int(strided), h, w, stride[0],
+        n, groups, channels, oh * ow, outputs, blocks, splits, activation, whole, int(strided), h, w, stride[0],
         stride[1], ow,
     ]  # fmt: skip
     return np.array(geometry, np.int64), np.array([0, 0, ow, 0], np.int64)
@@ -196,21 +200,17 @@ def convolve(x, weight, y, bias, extra, geometry, phase):
     weight: (groups * outputs, channels). extra: empty, or laid out as y.
     """
     n, groups, channels, pixels, outputs = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
-    splits, whole = geometry[6], geometry[8]
-    span = geometry[5] * NV * lanes(x)
-    blocks = (whole + span - 1) // span
+    blocks, splits, whole, width = geometry[5], geometry[6], geometry[8], NV * lanes(x)
+    panels = (whole + width - 1) // width
     tiles = (outputs + MR - 1) // MR
-    share = (tiles + splits - 1) // splits * MR
     units = n * groups * blocks
     for chunk in prange(units * splits):
         # one share of the weights after the other
-        o = chunk // units * share
-        first = chunk % blocks * span
-        plane = chunk % units // blocks
+        part, block, plane = chunk // units, chunk % blocks, chunk % units // blocks
+        o, end = tiles * part // splits * MR, min(outputs, tiles * (part + 1) // splits * MR)
+        first, last = panels * block // blocks * width, min(whole, panels * (block + 1) // blocks * width)
         g = plane % groups
-        some = min(share, outputs - o)
-        if some > 0:
-            _chunk(
-                x, plane, first, min(whole, first + span), weight, (g * outputs + o) * channels, some, y,
-                (plane * outputs + o) * pixels, bias, g * outputs + o, extra, geometry, phase,
-            )  # fmt: skip
+        _chunk(
+            x, plane, first, last, weight, (g * outputs + o) * channels, end - o, y,
+            (plane * outputs + o) * pixels, bias, g * outputs + o, extra, geometry, phase,
+        )  # fmt: skip

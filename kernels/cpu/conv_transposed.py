@@ -5,6 +5,7 @@ stride_w phases; in each, only every stride-th tap meets a pixel of grad, and th
 smaller kernel. No zeros are multiplied, and every pixel is written once.
 
 Elsewhere one product is faster: by columns (conv_columns.py), or for 1x1 kernels in NHWC of the matrices as they are.
+With 1x1 kernels and a stride, in NCHW, it is a dense image's, whose pixels are then set apart.
 """
 
 from math import prod
@@ -14,6 +15,7 @@ import numpy as np
 from tilewise.kernels.cpu import conv_columns, gemm
 from tilewise.kernels.cpu.conv_choice import DIRECT_BELOW, estimate_times, why_not_winograd
 from tilewise.kernels.cpu.conv_depthwise import Depthwise
+from tilewise.kernels.cpu.conv_detours import BatchInParts, PointwiseSpread
 from tilewise.kernels.cpu.conv_pass import image_size, prepare_pass
 from tilewise.kernels.cpu.plane_moves import exchange_channels, turn_planes
 
@@ -63,6 +65,18 @@ class _Product:
         gemm.linear(a, b.T, bias, activation=None, out=c)
 
 
+def _set_apart(grad, weight, result, dtype, taps, stride, groups):
+    """The pass by 1x1 kernels with a stride: a dense image, then its pixels set apart."""
+
+    def prepare(n):
+        x, y = ((n, *shape[1:]) for shape in (grad, result))
+        dense, grid = (*y[:2], *x[2:]), (0, 0, 1, 1, *x[2:])
+        move = prepare_pass(x, weight, dense, dtype, taps, (1, 1), grid, groups, "NCHW", "gemm")
+        return PointwiseSpread(x, y, stride, move)
+
+    return BatchInParts.where_large(grad, result, dtype, prepare)
+
+
 class TransposedConvolution:
     """result (+ bias) = the transpose of the convolution by `weight`, applied to grad; fills every pixel of result."""
 
@@ -74,6 +88,7 @@ class TransposedConvolution:
         algorithm = _choose_transposed(grad, weight, size, dtype, stride, dilation, groups, layout)
         self.phases = []
         self.whole = None  # one call instead
+        spread = False
         if prod(grad) and prod(result):
             axes = [
                 [_phase(i, s, p[0], d, k) for i in range(min(s, n))]
@@ -94,6 +109,7 @@ class TransposedConvolution:
             if unpadded and _is_product(weight, size, image_size(grad, layout), groups, layout, count):
                 self.whole = _Product(grad, weight)
                 return
+            spread = unpadded and layout == "NCHW" and (kh, kw) == (1, 1) and prod(stride) > 1 and algorithm == "gemm"
             for i, (rows, row_offsets) in enumerate(axes[0]):
                 for j, (columns, column_offsets) in enumerate(axes[1]):
                     if rows.size == 0 or columns.size == 0:
@@ -101,11 +117,14 @@ class TransposedConvolution:
                     shape = (groups * channels, outputs, rows.size, columns.size)
                     grid = (i, j, *stride, -(-(size[0] - i) // stride[0]), -(-(size[1] - j) // stride[1]))
                     taps = (row_offsets, column_offsets)
-                    move = prepare_pass(grad, shape, result, dtype, taps, (1, 1), grid, groups, layout, algorithm)
+                    if spread:
+                        move = _set_apart(grad, shape, result, dtype, taps, stride, groups)
+                    else:
+                        move = prepare_pass(grad, shape, result, dtype, taps, (1, 1), grid, groups, layout, algorithm)
                     wanted = (rows[:, None] * kw + columns).ravel()
                     self.phases.append((shape, self._prepare_exchange(shape, wanted, kh * kw), move))
         # pixels that no tap meets keep the bias alone
-        self.fill_first = len(self.phases) < min(stride[0], size[0]) * min(stride[1], size[1])
+        self.fill_first = not spread and len(self.phases) < min(stride[0], size[0]) * min(stride[1], size[1])
 
     def _prepare_exchange(self, shape, wanted, taps):
         """The weights of a phase: outputs and channels change places, and the taps `wanted` their order."""

@@ -6,7 +6,7 @@ from tilewise.kernels.cpu.jit import kernel
 from tilewise.kernels.cpu.row_moves import finish_row
 from tilewise.kernels.cpu.scratch import progression
 from tilewise.kernels.cpu.simd import address, lanes
-from tilewise.kernels.cpu.vector_move import reverse_row, transpose_square_to
+from tilewise.kernels.cpu.vector_move import reverse_row, transpose_part, transpose_square_to
 
 
 @kernel()
@@ -15,19 +15,18 @@ def turn_planes(source, n, rows, columns, target):
     lane = lanes(source)
     places = progression(rows, lane)
     blocks = (columns + lane - 1) // lane
+    high, wide = min(rows, lane), min(columns, lane)
     for chunk in prange(n * blocks):
         i = chunk // blocks
-        c = min((chunk - i * blocks) * lane, max(0, columns - lane))
-        start = i * rows * columns
-        if rows < lane or columns < lane:
-            for r in range(rows):
-                for k in range(c, min(columns, c + lane)):
-                    target[start + k * rows + r] = source[start + r * columns + k]
-            continue
+        c = min((chunk - i * blocks) * lane, columns - wide)
         for r in range(0, rows, lane):
-            at = min(r, rows - lane)
-            where = address(source, start + at * columns + c)
-            transpose_square_to(address(target, start + c * rows + at), address(places, 0), where, columns)
+            at = min(r, rows - high)
+            to = address(target, i * rows * columns + c * rows + at)
+            where = address(source, i * rows * columns + at * columns + c)
+            if high < lane or wide < lane:
+                transpose_part(to, rows, where, columns, high, wide)
+            else:
+                transpose_square_to(to, address(places, 0), where, columns)
 
 
 @kernel()
@@ -37,6 +36,25 @@ def exchange_images(source, outer, inner, pixels, target):
         for i in range(outer):
             to, row = address(target, (j * outer + i) * pixels), address(source, (i * inner + j) * pixels)
             finish_row(1, to, row, pixels, source.dtype.type(0), 0, row, 0)
+
+
+@kernel()
+def spread_pixels(source, planes, channels, grid, size, stride, bias, target):
+    """target[p, i * stride[0], j * stride[1]] = source[p, i, j], all other pixels bias[p % channels], or 0 without."""
+    (oh, ow), (h, w) = grid, size
+    for p in prange(planes):
+        fill = bias[p % channels] if bias.size > 0 else source.dtype.type(0)
+        for i in range(oh):
+            first, last = i * stride[0], h if i == oh - 1 else (i + 1) * stride[0]
+            for k in range((p * h + first) * w, (p * h + last) * w):
+                target[k] = fill
+            to, row = (p * h + first) * w, (p * oh + i) * ow
+            if stride[1] == 2:
+                where = address(target, to)
+                finish_row(2, where, address(source, row), ow, source.dtype.type(0), 0, where, 0)
+            else:
+                for j in range(ow):
+                    target[to + j * stride[1]] = source[row + j]
 
 
 # A square of channels and outputs whose taps fit L1 together: transposed at once, or each row would be a page apart.
