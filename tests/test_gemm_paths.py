@@ -36,8 +36,10 @@ BLOCKS = [
     (98, 33, 1025), (105, 95, 1300), (97, 2100, 100), (64, 1100, 130), (65, 639, 200), (97, 640, 257), (70, 641, 100),
     (100, 2048, 97), (97, 4097, 100),
 ]  # fmt: skip
-# AVX2: both operands packed; 192 rows of A at a time, 768 a task, panels of B by fours, steps by fours
+# AVX2: both operands packed, where A is stored by columns, or above 256 rows and columns (float64: 128); 192 rows of A
+# at a time, 768 a task, panels of B by fours, steps by fours
 PACKED = [
+    (257, 259, 97), (386, 300, 130), (777, 290, 261), (300, 641, 254),
     (64, 97, 96), (191, 63, 98), (193, 65, 99), (192, 64, 253), (199, 127, 254), (386, 129, 255), (200, 257, 261),
     (769, 66, 97), (1537, 16, 130),
 ]  # fmt: skip
@@ -260,3 +262,12 @@ def test_chunks_of_a_dense_layers_weight(itemsize):
                     assert columns * depth * itemsize <= gemm_plan.PAGED_BYTES
                 # equal shares: the last is short of the others by less than a tile for each chunk
                 assert chunks * columns - n < chunks * gemm_plan.COLUMNS
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("depth", [97, 300])
+def test_blocks_that_pack_and_blocks_that_do_not_give_the_same_bits(rng, depth, dtype):
+    a, b = rng.standard_normal((300, depth)).astype(dtype), rng.standard_normal((depth, 301)).astype(dtype)
+    with tilewise.using(backend="cpu", threads=1):
+        whole, part = kernels.matmul(a, b), kernels.matmul(a[:100].copy(), b)
+    np.testing.assert_array_equal(part, whole[:100])

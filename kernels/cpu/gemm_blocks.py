@@ -13,7 +13,7 @@ B is packed so that the tile reads it front to back. A needs no order, since its
 rows are copied only where they lie a harmful distance apart. Every sum is in the order that KC fixes, so
 that neither the blocks nor the thread count changes a bit.
 
-With AVX2's 16 registers a task packs A as well: gemm_packed.py.
+With AVX2's 16 registers a large task packs A as well: gemm_packed.py.
 """
 
 from numba import prange
@@ -42,6 +42,8 @@ COLLECTED_FROM = 4 * KC
 # Rows a multiple of ALIASING bytes apart, give or take less than a line, share two of L1's 64 places, 12 lines each:
 # then A's are copied, and C's sums collected earlier. Other rows of A are read where they lie.
 ALIASING, LINE = 2048, 64
+# Bytes of a column of A's rows, or of a row of B's columns, up to which AVX2's tasks leave A where it lies.
+STAYING = 1024
 # Steps from which a tile asks for its part of C beforehand, which costs 14 cycles, as much as a step: behind fewer
 # steps it would come too late.
 AWAITED_DEPTH = 128
@@ -180,8 +182,32 @@ def _store_sums(sums, rows, columns, c, c_at, c_step):
                 copy_lanes(1, 1, address(c, place), address(sums, origin), 0, columns - j, 1)
 
 
-# AVX2 has 16 registers, and a tile that must not spend them on addresses; it was measured on Zen 3.
-multiply_task = multiply_packed_block if VECTOR_BYTES == 32 else multiply_block
+@emitted
+def _stays(a_row, a_column, b_row, b_column, rows, columns, itemsize):
+    """AVX2: may A's rows stay where they lie?
+
+    They share no places of L1; KC steps of them stay in L2, or few panels of B pass by. Where B comes from memory in
+    rows far apart, gemm_packed.py asks for them earlier.
+    """
+    near = b_column != 1 or b_row * itemsize <= 4 * NEAR
+    return near and a_column == 1 and not _alias(a_row * itemsize) and min(rows, columns) * itemsize <= STAYING
+
+
+@emitted
+def _multiply_task(a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole):
+    """AVX2 has 16 registers, and a large product a tile that must not spend them on addresses (gemm_packed.py).
+
+    A small one loses more by packing A than by its addresses: 128^3 a fifth on Zen 3.
+    """
+    if _stays(a_row, a_column, b_row, b_column, rows, columns, c.itemsize):
+        multiply_block(a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole)
+    else:
+        multiply_packed_block(
+            a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole
+        )  # fmt: skip
+
+
+multiply_task = _multiply_task if VECTOR_BYTES == 32 else multiply_block
 
 
 @kernel(one_by_one=True)
