@@ -17,9 +17,9 @@ too gained nothing for large squares, and cost 2 to 4 % of short sums; so did di
 In this loop L1 holds what is packed: 93 GFLOP/s, all that the core has; what large products lose, they lose outside.
 """
 
+from tilewise.kernels.cpu.emitted import emitted
 from tilewise.kernels.cpu.gemm_panels import GROUP, KC, pack_right_group, pack_right_panel, pack_rows
 from tilewise.kernels.cpu.gemm_tile import UNROLLED, beyond, multiply_packed_tile, prefetch_tile
-from tilewise.kernels.cpu.jit import device
 from tilewise.kernels.cpu.scratch import scratch
 from tilewise.kernels.cpu.simd import MR, NV, address, lanes
 from tilewise.kernels.cpu.vector_move import copy_lanes
@@ -27,7 +27,7 @@ from tilewise.kernels.cpu.vector_move import copy_lanes
 ROWS = 32 * MR  # of float32; half as many of float64
 
 
-@device()
+@emitted
 def _pack_left(a, start, row_step, column_step, rows, depth, steps, panels):
     """Rows of A in panels of MR, MR * KC elements apart: element (i, k) of a panel at k * MR + i, zeros from depth to
     `steps`.
@@ -45,7 +45,7 @@ def _pack_left(a, start, row_step, column_step, rows, depth, steps, panels):
             panels[place] = 0
 
 
-@device(allocates=True)
+@emitted
 def _pack_right(b, start, row_step, column_step, depth, steps, columns, panels, first):
     """Up to GROUP panels of B, from panel number `first` on; zeros from depth to `steps`."""
     count = NV * lanes(b)
@@ -59,7 +59,7 @@ def _pack_right(b, start, row_step, column_step, depth, steps, columns, panels, 
             panels[place] = 0
 
 
-@device(allocates=True)
+@emitted
 def multiply_packed_block(
     a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def multiply_packed_block(
                 )  # fmt: skip
 
 
-@device()
+@emitted
 def _multiply_panel(
     left, right, right_at, rows, steps, c, c_at, c_step, columns, before,
     right_next, right_step, right_rows, left_next, left_step, left_rows, line, row,
