@@ -6,7 +6,7 @@ as max_pool2d has it, and so matches once. Whether each did is counted, and if n
 
 An index is read by as many pixels as its window has. Where that is often, the indices of a chunk's windows are narrowed
 to the width of float32 first, a vector of which is then compared with one vector of them, not with two. That is done
-row by row, as late as it can be, and while one row is matched the next one is fetched: the two would take turns otherwise.
+row by row, as late as it can be, and the next row is fetched while one is matched: the two would take turns otherwise.
 """
 
 import numpy as np
