@@ -36,6 +36,9 @@ CASES = {
     "3x3": [depthwise(_CHANNELS[i % 13], _HEIGHTS[i % 9], w, n=1 + i % 2) for i, w in enumerate(_WIDTHS * 2)],
     "3x3 stride 2": [depthwise(_CHANNELS[-i % 13], 2 * _HEIGHTS[i % 9], 2 * w - i % 2, stride=2, n=1 + i % 2)
                      for i, w in enumerate(_WIDTHS)],
+    # rows of at most one vector, planes enough for row after row; padding above and to the left, and none
+    "narrow, stride 2": [depthwise(8, 3 + (w + i) % 4, 2 * w - i % 2, stride=2, padding=((i, 1), (1 - i % 2, 1)))
+                         for w in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17) for i in (0, 1)],
     # 3x3 as large as x: one row, two; a tile and less; pixels far apart, whose channels are copied, and nearly so
     "same": [
         depthwise(6, 1, 4), depthwise(6, 2, 5), depthwise(6, 3, 3), depthwise(19, 5, 4, n=2),
@@ -116,6 +119,21 @@ def test_forward(rng, kind, layout, dtype):
             with tilewise.using(backend="cpu"):
                 y = kernels.conv2d(x, weight, b, **options, activation=activation)
             check(y, expected, case.taps + 1, (case, layout, activation), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_shorter_than_a_vector_touch_nothing_behind_the_result(rng, dtype):
+    """All but the last of them may be stored as whole vectors, over the rows that follow."""
+    for width in (3, 6, 14, 30):
+        case = depthwise(8, 5, width, stride=2)
+        x, weight, bias = case.arrays(rng, dtype, "NCHW")
+        expected = reference(kernels.conv2d, x, weight, bias, **case.options)
+        memory = np.full(expected.size + 64, 7, dtype)
+        out = memory[: expected.size].reshape(expected.shape)
+        with tilewise.using(backend="cpu"):
+            kernels.conv2d(x, weight, bias, **case.options, out=out)
+        check(out, expected, case.taps + 1, (case, width), dtype)
+        assert (memory[expected.size :] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

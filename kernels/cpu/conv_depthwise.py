@@ -29,6 +29,7 @@ from tilewise.kernels.cpu.conv_depthwise_nhwc import BAND_BYTES, Regions, convol
 from tilewise.kernels.cpu.conv_depthwise_rows import (
     by_rows,
     convolve_doubled_nchw,
+    convolve_narrow_nchw,
     convolve_rows_nchw,
     in_memory,
     is_doubled,
@@ -95,9 +96,11 @@ class Depthwise:
             self.constants = (*head, strips.table, strips.starts, all_taps, strips.square, activation)
             problem = n * channels, taps, stride, weight[0] // channels, (h, w), (oh, ow)
             if is_square and by_rows(*problem, dtype.itemsize):
-                self.square = convolve_rows_nchw.sized(work)
+                is_narrow = stride[0] == 2 and ow <= lane_count(dtype.itemsize)
+                self.square = (convolve_narrow_nchw if is_narrow else convolve_rows_nchw).sized(work)
                 padding = [-int(axis[0][1][0]) for axis in taps]
-                self.square_constants = (n * channels, channels, h, w, oh, ow, *padding, stride[0], numbers, activation)
+                apart = () if is_narrow else (stride[0],)
+                self.square_constants = (n * channels, channels, h, w, oh, ow, *padding, *apart, numbers, activation)
             elif is_square and is_same(*problem[1:]):
                 self.square = convolve_same_nchw.sized(work)
                 group = planes_together((h, w), dtype)

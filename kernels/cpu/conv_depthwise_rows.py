@@ -4,7 +4,8 @@ With stride 2: the layers of a mobile network that halve their image. Strips (co
 other strides and sizes, copy x first, which takes nearly twice as long (`make bench-peers ARGS='--batch 8 --only dw2'`
 prints what this takes), and three times as long for the transpose. With stride 1: large planes, which loops down the
 columns (conv_depthwise_same.py) fetch anew for each vector of a row, again nearly twice as long. Planes in L1 are
-faster down the columns, with a third of the loads. The inner loops: depthwise_rows.py.
+faster down the columns, with a third of the loads. Rows of at most one vector, with stride 2, have a kernel of their
+own. The inner loops: depthwise_rows.py.
 """
 
 from math import prod
@@ -15,7 +16,7 @@ from numba import prange
 from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.conv_depthwise_nchw import CHUNKS, FEWEST
 from tilewise.kernels.cpu.conv_depthwise_same import sum_lanes, write_gradients
-from tilewise.kernels.cpu.depthwise_rows import correlate_plane, double_plane, sum_products
+from tilewise.kernels.cpu.depthwise_rows import correlate_narrow, correlate_plane, double_plane, sum_products
 from tilewise.kernels.cpu.depthwise_strip import clear
 from tilewise.kernels.cpu.epilogue import activate_row
 from tilewise.kernels.cpu.jit import EXACT_ORDER, kernel
@@ -60,6 +61,20 @@ def convolve_rows_nchw(x, weight, y, bias, planes, channels, h, w, oh, ow, top, 
                 correlate_plane(1, source, h, w, top, left, places, factors, value, target, oh, ow)
             else:
                 correlate_plane(2, source, h, w, top, left, places, factors, value, target, oh, ow)
+            if activation != 0:
+                activate_row(y, out, oh * ow, activation)
+
+
+@kernel()
+def convolve_narrow_nchw(x, weight, y, bias, planes, channels, h, w, oh, ow, top, left, numbers, activation):
+    """The same with stride 2, for rows of y of one vector at most."""
+    shift = bias if bias.size > 0 else np.zeros(channels, x.dtype)
+    chunks = min(planes, CHUNKS)
+    for chunk in prange(chunks):
+        for plane in range(planes * chunk // chunks, planes * (chunk + 1) // chunks):
+            c, out = plane % channels, plane * oh * ow
+            source, factors, value = address(x, plane * h * w), address(weight, c * 9), address(shift, c)
+            correlate_narrow(source, h, w, top, left, address(numbers, 0), factors, value, address(y, out), oh, ow)
             if activation != 0:
                 activate_row(y, out, oh * ow, activation)
 

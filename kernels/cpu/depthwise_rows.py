@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tilewise.kernels.cpu.depthwise_strip import AHEAD
-from tilewise.kernels.cpu.simd import _I1, _I32, _I64, _Emitter, _literal, emit_prefetch
+from tilewise.kernels.cpu.simd import _I1, _I32, _I64, VECTOR_BYTES, _Emitter, _literal, emit_prefetch
 
 SIZE = 3
 
@@ -34,11 +34,7 @@ def correlate_plane(typingctx, stride, x, h, w, top, left, numbers, weights, bia
     def codegen(context, builder, signature, args):
         _, x, h, w, top, left, numbers, weights, bias, y, oh, ow = args
         emit = _Emitter(builder, signature.args[1].dtype)
-        factors = [
-            emit.splat(builder.load(builder.gep(weights, [builder.load(builder.gep(numbers, [_I64(t)]))])))
-            for t in range(SIZE**2)
-        ]
-        shift, stored = emit.splat(builder.load(bias)), emit.mask(_I64(0), ow)
+        (factors, shift), stored = _splats(emit, numbers, weights, bias), emit.mask(_I64(0), ow)
 
         def visit(i, j, vectors, _):
             total = shift
@@ -51,6 +47,82 @@ def correlate_plane(typingctx, stride, x, h, w, top, left, numbers, weights, bia
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic
+def correlate_narrow(typingctx, x, h, w, top, left, numbers, weights, bias, y, oh, ow):
+    """`correlate_plane` with stride 2 where a row of outputs is one vector at most.
+
+    The lowest of the three rows that an output sees is the highest of the next's: its taps are carried along.
+    """
+    index = types.intp
+    signature = types.void(x, index, index, index, index, numbers, weights, bias, y, index, index)
+
+    def codegen(context, builder, signature, args):
+        x, h, w, top, left, numbers, weights, bias, y, oh, ow = args
+        emit = _Emitter(builder, signature.args[0].dtype)
+        factors, shift = _splats(emit, numbers, weights, bias)
+        _narrow_plane(emit, factors, shift, (x, h, w, top, left), (y, oh, ow))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _splats(emit, numbers, weights, bias):
+    """The taps' weights and the bias, each in all lanes."""
+    builder = emit.builder
+    places = [builder.load(builder.gep(numbers, [_I64(t)])) for t in range(SIZE**2)]
+    return [emit.splat(builder.load(builder.gep(weights, [k]))) for k in places], emit.splat(builder.load(bias))
+
+
+def _narrow_plane(emit, factors, shift, image, result):
+    (x, h, w, top, left), (y, oh, ow) = image, result
+    builder = emit.builder
+    masks, stored = _column_masks(emit, 2, _I64(0), left, w), emit.mask(_I64(0), ow)
+    nothing = [builder.and_(mask, emit.splat(builder.icmp_signed("==", top, _I64(0)), scalar=_I1)) for mask in masks]
+    above = _Rows(emit, 2, [x], left).vectors(0, _I64(0), nothing)
+    carried = [cgutils.alloca_once_value(builder, value) for value in above]
+
+    def visit(i, rows, rows_masks):
+        taps = [builder.load(value) for value in carried]
+        for r, row_masks in enumerate(rows_masks):
+            taps += rows.vectors(r, _I64(0), row_masks)
+        for place, value in zip(carried, taps[-SIZE:], strict=True):
+            builder.store(value, place)
+        total = shift
+        for factor, value in zip(factors, taps, strict=True):
+            total = emit.multiply_add(factor, value, total)
+        _store_row(emit, total, y, i, oh, ow, stored)
+
+    # outputs whose rows all lie in x, but for the first's highest
+    inside = builder.sdiv(builder.add(builder.sub(h, _I64(1)), top), _I64(2))
+    inside = builder.select(builder.icmp_signed("<", inside, oh), inside, oh)
+    with cgutils.for_range_slice(builder, _I64(0), inside, _I64(1), inc=True) as (i, _):
+        line = builder.add(builder.sub(builder.mul(i, _I64(2)), top), _I64(1))
+        start = builder.gep(x, [builder.mul(line, w)])
+        rows = _Rows(emit, 2, [start, builder.gep(start, [w])], left)
+        rows.ask(_I64(0))
+        visit(i, rows, (masks, masks))
+    with cgutils.for_range_slice(builder, inside, oh, _I64(1), inc=True) as (i, _):
+        pointers, there = [], []
+        for r in (1, 2):
+            line = builder.add(builder.sub(builder.mul(i, _I64(2)), top), _I64(r))
+            exists = builder.icmp_signed("<", line, h)
+            pointers.append(builder.gep(x, [builder.mul(builder.select(exists, line, _I64(0)), w)]))
+            there.append(emit.splat(exists, scalar=_I1))
+        visit(i, _Rows(emit, 2, pointers, left), [[builder.and_(m, t) for m in masks] for t in there])
+
+
+def _store_row(emit, value, y, i, oh, ow, stored):
+    """Store row i of at most one vector. What is beyond it belongs to rows that are stored afterwards, if y has them:
+    AVX2's masked store takes as long as the sums."""
+    builder = emit.builder
+    place = builder.mul(i, ow)
+    if VECTOR_BYTES < 64:
+        rest = builder.sub(builder.mul(oh, ow), place)
+        followed = emit.splat(builder.icmp_signed(">=", rest, _I64(emit.lanes)), scalar=_I1)
+        stored = builder.or_(stored, followed)
+    emit.masked_store(value, y, place, stored)
 
 
 class _Rows:

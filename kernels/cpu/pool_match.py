@@ -5,7 +5,8 @@ vectors of channels, no scattered writes, and no pass that sets zeros. A window'
 as max_pool2d has it, and so matches once. Whether each did is counted, and if not, the caller scatters instead.
 
 An index is read by as many pixels as its window has. Where that is often, the indices of a chunk's windows are narrowed
-to the width of float32 first, a vector of which is then compared with one vector of them, not with two.
+to the width of float32 first, a vector of which is then compared with one vector of them, not with two. That is done
+row by row, as late as it can be, and the next row is fetched while one is matched: the two would take turns otherwise.
 """
 
 import numpy as np
@@ -17,29 +18,32 @@ from numba.extending import intrinsic
 from tilewise.kernels.cpu.jit import device, kernel
 from tilewise.kernels.cpu.pool_fold import chunk_rows, move
 from tilewise.kernels.cpu.pool_spread import covering
-from tilewise.kernels.cpu.scratch import keep, scratch
-from tilewise.kernels.cpu.simd import _I1, _I32, _I64, VECTOR_BYTES, _Emitter, address
+from tilewise.kernels.cpu.scratch import ALIGNMENT, keep, scratch
+from tilewise.kernels.cpu.simd import _I1, _I32, _I64, VECTOR_BYTES, _Emitter, address, emit_prefetch
 
 # Windows over a pixel from which on narrowing pays: with 9 (3x3, stride 1) it saves a quarter of the time; with 2.25
 # (stride 2) it loses a little, with 1 (2x2, stride 2) a fifth.
 SHARED = 4
 COUNTERS = VECTOR_BYTES // 4  # as many as a vector of float32 has lanes
+LINE = ALIGNMENT // 8  # int64 indices in a cache line
 
 
 @intrinsic
-def match_row(typingctx, out, values, indices, pixel, rows, row_step, columns, width, count, counters):
+def match_row(typingctx, out, values, indices, ahead, pixel, rows, row_step, columns, width, count, counters):
     """A row of `width` pixels of `count` channels, numbered from `pixel` on. Pixel w lies in `rows` x columns[2 w + 1]
     windows, from column columns[2 w] on:
 
         out[w, i] = the sum of values[o + i] where indices[o + i] == pixel + w, over o = r * row_step + s * count,
                     for r < rows and 0 <= s - columns[2 w] < columns[2 w + 1]
 
-    indices: as wide as values. counters: 32-bit integers, to whose sum the number of matches is added.
+    indices: as wide as values. ahead: the int64 indices in memory; where `indices` are narrowed copies and nine windows
+    meet, the row below these windows is asked for, as the processor sees no reads of it yet. counters: 32-bit integers,
+    to whose sum the number of matches is added.
     """
-    signature = types.void(out, values, indices, *[types.intp] * 3, columns, types.intp, types.intp, counters)
+    signature = types.void(out, values, indices, ahead, *[types.intp] * 3, columns, types.intp, types.intp, counters)
 
     def codegen(context, builder, signature, args):
-        out, values, indices, pixel, rows, row_step, columns, width, count, counters = args
+        out, values, indices, ahead, pixel, rows, row_step, columns, width, count, counters = args
         emit = _Emitter(builder, signature.args[0].dtype)
         places, tally = ir.VectorType(indices.type.pointee, emit.lanes), ir.VectorType(_I32, emit.lanes)
         one = ir.Constant(tally, [1] * emit.lanes)
@@ -55,6 +59,11 @@ def match_row(typingctx, out, values, indices, pixel, rows, row_step, columns, w
             sum_, number = builder.load(total), builder.load(matches)
             builder.store(builder.select(found, emit.add(sum_, load(values, offset)), sum_), total)
             builder.store(builder.select(found, builder.add(number, one), number), matches)
+
+        def ask(place):
+            emit_prefetch(builder, builder.gep(values, [place]), 2)
+            for k in range(0, emit.lanes, LINE):
+                emit_prefetch(builder, builder.gep(ahead, [builder.add(place, _I64(k))]), 2)
 
         def vector(start, windows, wanted, load_indices, load):
             builder.store(emit.zero, total)
@@ -86,10 +95,12 @@ def match_row(typingctx, out, values, indices, pixel, rows, row_step, columns, w
                     for c in range(n)
                 ]
 
-                def unrolled(start, steps=steps):
+                def unrolled(start, steps=steps, nine=(m, n) == (3, 3)):
                     builder.store(emit.zero, total)
                     for step in steps:
                         add(builder.add(start, step), wanted, whole_indices, emit.load)
+                    if nine and places.element != _I64:
+                        ask(builder.add(start, builder.mul(rows, row_step)))
                     return builder.load(total)
 
                 whole_vectors(window, wanted, target, unrolled)
@@ -176,8 +187,8 @@ def narrow_indices(typingctx, target, source, count, most):
 
 
 @device()
-def _match_rows(g, indices, gx, table, p, h, end, counters):
-    """Rows h to end of image p. indices: pointer to those of the first window over row h."""
+def _match_rows(g, indices, ahead, gx, table, p, h, end, counters):
+    """Rows h to end of image p. indices, ahead: pointers to those of the first window over row h."""
     _, h_n, w_n, c = gx.shape
     _, oh_n, ow_n, _ = g.shape
     top, window_row = table[2 * h], ow_n * c
@@ -185,7 +196,8 @@ def _match_rows(g, indices, gx, table, p, h, end, counters):
         skip = (table[2 * r] - top) * window_row
         match_row(
             address(gx, (p * h_n + r) * w_n * c), address(g, (p * oh_n + top) * window_row + skip),
-            move(indices, skip), r * w_n, table[2 * r + 1], window_row, address(table, 2 * h_n), w_n, c, counters,
+            move(indices, skip), move(ahead, skip), r * w_n, table[2 * r + 1], window_row, address(table, 2 * h_n), w_n,
+            c, counters,
         )  # fmt: skip
 
 
@@ -212,7 +224,7 @@ def match(g, indices, gx, table):
             h = first - p * h_n
             end = min(h + last - first, h_n)
             where = address(indices, (p * oh_n + table[2 * h]) * ow_n * c)
-            _match_rows(g, where, gx, table, p, h, end, address(matches, chunk * COUNTERS))
+            _match_rows(g, where, where, gx, table, p, h, end, address(matches, chunk * COUNTERS))
             first += end - h
     return _missed(matches, g.size)
 
@@ -222,6 +234,7 @@ def match_narrowed(g, indices, gx, table, limit):
     """The same with the indices narrowed first. limit: an array of one, the highest index."""
     planes, h_n, w_n, c = gx.shape
     _, oh_n, ow_n, _ = g.shape
+    row = ow_n * c
     rows, per_chunk = planes * h_n, chunk_rows(w_n * c)
     chunks = (rows + per_chunk - 1) // per_chunk
     matches = np.zeros(chunks * COUNTERS, np.int32)
@@ -233,11 +246,16 @@ def match_narrowed(g, indices, gx, table, limit):
             h = first - p * h_n
             end = min(h + last - first, h_n)
             top, bottom = table[2 * h], table[2 * end - 2] + table[2 * end - 1]
-            count = (bottom - top) * ow_n * c
-            narrow = scratch(count, limit)
-            where = address(narrow, 0)
-            narrow_indices(where, address(indices, (p * oh_n + top) * ow_n * c), count, limit[0])
-            _match_rows(g, where, gx, table, p, h, end, address(matches, chunk * COUNTERS))
+            narrow, ready = scratch((bottom - top) * row, limit), top
+            # A row of windows is narrowed when a row of pixels first needs it: the match before it asked for it.
+            for r in range(h, end):
+                window, below = table[2 * r], table[2 * r] + table[2 * r + 1]
+                if below > ready:
+                    source, target = address(indices, (p * oh_n + ready) * row), address(narrow, (ready - top) * row)
+                    narrow_indices(target, source, (below - ready) * row, limit[0])
+                    ready = below
+                where, ahead = address(narrow, (window - top) * row), address(indices, (p * oh_n + window) * row)
+                _match_rows(g, where, ahead, gx, table, p, r, r + 1, address(matches, chunk * COUNTERS))
             keep(narrow)
             first += end - h
     return _missed(matches, g.size)
