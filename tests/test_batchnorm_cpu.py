@@ -154,8 +154,8 @@ def test_evaluation_that_is_split_has_a_share_for_two_threads(images, channels):
     """Also with sigmoid, and so few elements that they are only just split."""
     from tilewise.kernels.cpu import batchnorm_planes, threads
 
-    device: Any = batchnorm_planes._division
-    division = device.py_func
+    function: Any = batchnorm_planes._division
+    division = function.emitted.function
     for plane in (4096, 15_700, 16_384, 16_385):
         blocks, step, chunks = division(images, channels, plane, False)
         assert (chunks - 1) * step < images * channels * blocks <= chunks * step

@@ -27,7 +27,9 @@ from tilewise.kernels.cpu.batchnorm_vector import (
     run_moments,
     run_sums,
 )
-from tilewise.kernels.cpu.jit import AS_WRITTEN, device, kernel
+from tilewise.kernels.cpu.emitted import emitted
+from tilewise.kernels.cpu.jit import AS_WRITTEN, kernel
+from tilewise.kernels.cpu.scratch import double_zeros, scratch
 from tilewise.kernels.cpu.simd import address, settle_stores
 
 SPLIT = 8192  # elements in a chunk of blocks: a microsecond of work, so that two threads have as much to do
@@ -35,7 +37,7 @@ SPLIT = 8192  # elements in a chunk of blocks: a microsecond of work, so that tw
 WHOLE, FEW = 4 * BLOCK, 4
 
 
-@device(fastmath=AS_WRITTEN)
+@emitted
 def _normalise_runs(x, y, at, count, length, factors, first, step, streamed):
     """The results of `count` channels from the first one on, whose runs of this length follow each other."""
     source, target = address(x, at), address(y, at)
@@ -46,14 +48,15 @@ def _normalise_runs(x, y, at, count, length, factors, first, step, streamed):
         planes_normalise(KEPT, source, target, count, length, centre, scale, offset)
 
 
-@device(fastmath=AS_WRITTEN, allocates=True)
+@emitted
 def _forward_channels(
-    x, y, images, channels, plane, first, own, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
+    x, y, images, channels, plane, group, chunk, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
     momentum, eps, code, streamed,
 ):  # fmt: skip
-    """Everything for `own` channels from the first one on, image by image, so that small planes are read in order."""
-    sums, factors = np.zeros(2 * own), np.empty(3 * own, weight.dtype)
-    mean, squares = sums[:own], sums[own:]
+    """Everything for a chunk's channels, image by image, so that small planes are read in order."""
+    first = chunk * group
+    own = min(group, channels - first)
+    mean, squares, factors = double_zeros(own), double_zeros(own), scratch(3 * own, weight)
     for image in range(images):
         base = (image * channels + first) * plane
         for start in range(0, plane, BLOCK):
@@ -68,8 +71,7 @@ def _forward_channels(
     for image in range(images):
         base = (image * channels + first) * plane
         _normalise_runs(x, y, base, own, plane, factors, 0, own, streamed)
-        if code:
-            activate(y, base, own * plane, code)
+        activate(y, base, own * plane, code)
     if streamed:
         settle_stores()
 
@@ -81,14 +83,13 @@ def forward_by_channel(
 ):  # fmt: skip
     """Training; each chunk owns `group` channels."""
     for chunk in prange((channels + group - 1) // group):
-        first = chunk * group
         _forward_channels(
-            x, y, images, channels, plane, first, min(group, channels - first),
-            running_mean, running_var, weight, bias, saved_mean, saved_invstd, momentum, eps, code, streamed,
+            x, y, images, channels, plane, group, np.int64(chunk), running_mean, running_var, weight, bias,
+            saved_mean, saved_invstd, momentum, eps, code, streamed,
         )  # fmt: skip
 
 
-@device(fastmath=AS_WRITTEN)
+@emitted
 def _division(images, channels, plane, training):
     """(the blocks of a plane, how many of all blocks a chunk owns, chunks)."""
     blocks = (plane + BLOCK - 1) // BLOCK
@@ -98,13 +99,13 @@ def _division(images, channels, plane, training):
     return blocks, step, (images * channels * blocks + step - 1) // step
 
 
-@device(fastmath=AS_WRITTEN)
+@emitted
 def _position(unit, channels, blocks):
     """(image, channel, block of the plane) of a block counted through all of them."""
     return unit // (channels * blocks), unit // blocks % channels, unit % blocks
 
 
-@device(fastmath=AS_WRITTEN)
+@emitted
 def _next(image, c, block, channels, blocks):
     """The position after this one; divisions would cost more than a small plane."""
     block += 1
@@ -115,28 +116,39 @@ def _next(image, c, block, channels, blocks):
     return image, c, block
 
 
-@device(fastmath=AS_WRITTEN)
-def _moments_of_blocks(x, channels, plane, blocks, begin, end, moments, step):
-    """The moments of the blocks from begin to end, counted through images, channels and the blocks of a plane."""
+@emitted
+def _moments_of_blocks(x, images, channels, plane, blocks, chunk, step, moments):
+    """The moments of a chunk's blocks, counted through images, channels and the blocks of a plane."""
+    parts = images * channels * blocks
+    begin, end = chunk * step, min(chunk * step + step, parts)
     image, c, block = _position(begin, channels, blocks)
     for _ in range(begin, end):
         start = block * BLOCK
         at = (image * channels + c) * plane + start
         target = (image * blocks + block) * channels + c
-        run_moments(address(x, at), min(BLOCK, plane - start), address(moments, target), step)
+        run_moments(address(x, at), min(BLOCK, plane - start), address(moments, target), parts)
         image, c, block = _next(image, c, block, channels, blocks)
 
 
-@device(fastmath=AS_WRITTEN)
-def _merge_blocks(images, channels, plane, blocks, moments, mean, squares):
+@emitted
+def _factors_in_training(
+    images, channels, plane, blocks, moments, running_mean, running_var, weight, bias, saved_mean, saved_invstd,
+    momentum, eps, factors,
+):  # fmt: skip
+    """The factors of all channels, from the moments of all blocks."""
+    mean, squares = double_zeros(channels), double_zeros(channels)
     count = 0.0
     for part in range(images * blocks):
         size = np.float64(min(BLOCK, plane - part % blocks * BLOCK))
         merge_moments(count, size, moments, part * channels, images * blocks * channels, mean, squares)
         count += size
+    settle(
+        0, np.float64(images * plane), mean, squares, running_mean, running_var, weight, bias,
+        saved_mean, saved_invstd, momentum, eps, factors, channels,
+    )  # fmt: skip
 
 
-@device(fastmath=AS_WRITTEN)
+@emitted
 def _runs(c, block, channels, plane, blocks, left):
     """(how many of the blocks `left` follow each other in one image and are as long, their length)."""
     if blocks > 1:
@@ -144,8 +156,9 @@ def _runs(c, block, channels, plane, blocks, left):
     return min(channels - c, left), plane
 
 
-@device(fastmath=AS_WRITTEN)
-def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code, streamed):
+@emitted
+def _normalise_blocks(x, y, images, channels, plane, blocks, chunk, step, factors, code, streamed):
+    begin, end = chunk * step, min(chunk * step + step, images * channels * blocks)
     image, c, block = _position(begin, channels, blocks)
     first = at = (image * channels + c) * plane + block * BLOCK
     while begin < end:
@@ -154,8 +167,7 @@ def _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code, 
         at += count * length
         begin += count
         image, c, block = _next(image, c + count - 1, block, channels, blocks)
-    if code:
-        activate(y, first, at - first, code)
+    activate(y, first, at - first, code)
     if streamed:
         settle_stores()
 
@@ -167,28 +179,22 @@ def forward_by_block(
 ):  # fmt: skip
     """Evaluation, and training with few channels; each chunk owns some blocks of the planes."""
     blocks, step, chunks = _division(images, channels, plane, training)
-    units = images * channels * blocks
-    factors = np.empty(3 * channels, weight.dtype)
+    factors = scratch(3 * channels, weight)
     if training:
-        parts = images * blocks * channels
-        moments = np.empty(3 * parts, weight.dtype)
+        moments = scratch(3 * images * blocks * channels, weight)
         for chunk in prange(chunks):
-            begin, end = chunk * step, min(chunk * step + step, units)
-            _moments_of_blocks(x, channels, plane, blocks, begin, end, moments, parts)
-        mean, squares = np.zeros(channels), np.zeros(channels)
-        _merge_blocks(images, channels, plane, blocks, moments, mean, squares)
-        settle(
-            0, np.float64(images * plane), mean, squares, running_mean, running_var, weight, bias,
-            saved_mean, saved_invstd, momentum, eps, factors, channels,
+            _moments_of_blocks(x, images, channels, plane, blocks, np.int64(chunk), step, moments)
+        _factors_in_training(
+            images, channels, plane, blocks, moments, running_mean, running_var, weight, bias,
+            saved_mean, saved_invstd, momentum, eps, factors,
         )  # fmt: skip
     else:
         evaluation_factors(running_mean, running_var, eps, weight, bias, saved_mean, saved_invstd, factors, channels)
     for chunk in prange(chunks):
-        begin, end = chunk * step, min(chunk * step + step, units)
-        _normalise_blocks(x, y, channels, plane, blocks, begin, end, factors, code, streamed)
+        _normalise_blocks(x, y, images, channels, plane, blocks, np.int64(chunk), step, factors, code, streamed)
 
 
-@device(fastmath=AS_WRITTEN)
+@emitted
 def _gradient_runs(grad, x, result, at, count, length, factors, first, step, mode):
     """The gradients of `count` channels from the first one on, whose runs of this length follow each other."""
     slopes, values, target = address(grad, at), address(x, at), address(result, at)
@@ -202,25 +208,13 @@ def _gradient_runs(grad, x, result, at, count, length, factors, first, step, mod
         planes_gradient(KEPT, slopes, values, target, count, length, centre, a, b, offset)
 
 
-@device(fastmath=AS_WRITTEN, allocates=True)
+@emitted
 def _backward_channels(
-    grad,
-    x,
-    result,
-    images,
-    channels,
-    plane,
-    first,
-    own,
-    mean,
-    invstd,
-    weight,
-    grad_weight,
-    grad_bias,
-    mode,
+    grad, x, result, images, channels, plane, group, chunk, mean, invstd, weight, grad_weight, grad_bias, mode
 ):
-    sums, factors = np.zeros(2 * own), np.empty(4 * own, weight.dtype)
-    total, product = sums[:own], sums[own:]
+    first = chunk * group
+    own = min(group, channels - first)
+    total, product, factors = double_zeros(own), double_zeros(own), scratch(4 * own, weight)
     for image in range(images):
         base = (image * channels + first) * plane
         for start in range(0, plane, BLOCK):
@@ -245,27 +239,40 @@ def backward_by_channel(
 ):
     """Each chunk owns `group` channels."""
     for chunk in prange((channels + group - 1) // group):
-        first = chunk * group
         _backward_channels(
-            grad, x, result, images, channels, plane, first, min(group, channels - first),
-            mean, invstd, weight, grad_weight, grad_bias, mode,
+            grad, x, result, images, channels, plane, group, np.int64(chunk), mean, invstd, weight, grad_weight,
+            grad_bias, mode,
         )  # fmt: skip
 
 
-@device(fastmath=AS_WRITTEN)
-def _sums_of_blocks(grad, x, channels, plane, blocks, begin, end, mean, sums, step):
+@emitted
+def _sums_of_blocks(grad, x, images, channels, plane, blocks, chunk, step, mean, sums):
+    parts = images * channels * blocks
+    begin, end = chunk * step, min(chunk * step + step, parts)
     image, c, block = _position(begin, channels, blocks)
     for _ in range(begin, end):
         start = block * BLOCK
         at = (image * channels + c) * plane + start
         target = (image * blocks + block) * channels + c
         size = min(BLOCK, plane - start)
-        run_sums(address(grad, at), address(x, at), size, mean[c], address(sums, target), step)
+        run_sums(address(grad, at), address(x, at), size, mean[c], address(sums, target), parts)
         image, c, block = _next(image, c, block, channels, blocks)
 
 
-@device(fastmath=AS_WRITTEN)
-def _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, factors, mode):
+@emitted
+def _factors_of_gradient(images, channels, plane, blocks, sums, mean, invstd, weight, grad_weight, grad_bias, factors):
+    """The factors of all channels, from the sums of all blocks."""
+    total, product = double_zeros(channels), double_zeros(channels)
+    for part in range(images * blocks):
+        add_sums(sums, part * channels, images * blocks * channels, total, product)
+    gradient_factors(
+        0, np.float64(images * plane), total, product, mean, invstd, weight, grad_weight, grad_bias, factors, channels
+    )  # fmt: skip
+
+
+@emitted
+def _gradients_of_blocks(grad, x, result, images, channels, plane, blocks, chunk, step, factors, mode):
+    begin, end = chunk * step, min(chunk * step + step, images * channels * blocks)
     image, c, block = _position(begin, channels, blocks)
     at = (image * channels + c) * plane + block * BLOCK
     while begin < end:
@@ -282,21 +289,11 @@ def _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, f
 def backward_by_block(grad, x, result, images, channels, plane, mean, invstd, weight, grad_weight, grad_bias, mode):
     """With few channels; each chunk owns some blocks of the planes."""
     blocks = (plane + BLOCK - 1) // BLOCK
-    units = images * channels * blocks
     step = SPLIT // min(plane, BLOCK)
-    chunks = (units + step - 1) // step
-    parts = images * blocks * channels
-    sums = np.empty(2 * parts, weight.dtype)
+    chunks = (images * channels * blocks + step - 1) // step
+    sums, factors = scratch(2 * images * blocks * channels, weight), scratch(4 * channels, weight)
     for chunk in prange(chunks):
-        begin, end = chunk * step, min(chunk * step + step, units)
-        _sums_of_blocks(grad, x, channels, plane, blocks, begin, end, mean, sums, parts)
-    total, product = np.zeros(channels), np.zeros(channels)
-    for part in range(images * blocks):
-        add_sums(sums, part * channels, parts, total, product)
-    factors = np.empty(4 * channels, weight.dtype)
-    gradient_factors(
-        0, np.float64(images * plane), total, product, mean, invstd, weight, grad_weight, grad_bias, factors, channels
-    )  # fmt: skip
+        _sums_of_blocks(grad, x, images, channels, plane, blocks, np.int64(chunk), step, mean, sums)
+    _factors_of_gradient(images, channels, plane, blocks, sums, mean, invstd, weight, grad_weight, grad_bias, factors)
     for chunk in prange(chunks):
-        begin, end = chunk * step, min(chunk * step + step, units)
-        _gradients_of_blocks(grad, x, result, channels, plane, blocks, begin, end, factors, mode)
+        _gradients_of_blocks(grad, x, result, images, channels, plane, blocks, np.int64(chunk), step, factors, mode)

@@ -47,14 +47,25 @@ def scratch(typingctx, count, like):
 @intrinsic
 def zeros(typingctx, count, like):
     """`count` zeros of like's dtype."""
-    result = types.Array(like.dtype, 1, "C")
+    return _zeros_of(like.dtype, count, like)
+
+
+@intrinsic
+def double_zeros(typingctx, count):
+    """`count` zeros of float64."""
+    return _zeros_of(types.float64, count)
+
+
+def _zeros_of(element, *arguments):
+    """The signature and code of an intrinsic with these arguments, the number of elements first."""
+    result = types.Array(element, 1, "C")
 
     def codegen(context, builder, signature, args):
-        array = _allocated(context, builder, result, [args[0]])
+        array = _allocated(context, builder, result, args[:1])
         cgutils.memset(builder, array.data, builder.mul(args[0], array.itemsize), 0)
         return array._getvalue()
 
-    return result(types.intp, like), codegen
+    return result(types.intp, *arguments[1:]), codegen
 
 
 @intrinsic

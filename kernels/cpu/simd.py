@@ -122,6 +122,16 @@ def fused(typingctx, a, b, c):
     return signature, codegen
 
 
+@intrinsic
+def square_root(typingctx, x):
+    """The root of a float, which vectorises."""
+
+    def codegen(context, builder, signature, args):
+        return builder.call(builder.module.declare_intrinsic("llvm.sqrt", [args[0].type]), args)
+
+    return x(x), codegen
+
+
 def emit_prefetch(builder, pointer, locality: int = 3, write: bool = False):
     """Ask for the cache line there, which need not exist. locality: 3 for L1, 2 for L2."""
     byte = ir.IntType(8).as_pointer()
