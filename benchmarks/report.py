@@ -29,7 +29,7 @@ def machine() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = settings.active().threads
     return {
-        "device": hardware.cpu_name(),
+        "device": f"{hardware.cpu_name()} ({hardware.cpu_architecture()})",
         "cores": cores,
         "threads": wanted or hardware.thread_limit(),
         "system": f"{platform.system()} {platform.machine()}",

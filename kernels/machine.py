@@ -107,6 +107,14 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_architecture() -> str:
+    """LLVM's name of the processor that kernels are compiled for, such as znver4: some names are shared by many."""
+    import numba
+    from llvmlite import binding
+
+    return numba.config.CPU_NAME or binding.get_host_cpu_name()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def list_devices() -> list[Device]:
     missing = unavailable_backends()
     gpu_backends: dict[str, str | None] = {name: missing.get(name) for name in ("cuda", "cupy")}

@@ -4,6 +4,7 @@ import json
 import re
 from functools import partial
 
+import numba
 import numpy as np
 import pytest
 from installation import ROOT
@@ -116,6 +117,15 @@ def test_report_saves_under_the_device_s_name_and_fills_the_readme(tmp_path, mon
     assert "| relu | resnet50.relu1 | 8x64x112x112 | float32 | 1.00 ms | 51.4 GB/s | 4.00 ms | 4.0x |" in text
     assert device in text
     capsys.readouterr()
+
+
+def test_processors_of_one_name_have_records_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CPU_NAME", "znver3")
+    third = report.machine()
+    monkeypatch.setattr(numba.config, "CPU_NAME", "znver4")
+    fourth = report.machine()
+    assert third["device"].endswith(" (znver3)")
+    assert report.result_file(third, tmp_path) != report.result_file(fourth, tmp_path)
 
 
 def test_report_fails_for_a_case_without_a_result(tmp_path, monkeypatch, capsys):
