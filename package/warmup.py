@@ -165,6 +165,9 @@ def _convolutions(a, layout: str) -> Calls:
         half = same | {"stride": 2}
         yield "conv2d of each channel, half the size", lambda: t.conv2d(x(), depthwise, **half)
         yield "conv2d_backward of each channel, half the size", lambda: t.conv2d_backward(x(5), x(), depthwise, **half)
+        long = a(1, 8, 9, 40)  # a row of results is more than one vector
+        yield "conv2d of each channel, half the size, long rows", lambda: t.conv2d(long, depthwise, **half)
+        yield "conv2d_backward 1x1 with a stride", lambda: t.conv2d_backward(x(5), x(), pointwise, stride=2, **at)
     for algorithm in ("gemm", "direct"):
         yield f"conv2d {algorithm}", lambda f=algorithm: t.conv2d(x(), a(8, 8, 3, 3), algorithm=f, **at)
     for size in (9, 33) if a(1).dtype == np.float32 else ():  # few tiles and many

@@ -246,6 +246,7 @@ def test_nothing_around_the_operands_is_read_or_written(rng, layout):
         depthwise(512, 4, 5),
         depthwise(5, 9, 17, stride=2),
         depthwise(9, 9, 37, stride=2),  # enough planes for row after row, and large ones for it with stride 1
+        depthwise(9, 6, 13, stride=2),  # the same, of at most one vector
         depthwise(9, 90, 93),
         depthwise(3, 5, 5, (5, 5), padding=2),
     ):
@@ -291,7 +292,10 @@ def test_the_cases_reach_every_path():
         problem = axes, stride, case.o // case.c, (case.h, case.w), size
         # forward and, by the same condition, the weights' gradient
         if conv_depthwise_rows.by_rows(case.n * case.c, *problem, 4):
-            lengths = "short" if size[1] < width else "whole" if size[1] % width == 0 else "overlapping"
+            if size[1] <= width:
+                lengths = "short" if size[1] < width else "one vector"
+            else:
+                lengths = "whole" if size[1] % width == 0 else "overlapping"
             seen.add(("rows", stride[0], lengths))
         if conv_depthwise_same.is_same(*problem):
             cuts = conv_depthwise_same.channel_cuts(case.n, size, case.c, np.dtype("f4"))
@@ -303,7 +307,7 @@ def test_the_cases_reach_every_path():
     assert seen >= {("stride", 1), ("stride", 2), ("stride", 3), ("square", 3, 1), ("square", 3, 2), ("square", 0, 1)}
     assert seen >= {("bands", True), ("bands", False), ("a tile", True), ("a tile", False)}
     assert seen >= {("same", True), ("same", False), ("rows", 1, "overlapping")}
-    assert seen >= {("rows", 2, "short"), ("rows", 2, "whole"), ("rows", 2, "overlapping")}
+    assert seen >= {("rows", 2, "short"), ("rows", 2, "one vector"), ("rows", 2, "whole"), ("rows", 2, "overlapping")}
     assert seen >= {("doubled", True), ("doubled", False)}
 
 

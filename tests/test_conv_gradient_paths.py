@@ -117,6 +117,11 @@ STRIDED = [
     Case(1, 16, 17, 33, 8, (1, 1), (3, 2)),
     Case(2, 12, 8, 10, 30, (1, 1), (2, 1), groups=2),
 ]
+# padding below or to the right: grad has pixels that result has not
+STRIDED_BEYOND = [
+    Case(2, 12, 8, 10, 30, (1, 1), 2, ((0, 1), (0, 1))),
+    Case(2, 12, 9, 10, 30, (1, 1), (2, 1), ((0, 0), (0, 1))),
+]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -134,6 +139,14 @@ def test_input_gradient_of_strided_1x1(rng, monkeypatch, case, at_once, dtype):
     expected = reference(kernels.conv_transpose2d, grad, weight, bias, **case.options)
     check(result, expected, case.o, case, dtype)
     operation.forget_plans()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", STRIDED_BEYOND, ids=str)
+def test_input_gradient_of_strided_1x1_with_padding_behind(rng, monkeypatch, case, dtype):
+    calls = watched(monkeypatch, conv_detours.PointwiseSpread, "__call__")
+    compare(case, dtype, "NCHW", *arrays(rng, case, dtype, "NCHW"))
+    assert calls == []
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -37,16 +37,17 @@ def test_turned_planes(rng, dtype, parallel):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("stride", [(2, 2), (1, 2), (2, 1), (3, 3), (1, 4)])
-def test_pixels_set_apart(rng, dtype, with_bias, stride):
+def test_pixels_set_apart(rng, dtype, with_bias, stride, parallel):
     for grid in ((1, 1), (3, 5), (2, 8), (5, 33)):
         for rest in ((0, 0), (stride[0] - 1, stride[1] - 1)):
             size = tuple((g - 1) * s + 1 + r for g, s, r in zip(grid, stride, rest, strict=True))
             source = rng.standard_normal((2, 3, *grid)).astype(dtype)
             bias = rng.standard_normal(3 if with_bias else 0).astype(dtype)
             target, memory = guarded((2, 3, *size), dtype)
-            spread_pixels(0, source.ravel(), 6, 3, grid, size, stride, bias, target.reshape(-1))
+            spread_pixels(1e9 if parallel else 0, source.ravel(), 6, 3, grid, size, stride, bias, target.reshape(-1))
             expected = np.empty_like(target)
             expected[...] = bias[:, None, None] if with_bias else 0
             expected[:, :, :: stride[0], :: stride[1]] = source

@@ -43,7 +43,7 @@ print("checked", len(code))
 """
 PROGRAMS = {
     "products": """
-for m, n, depth in ((37, 51, 130), (1, 1030, 261), (199, 130, 259), (70, 33, 2049)):
+for m, n, depth in ((37, 51, 130), (1, 1030, 261), (199, 130, 513), (70, 33, 2049)):
     for a in (normal(m, depth), normal(depth, m).T):
         for b in (normal(depth, n), normal(n, depth).T):
             check(kernels.matmul, a, b)
@@ -79,6 +79,9 @@ for layout, shape in (("NCHW", (2, 9, 15, 17)), ("NHWC", (2, 15, 17, 9))):
         wide = normal(1, 9, 5, 37) if layout == "NCHW" else normal(1, 5, 37, 9)
         y = check(kernels.conv2d, wide, depthwise, **options)
         check(kernels.conv2d_backward, y, wide, depthwise, **options)
+        short = normal(1, 9, 7, 13) if layout == "NCHW" else normal(1, 7, 13, 9)
+        y = check(kernels.conv2d, short, depthwise, **options)
+        check(kernels.conv2d_backward, y, short, depthwise, **options)
 """,
     "pooling": """
 for layout, shape in (("NCHW", (2, 5, 14, 29)), ("NHWC", (2, 14, 29, 5)), ("NHWC", (1, 10, 9, 16))):

@@ -6,8 +6,9 @@ factors' dtype: x's, but float32 for float16. Blocks are merged in float64 (Chan
 
 Everything here goes through some channels at a time, from `first` on, in loops that LLVM can vectorise: with planes of
 7x7, two divisions and a root in scalars would cost more than a channel's pixels. LLVM gives up where more than eight
-pairs of arrays might overlap, so each loop has few of them. Nothing but the activations, which are
-epilogue.py's, is reassociated or contracted, so these loops give the same bits however they are vectorised.
+pairs of arrays might overlap, so each loop has few of them. The kernels that call this are compiled AS_WRITTEN: nothing
+but the activations, which are epilogue.py's, is reassociated or contracted, so these loops give the same bits however
+they are vectorised.
 """
 
 import numpy as np

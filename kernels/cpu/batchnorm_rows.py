@@ -69,8 +69,8 @@ def _block_moments(x, chunk, width, block, moments):
         _clear(moments, at + kind * step, width)
     first = (rows + PIVOT_SHARE - 1) // PIVOT_SHARE
     rows_total(source, width, first, width, pivots)
-    number = moments.dtype.type
-    share = number(1) / number(first)
+    kind_of = moments.dtype.type
+    share = kind_of(1) / kind_of(first)
     for j in range(width):
         moments[at + j] *= share
     rows_deviations(source, width, rows, width, pivots, sums, squares, rows * width)

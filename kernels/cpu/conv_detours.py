@@ -45,7 +45,8 @@ class PointwiseSpread:
     """A transposed NCHW convolution by 1x1 kernels with a stride: a dense one, whose pixels are then set apart.
 
     Each phase of the stride as a convolution would write every second pixel of every second row, and every line of y
-    goes through the caches twice: once for the zeros between. x, y: shapes. move: the pass to the dense image.
+    goes through the caches twice: once for the zeros between. x, y: shapes. move: the pass to the dense image. For
+    gradients: there is neither an extra summand nor a packed weight.
     """
 
     __slots__ = ("dense", "move", "places", "spread")
@@ -69,7 +70,7 @@ class ThroughNHWC:
 
     In NCHW the vectors run along pixels, and rows of 7 leave a quarter of their lanes empty; in NHWC they run along
     outputs. Turning x and y around costs an element each, which hundreds of products an element outweigh. With rows of
-    10 pixels in planes of 14, as LeNet's second layer has them, 16 outputs are enough, but not for a single image.
+    10 pixels in planes of 14, as LeNet's second layer has them, 16 outputs are enough, but not for one image.
     """
 
     __slots__ = ("move", "turn_x", "turn_y", "x", "y")

@@ -1,7 +1,8 @@
 """One convolution of fixed shapes as a pass over its arrays, by any algorithm and in either layout.
 
 `prepare_pass` works out everything but the arrays; conv.py builds the forward convolution and every gradient from such
-passes. Small images with many channels go through the other layout, where that is faster (conv_detours.py).
+passes. Small images with many channels, and some layers of few outputs, go through the other layout, where that is
+faster (conv_detours.py).
 
 A pass is called with x, weight, y, bias, and optionally extra, which is added before the activation (laid out as y, and
 may be y itself), and packed: the weights as `pack(weight)` of a pass with the same `packing` made them, for weights

@@ -110,6 +110,9 @@ class TransposedConvolution:
                 self.whole = _Product(grad, weight)
                 return
             spread = unpadded and layout == "NCHW" and (kh, kw) == (1, 1) and prod(stride) > 1 and algorithm == "gemm"
+            # padding below or to the right leaves pixels of grad that have none of result
+            reach = zip(image_size(grad, layout), stride, size, strict=True)
+            spread = spread and all((pixels - 1) * step < most for pixels, step, most in reach)
             for i, (rows, row_offsets) in enumerate(axes[0]):
                 for j, (columns, column_offsets) in enumerate(axes[1]):
                     if rows.size == 0 or columns.size == 0:

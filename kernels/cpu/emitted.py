@@ -15,8 +15,9 @@ kernel is compiled. It means what it means to Numba, with these limits:
 - a variable keeps its type, and an array that is made here (`scratch`) its variable: it is let go at the function's
   end, or returned, in one place.
 
-Fused and reordered arithmetic is as the kernel's: a function whose bits depend on it stays a `@device`. The source must
-be at hand when a kernel is compiled, as it was when it was imported.
+Fused and reordered arithmetic is as the kernel's: a function whose bits depend on it stays a `@device`, unless every
+kernel that calls it asks for the same (batch norm's, AS_WRITTEN). The source must be at hand when a kernel is compiled,
+as it was when it was imported.
 """
 
 import ast

@@ -42,8 +42,9 @@ COLLECTED_FROM = 4 * KC
 # Rows a multiple of ALIASING bytes apart, give or take less than a line, share two of L1's 64 places, 12 lines each:
 # then A's are copied, and C's sums collected earlier. Other rows of A are read where they lie.
 ALIASING, LINE = 2048, 64
-# Bytes of a column of A's rows, or of a row of B's columns, up to which AVX2's tasks leave A where it lies.
-STAYING = 1024
+# Bytes of a column of A, of whose rows KC steps fit in half of L2, or of a row of B, a few panels, up to which AVX2's
+# tasks leave A where it lies.
+STAYING, PASSING = 264 * 4, 512
 # Steps from which a tile asks for its part of C beforehand, which costs 14 cycles, as much as a step: behind fewer
 # steps it would come too late.
 AWAITED_DEPTH = 128
@@ -190,14 +191,15 @@ def _stays(a_row, a_column, b_row, b_column, rows, columns, itemsize):
     rows far apart, gemm_packed.py asks for them earlier.
     """
     near = b_column != 1 or b_row * itemsize <= 4 * NEAR
-    return near and a_column == 1 and not _alias(a_row * itemsize) and min(rows, columns) * itemsize <= STAYING
+    small = rows * itemsize <= STAYING or columns * itemsize <= PASSING
+    return near and small and a_column == 1 and not _alias(a_row * itemsize)
 
 
 @emitted
 def _multiply_task(a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole):
     """AVX2 has 16 registers, and a large product a tile that must not spend them on addresses (gemm_packed.py).
 
-    A small one loses more by packing A than by its addresses: 128^3 a fifth on Zen 3.
+    A small one loses more by packing A than by its addresses (`make bench-peers ARGS='--only square'`).
     """
     if _stays(a_row, a_column, b_row, b_column, rows, columns, c.itemsize):
         multiply_block(a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_step, rows, columns, whole)

@@ -1,4 +1,4 @@
-"""A task of the blocked product where registers are few: both operands are packed, and read front to back.
+"""A large task of the blocked product where registers are few: both operands are packed, and read front to back.
 
 AVX2 has 16 vector registers: a tile of 6 x 16 float32 takes 14 of them, and every step of its sum 6 cycles, for
 12 multiply-adds beside 8 loads. Where A's rows stay apart, the tile walks over six lines at a time, with two pointers
