@@ -134,7 +134,7 @@ def test_several_rows_at_a_time_give_the_same_bits(rng, monkeypatch, planned_ane
         vectors = statistics(rng, shape[3], dtype)
         results = []
         for near in (0, 1 << 30):
-            planned_anew(cpu, "NEAR_BELOW", near)
+            planned_anew(cpu, "NEAR_BELOW", (near, near))
             chosen.clear()
             with tilewise.using(backend="cpu"):
                 forward = kernels.batch_norm(x, None, None, *vectors[2:], True, layout="NHWC", return_stats=True)

@@ -26,6 +26,7 @@ from tilewise.kernels.cpu.caches import memory_from
 from tilewise.kernels.cpu.epilogue import ACTIVATION_CODES
 from tilewise.kernels.cpu.half import BITS, HALF, SINGLE, narrowed, widened
 from tilewise.kernels.cpu.scratch import ALIGNMENT, empty, large
+from tilewise.kernels.cpu.simd import VECTOR_BYTES
 from tilewise.kernels.cpu.threads import SERIAL_BELOW, may_split
 
 LAST_CHEAP = ACTIVATION_CODES["leaky_relu"]  # the activations after it take an exponential for each element
@@ -53,9 +54,11 @@ ROW_BLOCK, MOST_ROWS = 32768, 256
 # a chunk of channels, long after the system was there (a quarter less time in training).
 # How many bytes that are depends on the third-level cache, see memory_from.
 LARGE = memory_from()
-# Several rows are taken at a time (NEAR) where the caches hold all arrays, of fewer bytes than this; of wide rows,
-# whose factors and sums do not stay in L1, also where they hold the result alone.
-NEAR_BELOW, WIDE = LARGE, 4096
+# Several rows are taken at a time (NEAR) where the caches hold all arrays, of fewer bytes than this, forward and
+# backward: with AVX2 fewer, and not backward, where they gain nothing. Of wide rows, whose factors and sums do not stay
+# in L1, also where the caches hold the result alone.
+NEAR_BELOW = (LARGE, LARGE) if VECTOR_BYTES == 64 else (min(LARGE, 8 << 20), 0)
+NEAR_WIDE_BELOW, WIDE = LARGE, 4096
 KEPT_ALWAYS, PAST_IN_USED, PAST_ALWAYS = range(3)  # how a result is written
 # Itemsize of an image -> what stands for None in a kernel. The kernels know float16 by its bits; what goes with a
 # channel is float32 then.
@@ -89,7 +92,7 @@ def _way_to_memory(kernel, shape: tuple[int, ...], layout: str, itemsize: int) -
 def _kept(size: int, channels: int, itemsize: int, arrays: int, frozen: bool) -> int:
     """The mode of a call whose result is not written past the caches; NEAR matters in NHWC alone."""
     size *= itemsize
-    near = size * arrays < NEAR_BELOW or (size < NEAR_BELOW and channels * itemsize >= WIDE)
+    near = size * arrays < NEAR_BELOW[arrays - 2] or (size < NEAR_WIDE_BELOW and channels * itemsize >= WIDE)
     if frozen:
         return FROZEN_NEAR if near else FROZEN
     return NEAR if near else KEPT

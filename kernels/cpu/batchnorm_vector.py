@@ -20,7 +20,7 @@ ROWS = 8  # rows summed at a time, so that a column's sum in memory is touched o
 # The same where each row is read from two arrays, and where results are written, so that a column's factors are read
 # once for four rows; but only in the caches (NEAR). From memory, processors fetch one row after the other faster than
 # several at a time, most of all rows of 1 KB. Sums are the same either way, row after row.
-ROWS_OF_TWO = 4 if VECTOR_BYTES == 64 else 1
+ROWS_OF_TWO = 4 if VECTOR_BYTES >= 32 else 1
 SEVERAL = ROWS_OF_TWO > 1  # else NEAR would be KEPT's code once more
 # Bytes that passes over large arrays (STREAMED) ask for ahead (float16: half as many), because Zen 3 itself stops at
 # every row: in NHWC, on one thread, training takes 9 to 19 % less time and the gradient 2 to 10 %. Arrays in the
