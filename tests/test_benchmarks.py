@@ -108,7 +108,7 @@ def test_report_saves_under_the_device_s_name_and_fills_the_readme(tmp_path, mon
     (saved,) = tmp_path.glob("*.json")
     device = tilewise.devices()[0].name
     assert saved.name.startswith(re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-"))
-    assert json.loads(saved.read_text())["device"] == device
+    assert json.loads(saved.read_text())["device"].startswith(device)
     assert report.main(["--readme", str(readme), *results]) == 0
     text = readme.read_text()
     assert text.startswith("# Title\n\n" + report.BEGIN)
