@@ -67,7 +67,7 @@ def convolve_rows_nchw(x, weight, y, bias, planes, channels, h, w, oh, ow, top, 
 
 @kernel()
 def convolve_narrow_nchw(x, weight, y, bias, planes, channels, h, w, oh, ow, top, left, numbers, activation):
-    """The same with stride 2, for rows of y of one vector at most."""
+    """The same with stride 2, for rows of y of one vector at most; apart, so that a first call compiles one of them."""
     shift = bias if bias.size > 0 else np.zeros(channels, x.dtype)
     chunks = min(planes, CHUNKS)
     for chunk in prange(chunks):

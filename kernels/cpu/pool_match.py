@@ -21,8 +21,8 @@ from tilewise.kernels.cpu.pool_spread import covering
 from tilewise.kernels.cpu.scratch import ALIGNMENT, keep, scratch
 from tilewise.kernels.cpu.simd import _I1, _I32, _I64, VECTOR_BYTES, _Emitter, address, emit_prefetch
 
-# Windows over a pixel from which on narrowing pays: with 9 (3x3, stride 1) it does; with 2.25 (stride 2) a little less
-# than nothing was gained when a chunk was narrowed at once, with 1 (2x2, stride 2) it lost.
+# Windows over a pixel from which on narrowing pays: with 9 (3x3, stride 1) it does, with 2.25 (stride 2) and with 1
+# (2x2, stride 2) it does not (`make bench-peers ARGS='--only "pool backward"'`).
 SHARED = 4
 COUNTERS = VECTOR_BYTES // 4  # as many as a vector of float32 has lanes
 LINE = ALIGNMENT // 8  # int64 indices in a cache line
